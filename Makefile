@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+CSRC = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test bench lint format clean
+
+help:    ## these targets
+	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' Makefile
+
+build: $(READY)    ## .venv with the pinned dependencies, and the compiled kernels in place
+	@$(PY) setup.py -q build_ext --inplace
+
+demo: build    ## train on real data; options in ARGS: make demo ARGS="--help"
+	@$(PY) -m lets_kernels demo $(ARGS)
+
+test: build    ## the tests; options for pytest in ARGS
+	$(PY) -m pytest $(ARGS)
+
+bench: build    ## the benchmarks
+	$(PY) -m pytest benchmarks -q $(ARGS)
+
+lint: $(READY)    ## everything that CI checks without running the code
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+format: $(READY)    ## rewrite the sources as lint wants them
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+clean:    ## remove whatever the other targets made
+	rm -rf $(VENV) build dist runs *.egg-info .benchmarks .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache lets_kernels/_C.*.so*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Done again when what is installed changes; the kernels have ninja for that, so pip leaves them alone here.
+$(READY): requirements-dev.txt pyproject.toml
+	@echo "$(VENV): installing requirements-dev.txt"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -qq -r requirements-dev.txt
+	@LETS_KERNELS_CPU=0 $(PY) -m pip install -qq --no-build-isolation --no-deps --editable .
+	@touch $@

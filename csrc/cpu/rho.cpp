@@ -1,0 +1,78 @@
+// The radius gradient of one chunk. Reads four gradients (theta as well where T needs it); writes nothing.
+#include "block.h"
+
+namespace lets::cpu::LETS_ISA {
+namespace {
+
+// One pass over the chunk; `train` null stands for zero. `term(outer, g_hat, fourth)` sees double values.
+template <class T, class Fourth, class Term>
+LETS_FN double outer_sum(const T* val, const T* train, const T* g_hat, int64_t numel, Fourth fourth, Term term) {
+  using C = typename ArithmeticOf<T>::type;
+  C val_buffer[kBlock], train_buffer[kBlock], hat_buffer[kBlock];
+  Sum sum;
+  for (int64_t b = 0; b < numel; b += kBlock) {
+    const int64_t n = smaller(kBlock, numel - b);
+    const C* a = load<C>(val + b, val_buffer, n);
+    const C* h = load<C>(g_hat + b, hat_buffer, n);
+    const C* x = fourth(b, n);
+    if (train) {
+      const C* c = load<C>(train + b, train_buffer, n);
+      Sum::add(sum, n, [=](int64_t i) { return term(double(a[i]) - double(c[i]), double(h[i]), double(x[i])); });
+    } else {
+      Sum::add(sum, n, [=](int64_t i) { return term(double(a[i]), double(h[i]), double(x[i])); });
+    }
+  }
+  return Sum::total(sum);
+}
+
+template <class T>
+double diagonal_of(const T* val, const T* train, const T* g_hat, const T* v, const T* theta, int64_t numel,
+                   const Scaling& s, double q) {
+  using C = typename ArithmeticOf<T>::type;
+  C v_buffer[kBlock], theta_buffer[kBlock], t_buffer[kBlock];
+  const C exponent = C(q);
+  auto unit = [&](int64_t b, int64_t n) -> const C* {
+    const C* x = load<C>(v + b, v_buffer, n);
+    const C* weights = s.row_length == 0 ? load<C>(theta + b, theta_buffer, n) : nullptr;
+    const C* t = scales<C>(s, weights, b, t_buffer, n);
+    if (t) {
+      for (int64_t i = 0; i < n; ++i) t_buffer[i] = t[i] * dual(t[i] * x[i], exponent);
+      return t_buffer;
+    }
+    if (q == 2) return x;
+    for (int64_t i = 0; i < n; ++i) t_buffer[i] = dual(x[i], exponent);
+    return t_buffer;
+  };
+  return outer_sum(val, train, g_hat, numel, unit,
+                   [](double outer, double h, double x) { return diagonal_share(outer, h, x); });
+}
+
+template <class T>
+double secant_of(const T* val, const T* train, const T* g_hat, const T* g, int64_t numel) {
+  using C = typename ArithmeticOf<T>::type;
+  C buffer[kBlock];
+  auto first = [&](int64_t b, int64_t n) { return load<C>(g + b, buffer, n); };
+  return outer_sum(val, train, g_hat, numel, first,
+                   [](double outer, double h, double x) { return secant_share(outer, h, x); });
+}
+
+}  // namespace
+
+double rho_diagonal(Dtype dtype, const void* val, const void* train, const void* g_hat, const void* v,
+                    const void* theta, int64_t numel, const Scaling& s, double q) {
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    return diagonal_of(static_cast<const T*>(val), static_cast<const T*>(train), static_cast<const T*>(g_hat),
+                       static_cast<const T*>(v), static_cast<const T*>(theta), numel, s, q);
+  });
+}
+
+double rho_secant(Dtype dtype, const void* val, const void* train, const void* g_hat, const void* g, int64_t numel) {
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    return secant_of(static_cast<const T*>(val), static_cast<const T*>(train), static_cast<const T*>(g_hat),
+                     static_cast<const T*>(g), numel);
+  });
+}
+
+}  // namespace lets::cpu::LETS_ISA

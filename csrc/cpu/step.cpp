@@ -1,0 +1,103 @@
+// The base optimizer's step from the saved weights, one chunk.
+// SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v.
+#include "block.h"
+
+namespace lets::cpu::LETS_ISA {
+namespace {
+
+template <class T>
+void sgd_of(T* theta, const T* g, T* m, const T* saved, int64_t numel, const SgdOptions& options, bool stream) {
+  using C = typename ArithmeticOf<T>::type;
+  C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], out_buffer[kBlock];
+  T narrow_buffer[kBlock];
+  const Sgd<C> sgd{C(options.lr), C(options.momentum), C(options.weight_decay), options.nesterov, options.maximize};
+  for (int64_t b = 0; b < numel; b += kBlock) {
+    const int64_t n = smaller(kBlock, numel - b);
+    const C* weights = load<C>(saved + b, saved_buffer, n);
+    const C* gradient = load<C>(g + b, g_buffer, n);
+    C* out = result<C>(theta + b, out_buffer, stream);
+    if (m) {
+      const C* old = load<C>(m + b, m_buffer, n);
+      C* average = result<C>(m + b, m_buffer, false);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        C next = old[i];
+        out[i] = Sgd<C>::step(sgd, weights[i], gradient[i], &next);
+        average[i] = next;
+      }
+      store<C>(m + b, average, static_cast<T*>(nullptr), n, false);
+    } else {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) out[i] = Sgd<C>::step(sgd, weights[i], gradient[i], static_cast<C*>(nullptr));
+    }
+    store<C>(theta + b, out, narrow_buffer, n, stream);
+  }
+  finish(stream);
+}
+
+template <class C>
+Adam<C> adam_at(double step, const AdamOptions& o) {
+  const double bias1 = 1 - power(o.beta1, step), bias2 = 1 - power(o.beta2, step);
+  return {o.decoupled ? C(1 - o.lr * o.weight_decay) : C(1),
+          o.decoupled ? C(0) : C(o.weight_decay),
+          C(o.beta1),
+          C(o.beta2),
+          C(1 - o.beta1),
+          C(1 - o.beta2),
+          C(o.lr / bias1),
+          C(square_root(bias2)),
+          C(o.eps),
+          o.maximize};
+}
+
+template <class T>
+void adam_of(T* theta, const T* g, T* m, T* v, const T* saved, int64_t numel, double step, const AdamOptions& options,
+             bool stream) {
+  using C = typename ArithmeticOf<T>::type;
+  C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock], out_buffer[kBlock];
+  T narrow_buffer[kBlock];
+  const Adam<C> adam = adam_at<C>(step, options);
+  for (int64_t b = 0; b < numel; b += kBlock) {
+    const int64_t n = smaller(kBlock, numel - b);
+    const C* weights = load<C>(saved + b, saved_buffer, n);
+    const C* gradient = load<C>(g + b, g_buffer, n);
+    const C* old_m = load<C>(m + b, m_buffer, n);
+    const C* old_v = load<C>(v + b, v_buffer, n);
+    C* next_m = result<C>(m + b, m_buffer, false);
+    C* next_v = result<C>(v + b, v_buffer, false);
+    C* out = result<C>(theta + b, out_buffer, stream);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      C first = old_m[i], second = old_v[i];
+      out[i] = Adam<C>::step(adam, weights[i], gradient[i], first, second);
+      next_m[i] = first;
+      next_v[i] = second;
+    }
+    store<C>(m + b, next_m, static_cast<T*>(nullptr), n, false);
+    store<C>(v + b, next_v, static_cast<T*>(nullptr), n, false);
+    store<C>(theta + b, out, narrow_buffer, n, stream);
+  }
+  finish(stream);
+}
+
+}  // namespace
+
+void sgd(Dtype dtype, void* theta, const void* g, void* m, const void* saved, int64_t numel, const SgdOptions& options,
+         bool stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    sgd_of(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<const T*>(saved), numel,
+           options, stream);
+  });
+}
+
+void adam(Dtype dtype, void* theta, const void* g, void* m, void* v, const void* saved, int64_t numel, double step,
+          const AdamOptions& options, bool stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    adam_of(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<T*>(v),
+            static_cast<const T*>(saved), numel, step, options, stream);
+  });
+}
+
+}  // namespace lets::cpu::LETS_ISA

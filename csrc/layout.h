@@ -1,0 +1,37 @@
+// From lists of tensors to work items. All sizes and offsets are 64-bit.
+#pragma once
+
+#include <cstdint>
+
+namespace lets {
+
+enum class Dtype : int { float32, float64, bfloat16, float16 };
+
+constexpr int64_t size_of(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype::float32 ? 4 : 2; }
+
+// One row of the run table, as Python builds it (lets_kernels/layout.py).
+struct Run {
+  int64_t start;       // offset in the flat buffers of the bucket, a multiple of 16
+  int64_t numel;       //
+  int64_t row_length;  // -1: T = 1; 0: T = |theta| + xi; else T of filter (element / row_length) % row_count
+  int64_t row_count;   //
+  int64_t row_start;   // the run's first entry among the filter norms
+};
+constexpr int64_t kColumns = 5;
+static_assert(sizeof(Run) == kColumns * sizeof(int64_t), "a Run is one row of the int64 table");
+
+// A stretch of one run; sums are kept one for each chunk, so the result does not depend on the number of threads.
+struct Chunk {
+  int64_t run, begin, numel;
+};
+constexpr int64_t kChunk = int64_t(1) << 16;
+
+// How one chunk is scaled: T of ASAM.
+struct Scaling {
+  int64_t row_length, row_count;
+  const void* norms;  // the run's filter norms, float (double for float64), or null
+  double xi;
+  int64_t offset;  // the chunk's first element within its run
+};
+
+}  // namespace lets

@@ -1,0 +1,155 @@
+// The arithmetic of every op, once, for the CPU and for CUDA.
+//
+// `C` is the arithmetic type: float for float32, bfloat16 and float16 storage, double for float64.
+// Contraction to fused multiply-add is off in the build, so one formula gives the same bits on every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LETS_FN static __host__ __device__ __forceinline__
+#else
+#define LETS_FN static inline __attribute__((always_inline))
+#endif
+
+namespace lets {
+
+// ---- storage types
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class To, class From>
+LETS_FN To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class T>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+
+LETS_FN float widen(float x) { return x; }
+LETS_FN double widen(double x) { return x; }
+LETS_FN float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+// Branch-free, so that loops over it vectorise without the F16C instructions.
+LETS_FN float widen(Half x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t normal = (magnitude << 13) + (112u << 23);
+  const uint32_t special = normal + (112u << 23);  // infinity and NaN
+  const uint32_t subnormal = bit_cast<uint32_t>(float(int32_t(magnitude)) * 0x1p-24f);
+  const uint32_t bits = magnitude < 0x400u ? subnormal : magnitude < 0x7c00u ? normal : special;
+  return bit_cast<float>(bits | (uint32_t(x.bits & 0x8000u) << 16));
+}
+
+// Round to nearest, ties to even.
+LETS_FN void narrow(float x, float& to) { to = x; }
+LETS_FN void narrow(double x, double& to) { to = x; }
+LETS_FN void narrow(float x, BFloat16& to) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+LETS_FN void narrow(float x, Half& to) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+  // One half has 2^-24, the spacing of subnormal halves, as the place of its last bit: the addition rounds for us.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t rounded = magnitude < 0x38800000u ? subnormal : magnitude < 0x47800000u ? normal : special;
+  to.bits = uint16_t(rounded | ((bits >> 16) & 0x8000u));
+}
+
+// ---- elementary functions; no <cmath>, whose inline functions must not be compiled for several instruction sets
+
+LETS_FN float absolute(float x) { return __builtin_fabsf(x); }
+LETS_FN double absolute(double x) { return __builtin_fabs(x); }
+LETS_FN float square_root(float x) { return __builtin_sqrtf(x); }
+LETS_FN double square_root(double x) { return __builtin_sqrt(x); }
+LETS_FN float power(float x, float y) { return __builtin_powf(x, y); }
+LETS_FN double power(double x, double y) { return __builtin_pow(x, y); }
+LETS_FN bool is_finite(double x) { return x - x == 0; }
+
+// ---- where to perturb: SAM (Foret et al., 2021, Eq. 2), ASAM (Kwon et al., 2021), LETS Eq. 7
+
+// T of ASAM: |theta| + xi for one element, ||c|| + xi for a filter (magnitude is then the filter's norm).
+template <class C>
+LETS_FN C adaptive_scale(C magnitude, C xi) {
+  return magnitude + xi;
+}
+
+// sign(x) |x|^(q-1), the gradient of |x|^q / q: how the dual norm's exponent shapes the perturbation.
+template <class C>
+LETS_FN C dual(C x, C q) {
+  if (q == C(2)) return x;
+  const C sign = C(x > 0) - C(x < 0);
+  if (q == C(1)) return sign;
+  return sign * power(absolute(x), q - C(1));
+}
+
+// The factor that gives the perturbation its length: rho / (sum |T v|^q)^(1/p), and no perturbation at all for a
+// gradient that is zero or not finite.
+LETS_FN double perturbation_scale(double total, double rho, double q) {
+  if (!(total > 0) || !is_finite(total)) return 0;
+  return rho / (q == 2 ? square_root(total) : power(total, (q - 1) / q));
+}
+
+// ---- base optimizers
+
+template <class C>
+struct Sgd {
+  C lr, momentum, weight_decay;
+  bool nesterov, maximize;
+
+  // torch.optim.SGD with dampening 0; m is read and written only where momentum is not zero.
+  LETS_FN C step(const Sgd& o, C theta, C g, C* m) {
+    if (o.maximize) g = -g;
+    if (o.weight_decay != 0) g = g + o.weight_decay * theta;
+    if (m) {
+      *m = o.momentum * *m + g;
+      g = o.nesterov ? g + o.momentum * *m : *m;
+    }
+    return theta - o.lr * g;
+  }
+};
+
+template <class C>
+struct Adam {
+  C shrink;        // 1 - lr weight_decay, the decoupled decay of AdamW; 1 for Adam
+  C weight_decay;  // the coupled decay of Adam; 0 for AdamW
+  C beta1, beta2, one_minus_beta1, one_minus_beta2;
+  C step_size;  // lr / (1 - beta1^t)
+  C root_bias;  // sqrt(1 - beta2^t)
+  C eps;
+  bool maximize;
+
+  LETS_FN C step(const Adam& o, C theta, C g, C& m, C& v) {
+    if (o.maximize) g = -g;
+    theta = theta * o.shrink;
+    if (o.weight_decay != 0) g = g + o.weight_decay * theta;
+    m = m + o.one_minus_beta1 * (g - m);
+    v = o.beta2 * v + o.one_minus_beta2 * (g * g);
+    return theta - o.step_size * (m / (square_root(v) / o.root_bias + o.eps));
+  }
+};
+
+// ---- the gradient in the radius: LETS (Wang et al., 2024), one element's share
+
+// Diagonal curvature H = diag(g_hat^2); `unit` is the element of T sign(Tv)|Tv|^(q-1), not yet divided by its norm.
+LETS_FN double diagonal_share(double outer, double g_hat, double unit) { return outer * (g_hat * g_hat) * unit; }
+// Secant curvature H eps = g_hat - g.
+LETS_FN double secant_share(double outer, double g_hat, double g) { return outer * (g_hat - g); }
+
+}  // namespace lets

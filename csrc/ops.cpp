@@ -1,0 +1,291 @@
+// Every op's schema in one list, the CPU registration, and the Python module _C.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "isa.h"
+#include "math.h"
+#include "runs.h"
+
+namespace lets {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Above this many bytes written, what is not read back by the op is written around the caches.
+constexpr int64_t kStreamBytes = int64_t(1) << 23;
+
+double scalar(const Tensor& t, const char* what) {
+  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Double, what,
+                  " must be a float64 tensor with one element on the CPU");
+  return *static_cast<const double*>(t.const_data_ptr());
+}
+
+int64_t& counter(const Tensor& t, const char* what) {
+  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Long, what,
+                  " must be an int64 tensor with one element on the CPU");
+  return *static_cast<int64_t*>(t.mutable_data_ptr());
+}
+
+Tensor make_scalar(double value) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float64(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor out(handle);
+  *static_cast<double*>(out.mutable_data_ptr()) = value;
+  return out;
+}
+
+// The part of T that a table and its filter norms describe, chunk by chunk.
+class Scalings {
+ public:
+  Scalings(const Table& table, const Tensors& params, const std::optional<Tensor>& norms, Dtype dtype, double xi)
+      : table_(table), xi_(xi), item_(dtype == Dtype::float64 ? 8 : 4) {
+    STD_TORCH_CHECK(!table.element_wise() || !params.empty(), "params must be given where T = |theta| + xi");
+    if (table.rows() == 0) return;
+    STD_TORCH_CHECK(norms.has_value(), "filter_norms must be given where the run table has filters");
+    STD_TORCH_CHECK(norms->is_cpu() && norms->numel() >= table.rows() && norms->is_contiguous() &&
+                        norms->scalar_type() == (item_ == 8 ? ScalarType::Double : ScalarType::Float),
+                    "filter_norms must hold one float32 (float64 for float64 parameters) a filter");
+    norms_ = static_cast<const char*>(norms->const_data_ptr());
+  }
+  Scaling at(const Chunk& chunk) const {
+    const Run& run = table_[chunk.run];
+    return {run.row_length, run.row_count, run.row_length > 0 ? norms_ + run.row_start * item_ : nullptr, xi_,
+            chunk.begin};
+  }
+
+ private:
+  const Table& table_;
+  double xi_;
+  int64_t item_;
+  const char* norms_ = nullptr;
+};
+
+// One partial sum a chunk, added in the order of the chunks.
+template <class F>
+Tensor sum_over_chunks(const Table& table, const F& f) {
+  const auto chunks = table.chunks();
+  std::vector<double> partial(chunks.size());
+  for_each(int64_t(chunks.size()), table.total(), [&](int64_t i) { partial[size_t(i)] = f(chunks[size_t(i)]); });
+  double total = 0;
+  for (double p : partial) total += p;
+  return make_scalar(total);
+}
+
+template <class F>
+void over_chunks(const Table& table, const F& f) {
+  const auto chunks = table.chunks();
+  for_each(int64_t(chunks.size()), table.total(), [&](int64_t i) { f(chunks[size_t(i)]); });
+}
+
+bool streams(const Table& table, Dtype dtype) { return table.total() * size_of(dtype) >= kStreamBytes; }
+
+// An op on no runs at all has no dtype to look at; any will do.
+Dtype dtype_of_list(const Tensors& list, const char* what) {
+  return list.empty() ? Dtype::float32 : dtype_of(list[0], what);
+}
+
+Tensor grad_norm(const Tensors& vectors, const Tensors& params, const Tensor& runs,
+                 const std::optional<Tensor>& filter_norms, double xi, double q) {
+  STD_TORCH_CHECK(q >= 1, "q must be at least 1, not ", q);
+  const Table table(runs);
+  const Dtype dtype = dtype_of_list(vectors, "vectors");
+  const Runs v(vectors, table, dtype, "vectors"), theta(params, table, dtype, "params");
+  const Scalings scaling(table, params, filter_norms, dtype, xi);
+  return sum_over_chunks(table, [&](const Chunk& c) {
+    return cpu::kernels().norm(dtype, v.at(c), theta.at(c), c.numel, scaling.at(c), q);
+  });
+}
+
+void filter_norms(const Tensors& params, const Tensor& runs, const Tensor& out) {
+  const Table table(runs);
+  if (table.rows() == 0) return;
+  const Dtype dtype = dtype_of_list(params, "params");
+  const Runs theta(params, table, dtype, "params");
+  const bool wide = dtype == Dtype::float64;
+  STD_TORCH_CHECK(out.is_cpu() && out.is_contiguous() && out.numel() >= table.rows() &&
+                      out.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                  "out must hold one float32 (float64 for float64 parameters) a filter");
+  struct Row {
+    int64_t run, row;
+  };
+  std::vector<Row> rows;
+  for (int64_t i = 0; i < table.size(); ++i)
+    for (int64_t r = 0; table[i].row_length > 0 && r < table[i].row_count; ++r) rows.push_back({i, r});
+  void* to = out.mutable_data_ptr();
+  for_each(int64_t(rows.size()), table.total(), [&](int64_t i) {
+    const Run& run = table[rows[size_t(i)].run];
+    const int64_t row = rows[size_t(i)].row;
+    const double norm = cpu::kernels().filter_norm(dtype, theta.run(rows[size_t(i)].run), run.numel, run.row_length,
+                                                   run.row_count, row);
+    if (wide) {
+      static_cast<double*>(to)[run.row_start + row] = norm;
+    } else {
+      static_cast<float*>(to)[run.row_start + row] = float(norm);
+    }
+  });
+}
+
+void perturb_(const Tensors& params, const Tensors& vectors, const Tensor& saved, const Tensor& dirty,
+              const Tensor& runs, const std::optional<Tensor>& filter_norms, double xi, double q, const Tensor& total,
+              const Tensor& rho) {
+  STD_TORCH_CHECK(q >= 1, "q must be at least 1, not ", q);
+  const Table table(runs);
+  const Dtype dtype = dtype_of_list(params, "params");
+  const Runs theta(params, table, dtype, "params"), v(vectors, table, dtype, "vectors"),
+      to(Tensors{saved}, table, dtype, "saved");
+  const Scalings scaling(table, params, filter_norms, dtype, xi);
+  const double scale = perturbation_scale(scalar(total, "total"), scalar(rho, "rho"), q);
+  int64_t& flag = counter(dirty, "dirty");
+  const bool stream = streams(table, dtype);
+  over_chunks(table, [&](const Chunk& c) {
+    cpu::kernels().perturb(dtype, theta.at(c), v.at(c), to.at(c), c.numel, scaling.at(c), q, scale, stream);
+  });
+  flag = 1;
+}
+
+void copy_back(const Table& table, const Runs& theta, const Runs& from, Dtype dtype) {
+  const bool stream = streams(table, dtype);
+  over_chunks(table, [&](const Chunk& c) {
+    cpu::kernels().restore(theta.at(c), from.at(c), c.numel * size_of(dtype), stream);
+  });
+}
+
+void restore_(const Tensors& params, const Tensor& saved, const Tensor& dirty, const Tensor& runs) {
+  const Table table(runs);
+  const Dtype dtype = dtype_of_list(params, "params");
+  const Runs theta(params, table, dtype, "params"), from(Tensors{saved}, table, dtype, "saved");
+  int64_t& flag = counter(dirty, "dirty");
+  if (flag != 0) copy_back(table, theta, from, dtype);
+  flag = 0;
+}
+
+void restore_sgd_(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensor& saved,
+                  const Tensor& dirty, const Tensor& runs, const Tensor& gate, double lr, double momentum,
+                  double weight_decay, bool nesterov, bool maximize) {
+  const Table table(runs);
+  const Dtype dtype = dtype_of_list(params, "params");
+  const Runs theta(params, table, dtype, "params"), g(grads, table, dtype, "grads"),
+      m(momenta, table, dtype, "momenta"), from(Tensors{saved}, table, dtype, "saved");
+  STD_TORCH_CHECK(table.total() == 0 || m.empty() == (momentum == 0), "momenta go with a momentum that is not zero");
+  int64_t& flag = counter(dirty, "dirty");
+  if (scalar(gate, "gate") == 0) {
+    copy_back(table, theta, from, dtype);
+  } else {
+    const cpu::SgdOptions options{lr, momentum, weight_decay, nesterov, maximize};
+    const bool stream = streams(table, dtype);
+    over_chunks(table, [&](const Chunk& c) {
+      cpu::kernels().sgd(dtype, theta.at(c), g.at(c), m.at(c), from.at(c), c.numel, options, stream);
+    });
+  }
+  flag = 0;
+}
+
+void restore_adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                    const Tensors& steps, const Tensor& saved, const Tensor& dirty, const Tensor& runs,
+                    const Tensor& gate, double lr, double beta1, double beta2, double eps, double weight_decay,
+                    bool decoupled, bool maximize) {
+  const Table table(runs);
+  const Dtype dtype = dtype_of_list(params, "params");
+  const Runs theta(params, table, dtype, "params"), g(grads, table, dtype, "grads"),
+      m(exp_avgs, table, dtype, "exp_avgs"), v(exp_avg_sqs, table, dtype, "exp_avg_sqs"),
+      from(Tensors{saved}, table, dtype, "saved");
+  STD_TORCH_CHECK(int64_t(steps.size()) == table.size(), "steps must hold one tensor a run");
+  std::vector<float*> step;
+  for (const Tensor& s : steps) {
+    STD_TORCH_CHECK(s.is_cpu() && s.numel() == 1 && s.scalar_type() == ScalarType::Float,
+                    "steps must be float32 tensors with one element on the CPU");
+    step.push_back(static_cast<float*>(s.mutable_data_ptr()));
+  }
+  int64_t& flag = counter(dirty, "dirty");
+  if (scalar(gate, "gate") == 0) {
+    copy_back(table, theta, from, dtype);
+  } else {
+    const cpu::AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, maximize};
+    const bool stream = streams(table, dtype);
+    for (float* s : step) *s += 1;
+    over_chunks(table, [&](const Chunk& c) {
+      cpu::kernels().adam(dtype, theta.at(c), g.at(c), m.at(c), v.at(c), from.at(c), c.numel, *step[size_t(c.run)],
+                          options, stream);
+    });
+  }
+  flag = 0;
+}
+
+Tensor rho_grad_diagonal(const Tensors& val, const Tensors& train, const Tensors& perturbed, const Tensors& vectors,
+                         const Tensors& params, const Tensor& runs, const std::optional<Tensor>& filter_norms,
+                         double xi, double q) {
+  STD_TORCH_CHECK(q >= 1, "q must be at least 1, not ", q);
+  const Table table(runs);
+  const Dtype dtype = dtype_of_list(val, "val");
+  const Runs a(val, table, dtype, "val"), b(train, table, dtype, "train"), h(perturbed, table, dtype, "perturbed"),
+      v(vectors, table, dtype, "vectors"), theta(params, table, dtype, "params");
+  const Scalings scaling(table, params, filter_norms, dtype, xi);
+  return sum_over_chunks(table, [&](const Chunk& c) {
+    return cpu::kernels().rho_diagonal(dtype, a.at(c), b.at(c), h.at(c), v.at(c), theta.at(c), c.numel, scaling.at(c),
+                                       q);
+  });
+}
+
+Tensor rho_grad_secant(const Tensors& val, const Tensors& train, const Tensors& perturbed, const Tensors& first,
+                       const Tensor& runs) {
+  const Table table(runs);
+  const Dtype dtype = dtype_of_list(val, "val");
+  const Runs a(val, table, dtype, "val"), b(train, table, dtype, "train"), h(perturbed, table, dtype, "perturbed"),
+      g(first, table, dtype, "first");
+  return sum_over_chunks(table, [&](const Chunk& c) {
+    return cpu::kernels().rho_secant(dtype, a.at(c), b.at(c), h.at(c), g.at(c), c.numel);
+  });
+}
+
+Tensor all_finite_(const Tensors& values, const Tensor& skipped) {
+  bool finite = true;
+  for (const Tensor& v : values) finite = is_finite(scalar(v, "values")) && finite;
+  if (!finite) counter(skipped, "skipped") += 1;
+  return make_scalar(finite ? 1 : 0);
+}
+
+}  // namespace
+}  // namespace lets
+
+STABLE_TORCH_LIBRARY(lets_kernels, m) {
+  m.def(
+      "grad_norm(Tensor[] vectors, Tensor[] params, Tensor table, Tensor? filter_norms, float xi, float q) -> Tensor");
+  m.def("filter_norms(Tensor[] params, Tensor table, Tensor(a!) out) -> ()");
+  m.def(
+      "perturb_(Tensor(a!)[] params, Tensor[] vectors, Tensor(b!) saved, Tensor(c!) dirty, Tensor table, "
+      "Tensor? filter_norms, float xi, float q, Tensor total, Tensor rho) -> ()");
+  m.def("restore_(Tensor(a!)[] params, Tensor saved, Tensor(b!) dirty, Tensor table) -> ()");
+  m.def(
+      "restore_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor saved, Tensor(c!) dirty, "
+      "Tensor table, Tensor gate, float lr, float momentum, float weight_decay, bool nesterov, bool maximize) -> ()");
+  m.def(
+      "restore_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] steps, Tensor saved, Tensor(e!) dirty, Tensor table, Tensor gate, float lr, float beta1, "
+      "float beta2, float eps, float weight_decay, bool decoupled, bool maximize) -> ()");
+  m.def(
+      "rho_grad_diagonal(Tensor[] val, Tensor[] train, Tensor[] perturbed, Tensor[] vectors, Tensor[] params, "
+      "Tensor table, Tensor? filter_norms, float xi, float q) -> Tensor");
+  m.def("rho_grad_secant(Tensor[] val, Tensor[] train, Tensor[] perturbed, Tensor[] first, Tensor table) -> Tensor");
+  m.def("all_finite_(Tensor[] values, Tensor(a!) skipped) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lets_kernels, CPU, m) {
+  m.impl("grad_norm", TORCH_BOX(&lets::grad_norm));
+  m.impl("filter_norms", TORCH_BOX(&lets::filter_norms));
+  m.impl("perturb_", TORCH_BOX(&lets::perturb_));
+  m.impl("restore_", TORCH_BOX(&lets::restore_));
+  m.impl("restore_sgd_", TORCH_BOX(&lets::restore_sgd_));
+  m.impl("restore_adamw_", TORCH_BOX(&lets::restore_adamw_));
+  m.impl("rho_grad_diagonal", TORCH_BOX(&lets::rho_grad_diagonal));
+  m.impl("rho_grad_secant", TORCH_BOX(&lets::rho_grad_secant));
+  m.impl("all_finite_", TORCH_BOX(&lets::all_finite_));
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled CPU kernels of lets_kernels; importing it registers torch.ops.lets_kernels.*";
+  m.def("cpu_isa", &lets::cpu::current_isa, "The instruction set that the CPU kernels use.");
+  m.def("supported_cpu_isas", &lets::cpu::supported_isas, "Built in and supported here, the best one last.");
+  m.def("use_cpu_isa", &lets::cpu::use_isa, pybind11::arg("name"),
+        "Use another supported instruction set; ValueError names the choices. Not while an op runs.");
+}

@@ -1,0 +1,145 @@
+// Lists of tensors, as they come from Python, turned into checked runs and chunks.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+#include <vector>
+
+#include "layout.h"
+
+namespace lets {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+inline Dtype dtype_of(const Tensor& t, const char* what) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, what, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// True if the elements fill one stretch of memory without holes or overlaps, in whatever order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  std::vector<bool> used(sizes.size(), false);
+  int64_t expected = 1;
+  for (size_t found = 0; found < sizes.size(); ++found) {
+    size_t next = sizes.size();
+    for (size_t d = 0; d < sizes.size(); ++d)
+      if (!used[d] && (sizes[d] == 1 || strides[d] == expected)) next = d;
+    if (next == sizes.size()) return false;
+    used[next] = true;
+    expected *= sizes[next];
+  }
+  return true;
+}
+
+// The run table: a view of the int64 CPU tensor [n, 5].
+class Table {
+ public:
+  explicit Table(const Tensor& t) : tensor_(t) {
+    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(1) == kColumns && t.is_contiguous() &&
+                        t.scalar_type() == torch::headeronly::ScalarType::Long,
+                    "the run table must be a contiguous int64 CPU tensor of shape [n, ", kColumns, "]");
+    runs_ = static_cast<const Run*>(t.const_data_ptr());
+    size_ = t.size(0);
+    for (int64_t i = 0; i < size_; ++i) {
+      const Run& run = runs_[i];
+      STD_TORCH_CHECK(run.start >= 0 && run.numel >= 0 && run.row_length >= -1, "run table: row ", i, " is not valid");
+      STD_TORCH_CHECK(run.row_length < 1 || (run.row_count >= 1 && run.row_start >= 0), "run table: row ", i,
+                      " has filters but no rows");
+      total_ += run.numel;
+      if (run.start + run.numel > end_) end_ = run.start + run.numel;
+      adaptive_ = adaptive_ || run.row_length == 0;
+      if (run.row_length > 0 && run.row_start + run.row_count > rows_) rows_ = run.row_start + run.row_count;
+    }
+  }
+  int64_t size() const { return size_; }
+  const Run& operator[](int64_t i) const { return runs_[i]; }
+  int64_t total() const { return total_; }         // elements in all runs
+  int64_t end() const { return end_; }             // elements a flat buffer must have
+  int64_t rows() const { return rows_; }           // filter norms needed; 0: no filters
+  bool element_wise() const { return adaptive_; }  // some run has T = |theta| + xi
+
+  std::vector<Chunk> chunks() const {
+    std::vector<Chunk> all;
+    all.reserve(size_t(total_ / kChunk + size_));
+    for (int64_t i = 0; i < size_; ++i)
+      for (int64_t b = 0; b < runs_[i].numel; b += kChunk)
+        all.push_back({i, b, runs_[i].numel - b < kChunk ? runs_[i].numel - b : kChunk});
+    return all;
+  }
+
+ private:
+  Tensor tensor_;
+  const Run* runs_;
+  int64_t size_ = 0, total_ = 0, end_ = 0, rows_ = 0;
+  bool adaptive_ = false;
+};
+
+// The addresses of one list argument: one tensor a run, or one flat buffer addressed by Run::start, or nothing.
+class Runs {
+ public:
+  Runs(const Tensors& list, const Table& table, Dtype dtype, const char* what) : item_(size_of(dtype)) {
+    if (list.empty()) return;
+    const bool flat = list.size() == 1 && (table.size() != 1 || list[0].numel() != table[0].numel);
+    STD_TORCH_CHECK(flat || int64_t(list.size()) == table.size(), what, ": ", list.size(), " tensors for ",
+                    table.size(), " rows of the run table");
+    address_.reserve(size_t(table.size()));
+    for (size_t i = 0; i < list.size(); ++i) {
+      const Tensor& t = list[i];
+      STD_TORCH_CHECK(t.is_cpu(), what, "[", i, "] is not on the CPU");
+      STD_TORCH_CHECK(dtype_of(t, what) == dtype, what, "[", i, "] has another dtype than the rest");
+      STD_TORCH_CHECK(is_dense(t), what, "[", i, "] has holes or overlaps in memory; pass a contiguous copy");
+      STD_TORCH_CHECK(flat ? t.numel() >= table.end() : t.numel() == table[int64_t(i)].numel, what, "[", i,
+                      "] has not the number of elements that the run table says");
+      if (!flat) address_.push_back(static_cast<char*>(t.data_ptr()));
+    }
+    if (flat) {
+      auto* base = static_cast<char*>(list[0].data_ptr());
+      for (int64_t i = 0; i < table.size(); ++i) address_.push_back(base + table[i].start * item_);
+    }
+  }
+  // The chunk's first element; null for an empty list.
+  char* at(const Chunk& chunk) const {
+    return address_.empty() ? nullptr : address_[size_t(chunk.run)] + chunk.begin * item_;
+  }
+  char* run(int64_t i) const { return address_.empty() ? nullptr : address_[size_t(i)]; }
+  bool empty() const { return address_.empty(); }
+
+ private:
+  int64_t item_;
+  std::vector<char*> address_;
+};
+
+// Calls f(i) for 0 <= i < count on torch's threads; each i writes only what is its own.
+template <class F>
+void for_each(int64_t count, int64_t elements, const F& f) {
+  constexpr int64_t kWorthAThread = int64_t(1) << 15;
+  if (count <= 1 || elements < kWorthAThread) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, int64_t(torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) f(i);
+  });
+}
+
+}  // namespace lets

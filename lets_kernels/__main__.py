@@ -1,0 +1,37 @@
+"""``python -m lets_kernels``: what runs here and why; ``python -m lets_kernels demo``: train on real data."""
+
+import argparse
+import sys
+
+import torch
+
+import lets_kernels
+from lets_kernels import ops
+
+
+def _report() -> None:
+    print(f"lets_kernels {lets_kernels.__version__}, torch {torch.__version__}")
+    for name, reason in lets_kernels.backends().items():
+        print(f"  {name:<10} {reason}")
+    chosen, _ = ops.choose("auto", torch.device("cpu"))
+    print(f"Parameters on the CPU run on: {chosen}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m lets_kernels", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=["backends", "demo"], default="backends")
+    options = parser.parse_args(arguments[:1])
+    if options.command == "demo":
+        from lets_kernels.demo import cli
+
+        return cli.main(arguments[1:])
+    if arguments[1:]:
+        parser.error(f"unrecognized arguments: {' '.join(arguments[1:])}")
+    _report()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

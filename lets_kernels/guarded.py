@@ -1,0 +1,41 @@
+"""Steps of other people's optimizers that happen only if a flag on the device says so."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
+    """``optimizer.step()`` if ``gate`` (0-d) is not zero; else parameters and state stay as they were.
+
+    On the CPU the flag is in host memory and simply read. On an accelerator the step always runs, and is undone there
+    where the gate is closed, so that the host does not wait; that costs a copy of parameters and state. State that
+    lives on the host all the same (Adam's step count unless ``capturable``) then counts skipped steps too.
+    """
+    if gate.device.type == "cpu":
+        if gate.item() != 0:
+            optimizer.step()
+        return
+    step_and_undo(optimizer, gate)
+
+
+def step_and_undo(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
+    """The way of :func:`guarded_step` that never reads ``gate`` on the host."""
+    before = {key: t.detach().clone() for key, t in _tensors(optimizer).items() if t.device == gate.device}
+    optimizer.step()
+    with torch.no_grad():
+        for key, t in _tensors(optimizer).items():
+            if t.device == gate.device:
+                t.copy_(torch.where(gate != 0, t, before.get(key, torch.zeros_like(t))))
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
+    """Parameters and state tensors, by where they are found."""
+    found: dict[Any, Tensor] = {}
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        found[p] = p
+        for name, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor):
+                found[(p, name)] = value
+    return found

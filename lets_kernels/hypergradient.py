@@ -1,0 +1,139 @@
+"""The gradient of LETS's objective in ν = log ρ (Wang et al., ECML-PKDD 2024), from what one step leaves behind.
+
+With g at θ_t, ĝ at θ_t + ε, ḡ_tr and ḡ_vl at θ_{t+1} and the learning rate η,
+
+    ∂F/∂ν = −η · w · (ḡ_vl − ḡ_tr)ᵀ H ε_t,    ε_t = ρ ε̂_t,
+
+where H is the curvature: ``diagonal`` takes diag(ĝ²) as the paper does, ``secant`` takes H ε_t = ĝ − g, for which
+both gradients are at hand already. The derivation treats the base optimizer's step as −η ĝ.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.direction import Ascent
+from lets_kernels.distributed import Replicas
+from lets_kernels.layout import Bucket, Runs
+
+#: One bucket's gradients by parameter index.
+Gradients = dict[int, Tensor]
+
+
+def by_index(runs: Runs) -> Gradients:
+    """The gradients of a pass, found by the parameter's place in its bucket."""
+    return dict(zip(runs.indices, runs.grads, strict=True))
+
+
+@dataclass
+class Trial:
+    """One step's perturbation and the gradients around it.
+
+    ``ascents`` holds the buckets that were perturbed; every other list has an entry for each bucket there is.
+    """
+
+    ascents: list[Ascent]
+    first: list[Gradients]
+    perturbed: list[Gradients]
+    total: Tensor
+    lr: list[Any]
+    rho: list[Tensor]
+    gate: Tensor
+
+    def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Tensor]:
+        """−η (ḡ_vl − ḡ_tr)ᵀ(ĝ − g) of each bucket, 0-d float64; no ``train`` stands for ḡ_tr = 0."""
+        out = []
+        for a in self.ascents:
+            k, runs = a.bucket.index, self._common(a)
+            lists = self._aligned(runs, val[k], None if train is None else train[k])
+            hat, first = ([source[i] for i in runs.indices] for source in (self.perturbed[k], self.first[k]))
+            out.append(-self.lr[k] * a.bucket.ops.rho_grad_secant(*lists, hat, first, runs.table))
+        return out
+
+    def diagonal(
+        self,
+        val: list[Gradients],
+        train: list[Gradients] | None,
+        along: list[Gradients] | None,
+        replicas: Replicas,
+    ) -> list[Tensor]:
+        """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each bucket, 0-d float64.
+
+        ``along``: the gradients whose direction stands for ε̂, with T at θ_t (Algorithm 1 as printed takes ḡ_tr);
+        None takes ε̂_t, the perturbation that was applied.
+        """
+        ascents, total = self.ascents, self.total
+        if along is not None:
+            ascents = [self._redirect(a, along[a.bucket.index]) for a in ascents]
+            total = replicas.mean(torch.stack([a.total(saved=True) for a in ascents]).sum())
+        out = []
+        for a in ascents:
+            k, runs = a.bucket.index, self._common(a)
+            lists = self._aligned(runs, val[k], None if train is None else train[k])
+            vectors = dict(zip(a.runs.indices, a.vectors, strict=True))
+            part = Ascent(runs, [vectors[i] for i in runs.indices], a.xi, a.q)
+            share = part.rho_grad(*lists, [self.perturbed[k][i] for i in runs.indices])
+            length = torch.where(total > 0, self.rho[k] / total.pow((a.q - 1) / a.q), 0.0)
+            out.append(-self.lr[k] * length * share)
+        return out
+
+    def _common(self, a: Ascent) -> Runs:
+        """The runs of a bucket that were perturbed and have a gradient there."""
+        runs, hats = a.runs, self.perturbed[a.bucket.index]
+        if all(i in hats for i in runs.indices):
+            return runs
+        keep = [j for j, i in enumerate(runs.indices) if i in hats]
+        return Runs(
+            runs.bucket,
+            tuple(runs.indices[j] for j in keep),
+            [runs.params[j] for j in keep],
+            [runs.grads[j] for j in keep],
+        )
+
+    @staticmethod
+    def _aligned(runs: Runs, val: Gradients, train: Gradients | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Lists in the order of the runs; a parameter without a gradient has gradient zero."""
+        pairs = list(zip(runs.indices, runs.grads, strict=True))
+        vals = [val[i] if i in val else torch.zeros_like(g) for i, g in pairs]
+        if train is None:
+            return vals, []
+        return vals, [train[i] if i in train else torch.zeros_like(g) for i, g in pairs]
+
+    @staticmethod
+    def _redirect(a: Ascent, along: Gradients) -> Ascent:
+        pairs = zip(a.runs.indices, a.vectors, strict=True)
+        vectors = [along[i] if i in along else torch.zeros_like(v) for i, v in pairs]
+        return Ascent(a.runs, vectors, a.xi, a.q)
+
+    def pack(self) -> dict[str, Any]:
+        """Everything that ``unpack`` needs, as tensors, numbers, lists and dicts that torch.save can store."""
+        ascents = [
+            {
+                "bucket": a.bucket.index,
+                "indices": list(a.runs.indices),
+                "vectors": a.vectors,
+                "xi": a.xi,
+                "q": a.q,
+                "saved": a.bucket.saved.clone() if a.bucket.element_wise else None,
+                "filter_norms": None if a.bucket.filter_norms is None else a.bucket.filter_norms.clone(),
+            }
+            for a in self.ascents
+        ]
+        rest = {name: getattr(self, name) for name in ("first", "perturbed", "total", "lr", "rho", "gate")}
+        return {"ascents": ascents, **rest}
+
+    @classmethod
+    def unpack(cls, state: dict[str, Any], buckets: list[Bucket]) -> "Trial":
+        """The trial again, over buckets of the same parameters; their saved weights become those of the trial."""
+        ascents = []
+        for entry in state["ascents"]:
+            bucket, indices, vectors = buckets[entry["bucket"]], tuple(entry["indices"]), entry["vectors"]
+            runs = Runs(bucket, indices, [bucket.params[i] for i in indices], vectors)
+            ascents.append(Ascent(runs, vectors, entry["xi"], entry["q"]))
+            if entry["saved"] is not None:
+                bucket.saved.copy_(entry["saved"])
+            if bucket.filter_norms is not None:
+                bucket.filter_norms.copy_(entry["filter_norms"])
+        return cls(ascents, **{name: value for name, value in state.items() if name != "ascents"})

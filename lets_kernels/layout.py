@@ -1,0 +1,242 @@
+"""The flattened parameter space: buckets of parameters, their runs, and the tables that the ops read.
+
+Parameters of one group, device and dtype form a bucket: an index space in which parameter i owns
+``[start_i, start_i + numel_i)``, starts padded to 16 elements. State that the package owns (saved weights, filter
+norms) is one flat buffer a bucket. The parameters stay where they lie unless ``flatten`` moves them into one buffer.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from lets_kernels import ops
+
+PADDING = 16
+UNSCALED, ELEMENT_WISE = -1, 0
+
+# (row_length, row_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
+Geometry = Callable[[Tensor, str | None, dict[str, Any]], tuple[int, int]]
+
+
+def is_dense(t: Tensor) -> bool:
+    """True if the elements fill one stretch of memory without holes or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True
+
+
+def check_parameter(p: Tensor, where: str) -> None:
+    """Refuse what no method can perturb.
+
+    Raises:
+        TypeError: the dtype has no gradient, or no kernels (complex, 8-bit); the message names the way out.
+        ValueError: elements share memory (an expanded tensor).
+    """
+    if p.dtype not in ops.DTYPES:
+        what = "hold its real and imaginary part as two parameters" if p.is_complex() else "keep it out of the groups"
+        raise TypeError(f"{where}: a parameter of dtype {p.dtype} cannot be perturbed; {what}")
+    if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(f"{where}: an expanded parameter shares memory between elements; pass p.clone()")
+
+
+@dataclass
+class Runs:
+    """The parameters of a bucket that take part in one pass, with their gradients, in the order of the bucket.
+
+    ``params`` and ``grads`` are dense and agree in their strides, run by run; where the user's do not, they are
+    copies, and ``write_back`` brings the weights home.
+    """
+
+    bucket: "Bucket"
+    indices: tuple[int, ...]
+    params: list[Tensor]
+    grads: list[Tensor]
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def table(self) -> Tensor:
+        return self.bucket.table(self.indices)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What the ops take for the parameters: one tensor a run, or the one buffer that holds them all."""
+        return [self.bucket.flat] if self.bucket.flat is not None and not self.copies else self.params
+
+    def write_back(self) -> None:
+        """After an op wrote the weights: copies go home, and autograd learns that the parameters have changed."""
+        for home, copy in self.copies:
+            home.copy_(copy)
+        increment_version([self.bucket.params[i] for i in self.indices])
+
+
+class Bucket:
+    """Parameters of one group, device and dtype, as one index space."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        names: Sequence[str | None],
+        index: int,
+        group: int,
+        options: dict[str, Any],
+        geometry: Geometry,
+        backend: str,
+        flatten: bool,
+    ) -> None:
+        self.params = list(params)
+        self.index, self.group = index, group
+        self.dtype, self.device = params[0].dtype, params[0].device
+        self.backend, self.ops = ops.choose(backend, self.device)
+        self.flat: Tensor | None = None
+        self._saved: Tensor | None = None
+        self.dirty = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._tables: dict[tuple[int, ...], Tensor] = {}
+        self._scalar: tuple[float, Tensor] | None = None
+
+        rows, self.size, self.filters = [], 0, 0
+        for p, name in zip(params, names, strict=True):
+            length, count = geometry(p, name, options)
+            rows.append((self.size, p.numel(), length, count, self.filters if length > 0 else 0))
+            self.size += -(-p.numel() // PADDING) * PADDING
+            self.filters += count if length > 0 else 0
+        self._rows = torch.tensor(rows, dtype=torch.int64)
+        self.element_wise = any(row[2] == ELEMENT_WISE for row in rows)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.filter_norms = torch.empty(self.filters, dtype=wide, device=self.device) if self.filters else None
+
+        self._dense = [is_dense(p) for p in params]
+        if flatten and all(self._dense):
+            self._flatten()
+        self._strides = [p.stride() for p in params]
+        self._addresses = [p.data_ptr() for p in params] if flatten else []
+
+    def _flatten(self) -> None:
+        self.flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for p, (start, *_) in zip(self.params, self._rows.tolist(), strict=True):
+            home = self.flat.as_strided(p.size(), p.stride(), start)
+            home.copy_(p.detach())
+            p.data = home
+
+    @property
+    def saved(self) -> Tensor:
+        """The weights before the perturbation: one flat buffer, made when first needed."""
+        if self._saved is None:
+            self._saved = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        return self._saved
+
+    def table(self, indices: tuple[int, ...]) -> Tensor:
+        """The run table of these parameters; made once for every set."""
+        if indices not in self._tables:
+            self._tables[indices] = self._rows[list(indices)].contiguous()
+        return self._tables[indices]
+
+    def unscaled_table(self, indices: tuple[int, ...]) -> Tensor:
+        """As :meth:`table`, with T = 1 everywhere."""
+        key = (UNSCALED, *indices)
+        if key not in self._tables:
+            table = self.table(indices).clone()
+            table[:, 2], table[:, 3:] = UNSCALED, 0
+            self._tables[key] = table
+        return self._tables[key]
+
+    def scalar(self, value: float | Tensor) -> Tensor:
+        """A number as the ops take it: 0-d float64 on the bucket's device, made anew only where it has changed."""
+        if isinstance(value, Tensor):
+            return value.to(self.device)
+        if self._scalar is None or self._scalar[0] != value:
+            self._scalar = value, torch.full((), value, dtype=torch.float64, device=self.device)
+        return self._scalar[1]
+
+    def is_current(self) -> bool:
+        """False once a parameter was re-typed, moved or re-strided (or, where flattened, re-pointed)."""
+        if not all(
+            p.dtype is self.dtype and p.device == self.device and p.stride() == stride
+            for p, stride in zip(self.params, self._strides, strict=True)
+        ):
+            return False
+        return all(p.data_ptr() == at for p, at in zip(self.params, self._addresses, strict=bool(self._addresses)))
+
+    def gather(self, grads: Sequence[Tensor | None] | None = None, among: Iterable[int] | None = None) -> Runs:
+        """The runs of the parameters that have a gradient (``p.grad`` unless ``grads`` lists others).
+
+        Raises:
+            TypeError: a sparse gradient.
+        """
+        runs = Runs(self, (), [], [])
+        indices = []
+        for i in range(len(self.params)) if among is None else among:
+            p = self.params[i]
+            g = p.grad if grads is None else grads[i]
+            if g is None:
+                continue
+            if g.layout is not torch.strided:
+                raise TypeError(
+                    f"a gradient of layout {g.layout} (shape {tuple(g.shape)}) cannot give a perturbation of all "
+                    "weights; build the embedding with sparse=False"
+                )
+            indices.append(i)
+            weights: Tensor = p
+            if not self._dense[i]:
+                weights = p.detach().clone(memory_format=torch.contiguous_format)
+                runs.copies.append((p.detach(), weights))
+            if g.stride() != weights.stride() or g.dtype is not self.dtype:
+                g = torch.empty_like(weights, memory_format=torch.preserve_format).copy_(g.detach())
+            runs.params.append(weights)
+            runs.grads.append(g)
+        runs.indices = tuple(indices)
+        return runs
+
+    def save(self, runs: Runs, index: int) -> None:
+        """Take the present weights of one parameter of ``runs`` for its saved ones."""
+        weights = runs.params[runs.indices.index(index)]
+        start = int(self._rows[index, 0])
+        self.saved.as_strided(weights.size(), weights.stride(), start).copy_(weights.detach())
+
+    def restore(self, runs: Runs) -> None:
+        """Bring back the saved weights of these runs, if they are perturbed. Bit-exact; waits for nothing."""
+        self.ops.restore_(runs.weights, self.saved, self.dirty, runs.table)
+        runs.write_back()
+
+
+class ParameterSpace:
+    """All buckets of an optimizer's groups; rebuilt when the groups or their parameters are no longer the same."""
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        names: dict[int, str],
+        geometry: Geometry,
+        backend: str,
+        flatten: bool,
+    ) -> None:
+        self._key = self._signature(groups)
+        self.buckets: list[Bucket] = []
+        for index, group in enumerate(groups):
+            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for p in group["params"]:
+                check_parameter(p, f"param_groups[{index}]")
+                if p.requires_grad:
+                    kinds.setdefault((p.device, p.dtype), []).append(p)
+            own = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
+            for members in kinds.values():
+                labels = [own.get(id(p), names.get(id(p))) for p in members]
+                self.buckets.append(
+                    Bucket(members, labels, len(self.buckets), index, group, geometry, backend, flatten)
+                )
+
+    @staticmethod
+    def _signature(groups: Sequence[dict[str, Any]]) -> list[Any]:
+        return [
+            (tuple(map(id, g["params"])), tuple(p.requires_grad for p in g["params"]), g.get("adaptive"))
+            for g in groups
+        ]
+
+    def is_current(self, groups: Sequence[dict[str, Any]]) -> bool:
+        return self._key == self._signature(groups) and all(b.is_current() for b in self.buckets)

@@ -1,0 +1,256 @@
+"""How far to perturb, learned: LETS."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.distributed import Replicas
+from lets_kernels.guarded import guarded_step
+from lets_kernels.hypergradient import Gradients, Trial
+from lets_kernels.layout import Bucket
+from lets_kernels.radius import Radius
+
+METRICS = ("squared_gap", "gap", "validation_loss")
+CURVATURES = ("diagonal", "secant")
+DIRECTIONS = ("epsilon", "algorithm1")
+
+
+class LearnedRadius(Radius):
+    """LETS: ρ = exp(ν), learned by bilevel optimisation (Wang et al., ECML-PKDD 2024, Algorithm 1).
+
+    After every step the gradients of the training and the validation loss are taken at the new weights, and ν moves
+    along ∂F/∂ν (:mod:`lets_kernels.hypergradient`) under an optimizer of its own. Unstated in the paper, and so
+    parameters here: the optimizer for ν, one radius or one a group, and how a step of the base optimizer other than
+    plain SGD enters: as −η ĝ.
+
+    Args:
+        rho: ρ_0 > 0. With ``per_group``, for groups without their own ``rho``.
+        metric: F. ``"squared_gap"`` (the paper) is ½(L_vl − L_tr)², ``"gap"`` is L_vl − L_tr, ``"validation_loss"``
+            is L_vl; the last needs one gradient fewer.
+        curvature: ``"diagonal"`` (the paper) or ``"secant"``.
+        direction: for the diagonal, ``"epsilon"`` takes the perturbation that was applied (the derivation in the
+            text); ``"algorithm1"`` takes the training gradient at the new weights, as Algorithm 1 prints it.
+        optimizer: class of the torch optimizer for ν, Adam by default; it gets ``optimizer_kwargs``, ``lr`` 1e-2 by
+            default. Once bound it is the attribute ``optimizer``, to which an LR scheduler can be attached.
+        interval: learn on every ``interval``-th step only.
+        reuse_train_gradient: the next step's first gradient, on the next batch, serves as ḡ_tr: three gradients a step
+            and not four. ν then moves at the beginning of the next step.
+        per_group: one ν a param group. With a secant, a group's ν then sees the part of ĝ − g that lies in the group.
+
+    Raises:
+        ValueError: an argument is out of its range; ``direction`` with a secant, which needs none.
+    """
+
+    learns = True
+
+    def __init__(
+        self,
+        rho: float = 0.05,
+        *,
+        metric: str = "squared_gap",
+        curvature: str = "diagonal",
+        direction: str = "epsilon",
+        optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+        interval: int = 1,
+        reuse_train_gradient: bool = False,
+        per_group: bool = False,
+        **optimizer_kwargs: Any,
+    ) -> None:
+        for name, value, known in (
+            ("metric", metric, METRICS),
+            ("curvature", curvature, CURVATURES),
+            ("direction", direction, DIRECTIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if curvature == "secant" and direction != "epsilon":
+            raise ValueError(f"direction={direction!r} goes with curvature='diagonal'; a secant needs no direction")
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, not {interval}")
+        self.rho = _check_learned(rho)
+        self.metric, self.curvature, self.direction = metric, curvature, direction
+        self.interval, self.reuse_train_gradient, self.per_group = interval, reuse_train_gradient, per_group
+        self._make_optimizer = optimizer
+        self._optimizer_kwargs = {"lr": 1e-2, **optimizer_kwargs}
+        self.nu: list[Tensor] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._pending: tuple[Trial, list[Gradients], Tensor] | None = None
+        self._packed: dict[str, Any] | None = None
+        self._metrics: dict[str, Tensor] = {}
+
+    # ---- the radius ----------------------------------------------------------------------------------------------
+
+    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+        given = {float(g["rho"]) for g in groups} - ({self.rho, *map(float, self._radii())} if self.nu else set())
+        if not self.per_group and len(given) > (0 if self.nu else 1):
+            raise ValueError("the groups have different rho, but one radius is learned for all: use per_group=True")
+        if any("lr" not in g for g in groups):
+            raise ValueError("a learned radius needs the learning rate: the base optimizer's groups have no 'lr'")
+        for group in groups[len(self.nu) :] if self.per_group else groups[: 1 - len(self.nu)]:
+            start = math.log(_check_learned(float(group["rho"])))
+            self.nu.append(torch.tensor(start, dtype=torch.float64, device=device, requires_grad=True))
+            if self.optimizer is None:
+                self.optimizer = self._make_optimizer([self.nu[0]], **self._optimizer_kwargs)
+            else:
+                self.optimizer.add_param_group({"params": [self.nu[-1]]})
+        self._publish(groups)
+
+    def _publish(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Let every group show its ρ, a 0-d tensor of its own that later steps replace and never change."""
+        radii = self._radii()
+        for index, group in enumerate(groups):
+            group["rho"] = radii[self._of(index)]
+
+    def _radii(self) -> list[Tensor]:
+        return [nu.detach().exp() for nu in self.nu]
+
+    def _of(self, group: int) -> int:
+        return group if self.per_group else 0
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        rho = group["rho"]
+        return rho if isinstance(rho, Tensor) else self.nu[self._of(index)].detach().exp()
+
+    # ---- learning --------------------------------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """True if the radius learns from step number ``step`` (from 0)."""
+        return (step + 1) % self.interval == 0
+
+    @property
+    def needs_train_gradient(self) -> bool:
+        """True if ∂F/∂ν holds ḡ_tr."""
+        return self.metric != "validation_loss" or (self.curvature, self.direction) == ("diagonal", "algorithm1")
+
+    @property
+    def needs_train_closure(self) -> bool:
+        """True if ḡ_tr is computed at the end of the step rather than taken from the next one's beginning."""
+        return self.needs_train_gradient and not self.reuse_train_gradient
+
+    @property
+    def waits(self) -> bool:
+        """True if a step is still to be learned from, once the next first gradient is there."""
+        return self._pending is not None or self._packed is not None
+
+    @property
+    def needs_train_loss(self) -> bool:
+        return self.metric == "squared_gap"
+
+    def observe(
+        self,
+        trial: Trial,
+        val: list[Gradients],
+        val_loss: Tensor,
+        train: list[Gradients] | None,
+        train_loss: Tensor | None,
+        groups: Sequence[dict[str, Any]],
+        replicas: Replicas,
+    ) -> None:
+        """Learn from one step; or keep it, if ḡ_tr is to be the next step's first gradient."""
+        if self.needs_train_gradient and self.reuse_train_gradient:
+            self._pending = trial, val, val_loss
+        else:
+            self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
+
+    def complete(
+        self,
+        train: list[Gradients],
+        train_loss: Tensor | None,
+        buckets: list[Bucket],
+        groups: Sequence[dict[str, Any]],
+        replicas: Replicas,
+    ) -> None:
+        """Learn from the step that waits, now that the first gradient of the next one stands for its ḡ_tr."""
+        if self._packed is not None:
+            state, self._packed = self._packed, None
+            self._pending = Trial.unpack(state["trial"], buckets), state["val"], state["val_loss"]
+        assert self._pending is not None
+        (trial, val, val_loss), self._pending = self._pending, None
+        self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
+
+    def _learn(
+        self,
+        trial: Trial,
+        val: list[Gradients],
+        val_loss: Tensor,
+        train: list[Gradients] | None,
+        train_loss: Tensor | None,
+        groups: Sequence[dict[str, Any]],
+        replicas: Replicas,
+    ) -> None:
+        assert self.optimizer is not None
+        subtracted = None if self.metric == "validation_loss" else train
+        if self.curvature == "secant":
+            shares = trial.secant(val, subtracted)
+        else:
+            shares = trial.diagonal(val, subtracted, train if self.direction == "algorithm1" else None, replicas)
+        sums = [torch.zeros_like(nu) for nu in self.nu]
+        for ascent, share in zip(trial.ascents, shares, strict=True):
+            sums[self._of(ascent.bucket.group)] += share
+
+        known = [val_loss] if train_loss is None else [val_loss, train_loss]
+        means = replicas.means([*sums, *known])
+        losses = means[len(sums) :]
+        weight = losses[0] - losses[1] if self.metric == "squared_gap" else torch.ones_like(val_loss)
+        gradients = [weight * s for s in means[: len(sums)]]
+        ok = torch.isfinite(torch.stack(gradients)).all() * trial.gate
+        self._metrics = {
+            "rho_grad": _one_or_all([d / nu.detach().exp() for d, nu in zip(gradients, self.nu, strict=True)]),
+            **dict(zip(("val_loss", "train_loss"), losses, strict=False)),
+        }
+        for nu, d in zip(self.nu, gradients, strict=True):
+            nu.grad = torch.where(ok != 0, d, torch.zeros_like(d))
+        guarded_step(self.optimizer, ok)
+        self._publish(groups)
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, Tensor]:
+        return self._metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """ν, its optimizer, and the step that waits to be learned from, if any."""
+        assert self.optimizer is not None
+        pending = self._packed
+        if self._pending is not None:
+            trial, val, val_loss = self._pending
+            pending = {"trial": trial.pack(), "val": val, "val_loss": val_loss}
+        return {
+            "nu": [nu.detach().clone() for nu in self.nu],
+            "optimizer": self.optimizer.state_dict(),
+            "pending": pending,
+        }
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        found = len(state.get("nu", ()))
+        if found != len(self.nu):
+            raise ValueError(f"the state holds {found} learned radii, this optimizer has {len(self.nu)}")
+
+    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        assert self.optimizer is not None
+        with torch.no_grad():
+            for nu, value in zip(self.nu, state["nu"], strict=True):
+                nu.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._pending, self._packed = None, state["pending"]
+        self._publish(groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: a waiting step goes along as data, without the buckets it came from."""
+        own = dict(self.__dict__)
+        if self._pending is not None:
+            own["_packed"], own["_pending"] = self.state_dict()["pending"], None
+        return own
+
+
+def _check_learned(rho: float) -> float:
+    if not (math.isfinite(rho) and rho > 0):
+        raise ValueError(f"a learned radius starts at a finite rho > 0 (rho = exp(nu)), not {rho}")
+    return float(rho)
+
+
+def _one_or_all(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values)

@@ -1,0 +1,111 @@
+"""The ops, in every backend, and the choice between them.
+
+A **bucket** is an index space over parameters of one group, device and dtype; a **run** is one parameter's stretch of
+it. The run **table** is an int64 CPU tensor with one row a run: ``start`` (offset in the bucket's flat buffers),
+``numel``, ``row_length``, ``row_count``, ``row_start``. The last three say how ASAM's T scales the run: ``row_length``
+-1 for T = 1, 0 for T = |θ| + ξ, and else T = ‖filter‖ + ξ, where element e (in memory order) belongs to filter
+``(e // row_length) % row_count``, whose norm stands at ``filter_norms[row_start + filter]``. A list argument holds one
+dense tensor a row, or a single flat buffer that ``start`` addresses.
+
+Scalars are 0-d float64 tensors on the parameters' device, so nothing waits for the device. A **gate** is such a scalar:
+0 where a gradient was not finite and the step must not happen. ``dirty`` is a 0-d int64 tensor that an op sets while
+weights are perturbed; it lives beside the kernels, so that an interrupt between two Python instructions cannot
+separate it from what it describes.
+"""
+
+import importlib
+import os
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lets_kernels.ops import reference
+
+
+class Backend(Protocol):
+    """A module with one function an op; the arguments are those of :mod:`lets_kernels.ops.reference`."""
+
+    def grad_norm(self, *args: Any) -> Tensor: ...
+    def filter_norms(self, *args: Any) -> None: ...
+    def perturb_(self, *args: Any) -> None: ...
+    def restore_(self, *args: Any) -> None: ...
+    def restore_sgd_(self, *args: Any) -> None: ...
+    def restore_adamw_(self, *args: Any) -> None: ...
+    def rho_grad_diagonal(self, *args: Any) -> Tensor: ...
+    def rho_grad_secant(self, *args: Any) -> Tensor: ...
+    def all_finite_(self, *args: Any) -> Tensor: ...
+
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ENVIRONMENT = "LETS_KERNELS_BACKEND"
+
+
+def _load(name: str) -> tuple[Backend | None, str]:
+    """The backend's module (None if it cannot run here) and the reason in words."""
+    if name == "reference":
+        return reference, "plain PyTorch, any device"
+    if name == "cpu":
+        try:
+            native = importlib.import_module("lets_kernels.ops.native")
+        except ImportError as error:
+            return None, (
+                f"the compiled extension lets_kernels._C could not be imported ({error}); reinstall with a C++ "
+                "compiler and LETS_KERNELS_CPU=1 to see why"
+            )
+        return native, f"compiled C++, instruction set {native._C.cpu_isa()}"
+    return None, "not part of this version"
+
+
+_loaded: dict[str, tuple[Backend | None, str]] = {}
+
+
+def load(name: str) -> tuple[Backend | None, str]:
+    """As ``_load``, once a process."""
+    if name not in _loaded:
+        _loaded[name] = _load(name)
+    return _loaded[name]
+
+
+def backends() -> dict[str, str]:
+    """Each backend by name, and what it is or why it does not run here, in words."""
+    return {name: ("available: " if load(name)[0] else "not available: ") + load(name)[1] for name in NAMES}
+
+
+def check_request(requested: str) -> str:
+    """The backend asked for by argument or, where that is "auto", by ``LETS_KERNELS_BACKEND``.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend cannot run here; the message says why.
+    """
+    source = f"backend={requested!r}"
+    if requested == "auto" and os.environ.get(ENVIRONMENT):
+        requested = os.environ[ENVIRONMENT]
+        source = f"{ENVIRONMENT}={requested}"
+    if requested == "auto":
+        return requested
+    if requested not in NAMES:
+        raise ValueError(f"{source}: choose one of auto, {', '.join(NAMES)}")
+    module, reason = load(requested)
+    if module is None:
+        raise RuntimeError(f"{source} does not run here: {reason}. backend='auto' takes what does")
+    return requested
+
+
+def choose(requested: str, device: torch.device) -> tuple[str, Backend]:
+    """The backend for parameters on ``device``: its name and its module.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`check_request`; also where a backend is asked for that has no kernels for
+            this device.
+    """
+    requested = check_request(requested)
+    if requested == "auto":
+        requested = "cpu" if device.type == "cpu" and load("cpu")[0] is not None else "reference"
+    if requested == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"backend 'cpu' has no kernels for parameters on {device}; use 'auto' or 'reference'")
+    module = load(requested)[0]
+    assert module is not None
+    return requested, module

@@ -1,0 +1,58 @@
+"""LETS (Wang, Jiang, Fu, Zhang, ECML-PKDD 2024): SAM and ASAM with a learned radius.
+
+LETS is a radius and goes with every method: ``rho=LearnedRadius(...)``. The two presets are the paper's.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lets_kernels.learned import LearnedRadius
+from lets_kernels.optimizers.asam import ASAM
+from lets_kernels.optimizers.sam import SAM
+
+
+def _learned(rho: float | LearnedRadius) -> LearnedRadius:
+    return rho if isinstance(rho, LearnedRadius) else LearnedRadius(rho)
+
+
+class LETSSAM(SAM):
+    """LETS-SAM: ``SAM(params, base_optimizer, rho=LearnedRadius(rho))``.
+
+    Args:
+        params, base_optimizer, kwargs: as :class:`SAM`.
+        rho: the first radius ρ_0 > 0, or a :class:`LearnedRadius` with settings of its own.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: float | LearnedRadius = 0.05,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, _learned(rho), **kwargs)
+
+
+class LETSASAM(ASAM):
+    """LETS-ASAM: ``ASAM(params, base_optimizer, rho=LearnedRadius(rho), filterwise=True)`` (T as in LETS Eq. 7).
+
+    Args:
+        params, base_optimizer, xi, filterwise, scale_bias, kwargs: as :class:`ASAM`.
+        rho: as :class:`LETSSAM`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: float | LearnedRadius = 0.5,
+        xi: float = 0.01,
+        *,
+        filterwise: bool = True,
+        scale_bias: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        learned = _learned(rho)
+        super().__init__(params, base_optimizer, learned, xi, filterwise=filterwise, scale_bias=scale_bias, **kwargs)

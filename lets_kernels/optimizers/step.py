@@ -1,0 +1,164 @@
+"""One step of the engine, from the first gradients to the base optimizer's."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lets_kernels.guarded import guarded_step
+from lets_kernels.hypergradient import Gradients, Trial, by_index
+from lets_kernels.layout import Bucket, Runs
+from lets_kernels.learned import LearnedRadius
+from lets_kernels.optimizers.fused import FUSED, refusal
+
+if TYPE_CHECKING:
+    from lets_kernels.optimizers.sam import SAM
+
+
+class Step:
+    """What one step needs to know between its two passes.
+
+    The constructor reads the first gradients and touches no weight. ``perturb`` moves the weights, ``restore`` brings
+    them back, ``descend`` restores and lets the base optimizer step. The ops keep a flag beside each bucket that says
+    whether it is perturbed, so ``restore`` is right, and harmless, at any point.
+    """
+
+    def __init__(self, optimizer: "SAM", loss: Tensor | None, keep: bool) -> None:
+        self.optimizer, self.loss = optimizer, loss
+        self.perturbed_loss: Tensor | None = None
+        self.trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
+        self.is_perturbed = self.torn = False
+        o, radius = optimizer, optimizer.radius
+        learns = isinstance(radius, LearnedRadius) and radius.due(o._step_number)
+        self._observed = learns
+        self.perturbs = o.schedule.perturbs(o._step_number)
+        self.buckets: list[Bucket] = o._space().buckets
+        first = [b.gather() for b in self.buckets]
+        if isinstance(radius, LearnedRadius) and radius.waits:
+            if radius.needs_train_loss and loss is None:
+                raise RuntimeError(
+                    "the radius learns from the last step and this one's first loss: pass it, first_step(loss=loss), "
+                    "or let step(closure, val_closure) call the closure for the first gradient too"
+                )
+            with torch.no_grad():
+                radius.complete([by_index(r) for r in first], loss, self.buckets, o.param_groups, o.replicas)
+        if keep and (learns or o.descent.holds_first):
+            for runs in first:
+                runs.grads = [g.clone() for g in runs.grads]
+        self.first = first
+        self.ascents = [o.direction.ascent(r, o.param_groups[r.bucket.group]) for r in first if r.indices]
+        self.total = o.replicas.mean(self._sum([a.total() for a in self.ascents]))
+        self.rho = [self._radius(b) for b in self.buckets]
+        self.hats: list[Tensor] = []
+        self.gate = torch.ones_like(self.total)
+
+    def _sum(self, values: list[Tensor]) -> Tensor:
+        """The sum of 0-d tensors from several devices, on the first one's."""
+        if not values:
+            return torch.zeros((), dtype=torch.float64, device=self.optimizer.skipped.device)
+        if len(values) == 1:
+            return values[0]
+        return torch.stack([v.to(values[0].device) for v in values]).sum()
+
+    def _radius(self, bucket: Bucket) -> Tensor:
+        o, group = self.optimizer, self.optimizer.param_groups[bucket.group]
+        return bucket.scalar(o.radius.value(bucket.group, group, o._step_number))
+
+    def perturb(self) -> None:
+        """θ ← θ + ε, over all buckets with one norm; nothing on a step that does not perturb."""
+        if not self.perturbs:
+            return
+        self.is_perturbed = self.torn = True
+        for a in self.ascents:
+            a.perturb(self.total.to(a.bucket.device), self.rho[a.bucket.index])
+        self.torn = False
+
+    def restore(self) -> None:
+        """θ + ε → θ, to the bit, wherever the weights are perturbed."""
+        self.torn = self.is_perturbed
+        for a in self.ascents:
+            if self.is_perturbed:
+                a.bucket.restore(a.runs)
+        self.is_perturbed = self.torn = False
+
+    def return_gradients(self) -> None:
+        """Give back the first gradients that were taken, for a step along them."""
+        for runs in self.first:
+            for i, g in zip(runs.indices, runs.grads, strict=True):
+                runs.bucket.params[i].grad = g
+
+    def descend(self) -> tuple[bool, str]:
+        """Restore, and step along the second gradients: was it fused, and if not, why."""
+        o = self.optimizer
+        second = [b.gather() for b in self.buckets]
+        for runs, first in zip(second, self.first, strict=True):
+            if runs.indices:
+                runs.grads = o.descent.gradients(runs, by_index(first) if o.descent.holds_first else {})
+        active = [r for r in second if r.indices]
+        self._close_gate(active)
+        fused, reason = [], refusal(o.base_optimizer)
+        if not self.perturbs:
+            reason = "a step without perturbation"
+        if reason is None:
+            kind = FUSED[type(o.base_optimizer)]
+            for runs in active:
+                group = o.param_groups[runs.bucket.group]
+                step: Callable[[Tensor], None] | None = kind.prepare(runs, group, o.base_optimizer.state)
+                if step is None:
+                    reason = "the state lies otherwise in memory than the parameters"
+                    break
+                fused.append((runs, step))
+        hats = [by_index(r) for r in second]
+        if reason is None:
+            for runs in (r for r in second if r.indices != self.first[r.bucket.index].indices):
+                self._even_out(runs)
+            for runs, take in fused:
+                take(self.gate.to(runs.bucket.device))
+                runs.write_back()
+            self.is_perturbed = False
+        else:
+            self.restore()
+            for runs in active:
+                for i, g in zip(runs.indices, runs.grads, strict=True):
+                    runs.bucket.params[i].grad = g
+            guarded_step(o.base_optimizer, self.gate)
+        if self._observed and self.perturbs and self.ascents:
+            self.trial = self._record(hats), [(g, g._version) for h in hats for g in h.values()]
+        return reason is None, reason or ""
+
+    def _close_gate(self, active: list[Runs]) -> None:
+        """0 where a gradient is not finite, of either pass and on any rank; counted, and never read here."""
+        o = self.optimizer
+        if not o.check_finite or not active:
+            return
+        sums = [r.bucket.ops.grad_norm(r.grads, [], r.bucket.unscaled_table(r.indices), None, 0.0, 2.0) for r in active]
+        self.hats = [o.replicas.mean(self._sum(sums))]
+        self.gate = active[0].bucket.ops.all_finite_([self.total, *self.hats], o.skipped)
+
+    def _even_out(self, runs: Runs) -> None:
+        """Where the passes have different gradients: restore, and save what only the second one touches."""
+        first = self.first[runs.bucket.index]
+        if first.indices:
+            runs.bucket.restore(first)
+        for i in set(runs.indices) - set(first.indices):
+            runs.bucket.save(runs, i)
+
+    def _record(self, hats: list[Gradients]) -> Trial:
+        groups = [self.optimizer.param_groups[b.group] for b in self.buckets]
+        lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+        first = [by_index(r) for r in self.first]
+        return Trial(self.ascents, first, hats, self.total, lr, self.rho, self.gate)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """For :meth:`SAM.metrics`."""
+        found = {"grad_norm": self.total.pow(1 / self.optimizer.direction.q)}
+        if self.hats:
+            found["perturbed_grad_norm"] = self.hats[0].sqrt()
+        if self.loss is not None:
+            found["loss"] = self.loss
+        if self.perturbed_loss is not None:
+            found["perturbed_loss"] = self.perturbed_loss
+            if self.loss is not None:
+                found["loss_gap"] = self.perturbed_loss - self.loss
+        return found

@@ -1,0 +1,95 @@
+"""How far to perturb: the radius part of a method, constant or scheduled; learned.py has the learned one."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_rho(rho: Any) -> float:
+    """ρ as a float, or ``ValueError``."""
+    if not (math.isfinite(rho) and rho >= 0):
+        raise ValueError(f"rho must be a finite number >= 0, not {rho}")
+    return float(rho)
+
+
+class Radius:
+    """Base class: gives each group its ρ at every step."""
+
+    #: True for a radius that wants the gradients of a step and a validation closure.
+    learns = False
+    #: What the constructor of an optimizer writes into its groups as ``rho`` where they have none.
+    rho: float = 0.0
+
+    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+        """Called when groups are set or added; each has its ``rho``."""
+        for group in groups:
+            check_rho(group["rho"])
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        """ρ of one group at step number ``step`` (from 0): a float or a 0-d tensor."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if ``load_state_dict`` could not take this state; changes nothing."""
+
+    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None: ...
+
+
+class ConstantRadius(Radius):
+    """ρ as the group says; ``group["rho"]`` may be changed at any time, by hand or by a scheduler of one's own."""
+
+    def __init__(self, rho: float) -> None:
+        self.rho = check_rho(rho)
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        return check_rho(group["rho"])
+
+
+class ScheduledRadius(Radius):
+    """ρ as a function of the step number, the same for all groups.
+
+    Args:
+        schedule: takes the step number (from 0, counted by the optimizer and part of its state), returns ρ ≥ 0.
+    """
+
+    def __init__(self, schedule: Callable[[int], float]) -> None:
+        self.schedule = schedule
+        self.rho = check_rho(schedule(0))
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        group["rho"] = check_rho(self.schedule(step))
+        return float(group["rho"])
+
+    @classmethod
+    def linear(cls, start: float, end: float, steps: int) -> "ScheduledRadius":
+        """From ``start`` to ``end`` in equal parts over ``steps`` steps, ``end`` from then on."""
+        return cls(_Ramp(check_rho(start), check_rho(end), steps, cosine=False))
+
+    @classmethod
+    def cosine(cls, start: float, end: float, steps: int) -> "ScheduledRadius":
+        """From ``start`` to ``end`` along half a cosine over ``steps`` steps, ``end`` from then on."""
+        return cls(_Ramp(check_rho(start), check_rho(end), steps, cosine=True))
+
+
+class _Ramp:
+    """A schedule that can be pickled."""
+
+    def __init__(self, start: float, end: float, steps: int, cosine: bool) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, not {steps}")
+        self.start, self.end, self.steps, self.cosine = start, end, steps, cosine
+
+    def __call__(self, step: int) -> float:
+        done = min(step / self.steps, 1.0)
+        if self.cosine:
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * done
