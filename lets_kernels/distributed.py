@@ -18,6 +18,14 @@ class Replicas:
     def __init__(self, group: "dist.ProcessGroup | None") -> None:
         self.group = group
 
+    def __deepcopy__(self, memo: object) -> "Replicas":
+        return self  # a process group is this process's own
+
+    def __reduce__(self) -> str | tuple[type["Replicas"], tuple[None]]:
+        if self.group is not None:
+            raise TypeError("an optimizer with a process_group cannot be pickled; save its state_dict()")
+        return Replicas, (None,)
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks of a float64 tensor; one all-reduce."""
         if self.group is None:

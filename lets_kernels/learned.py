@@ -116,8 +116,11 @@ class LearnedRadius(Radius):
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
+    @property
+    def shared(self) -> bool:
+        return not self.per_group
+
     def due(self, step: int) -> bool:
-        """True if the radius learns from step number ``step`` (from 0)."""
         return (step + 1) % self.interval == 0
 
     @property
@@ -126,17 +129,15 @@ class LearnedRadius(Radius):
         return self.metric != "validation_loss" or (self.curvature, self.direction) == ("diagonal", "algorithm1")
 
     @property
-    def needs_train_closure(self) -> bool:
-        """True if ḡ_tr is computed at the end of the step rather than taken from the next one's beginning."""
+    def needs_train_closure(self) -> bool:  # type: ignore[override]
         return self.needs_train_gradient and not self.reuse_train_gradient
 
     @property
-    def waits(self) -> bool:
-        """True if a step is still to be learned from, once the next first gradient is there."""
+    def waits(self) -> bool:  # type: ignore[override]
         return self._pending is not None or self._packed is not None
 
     @property
-    def needs_train_loss(self) -> bool:
+    def needs_train_loss(self) -> bool:  # type: ignore[override]
         return self.metric == "squared_gap"
 
     def observe(
@@ -149,7 +150,6 @@ class LearnedRadius(Radius):
         groups: Sequence[dict[str, Any]],
         replicas: Replicas,
     ) -> None:
-        """Learn from one step; or keep it, if ḡ_tr is to be the next step's first gradient."""
         if self.needs_train_gradient and self.reuse_train_gradient:
             self._pending = trial, val, val_loss
         else:
@@ -163,7 +163,6 @@ class LearnedRadius(Radius):
         groups: Sequence[dict[str, Any]],
         replicas: Replicas,
     ) -> None:
-        """Learn from the step that waits, now that the first gradient of the next one stands for its ḡ_tr."""
         if self._packed is not None:
             state, self._packed = self._packed, None
             self._pending = Trial.unpack(state["trial"], buckets), state["val"], state["val_loss"]

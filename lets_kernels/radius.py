@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.distributed import Replicas
+from lets_kernels.hypergradient import Gradients, Trial
+from lets_kernels.layout import Bucket
+
 
 def check_rho(rho: Any) -> float:
     """ρ as a float, or ``ValueError``."""
@@ -22,6 +26,8 @@ class Radius:
     learns = False
     #: What the constructor of an optimizer writes into its groups as ``rho`` where they have none.
     rho: float = 0.0
+    #: True once an optimizer has taken the radius.
+    bound = False
 
     def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
         """Called when groups are set or added; each has its ``rho``."""
@@ -32,8 +38,52 @@ class Radius:
         """ρ of one group at step number ``step`` (from 0): a float or a 0-d tensor."""
         raise NotImplementedError
 
+    @property
+    def shared(self) -> bool:
+        """True if all groups have the same radius by construction."""
+        return False
+
     def metrics(self) -> dict[str, Tensor]:
         return {}
+
+    # For a radius that learns; the engine calls these only where `learns` is True.
+
+    #: A step is still to be learned from, once the next first gradient is there.
+    waits = False
+    #: `complete` needs the loss that goes with that gradient.
+    needs_train_loss = False
+    #: `observe` needs the training gradient at the new weights.
+    needs_train_closure = False
+
+    def due(self, step: int) -> bool:
+        """True if the radius learns from step number ``step`` (from 0)."""
+        return False
+
+    def observe(
+        self,
+        trial: Trial,
+        val: list[Gradients],
+        val_loss: Tensor,
+        train: list[Gradients] | None,
+        train_loss: Tensor | None,
+        groups: Sequence[dict[str, Any]],
+        replicas: Replicas,
+    ) -> None:
+        """Learn from one step, or keep it until ``complete``; gradients are lists with an entry for each bucket."""
+        raise NotImplementedError
+
+    def complete(
+        self,
+        train: list[Gradients],
+        train_loss: Tensor | None,
+        buckets: list[Bucket],
+        groups: Sequence[dict[str, Any]],
+        replicas: Replicas,
+    ) -> None:
+        """Learn from the step that waits, now that the next one's first gradient is there."""
+        raise NotImplementedError
+
+    # State.
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -42,6 +42,8 @@ class Wrapper(torch.optim.Optimizer):
         kwargs: dict[str, Any],
     ) -> None:
         self._reset()
+        if self.radius.learns and self.radius.bound:
+            raise ValueError("this learned radius belongs to another optimizer; give each its own")
         is_class = isinstance(base, type) and issubclass(base, torch.optim.Optimizer)
         if not is_class and not isinstance(base, torch.optim.Optimizer):
             raise TypeError(f"base_optimizer must be a torch optimizer class or instance, not {base!r}")
@@ -52,9 +54,11 @@ class Wrapper(torch.optim.Optimizer):
             self._check_groups(self.param_groups)
             base = base(self.param_groups, **kwargs)
         self.base_optimizer = base
+        del self.__dict__["_early_groups"], self.__dict__["_early_state"]
         self.defaults = {**base.defaults, **self._own}
         first = next((p for group in base.param_groups for p in group["params"]), torch.empty(0))
         self.radius.bind(self.param_groups, first.device)
+        self.radius.bound = True
         self.skipped = torch.zeros((), dtype=torch.int64, device=first.device)
         self._step_number = 0
 
@@ -63,6 +67,7 @@ class Wrapper(torch.optim.Optimizer):
         self._buckets: ParameterSpace | None = None
         self._step: Step | None = None
         self._trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
+        self._radius_waits = False
         self._last: dict[str, Tensor] = {}
         #: Whether the last step was fused with the restore, and if not, why.
         self.fused, self.fused_reason = False, "no step yet"
@@ -197,8 +202,7 @@ class Wrapper(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling the optimizer")
-        gone = {"step", "_early_groups", "_early_state", *_HOOKS}
-        return {name: value for name, value in self.__dict__.items() if name not in gone and name not in _TRANSIENT}
+        return {name: value for name, value in self.__dict__.items() if name not in _TRANSIENT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._reset()
@@ -227,7 +231,8 @@ class Wrapper(torch.optim.Optimizer):
             p.grad = None
 
 
-_TRANSIENT = frozenset({"_buckets", "_step", "_trial", "_last", "fused", "fused_reason"})
-_HOOKS = frozenset(
-    f"_optimizer_{what}_{when}_hooks" for what in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
-)
+_HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "state_dict_pre", "state_dict_post")}
+_HOOKS |= {"_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
+_STEP = {"_buckets", "_step", "_trial", "_radius_waits", "_last", "fused", "fused_reason"}
+# `step` is there if an LR scheduler has wrapped it; the copy has its own.
+_TRANSIENT = frozenset({"step", *_HOOKS, *_STEP})

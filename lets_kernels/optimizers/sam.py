@@ -13,7 +13,6 @@ from lets_kernels.direction import Adaptive, Direction
 from lets_kernels.distributed import Replicas
 from lets_kernels.hypergradient import Gradients, by_index
 from lets_kernels.layout import ParameterSpace
-from lets_kernels.learned import LearnedRadius
 from lets_kernels.optimizers.base import Wrapper
 from lets_kernels.optimizers.step import Step
 from lets_kernels.radius import ConstantRadius, Radius
@@ -97,6 +96,7 @@ class SAM(Wrapper):
         """
         self._heal()
         self._refuse_while_perturbed("first_step()")
+        self._step = None
         self._step = Step(self, _as_scalar(loss), keep=not zero_grad)
         if zero_grad:
             self.zero_grad()
@@ -114,7 +114,7 @@ class SAM(Wrapper):
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
         step, self._trial = self._step, None
         self.fused, self.fused_reason = step.descend()
-        self._trial, self._step = step.trial, None
+        self._trial, self._step, self._radius_waits = step.trial, None, self.radius.learns
         self._last, self._step_number = step.metrics(), self._step_number + 1
         for optimizer in (self, self.base_optimizer):
             optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
@@ -130,6 +130,8 @@ class SAM(Wrapper):
         Raises:
             RuntimeError, TypeError: as :meth:`first_step`.
         """
+        self._heal()
+        self._refuse_while_perturbed("perturbed()")
         try:
             self.first_step(loss=loss)
             yield
@@ -193,7 +195,7 @@ class SAM(Wrapper):
         except BaseException:
             self.restore()
             raise
-        if isinstance(self.radius, LearnedRadius) and self._trial is not None:
+        if self._trial is not None:
             self.radius_step(closure, val_closure)
         return loss
 
@@ -225,15 +227,16 @@ class SAM(Wrapper):
             ValueError: a closure is missing.
         """
         radius = self.radius
-        if not isinstance(radius, LearnedRadius):
+        if not radius.learns:
             raise RuntimeError("radius_step() is for a learned radius: rho=LearnedRadius(...)")
         if val_closure is None or (train_closure is None and radius.needs_train_closure):
             raise ValueError("radius_step(train_closure, val_closure) needs both closures for this radius")
-        if self._trial is None:
-            if self._step is None and self._step_number > 0 and not radius.due(self._step_number - 1):
-                return
+        if not self._radius_waits:
             raise RuntimeError("radius_step() comes after second_step(), once a step")
-        (trial, versions), self._trial = self._trial, None
+        observed, self._trial, self._radius_waits = self._trial, None, False
+        if observed is None:  # a step that the radius does not learn from
+            return
+        trial, versions = observed
         if any(g._version != v for g, v in versions):
             raise RuntimeError(
                 "the gradients of the perturbed pass were changed in place before radius_step(); zero them with "
@@ -265,8 +268,7 @@ class SAM(Wrapper):
     def rho(self) -> Tensor:
         """The radius: 0-d if all groups share one, else one value a group. Nothing waits for the device."""
         values = [torch.as_tensor(g["rho"], dtype=torch.float64) for g in self.param_groups]
-        shared = isinstance(self.radius, LearnedRadius) and not self.radius.per_group
-        return values[0].clone() if len(values) == 1 or shared else torch.stack(values)
+        return values[0].clone() if len(values) == 1 or self.radius.shared else torch.stack(values)
 
     def metrics(self) -> dict[str, Tensor]:
         """What the last step saw, as tensors on the device; nothing waits for them.

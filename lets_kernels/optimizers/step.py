@@ -9,7 +9,6 @@ from torch import Tensor
 from lets_kernels.guarded import guarded_step
 from lets_kernels.hypergradient import Gradients, Trial, by_index
 from lets_kernels.layout import Bucket, Runs
-from lets_kernels.learned import LearnedRadius
 from lets_kernels.optimizers.fused import FUSED, refusal
 
 if TYPE_CHECKING:
@@ -30,12 +29,11 @@ class Step:
         self.trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
         self.is_perturbed = self.torn = False
         o, radius = optimizer, optimizer.radius
-        learns = isinstance(radius, LearnedRadius) and radius.due(o._step_number)
-        self._observed = learns
+        self._observed = radius.due(o._step_number)
         self.perturbs = o.schedule.perturbs(o._step_number)
         self.buckets: list[Bucket] = o._space().buckets
         first = [b.gather() for b in self.buckets]
-        if isinstance(radius, LearnedRadius) and radius.waits:
+        if radius.waits:
             if radius.needs_train_loss and loss is None:
                 raise RuntimeError(
                     "the radius learns from the last step and this one's first loss: pass it, first_step(loss=loss), "
@@ -43,7 +41,8 @@ class Step:
                 )
             with torch.no_grad():
                 radius.complete([by_index(r) for r in first], loss, self.buckets, o.param_groups, o.replicas)
-        if keep and (learns or o.descent.holds_first):
+        self._holds = self._observed or o.descent.holds_first
+        if keep and self._holds:
             for runs in first:
                 runs.grads = [g.clone() for g in runs.grads]
         self.first = first
@@ -73,6 +72,9 @@ class Step:
         for a in self.ascents:
             a.perturb(self.total.to(a.bucket.device), self.rho[a.bucket.index])
         self.torn = False
+        if not self._holds:  # nothing parameter-sized but the saved weights lives through the second pass
+            for a in self.ascents:
+                a.vectors = a.runs.grads = []
 
     def restore(self) -> None:
         """θ + ε → θ, to the bit, wherever the weights are perturbed."""
