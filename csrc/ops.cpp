@@ -166,11 +166,12 @@ void restore_sgd_(const Tensors& params, const Tensors& grads, const Tensors& mo
   const Table table(runs);
   const Dtype dtype = dtype_of_list(params, "params");
   const Runs theta(params, table, dtype, "params"), g(grads, table, dtype, "grads"),
-      m(momenta, table, dtype, "momenta"), from(Tensors{saved}, table, dtype, "saved");
+      m(momenta, table, dtype, "momenta"), before(Tensors{saved}, table, dtype, "saved");
   STD_TORCH_CHECK(table.total() == 0 || m.empty() == (momentum == 0), "momenta go with a momentum that is not zero");
   int64_t& flag = counter(dirty, "dirty");
+  const Runs& from = flag != 0 ? before : theta;
   if (scalar(gate, "gate") == 0) {
-    copy_back(table, theta, from, dtype);
+    if (flag != 0) copy_back(table, theta, from, dtype);
   } else {
     const cpu::SgdOptions options{lr, momentum, weight_decay, nesterov, maximize};
     const bool stream = streams(table, dtype);
@@ -189,7 +190,7 @@ void restore_adamw_(const Tensors& params, const Tensors& grads, const Tensors& 
   const Dtype dtype = dtype_of_list(params, "params");
   const Runs theta(params, table, dtype, "params"), g(grads, table, dtype, "grads"),
       m(exp_avgs, table, dtype, "exp_avgs"), v(exp_avg_sqs, table, dtype, "exp_avg_sqs"),
-      from(Tensors{saved}, table, dtype, "saved");
+      before(Tensors{saved}, table, dtype, "saved");
   STD_TORCH_CHECK(int64_t(steps.size()) == table.size(), "steps must hold one tensor a run");
   std::vector<float*> step;
   for (const Tensor& s : steps) {
@@ -198,8 +199,9 @@ void restore_adamw_(const Tensors& params, const Tensors& grads, const Tensors& 
     step.push_back(static_cast<float*>(s.mutable_data_ptr()));
   }
   int64_t& flag = counter(dirty, "dirty");
+  const Runs& from = flag != 0 ? before : theta;
   if (scalar(gate, "gate") == 0) {
-    copy_back(table, theta, from, dtype);
+    if (flag != 0) copy_back(table, theta, from, dtype);
   } else {
     const cpu::AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, maximize};
     const bool stream = streams(table, dtype);

@@ -62,8 +62,11 @@ class Table {
     for (int64_t i = 0; i < size_; ++i) {
       const Run& run = runs_[i];
       STD_TORCH_CHECK(run.start >= 0 && run.numel >= 0 && run.row_length >= -1, "run table: row ", i, " is not valid");
-      STD_TORCH_CHECK(run.row_length < 1 || (run.row_count >= 1 && run.row_start >= 0), "run table: row ", i,
-                      " has filters but no rows");
+      if (run.row_length > 0) {
+        STD_TORCH_CHECK(run.row_count >= 1 && run.row_start >= 0 && run.numel % run.row_length == 0 &&
+                            run.numel / run.row_length % run.row_count == 0,
+                        "run table: the filters of row ", i, " do not divide it");
+      }
       total_ += run.numel;
       if (run.start + run.numel > end_) end_ = run.start + run.numel;
       adaptive_ = adaptive_ || run.row_length == 0;

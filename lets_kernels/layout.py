@@ -193,12 +193,6 @@ class Bucket:
         runs.indices = tuple(indices)
         return runs
 
-    def save(self, runs: Runs, index: int) -> None:
-        """Take the present weights of one parameter of ``runs`` for its saved ones."""
-        weights = runs.params[runs.indices.index(index)]
-        start = int(self._rows[index, 0])
-        self.saved.as_strided(weights.size(), weights.stride(), start).copy_(weights.detach())
-
     def restore(self, runs: Runs) -> None:
         """Bring back the saved weights of these runs, if they are perturbed. Bit-exact; waits for nothing."""
         self.ops.restore_(runs.weights, self.saved, self.dirty, runs.table)

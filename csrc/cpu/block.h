@@ -16,9 +16,16 @@ constexpr int kLanes = 32;
 
 LETS_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Ask for the block after this one: the processor's own prefetchers stop at the end of a page, which is a block.
+LETS_FN void prefetch(const void* next, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(next) + i);
+}
+
 // A block of storage as arithmetic values: the memory itself where the types agree, else converted into `buffer`.
 template <class C, class T>
 LETS_FN const C* load(const T* from, C* buffer, int64_t n) {
+  prefetch(from + n, n * int64_t(sizeof(T)));
   if constexpr (sizeof(T) == sizeof(C)) {
     return from;
   } else {

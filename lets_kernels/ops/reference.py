@@ -110,9 +110,10 @@ def restore_sgd_(
     nesterov: bool,
     maximize: bool,
 ) -> None:
-    go = gate != 0
+    go, from_saved = gate != 0, dirty != 0
     buffers = _runs(momenta, table) if momentum else [None] * len(table)
     for theta, g, m, old in zip(_runs(params, table), _runs(grads, table), buffers, _runs([saved], table), strict=True):
+        old = torch.where(from_saved, old, theta)
         weights, step = _wide(old), -_wide(g) if maximize else _wide(g)
         if weight_decay:
             step = step + weight_decay * weights
@@ -142,10 +143,11 @@ def restore_adamw_(
     decoupled: bool,
     maximize: bool,
 ) -> None:
-    go = gate != 0
+    go, from_saved = gate != 0, dirty != 0
     lists = (params, grads, exp_avgs, exp_avg_sqs, [saved])
     for theta, g, m, v, old, t in zip(*(_runs(x, table) for x in lists), steps, strict=True):
-        t.add_(go.to(t))
+        t.add_(go.to(t.dtype))
+        old = torch.where(from_saved, old, theta)
         weights, step = _wide(old), -_wide(g) if maximize else _wide(g)
         if decoupled:
             weights = weights * (1 - lr * weight_decay)

@@ -68,6 +68,8 @@ class Wrapper(torch.optim.Optimizer):
         self._step: Step | None = None
         self._trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
         self._radius_waits = False
+        #: Whether the caller does the first backward and the closure the others; the first `step(closure)` shows.
+        self._caller_begins: bool | None = None
         self._last: dict[str, Tensor] = {}
         #: Whether the last step was fused with the restore, and if not, why.
         self.fused, self.fused_reason = False, "no step yet"
@@ -233,6 +235,6 @@ class Wrapper(torch.optim.Optimizer):
 
 _HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "state_dict_pre", "state_dict_post")}
 _HOOKS |= {"_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
-_STEP = {"_buckets", "_step", "_trial", "_radius_waits", "_last", "fused", "fused_reason"}
+_STEP = {"_buckets", "_step", "_trial", "_radius_waits", "_caller_begins", "_last", "fused", "fused_reason"}
 # `step` is there if an LR scheduler has wrapped it; the copy has its own.
 _TRANSIENT = frozenset({"step", *_HOOKS, *_STEP})

@@ -92,9 +92,9 @@ class FusedAdam:
         steps = []
         for i in runs.indices:
             own = state[runs.bucket.params[i]]
-            if "step" not in own:
-                on_device = group.get("capturable") or group.get("fused")
-                own["step"] = torch.zeros((), dtype=torch.float32, device=runs.bucket.device if on_device else "cpu")
+            # Beside the parameters, so that counting it waits for nothing; torch's Adam reads it from anywhere.
+            count = own.get("step", torch.zeros((), dtype=torch.float32))
+            own["step"] = count.to(runs.bucket.device)
             steps.append(own["step"])
         if not (_fits(runs, averages) and _fits(runs, squares)) or any(s.dtype is not torch.float32 for s in steps):
             return None

@@ -155,9 +155,10 @@ class SAM(Wrapper):
 
         Args:
             closure: zeroes the gradients, computes the loss, calls backward and returns the loss. It is called once
-                for each gradient that the step needs; where the caller has done the first backward already (there are
-                gradients newer than the last step), it is called for the others only. None: the second backward has
-                been done; finish what ``first_step`` or ``perturbed`` began.
+                for each gradient that the step needs. If there are gradients at the first call of ``step(closure)``,
+                the caller is taken to do the first backward of every step, and the closure is called for the others
+                only; a step that finds no new gradients calls it for the first as well. None: the second backward
+                has been done; finish what ``first_step`` or ``perturbed`` began.
             val_closure: the same on a validation batch; for a learned radius, and only for it.
 
         Returns:
@@ -180,11 +181,13 @@ class SAM(Wrapper):
         if not self.radius.learns and val_closure is not None:
             raise ValueError("val_closure is for a learned radius: step(closure), or rho=LearnedRadius(...)")
         self.restore()
+        if self._caller_begins is None:
+            self._caller_begins = self._has_new_gradients()
         loss = None
-        if not self._has_new_gradients():
-            self._drop_gradients()
-            loss = self._call(closure)
         try:
+            if not (self._caller_begins and self._has_new_gradients()):
+                self._drop_gradients()
+                loss = self._call(closure)
             self.first_step(zero_grad=True, loss=loss)
             assert self._step is not None
             if self._step.perturbs:
@@ -194,6 +197,7 @@ class SAM(Wrapper):
             self.second_step()
         except BaseException:
             self.restore()
+            self._mark_gradients()  # of a pass that failed: no step may start from them
             raise
         if self._trial is not None:
             self.radius_step(closure, val_closure)
@@ -269,6 +273,11 @@ class SAM(Wrapper):
         """The radius: 0-d if all groups share one, else one value a group. Nothing waits for the device."""
         values = [torch.as_tensor(g["rho"], dtype=torch.float64) for g in self.param_groups]
         return values[0].clone() if len(values) == 1 or self.radius.shared else torch.stack(values)
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs, by name; several, separated by commas, where parameters lie on several devices."""
+        return ", ".join(sorted({b.backend for b in self._space().buckets}))
 
     def metrics(self) -> dict[str, Tensor]:
         """What the last step saw, as tensors on the device; nothing waits for them.

@@ -100,8 +100,6 @@ class Step:
         active = [r for r in second if r.indices]
         self._close_gate(active)
         fused, reason = [], refusal(o.base_optimizer)
-        if not self.perturbs:
-            reason = "a step without perturbation"
         if reason is None:
             kind = FUSED[type(o.base_optimizer)]
             for runs in active:
@@ -113,8 +111,9 @@ class Step:
                 fused.append((runs, step))
         hats = [by_index(r) for r in second]
         if reason is None:
-            for runs in (r for r in second if r.indices != self.first[r.bucket.index].indices):
-                self._even_out(runs)
+            for a in self.ascents:  # where the passes have different gradients
+                if self.is_perturbed and second[a.bucket.index].indices != a.runs.indices:
+                    a.bucket.restore(a.runs)
             for runs, take in fused:
                 take(self.gate.to(runs.bucket.device))
                 runs.write_back()
@@ -137,14 +136,6 @@ class Step:
         sums = [r.bucket.ops.grad_norm(r.grads, [], r.bucket.unscaled_table(r.indices), None, 0.0, 2.0) for r in active]
         self.hats = [o.replicas.mean(self._sum(sums))]
         self.gate = active[0].bucket.ops.all_finite_([self.total, *self.hats], o.skipped)
-
-    def _even_out(self, runs: Runs) -> None:
-        """Where the passes have different gradients: restore, and save what only the second one touches."""
-        first = self.first[runs.bucket.index]
-        if first.indices:
-            runs.bucket.restore(first)
-        for i in set(runs.indices) - set(first.indices):
-            runs.bucket.save(runs, i)
 
     def _record(self, hats: list[Gradients]) -> Trial:
         groups = [self.optimizer.param_groups[b.group] for b in self.buckets]

@@ -1,0 +1,91 @@
+"""``make demo``, that is ``python -m lets_kernels demo``: the options, checked before anything is trained."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import lets_kernels
+from lets_kernels.demo.methods import METHODS, Settings, sam
+from lets_kernels.demo.model import small_cnn
+
+REQUIRED = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn"}  # module: package
+DEFAULT = Settings()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo with these options, by default the command line's. Returns the exit code: 130 after Ctrl-C."""
+    options = _parse(argv)
+    missing = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"the demo needs {', '.join(missing)}: pip install 'lets_kernels[demo]'", file=sys.stderr)
+        return 1
+    settings = Settings(
+        epochs=options.epochs,
+        noise=options.noise,
+        rho=options.rho,
+        asam_rho=options.asam_rho,
+        radius_lr=options.radius_lr,
+        backend=options.backend,
+    )
+    chosen = getattr(options, "methods", METHODS)
+    methods = [name for name in METHODS if name in chosen]
+    jobs = min(options.jobs, len(methods) * options.seeds)
+    try:
+        from lets_kernels.demo.run import run_demo  # imports what was just looked for
+
+        run_demo(methods, options.seeds, settings, jobs, options.output)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lets_kernels demo",
+        description="Trains a small CNN on 8x8 digits with wrong labels: SGD, and SAM and ASAM with a radius that is "
+        "fixed or learned (LETS). Prints a table, and writes a JSON file and plots.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    positive = _number(float, "more than 0", lambda value: 0 < value < float("inf"))
+    count = _number(int, "a whole number from 1", lambda value: value >= 1)
+    share = _number(float, "from 0 to 1", lambda value: 0 <= value <= 1)
+    parser.add_argument("--epochs", type=count, default=DEFAULT.epochs, help="passes over the training set")
+    parser.add_argument("--seeds", type=count, default=3, help="runs of each method, with the seeds 0, 1, ...")
+    parser.add_argument("--noise", type=share, default=DEFAULT.noise, help="share of the training labels made wrong")
+    names = f"any of {', '.join(METHODS)} (default: all of them)"
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=argparse.SUPPRESS, metavar="NAME", help=names)
+    parser.add_argument("--rho", type=positive, default=DEFAULT.rho, help="radius of SAM, start of LETS-SAM")
+    parser.add_argument("--asam-rho", type=positive, default=DEFAULT.asam_rho, help="the same for ASAM, LETS-ASAM")
+    parser.add_argument("--radius-lr", type=positive, default=DEFAULT.radius_lr, help="step size of the learned radius")
+    parser.add_argument("--backend", choices=("auto", *lets_kernels.backends()), default="auto", help="kernels to use")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the JSON file and the plots")
+    parser.add_argument("--jobs", type=count, default=torch.get_num_threads(), help="processes side by side")
+    options = parser.parse_args(argv)
+    try:  # a backend that cannot run here says why
+        sam(small_cnn().parameters(), Settings(backend=options.backend))
+    except (RuntimeError, ValueError) as error:
+        parser.error(f"argument --backend: {error}")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output: {options.output} cannot be made a folder: {error.strerror}")
+    return options
+
+
+def _number(kind: type, allowed: str, check: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argparse type: a number of this kind for which ``check`` holds, or an error that says what is ``allowed``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not check(value):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}")
+        return value
+
+    return parse

@@ -1,0 +1,165 @@
+"""What the runs come to: a table on the screen and a JSON file."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.table import Table
+
+import lets_kernels
+from lets_kernels.demo.data import TEST_SIZE
+from lets_kernels.demo.methods import METHODS, Settings
+from lets_kernels.demo.train import Run
+
+DEFINITIONS = {
+    "train_loss": "mean cross-entropy (nats) on the training set with its wrong labels, in evaluation mode",
+    "test_loss": "mean cross-entropy (nats) on the test set with its right labels",
+    "noisy_test_loss": "as test_loss, in expectation over labels as noisy as those of the training set",
+    "gap": "generalisation gap: noisy_test_loss - train_loss",
+    "test_accuracy": "share of the test images, with their right labels, that are classified correctly",
+    "rho": "the radius at the end of the epoch (epoch 0: at the start)",
+    "step_ms": "wall time of optimizer.step in ms, median over the epoch; summary: median of epochs, mean of seeds",
+    "optimizer_ms": "as step_ms, without the time spent in the closures, that is in zero_grad, forward and backward",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method over its seeds: means, and the sample standard deviation of the accuracy (None with one seed)."""
+
+    method: str
+    label: str
+    seeds: int
+    gradients_per_step: int
+    test_accuracy: float
+    test_accuracy_sd: float | None
+    rho_start: float | None
+    rho_end: float | None
+    step_ms: float
+    optimizer_ms: float
+
+
+def summarise(runs: list[Run]) -> list[Row]:
+    """One row a method, in the order of METHODS."""
+    by_method = {name: [run for run in runs if run.method == name] for name in METHODS}
+    return [_row(name, group) for name, group in by_method.items() if group]
+
+
+def _row(name: str, runs: list[Run]) -> Row:
+    accuracies = [run.epochs[-1].test_accuracy for run in runs]
+    return Row(
+        method=name,
+        label=METHODS[name].label,
+        seeds=len(runs),
+        gradients_per_step=METHODS[name].gradients,
+        test_accuracy=fmean(accuracies),
+        test_accuracy_sd=stdev(accuracies) if len(accuracies) > 1 else None,
+        rho_start=_mean([run.epochs[0].rho for run in runs]),
+        rho_end=_mean([run.epochs[-1].rho for run in runs]),
+        step_ms=fmean(median(epoch.step_ms or 0.0 for epoch in run.epochs[1:]) for run in runs),
+        optimizer_ms=fmean(median(epoch.optimizer_ms or 0.0 for epoch in run.epochs[1:]) for run in runs),
+    )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return fmean(present) if present else None
+
+
+def table(rows: list[Row], settings: Settings, jobs: int) -> Table:
+    """The rows for the screen; the caption says what was measured."""
+    result = Table(
+        title=f"8x8 digits, {settings.noise:.0%} of the training labels wrong, {settings.epochs} epochs",
+        caption=(
+            f"Accuracy: on {TEST_SIZE} test images with right labels, after the last epoch, mean ± sd over seeds "
+            f"({rows[0].seeds}). Radius: mean. Times: median over steps, mean over seeds, {_processes(jobs)} of one "
+            "thread; the optimizer's part is the step without its gradients: 1 for SGD, 2 for SAM and ASAM, 4 for LETS."
+        ),
+        caption_justify="left",
+        box=SIMPLE,
+    )
+    result.add_column("method", no_wrap=True)
+    for heading in ("test\naccuracy, %", "radius\nat start", "radius\nat end", "ms a\nstep", "of which\noptimizer"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        spread = "" if row.test_accuracy_sd is None else f" ± {100 * row.test_accuracy_sd:4.1f}"
+        result.add_row(
+            row.label,
+            f"{100 * row.test_accuracy:.1f}{spread}",
+            *("-" if rho is None else f"{rho:.3f}" for rho in (row.rho_start, row.rho_end)),
+            f"{row.step_ms:.2f}",
+            f"{row.optimizer_ms:.2f}",
+        )
+    return result
+
+
+def _processes(jobs: int) -> str:
+    return "in a process" if jobs == 1 else f"in {jobs} processes at once, each"
+
+
+def document(runs: list[Run], settings: Settings, seeds: int, jobs: int, seconds: float) -> dict[str, Any]:
+    """Everything there is to know about the runs, ready for JSON."""
+    order = list(METHODS)
+    runs = sorted(runs, key=lambda run: (order.index(run.method), run.seed))
+    return {
+        "what": "lets_kernels demo",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "config": {**asdict(settings), "seeds": seeds, "jobs": jobs, "threads_per_job": 1},
+        "hardware": {"cpu": _cpu(), "logical_cpus": os.cpu_count(), "platform": platform.platform()},
+        "versions": {
+            "lets_kernels": lets_kernels.__version__,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "scikit-learn", "matplotlib")},
+        },
+        "backends": lets_kernels.backends(),
+        "definitions": DEFINITIONS,
+        "summary": [asdict(row) for row in summarise(runs)],
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes the file in one go: whoever reads it never sees half of it. NaN and infinity become null."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cpu() -> str:
+    """The processor's name, and the widest instruction set torch uses on it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor() or platform.machine()])[0]} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, if it is one, with "-dirty" where it was edited since."""
+    root = Path(lets_kernels.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
