@@ -121,7 +121,7 @@ struct Sgd {
       *m = o.momentum * *m + g;
       g = o.nesterov ? g + o.momentum * *m : *m;
     }
-    return theta - o.lr * g;
+    return o.lr == 0 ? theta : theta - o.lr * g;  // not even the sign of a zero changes
   }
 };
 
@@ -141,7 +141,7 @@ struct Adam {
     if (o.weight_decay != 0) g = g + o.weight_decay * theta;
     m = m + o.one_minus_beta1 * (g - m);
     v = o.beta2 * v + o.one_minus_beta2 * (g * g);
-    return theta - o.step_size * (m / (square_root(v) / o.root_bias + o.eps));
+    return o.step_size == 0 ? theta : theta - o.step_size * (m / (square_root(v) / o.root_bias + o.eps));
   }
 };
 

@@ -224,7 +224,8 @@ class LearnedRadius(Radius):
         }
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
-        found = len(state.get("nu", ()))
+        super().check_state_dict(state)
+        found = len(state["nu"])
         if found != len(self.nu):
             raise ValueError(f"the state holds {found} learned radii, this optimizer has {len(self.nu)}")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from lets_kernels.layout import Bucket
 
 
 def check_rho(rho: Any) -> float:
-    """ρ as a float, or ``ValueError``."""
+    """ρ as a float; ``TypeError`` if it is no number, ``ValueError`` if it is negative or not finite."""
+    if not isinstance(rho, (Real, Tensor)):
+        raise TypeError(f"rho must be a number or a Radius, not {rho!r}")
     if not (math.isfinite(rho) and rho >= 0):
         raise ValueError(f"rho must be a finite number >= 0, not {rho}")
     return float(rho)
@@ -90,6 +93,8 @@ class Radius:
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` if ``load_state_dict`` could not take this state; changes nothing."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"the state is that of another kind of radius than {type(self).__name__}")
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None: ...
 

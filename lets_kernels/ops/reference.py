@@ -121,7 +121,8 @@ def restore_sgd_(
             average = momentum * _wide(m) + step
             step = step + momentum * average if nesterov else average
             m.copy_(torch.where(go, average.to(m.dtype), m))
-        theta.copy_(torch.where(go, (weights - lr * step).to(theta.dtype), old))
+        new = weights - lr * step if lr else weights
+        theta.copy_(torch.where(go, new.to(theta.dtype), old))
     dirty.fill_(0)
 
 
@@ -158,7 +159,7 @@ def restore_adamw_(
         count = t.double()
         step_size = (lr / (1 - beta1**count)).to(weights.dtype)
         root_bias = (1 - beta2**count).sqrt().to(weights.dtype)
-        new = weights - step_size * (average / (square.sqrt() / root_bias + eps))
+        new = weights - step_size * (average / (square.sqrt() / root_bias + eps)) if lr else weights
         m.copy_(torch.where(go, average.to(m.dtype), m))
         v.copy_(torch.where(go, square.to(v.dtype), v))
         theta.copy_(torch.where(go, new.to(theta.dtype), old))

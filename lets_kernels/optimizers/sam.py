@@ -208,12 +208,13 @@ class SAM(Wrapper):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
             return
-        if any(float(group.get("lr", 1.0)) != 0 for group in self.param_groups) and any(map(torch.any, grads)):
+        if all(float(group.get("lr", 1.0)) == 0 for group in self.param_groups):
+            self.base_optimizer.step()  # makes the state, moves nothing
+        elif any(map(torch.any, grads)):
             raise RuntimeError(
                 "step() without a perturbation before it: call step(closure), or first_step() and second_step(), or "
                 "step() after `with opt.perturbed():`; base_optimizer.step() takes a step without one"
             )
-        self.base_optimizer.step()
 
     # ---- learning the radius ---------------------------------------------------------------------------------------
 

@@ -94,6 +94,7 @@ class Step:
         """Restore, and step along the second gradients: was it fused, and if not, why."""
         o = self.optimizer
         second = [b.gather() for b in self.buckets]
+        hats = [by_index(r) for r in second]
         for runs, first in zip(second, self.first, strict=True):
             if runs.indices:
                 runs.grads = o.descent.gradients(runs, by_index(first) if o.descent.holds_first else {})
@@ -109,7 +110,6 @@ class Step:
                     reason = "the state lies otherwise in memory than the parameters"
                     break
                 fused.append((runs, step))
-        hats = [by_index(r) for r in second]
         if reason is None:
             for a in self.ascents:  # where the passes have different gradients
                 if self.is_perturbed and second[a.bucket.index].indices != a.runs.indices:
