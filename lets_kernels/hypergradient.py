@@ -37,19 +37,23 @@ class Trial:
     ascents: list[Ascent]
     first: list[Gradients]
     perturbed: list[Gradients]
+    stepped: list[Gradients]  # what the base optimizer stepped along: the perturbed ones, unless the descent says else
     total: Tensor
     lr: list[Any]
     rho: list[Tensor]
     gate: Tensor
 
     def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Tensor]:
-        """−η (ḡ_vl − ḡ_tr)ᵀ(ĝ − g) of each bucket, 0-d float64; no ``train`` stands for ḡ_tr = 0."""
+        """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, 0-d float64; no ``train`` stands for ḡ_tr = 0.
+
+        d is what the base optimizer stepped along: ĝ, or what the descent made of it, which is g where ρ = 0.
+        """
         out = []
         for a in self.ascents:
             k, runs = a.bucket.index, self._common(a)
             lists = self._aligned(runs, val[k], None if train is None else train[k])
-            hat, first = ([source[i] for i in runs.indices] for source in (self.perturbed[k], self.first[k]))
-            out.append(-self.lr[k] * a.bucket.ops.rho_grad_secant(*lists, hat, first, runs.table))
+            stepped, first = ([source[i] for i in runs.indices] for source in (self.stepped[k], self.first[k]))
+            out.append(-self.lr[k] * a.bucket.ops.rho_grad_secant(*lists, stepped, first, runs.table))
         return out
 
     def diagonal(
@@ -121,7 +125,7 @@ class Trial:
             }
             for a in self.ascents
         ]
-        rest = {name: getattr(self, name) for name in ("first", "perturbed", "total", "lr", "rho", "gate")}
+        rest = {name: getattr(self, name) for name in ("first", "perturbed", "stepped", "total", "lr", "rho", "gate")}
         return {"ascents": ascents, **rest}
 
     @classmethod

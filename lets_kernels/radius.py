@@ -17,9 +17,10 @@ def check_rho(rho: Any) -> float:
     """ρ as a float; ``TypeError`` if it is no number, ``ValueError`` if it is negative or not finite."""
     if not isinstance(rho, (Real, Tensor)):
         raise TypeError(f"rho must be a number or a Radius, not {rho!r}")
-    if not (math.isfinite(rho) and rho >= 0):
-        raise ValueError(f"rho must be a finite number >= 0, not {rho}")
-    return float(rho)
+    value = float(rho)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"rho must be a finite number >= 0, not {value}")
+    return value
 
 
 class Radius:

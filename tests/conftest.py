@@ -7,6 +7,10 @@ import torch
 
 from backends import BACKENDS, Backend
 
+# Thousands of small ops: a second thread costs more than it brings, and far more where the cores are shared. The tests
+# that are about threads ask for the `threads` fixture.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
@@ -16,7 +20,7 @@ def backend(request):
 
 
 @pytest.fixture(autouse=True)
-def seeded(monkeypatch):
+def settled(monkeypatch):
     """Every test starts from the same seed, with the backend chosen by its argument and nothing else."""
     monkeypatch.delenv("LETS_KERNELS_BACKEND", raising=False)
     torch.manual_seed(0)

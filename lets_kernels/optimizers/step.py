@@ -125,7 +125,8 @@ class Step:
                     runs.bucket.params[i].grad = g
             guarded_step(o.base_optimizer, self.gate)
         if self._observed and self.perturbs and self.ascents:
-            self.trial = self._record(hats), [(g, g._version) for h in hats for g in h.values()]
+            held = [g for h in hats for g in h.values()]
+            self.trial = self._record(hats, [by_index(r) for r in second]), [(g, g._version) for g in held]
         return reason is None, reason or ""
 
     def _close_gate(self, active: list[Runs]) -> None:
@@ -137,11 +138,11 @@ class Step:
         self.hats = [o.replicas.mean(self._sum(sums))]
         self.gate = active[0].bucket.ops.all_finite_([self.total, *self.hats], o.skipped)
 
-    def _record(self, hats: list[Gradients]) -> Trial:
+    def _record(self, hats: list[Gradients], stepped: list[Gradients]) -> Trial:
         groups = [self.optimizer.param_groups[b.group] for b in self.buckets]
         lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
         first = [by_index(r) for r in self.first]
-        return Trial(self.ascents, first, hats, self.total, lr, self.rho, self.gate)
+        return Trial(self.ascents, first, hats, stepped, self.total, lr, self.rho, self.gate)
 
     def metrics(self) -> dict[str, Tensor]:
         """For :meth:`SAM.metrics`."""

@@ -1,0 +1,76 @@
+"""The compiled kernels on every instruction set that this machine supports, and around the caches."""
+
+import pytest
+import torch
+
+from backends import Backend
+from runs import DTYPES, LAYOUTS, Bucket, Run, same_bits
+from test_perturb import Call
+from test_step import Step, check_adamw, check_sgd
+
+
+@pytest.fixture
+def isas():
+    """The supported instruction sets, and `_C`, whose choice is put back."""
+    from lets_kernels import _C
+
+    before = _C.cpu_isa()
+    yield _C.supported_cpu_isas(), _C
+    _C.use_cpu_isa(before)
+
+
+def every_op(bucket):
+    """The outputs of every op on one bucket, as a flat list of tensors."""
+    cpu, results = Backend("cpu"), []
+    for q in (1.0, 1.5, 2.0, 3.0):
+        call = Call(bucket, q)
+        call.perturb(cpu)
+        results += [*call.theta(), cpu.grad_norm(call.grads, call.params, bucket.table, call.norms, 0.01, q)]
+        values = [bucket.give(bucket.values(), "list") for _ in range(5)]
+        results.append(cpu.rho_grad_diagonal(*values, bucket.table, call.norms, 0.01, q))
+    results.append(cpu.rho_grad_secant(*values[:4], bucket.table))
+    out = torch.zeros_like(call.norms)
+    cpu.filter_norms(call.params, bucket.table, out)
+    for states, kind in ((1, "sgd"), (2, "adamw")):
+        step = Step(bucket, states=states)
+        getattr(step, kind)(cpu)
+        results += bucket.read(step.params) + [x for buffer in step.buffers for x in bucket.read(buffer)]
+    bucket.assert_guards()
+    return [*results, out]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_gives_the_same_bits(isas, dtype):
+    names, extension = isas
+    assert names and extension.cpu_isa() in names
+    results = []
+    for name in names:
+        extension.use_cpu_isa(name)
+        assert extension.cpu_isa() == name
+        results.append(every_op(Bucket(LAYOUTS["several"], dtype, "mixed")))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+def test_an_unknown_instruction_set_is_an_error_that_names_the_choices(isas):
+    names, extension = isas
+    with pytest.raises(ValueError, match=names[0]):
+        extension.use_cpu_isa("z80")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_buckets_too_large_for_the_caches(dtype, threads):
+    """On two threads. Above 8 MiB kernels may write around the caches, in wider pieces: odd sizes, and addresses off every boundary."""
+    threads(2)
+    size = (9 << 20) // torch.finfo(dtype).bits * 8
+    bucket = Bucket([Run((size + 3,), (1, size + 3), offset=1), Run((70001,), (1, 70001), offset=5)], dtype)
+    cpu = Backend("cpu")
+    call = Call(bucket)
+    call.perturb(cpu)
+    call.check()
+    cpu.restore_(call.params, call.saved, call.dirty, bucket.table)
+    assert same_bits(call.theta(), call.original())
+    bucket.assert_guards()
+    for kind, states, check in (("sgd", 1, check_sgd), ("adamw", 2, check_adamw)):
+        step = Step(bucket, states=states)
+        getattr(step, kind)(cpu)
+        check(step)

@@ -1,0 +1,149 @@
+"""The registered operators: torch.library.opcheck, mutation annotations, fakes, and the schema list itself."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+import lets_kernels as lk
+from backends import Backend
+from lets_kernels.ops import native, reference
+from runs import DTYPES, LAYOUTS, Bucket, same_bits
+
+# What each op writes to, by argument name; everything else must be left alone. The schema has to say exactly this.
+WRITES = {
+    "grad_norm": set(),
+    "filter_norms": {"out"},
+    "perturb_": {"params", "saved", "dirty"},
+    "restore_": {"params", "dirty"},
+    "restore_sgd_": {"params", "momenta", "dirty"},
+    "restore_adamw_": {"params", "exp_avgs", "exp_avg_sqs", "steps", "dirty"},
+    "rho_grad_diagonal": set(),
+    "rho_grad_secant": set(),
+    "all_finite_": {"skipped"},
+}
+
+
+def scalar(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def arguments(op, dtype):
+    """Arguments of one op on several runs; params, gradients and state as lists, `saved` flat."""
+    bucket = Bucket(LAYOUTS["several"], dtype, "mixed")
+
+    def tensors():
+        return bucket.give(bucket.positive(0.1, 1.0), "list")
+
+    (saved,) = bucket.give(bucket.positive(0.1, 1.0), "flat")
+    saved, norms, table, dirty = saved.clone(), bucket.norms(), bucket.table, torch.tensor(1)
+    scaling = table, norms, 0.01, 2.0
+    return {
+        "grad_norm": lambda: (tensors(), tensors(), *scaling),
+        "filter_norms": lambda: (tensors(), table, norms),
+        "perturb_": lambda: (tensors(), tensors(), saved, dirty, *scaling, scalar(2.0), scalar(0.1)),
+        "restore_": lambda: (tensors(), saved, dirty, table),
+        "restore_sgd_": lambda: (
+            *(tensors() for _ in range(3)), saved, dirty, table, scalar(1.0), 0.1, 0.9, 0.01, True, False,
+        ),
+        "restore_adamw_": lambda: (
+            *(tensors() for _ in range(4)), [torch.tensor(1.0) for _ in table], saved, dirty, table, scalar(1.0),
+            0.1, 0.9, 0.99, 1e-8, 0.01, True, False,
+        ),
+        "rho_grad_diagonal": lambda: (*(tensors() for _ in range(5)), *scaling),
+        "rho_grad_secant": lambda: (*(tensors() for _ in range(4)), table),
+        "all_finite_": lambda: ([scalar(1.0), scalar(torch.nan)], torch.tensor(3)),
+    }[op]()  # fmt: skip
+
+
+def overload(op):
+    return getattr(torch.ops.lets_kernels, op).default
+
+
+def test_the_extension_is_there_and_registers_exactly_these_ops():
+    assert lk.backends()["cpu"].startswith("available")
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {n.removeprefix("lets_kernels::") for n in names if n.startswith("lets_kernels::")}
+    assert registered == set(WRITES)
+
+
+@pytest.mark.parametrize("op", WRITES)
+def test_every_op_is_in_both_backends_and_has_a_fake(op):
+    assert callable(getattr(reference, op)) and callable(getattr(native, op))
+    given = arguments(op, torch.float32)
+    with FakeTensorMode() as mode:
+        result = overload(op)(*tree_map_only(torch.Tensor, mode.from_tensor, given))
+    if op in ("grad_norm", "rho_grad_diagonal", "rho_grad_secant", "all_finite_"):
+        assert result.shape == () and result.dtype == torch.float64
+    else:
+        assert result is None
+
+
+@pytest.mark.parametrize("op", WRITES)
+def test_the_schema_says_what_is_written(op):
+    written = {a.name for a in overload(op)._schema.arguments if a.is_write}
+    assert written == WRITES[op]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", WRITES)
+def test_opcheck(op, dtype):
+    torch.library.opcheck(overload(op), arguments(op, dtype))
+
+
+@pytest.mark.parametrize("op", WRITES)
+def test_each_op_writes_what_its_schema_says_and_nothing_else(backend, op):
+    """Versions count writes; values prove them. For the reference too, which has no schema to be checked against."""
+    given = arguments(op, torch.float32)
+    names = [a.name for a in overload(op)._schema.arguments]
+    before = [[t.clone() for t in x] if isinstance(x, list) else x.clone() if torch.is_tensor(x) else x for x in given]
+    getattr(backend, op)(*given)
+    changed = set()
+    for name, old, new in zip(names, before, given, strict=True):
+        pairs = zip(old, new, strict=True) if isinstance(old, list) else [(old, new)] if torch.is_tensor(old) else []
+        if any(not same_bits(a, b) for a, b in pairs):
+            changed.add(name)
+    assert changed <= WRITES[op]
+    assert changed >= WRITES[op] - {"dirty"}  # perturb_ leaves a 1 at 1
+
+
+@pytest.mark.parametrize("op", sorted(set(WRITES) - {"all_finite_"}))
+def test_a_table_that_does_not_fit_is_refused_before_anything_is_written(op):
+    """The compiled ops check what they are given: never a read or a write outside of a tensor."""
+    names = [a.name for a in overload(op)._schema.arguments]
+    where = names.index("table")
+
+    def wrong(change):
+        given = list(arguments(op, torch.float32))
+        given[where] = change(given[where].clone())
+        lists = [x for x in given if isinstance(x, list)]
+        before = [[t.clone() for t in x] for x in lists]
+        with pytest.raises(RuntimeError, match=r"\w"):
+            overload(op)(*given)
+        assert all(torch.equal(a, b) for x, y in zip(before, lists, strict=True) for a, b in zip(x, y, strict=True))
+
+    def longer(table):
+        table[0, 1] += 1
+        return table
+
+    wrong(longer)
+    wrong(lambda table: table[:-1].contiguous())
+    wrong(lambda table: table.to(torch.int32))
+    wrong(lambda table: table[:, :4].contiguous())
+
+
+def test_filters_that_do_not_divide_their_run_are_refused():
+    """16 elements in filters of 9: the last one would reach past the end of the tensor."""
+    table = torch.tensor([[0, 16, 9, 2, 0]])
+    weights, out = torch.ones(16), torch.zeros(2)
+    with pytest.raises(RuntimeError, match="row"):
+        native.filter_norms([weights], table, out)
+
+
+def test_lists_of_mixed_dtypes_and_tensors_with_holes_are_refused():
+    table = torch.tensor([[0, 4, -1, 0, 0], [16, 4, -1, 0, 0]])
+    good = [torch.ones(4), torch.ones(4)]
+    for bad in ([torch.ones(4), torch.ones(4).double()], [torch.ones(4), torch.ones(8)[::2]]):
+        with pytest.raises(RuntimeError, match=r"vectors\[1\]"):
+            native.grad_norm(bad, [], table, None, 0.0, 2.0)
+    assert Backend("cpu").grad_norm(good, [], table, None, 0.0, 2.0).item() == 8.0

@@ -1,0 +1,71 @@
+"""No step waits for the device: on the meta device there is no value to wait for, so any synchronisation raises."""
+
+import pytest
+import torch
+from torch import nn
+
+import lets_kernels as lk
+from methods import BASES
+
+METHODS = {
+    "sam": (lk.SAM, {}),
+    "sam-p3": (lk.SAM, {"direction": lk.Gradient(p=3.0)}),
+    "asam": (lk.ASAM, {}),
+    "asam-filterwise": (lk.ASAM, {"filterwise": True}),
+    "flattened": (lk.ASAM, {"flatten": True}),
+}
+LEARNED = {
+    "secant": {"curvature": "secant"},
+    "diagonal": {},
+    "algorithm1": {"direction": "algorithm1"},
+    "validation-loss": {"metric": "validation_loss"},
+    "reuse": {"reuse_train_gradient": True},
+    "sgd-per-group": {"optimizer": torch.optim.SGD, "per_group": True},
+}
+
+
+def meta_net():
+    with torch.device("meta"):
+        return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+
+
+def closure_of(net):
+    def closure():
+        net.zero_grad()
+        loss = net(torch.empty(4, 2, 6, 6, device="meta")).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_the_guard_itself_raises():
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.zeros((), device="meta").item()
+
+
+@pytest.mark.parametrize("base", ["momentum", "adamw", "rmsprop"])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_synchronises(method, base):
+    cls, options = METHODS[method]
+    optimizer, _, base_options, _ = BASES[base]
+    net = meta_net()
+    opt = cls(net.parameters(), optimizer, **options, **base_options)
+    for _ in range(3):
+        opt.step(closure_of(net))
+    assert {"grad_norm", "skipped_steps", "loss_gap"} <= set(opt.metrics()) and torch.is_tensor(opt.rho)
+    opt.zero_grad()
+    closure_of(net)()
+    with opt.perturbed():
+        closure_of(net)()
+    opt.step()
+
+
+@pytest.mark.parametrize("learning", LEARNED)
+@pytest.mark.parametrize("preset", [lk.LETSSAM, lk.LETSASAM])
+def test_no_learning_synchronises(preset, learning):
+    net = meta_net()
+    opt = preset(net.parameters(), torch.optim.SGD, lk.LearnedRadius(0.1, **LEARNED[learning]), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        opt.step(closure_of(net), closure_of(net))
+    assert opt.rho.device.type == "meta" and "rho_grad" in opt.metrics()
