@@ -106,7 +106,8 @@ def test_a_part_of_ones_own_plugs_in(backend, case, flatten, shape):
 
 
 def test_lets_learns_on_a_direction_and_a_descent_of_ones_own(backend):
-    """The formula knows g and g_hat alone: it treats the step as -eta g_hat whatever the descent makes of the two."""
+    """theta_{t+1} = theta - eta d, so what is differentiated is d(rho), here half of g + g_hat(rho): its secant from
+    d(0) = g is half of g_hat - g."""
     task = Task(torch.float64, steps=3)
     options = {"direction": Downhill(), "descent": Half(), "backend": backend.name}
     radius = lk.LearnedRadius(0.02, curvature="secant", metric="gap", optimizer=torch.optim.SGD, lr=1.0)
@@ -117,7 +118,7 @@ def test_lets_learns_on_a_direction_and_a_descent_of_ones_own(backend):
         _, g_hat = oracle.gradient(loss, {k: x - math.exp(nu) * g[k].sign() for k, x in theta.items()}, batch)
         theta = {k: x - 0.1 * 0.5 * (g[k] + g_hat[k]) for k, x in theta.items()}
         (_, g_train), (_, g_val) = oracle.gradient(loss, theta, batch), oracle.gradient(loss, theta, val_batch)
-        nu += 0.1 * sum(((g_val[k] - g_train[k]) * (g_hat[k] - g[k])).sum().item() for k in g)
+        nu += 0.1 * sum(((g_val[k] - g_train[k]) * 0.5 * (g_hat[k] - g[k])).sum().item() for k in g)
     task.run(opt, learned=True)
     assert opt.rho.item() == pytest.approx(math.exp(nu), rel=1e-10) and abs(nu - math.log(0.02)) > 1e-4
 
