@@ -59,7 +59,8 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_choices(isas):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_buckets_too_large_for_the_caches(dtype, threads):
-    """On two threads. Above 8 MiB kernels may write around the caches, in wider pieces: odd sizes, and addresses off every boundary."""
+    """On two threads. Above 8 MiB kernels may write around the caches, in wider pieces: odd sizes, and addresses off
+    every boundary."""
     threads(2)
     size = (9 << 20) // torch.finfo(dtype).bits * 8
     bucket = Bucket([Run((size + 3,), (1, size + 3), offset=1), Run((70001,), (1, 70001), offset=5)], dtype)

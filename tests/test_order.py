@@ -217,8 +217,8 @@ def test_closures_that_return_no_loss_are_refused_where_the_loss_is_needed(learn
 @pytest.mark.parametrize("form", ["none", "zeros", "lr-zero"])
 @pytest.mark.parametrize("base", [SGD, torch.optim.AdamW, torch.optim.RMSprop])
 def test_a_step_with_nothing_to_do_is_harmless(backend, base, form):
-    """As torch.distributed.checkpoint calls it, to create state: no gradients, zero gradients, or lr = 0. AdamW's weight
-    decay, which needs no gradient, does not act either."""
+    """As torch.distributed.checkpoint calls it, to create state: no gradients, zero gradients, or lr = 0. AdamW's
+    weight decay, which needs no gradient, does not act either."""
     toy = Toy()
     lr = 0.0 if form == "lr-zero" else 0.1
     opt = lk.SAM(toy.params, base, rho=0.5, backend=backend.name, lr=lr)
