@@ -5,7 +5,7 @@ Parameters of one group, device and dtype form a bucket: an index space in which
 norms) is one flat buffer a bucket. The parameters stay where they lie unless ``flatten`` moves them into one buffer.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,10 @@ def is_dense(t: Tensor) -> bool:
             return t.numel() == 0
         expected *= size
     return True
+
+
+def _is_plain(g: Tensor | None) -> bool:
+    return g is not None and g.layout is torch.strided
 
 
 def check_parameter(p: Tensor, where: str) -> None:
@@ -73,7 +77,8 @@ class Runs:
         """After an op wrote the weights: copies go home, and autograd learns that the parameters have changed."""
         for home, copy in self.copies:
             home.copy_(copy)
-        increment_version([self.bucket.params[i] for i in self.indices])
+        b = self.bucket
+        increment_version(b.params if len(self.indices) == len(b.params) else [b.params[i] for i in self.indices])
 
 
 class Bucket:
@@ -99,6 +104,8 @@ class Bucket:
         self.dirty = torch.zeros((), dtype=torch.int64, device=self.device)
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._scalar: tuple[float, Tensor] | None = None
+        #: The base optimizer's state tensors of these parameters, as the fused steps found them (optimizers/fused.py).
+        self.found_state: dict[str, tuple[tuple[int, ...], list[Tensor | None], list[Tensor]]] = {}
 
         rows, self.size, self.filters = [], 0, 0
         for p, name in zip(params, names, strict=True):
@@ -111,11 +118,13 @@ class Bucket:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.filter_norms = torch.empty(self.filters, dtype=wide, device=self.device) if self.filters else None
 
-        self._dense = [is_dense(p) for p in params]
-        if flatten and all(self._dense):
+        self._all = tuple(range(len(self.params)))
+        self._all_dense = all(map(is_dense, params))
+        if flatten and self._all_dense:
             self._flatten()
+        self._device_index = params[0].get_device()
         self._strides = [p.stride() for p in params]
-        self._addresses = [p.data_ptr() for p in params] if flatten else []
+        self._addresses = [p.data_ptr() for p in params]
 
     def _flatten(self) -> None:
         self.flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -156,24 +165,29 @@ class Bucket:
 
     def is_current(self) -> bool:
         """False once a parameter was re-typed, moved or re-strided (or, where flattened, re-pointed)."""
-        if not all(
-            p.dtype is self.dtype and p.device == self.device and p.stride() == stride
-            for p, stride in zip(self.params, self._strides, strict=True)
-        ):
-            return False
-        return all(p.data_ptr() == at for p, at in zip(self.params, self._addresses, strict=bool(self._addresses)))
+        return (
+            [p.stride() for p in self.params] == self._strides
+            and {p.dtype for p in self.params} == {self.dtype}
+            and {p.get_device() for p in self.params} == {self._device_index}
+            and (self.flat is None or [p.data_ptr() for p in self.params] == self._addresses)
+        )
 
-    def gather(self, grads: Sequence[Tensor | None] | None = None, among: Iterable[int] | None = None) -> Runs:
-        """The runs of the parameters that have a gradient (``p.grad`` unless ``grads`` lists others).
+    def gather(self) -> Runs:
+        """The runs of the parameters that have a gradient.
 
         Raises:
             TypeError: a sparse gradient.
         """
+        grads = [p.grad for p in self.params]
+        if self._all_dense and all(map(_is_plain, grads)) and [g.stride() for g in grads] == self._strides:  # type: ignore[union-attr]
+            return Runs(self, self._all, self.params, grads)  # type: ignore[arg-type]
+        return self._gather_some(grads)
+
+    def _gather_some(self, grads: list[Tensor | None]) -> Runs:
+        """As :meth:`gather`, where some gradients are missing or something has to be copied to lie dense."""
         runs = Runs(self, (), [], [])
         indices = []
-        for i in range(len(self.params)) if among is None else among:
-            p = self.params[i]
-            g = p.grad if grads is None else grads[i]
+        for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
             if g is None:
                 continue
             if g.layout is not torch.strided:
@@ -183,10 +197,10 @@ class Bucket:
                 )
             indices.append(i)
             weights: Tensor = p
-            if not self._dense[i]:
+            if not is_dense(p):
                 weights = p.detach().clone(memory_format=torch.contiguous_format)
                 runs.copies.append((p.detach(), weights))
-            if g.stride() != weights.stride() or g.dtype is not self.dtype:
+            if g.stride() != weights.stride():
                 g = torch.empty_like(weights, memory_format=torch.preserve_format).copy_(g.detach())
             runs.params.append(weights)
             runs.grads.append(g)
@@ -227,10 +241,7 @@ class ParameterSpace:
 
     @staticmethod
     def _signature(groups: Sequence[dict[str, Any]]) -> list[Any]:
-        return [
-            (tuple(map(id, g["params"])), tuple(p.requires_grad for p in g["params"]), g.get("adaptive"))
-            for g in groups
-        ]
+        return [(list(map(id, g["params"])), [p.requires_grad for p in g["params"]], g.get("adaptive")) for g in groups]
 
     def is_current(self, groups: Sequence[dict[str, Any]]) -> bool:
         return self._key == self._signature(groups) and all(b.is_current() for b in self.buckets)

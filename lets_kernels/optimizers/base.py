@@ -218,15 +218,18 @@ class Wrapper(torch.optim.Optimizer):
         if not set_to_none:
             self._mark_gradients()
 
+    def _first_gradient(self) -> Tensor | None:
+        return next((p.grad for group in self.param_groups for p in group["params"] if p.grad is not None), None)
+
     def _mark_gradients(self) -> None:
-        """Remember that these gradients, in this version, have been used; a later backward makes others."""
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if p.grad is not None:
-                setattr(p.grad, _SEEN, p.grad._version)
+        """Remember that the gradients, in this version, have been used; one of them stands for all."""
+        g = self._first_gradient()
+        if g is not None:
+            setattr(g, _SEEN, g._version)
 
     def _has_new_gradients(self) -> bool:
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        return any(g is not None and getattr(g, _SEEN, None) != g._version for g in grads)
+        g = self._first_gradient()
+        return g is not None and getattr(g, _SEEN, None) != g._version
 
     def _drop_gradients(self) -> None:
         for p in (p for group in self.param_groups for p in group["params"]):

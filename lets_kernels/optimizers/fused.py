@@ -4,7 +4,8 @@ The base optimizer stays the owner of its options and its state: the ops work on
 that it gives them, so its checkpoints and schedulers notice nothing. What the ops do not cover, it does itself.
 """
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,22 +27,34 @@ def _not_plain(group: Group, names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _state(runs: Runs, state: State, name: str) -> list[Tensor]:
-    """One state tensor a run, made of zeros (which is how SGD's and Adam's averages begin) where there is none."""
-    found = []
-    for i in runs.indices:
-        own = state[runs.bucket.params[i]]
+def _state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
+    """One state tensor a run, made of zeros (which is how SGD's and Adam's averages begin) where there is none.
+
+    None if one of them lies otherwise in memory than its parameter. Looking the parameters up is slow in Python, so the
+    tensors are remembered, and taken again as long as the state holds the very same ones.
+    """
+    b = runs.bucket
+    present = [entry.get(name) for entry in state.values()]
+    found = b.found_state.get(name)
+    if found is not None and found[0] == runs.indices and _same(found[1], present):
+        return found[2]
+    tensors = []
+    for i, p in zip(runs.indices, runs.params, strict=True):
+        own = state[b.params[i]]
         if own.get(name) is None:
-            own[name] = torch.zeros_like(runs.bucket.params[i], memory_format=torch.preserve_format)
-        found.append(own[name])
-    return found
-
-
-def _fits(runs: Runs, tensors: list[Tensor]) -> bool:
-    return not runs.copies and all(
+            own[name] = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+        tensors.append(own[name])
+    if not all(
         t.stride() == p.stride() and t.dtype is p.dtype and t.device == p.device
         for t, p in zip(tensors, runs.params, strict=True)
-    )
+    ):
+        return None
+    b.found_state[name] = runs.indices, [entry.get(name) for entry in state.values()], tensors
+    return tensors
+
+
+def _same(old: Sequence[object], new: Sequence[object]) -> bool:
+    return len(old) == len(new) and all(map(operator.is_, old, new))
 
 
 class FusedStep(Protocol):
@@ -66,7 +79,7 @@ class FusedSGD:
     @staticmethod
     def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
         momenta = _state(runs, state, "momentum_buffer") if group["momentum"] else []
-        if not _fits(runs, momenta or runs.params):
+        if momenta is None or runs.copies:
             return None
         b, momentum, nesterov = runs.bucket, float(group["momentum"]), bool(group["nesterov"])
         options = (float(group["lr"]), momentum, float(group["weight_decay"]), nesterov, bool(group["maximize"]))
@@ -75,6 +88,22 @@ class FusedSGD:
             b.ops.restore_sgd_(runs.weights, runs.grads, momenta, b.saved, b.dirty, runs.table, gate, *options)
 
         return step
+
+
+def _steps(runs: Runs, state: State) -> list[Tensor] | None:
+    """Adam's step counts, one float32 tensor a run; None if they are of another dtype.
+
+    They lie beside the parameters, so that counting waits for nothing; torch's Adam reads them from anywhere.
+    """
+    steps = []
+    for i in runs.indices:
+        own = state[runs.bucket.params[i]]
+        count = own.get("step")
+        if count is None or count.device != runs.bucket.device:
+            count = torch.zeros((), dtype=torch.float32) if count is None else count
+            own["step"] = count = count.to(runs.bucket.device)
+        steps.append(count)
+    return steps if all(s.dtype is torch.float32 for s in steps) else None
 
 
 class FusedAdam:
@@ -89,14 +118,8 @@ class FusedAdam:
     @staticmethod
     def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
         averages, squares = _state(runs, state, "exp_avg"), _state(runs, state, "exp_avg_sq")
-        steps = []
-        for i in runs.indices:
-            own = state[runs.bucket.params[i]]
-            # Beside the parameters, so that counting it waits for nothing; torch's Adam reads it from anywhere.
-            count = own.get("step", torch.zeros((), dtype=torch.float32))
-            own["step"] = count.to(runs.bucket.device)
-            steps.append(own["step"])
-        if not (_fits(runs, averages) and _fits(runs, squares)) or any(s.dtype is not torch.float32 for s in steps):
+        steps = _steps(runs, state)
+        if averages is None or squares is None or steps is None or runs.copies:
             return None
         b = runs.bucket
         options = (
