@@ -99,11 +99,21 @@ LETS_FN C dual(C x, C q) {
   return sign * power(absolute(x), q - C(1));
 }
 
-// The factor that gives the perturbation its length: rho / (sum |T v|^q)^(1/p), and no perturbation at all for a
-// gradient that is zero or not finite.
-LETS_FN double perturbation_scale(double total, double rho, double q) {
-  if (!(total > 0) || !is_finite(total)) return 0;
-  return rho / (q == 2 ? square_root(total) : power(total, (q - 1) / q));
+// epsilon = length * T dual(shrink * T v). For q = 2 and q = 1 the length holds the norm; else T v is divided by it
+// before it is raised to a power, which could underflow. No perturbation at all for a gradient that is zero or not
+// finite, or so small that the length overflows.
+template <class C>
+struct PerturbationScale {
+  C length, shrink;
+};
+template <class C>
+LETS_FN PerturbationScale<C> perturbation_scale(double total, double rho, double q) {
+  if (!(total > 0) || !is_finite(total)) return {C(0), C(0)};
+  const bool power_of_norm = q != 2 && q != 1;
+  const C length = C(q == 2 ? rho / square_root(total) : rho);
+  const C shrink = power_of_norm ? C(1 / power(total, 1 / q)) : C(1);
+  if (!is_finite(double(length)) || !is_finite(double(shrink))) return {C(0), C(0)};
+  return {length, shrink};
 }
 
 // ---- base optimizers

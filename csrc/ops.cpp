@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "isa.h"
 #include "math.h"
 #include "runs.h"
@@ -106,22 +108,29 @@ void filter_norms(const Tensors& params, const Tensor& runs, const Tensor& out) 
   STD_TORCH_CHECK(out.is_cpu() && out.is_contiguous() && out.numel() >= table.rows() &&
                       out.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
                   "out must hold one float32 (float64 for float64 parameters) a filter");
-  struct Row {
-    int64_t run, row;
+  // Rows are small and many: a thread takes a chunk's worth of them at a time.
+  struct Rows {
+    int64_t run, begin, end;
   };
-  std::vector<Row> rows;
-  for (int64_t i = 0; i < table.size(); ++i)
-    for (int64_t r = 0; table[i].row_length > 0 && r < table[i].row_count; ++r) rows.push_back({i, r});
+  std::vector<Rows> work;
+  for (int64_t i = 0; i < table.size(); ++i) {
+    const Run& run = table[i];
+    if (run.row_length < 1) continue;
+    const int64_t step = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, run.numel / run.row_count));
+    for (int64_t r = 0; r < run.row_count; r += step) work.push_back({i, r, std::min(r + step, run.row_count)});
+  }
   void* to = out.mutable_data_ptr();
-  for_each(int64_t(rows.size()), table.total(), [&](int64_t i) {
-    const Run& run = table[rows[size_t(i)].run];
-    const int64_t row = rows[size_t(i)].row;
-    const double norm = cpu::kernels().filter_norm(dtype, theta.run(rows[size_t(i)].run), run.numel, run.row_length,
-                                                   run.row_count, row);
-    if (wide) {
-      static_cast<double*>(to)[run.row_start + row] = norm;
-    } else {
-      static_cast<float*>(to)[run.row_start + row] = float(norm);
+  for_each(int64_t(work.size()), table.total(), [&](int64_t i) {
+    const Rows& rows = work[size_t(i)];
+    const Run& run = table[rows.run];
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const double norm =
+          cpu::kernels().filter_norm(dtype, theta.run(rows.run), run.numel, run.row_length, run.row_count, row);
+      if (wide) {
+        static_cast<double*>(to)[run.row_start + row] = norm;
+      } else {
+        static_cast<float*>(to)[run.row_start + row] = float(norm);
+      }
     }
   });
 }
@@ -135,11 +144,11 @@ void perturb_(const Tensors& params, const Tensors& vectors, const Tensor& saved
   const Runs theta(params, table, dtype, "params"), v(vectors, table, dtype, "vectors"),
       to(Tensors{saved}, table, dtype, "saved");
   const Scalings scaling(table, params, filter_norms, dtype, xi);
-  const double scale = perturbation_scale(scalar(total, "total"), scalar(rho, "rho"), q);
+  const double sum = scalar(total, "total"), radius = scalar(rho, "rho");
   int64_t& flag = counter(dirty, "dirty");
   const bool stream = streams(table, dtype);
   over_chunks(table, [&](const Chunk& c) {
-    cpu::kernels().perturb(dtype, theta.at(c), v.at(c), to.at(c), c.numel, scaling.at(c), q, scale, stream);
+    cpu::kernels().perturb(dtype, theta.at(c), v.at(c), to.at(c), c.numel, scaling.at(c), q, sum, radius, stream);
   });
   flag = 1;
 }

@@ -136,11 +136,12 @@ def test_restore_of_what_is_not_perturbed_is_nothing(backend):
 @pytest.mark.parametrize("scale", ["plain", "mixed"])
 def test_perturb_is_the_same_bits_for_every_thread_count_and_form(backend, scale, dtype, threads):
     results = []
+    total = Call(Bucket(LAYOUTS["several"], dtype, scale), 1.5).total  # the oracle's own sum depends on the threads
     for count in (2, 1, 2):
         threads(count)
         for forms in FORMS.values():
             call = Call(Bucket(LAYOUTS["several"], dtype, scale), 1.5, forms)
-            call.perturb(backend)
+            call.perturb(backend, total)
             results.append(call.theta())
     assert all(same_bits(results[0], other) for other in results[1:])
 
@@ -156,3 +157,20 @@ def test_both_backends_perturb_to_the_same_bits(q, scale, dtype):
         call.perturb(Backend(name))
         results.append(call.theta())
     assert same_bits(*results)
+
+
+@pytest.mark.parametrize("p, size", [(1.05, 1e-3), (1.1, 1e-6), (1.2, 1e-9), (1.5, 1e-20), (2.0, 1e-30), (2.0, 1e-41)])
+def test_small_gradients_under_high_powers_give_a_perturbation_of_length_rho_or_none(backend, p, size):
+    """|g|^(q-1) underflows in float32 where p is near 1; a perturbation has p-norm rho, or is zero where rho over the
+    norm overflows, and is never NaN."""
+    q = p / (p - 1)
+    theta = torch.ones(8)
+    v = torch.linspace(-1, 1, 8) * size
+    table = torch.tensor([[0, 8, -1, 0, 0]])
+    total = backend.grad_norm([v], [], table, None, 0.0, q)
+    saved = torch.full((16,), torch.nan)
+    rho = torch.tensor(0.1, dtype=torch.float64)
+    backend.perturb_([theta], [v], saved, torch.zeros((), dtype=torch.int64), table, None, 0.0, q, total, rho)
+    length = (theta.double() - 1).abs().pow(p).sum().pow(1 / p).item()
+    # Each element is rounded at 1: 8 halves of an ulp of 1, against 0.1; the power costs (q + 8) u.
+    assert length == pytest.approx(0.0 if size < 1e-40 else 0.1, rel=80 * 2**-24 + (q + 8) * 2**-24)

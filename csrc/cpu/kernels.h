@@ -20,8 +20,8 @@ struct AdamOptions {
 struct Kernels {
   double (*norm)(Dtype, const void* v, const void* theta, int64_t numel, const Scaling&, double q);
   double (*filter_norm)(Dtype, const void* theta, int64_t numel, int64_t row_length, int64_t row_count, int64_t row);
-  void (*perturb)(Dtype, void* theta, const void* v, void* saved, int64_t numel, const Scaling&, double q, double scale,
-                  bool stream);
+  void (*perturb)(Dtype, void* theta, const void* v, void* saved, int64_t numel, const Scaling&, double q, double total,
+                  double rho, bool stream);
   void (*restore)(void* theta, const void* saved, int64_t bytes, bool stream);
   void (*sgd)(Dtype, void* theta, const void* g, void* m, const void* saved, int64_t numel, const SgdOptions&,
               bool stream);
@@ -36,7 +36,7 @@ struct Kernels {
   namespace isa {                                                                                                      \
   double norm(Dtype, const void*, const void*, int64_t, const Scaling&, double);                                       \
   double filter_norm(Dtype, const void*, int64_t, int64_t, int64_t, int64_t);                                          \
-  void perturb(Dtype, void*, const void*, void*, int64_t, const Scaling&, double, double, bool);                       \
+  void perturb(Dtype, void*, const void*, void*, int64_t, const Scaling&, double, double, double, bool);               \
   void restore(void*, const void*, int64_t, bool);                                                                     \
   void sgd(Dtype, void*, const void*, void*, const void*, int64_t, const SgdOptions&, bool);                           \
   void adam(Dtype, void*, const void*, void*, void*, const void*, int64_t, double, const AdamOptions&, bool);          \

@@ -5,19 +5,26 @@ namespace lets::cpu::LETS_ISA {
 namespace {
 
 template <class T>
-void perturb_of(T* theta, const T* v, T* saved, int64_t numel, const Scaling& s, double q, double scale, bool stream) {
+void perturb_of(T* theta, const T* v, T* saved, int64_t numel, const Scaling& s, double q, double total, double rho,
+                bool stream) {
   using C = typename ArithmeticOf<T>::type;
   C theta_buffer[kBlock], v_buffer[kBlock], t_buffer[kBlock];
-  const C factor = C(scale), exponent = C(q);
+  const auto [factor, shrink] = perturbation_scale<C>(total, rho, q);
+  const C exponent = C(q);
   for (int64_t b = 0; b < numel; b += kBlock) {
     const int64_t n = smaller(kBlock, numel - b);
     copy(saved + b, theta + b, n * int64_t(sizeof(T)), stream);
-    if (scale == 0) continue;
+    if (factor == 0) continue;
     const C* weights = load<C>(theta + b, theta_buffer, n);
     const C* x = load<C>(v + b, v_buffer, n);
     const C* t = scales<C>(s, weights, b, t_buffer, n);
     C* out = result<C>(theta + b, theta_buffer, false);
-    if (!t) {
+    if (exponent != 1 && exponent != 2) {
+      for (int64_t i = 0; i < n; ++i) {
+        const C scale = t ? t[i] : C(1);
+        out[i] = weights[i] + factor * (scale * dual(shrink * (scale * x[i]), exponent));
+      }
+    } else if (!t) {
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) out[i] = weights[i] + factor * dual(x[i], exponent);
     } else {
@@ -32,10 +39,11 @@ void perturb_of(T* theta, const T* v, T* saved, int64_t numel, const Scaling& s,
 }  // namespace
 
 void perturb(Dtype dtype, void* theta, const void* v, void* saved, int64_t numel, const Scaling& s, double q,
-             double scale, bool stream) {
+             double total, double rho, bool stream) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    perturb_of(static_cast<T*>(theta), static_cast<const T*>(v), static_cast<T*>(saved), numel, s, q, scale, stream);
+    perturb_of(static_cast<T*>(theta), static_cast<const T*>(v), static_cast<T*>(saved), numel, s, q, total, rho,
+               stream);
   });
 }
 

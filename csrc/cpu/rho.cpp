@@ -14,7 +14,7 @@ LETS_FN double outer_sum(const T* val, const T* train, const T* g_hat, int64_t n
     const int64_t n = smaller(kBlock, numel - b);
     const C* a = load<C>(val + b, val_buffer, n);
     const C* h = load<C>(g_hat + b, hat_buffer, n);
-    const C* x = fourth(b, n);
+    const auto* x = fourth(b, n);
     if (train) {
       const C* c = load<C>(train + b, train_buffer, n);
       Sum::add(sum, n, [=](int64_t i) { return term(double(a[i]) - double(c[i]), double(h[i]), double(x[i])); });
@@ -30,7 +30,19 @@ double diagonal_of(const T* val, const T* train, const T* g_hat, const T* v, con
                    const Scaling& s, double q) {
   using C = typename ArithmeticOf<T>::type;
   C v_buffer[kBlock], theta_buffer[kBlock], t_buffer[kBlock];
+  double power_buffer[kBlock];
   const C exponent = C(q);
+  // A general power of a small gradient may underflow in float.
+  auto powers = [&](int64_t b, int64_t n) -> const double* {
+    const C* x = load<C>(v + b, v_buffer, n);
+    const C* weights = s.row_length == 0 ? load<C>(theta + b, theta_buffer, n) : nullptr;
+    const C* t = scales<C>(s, weights, b, t_buffer, n);
+    for (int64_t i = 0; i < n; ++i) {
+      const C scale = t ? t[i] : C(1);
+      power_buffer[i] = double(scale) * dual(double(scale * x[i]), q);
+    }
+    return power_buffer;
+  };
   auto unit = [&](int64_t b, int64_t n) -> const C* {
     const C* x = load<C>(v + b, v_buffer, n);
     const C* weights = s.row_length == 0 ? load<C>(theta + b, theta_buffer, n) : nullptr;
@@ -39,12 +51,13 @@ double diagonal_of(const T* val, const T* train, const T* g_hat, const T* v, con
       for (int64_t i = 0; i < n; ++i) t_buffer[i] = t[i] * dual(t[i] * x[i], exponent);
       return t_buffer;
     }
-    if (q == 2) return x;
+    if (q == 2) return x;  // else q is 1
     for (int64_t i = 0; i < n; ++i) t_buffer[i] = dual(x[i], exponent);
     return t_buffer;
   };
-  return outer_sum(val, train, g_hat, numel, unit,
-                   [](double outer, double h, double x) { return diagonal_share(outer, h, x); });
+  auto share = [](double outer, double h, double x) { return diagonal_share(outer, h, x); };
+  return q == 1 || q == 2 ? outer_sum(val, train, g_hat, numel, unit, share)
+                          : outer_sum(val, train, g_hat, numel, powers, share);
 }
 
 template <class T>

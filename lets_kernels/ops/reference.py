@@ -83,11 +83,16 @@ def perturb_(
         old.copy_(theta)
     dirty.fill_(1)
     usable = torch.isfinite(total) & (total > 0)
-    scale = rho / total.pow((q - 1) / q)
+    # For q other than 2 and 1 the norm divides before the power is taken, which could underflow.
+    length = rho / total.sqrt() if q == 2 else rho
+    shrink = total.pow(-1 / q) if q not in (1, 2) else torch.ones_like(total)
     for theta, v, row in zip(thetas, _runs(vectors, table), table.tolist(), strict=True):
         t = _scaling(theta, filter_norms, row, xi, v.device)
-        ascended = _wide(theta) + scale.to(_wide(v).dtype) * (t * _dual(t * _wide(v), q))
-        theta.copy_(torch.where(usable & (scale != 0), ascended.to(theta.dtype), theta))
+        factor, inner = length.to(_wide(v).dtype), shrink.to(_wide(v).dtype)
+        scaled = t * _wide(v) if q in (1, 2) else inner * (t * _wide(v))
+        ascended = _wide(theta) + factor * (t * _dual(scaled, q))
+        moves = usable & (factor != 0) & factor.isfinite() & inner.isfinite()
+        theta.copy_(torch.where(moves, ascended.to(theta.dtype), theta))
 
 
 def restore_(params: Sequence[Tensor], saved: Tensor, dirty: Tensor, table: Tensor) -> None:
@@ -181,7 +186,8 @@ def rho_grad_diagonal(
     units = []
     for v, theta, row in zip(_runs(vectors, table), thetas, table.tolist(), strict=True):
         t = _scaling(theta, filter_norms, row, xi, v.device)
-        units.append((t * _dual(t * _wide(v), q)).double())
+        scaled = t * _wide(v)
+        units.append((t * _dual(scaled, q)).double() if q in (1, 2) else t * _dual(scaled.double(), q))
     curved = [h.double().square() * unit for h, unit in zip(_runs(perturbed, table), units, strict=True)]
     return _outer_product(val, train, curved, table)
 
