@@ -1,9 +1,17 @@
 """Steps of other people's optimizers that happen only if a flag on the device says so."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def check_steps_alone(optimizer: type) -> None:
+    """Refuse an optimizer that calls the closure itself, as LBFGS does: ``TypeError``."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")  # type: ignore[attr-defined]
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(f"{optimizer.__name__} calls the closure itself; take an optimizer whose step() needs none")
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:

@@ -8,7 +8,7 @@ where H is the curvature: ``diagonal`` takes diag(ĝ²) as the paper does, ``sec
 both gradients are at hand already. The derivation treats the base optimizer's step as −η ĝ.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,12 +111,36 @@ class Trial:
         vectors = [along[i] if i in along else torch.zeros_like(v) for i, v in pairs]
         return Ascent(a.runs, vectors, a.xi, a.q)
 
+    def detached(self) -> "Trial":
+        """A trial whose gradients are nobody else's: those after the step are the user's, who may change them."""
+        copies: dict[int, Tensor] = {}
+
+        def own(gradients: list[Gradients]) -> list[Gradients]:
+            for g in (g for each in gradients for g in each.values() if id(g) not in copies):
+                copies[id(g)] = g.clone()
+            return [{i: copies[id(g)] for i, g in each.items()} for each in gradients]
+
+        return replace(self, perturbed=own(self.perturbed), stepped=own(self.stepped))
+
+    @staticmethod
+    def fits(state: dict[str, Any], buckets: list[Bucket]) -> bool:
+        """True if the buckets hold the parameters that a packed trial was made with, by their places in the groups."""
+        for entry in state["ascents"]:
+            if entry["bucket"] >= len(buckets):
+                return False
+            bucket = buckets[entry["bucket"]]
+            if (bucket.group, bucket.places) != (entry["group"], entry["places"]):
+                return False
+        return len(state["first"]) == len(buckets)
+
     def pack(self) -> dict[str, Any]:
         """Everything that ``unpack`` needs, as tensors, numbers, lists and dicts that torch.save can store."""
         ascents = [
             {
                 "bucket": a.bucket.index,
                 "indices": list(a.runs.indices),
+                "group": a.bucket.group,
+                "places": a.bucket.places,
                 "vectors": a.vectors,
                 "xi": a.xi,
                 "q": a.q,

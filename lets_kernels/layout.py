@@ -5,9 +5,11 @@ Parameters of one group, device and dtype form a bucket: an index space in which
 norms) is one flat buffer a bucket. The parameters stay where they lie unless ``flatten`` moves them into one buffer.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import repeat
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.autograd.graph import increment_version
 from lets_kernels import ops
 
 PADDING = 16
+_TABLES = 64
 UNSCALED, ELEMENT_WISE = -1, 0
 
 # (row_length, row_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
@@ -32,10 +35,6 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
-def _is_plain(g: Tensor | None) -> bool:
-    return g is not None and g.layout is torch.strided
-
-
 def check_parameter(p: Tensor, where: str) -> None:
     """Refuse what no method can perturb.
 
@@ -46,7 +45,7 @@ def check_parameter(p: Tensor, where: str) -> None:
     if p.dtype not in ops.DTYPES:
         what = "hold its real and imaginary part as two parameters" if p.is_complex() else "keep it out of the groups"
         raise TypeError(f"{where}: a parameter of dtype {p.dtype} cannot be perturbed; {what}")
-    if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+    if p.numel() and any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
         raise ValueError(f"{where}: an expanded parameter shares memory between elements; pass p.clone()")
 
 
@@ -54,7 +53,7 @@ def check_parameter(p: Tensor, where: str) -> None:
 class Runs:
     """The parameters of a bucket that take part in one pass, with their gradients, in the order of the bucket.
 
-    ``params`` and ``grads`` are dense and agree in their strides, run by run; where the user's do not, they are
+    ``params`` and ``grads`` are dense and agree in strides and dtype, run by run; where the user's do not, they are
     copies, and ``write_back`` brings the weights home.
     """
 
@@ -97,6 +96,8 @@ class Bucket:
     ) -> None:
         self.params = list(params)
         self.index, self.group = index, group
+        #: Where the parameters stand in their group.
+        self.places = list(range(len(self.params)))
         self.dtype, self.device = params[0].dtype, params[0].device
         self.backend, self.ops = ops.choose(backend, self.device)
         self.flat: Tensor | None = None
@@ -142,6 +143,8 @@ class Bucket:
 
     def table(self, indices: tuple[int, ...]) -> Tensor:
         """The run table of these parameters; made once for every set."""
+        if len(self._tables) > _TABLES:  # sets that change from step to step: layer drop, experts
+            self._tables.clear()
         if indices not in self._tables:
             self._tables[indices] = self._rows[list(indices)].contiguous()
         return self._tables[indices]
@@ -179,8 +182,11 @@ class Bucket:
             TypeError: a sparse gradient.
         """
         grads = [p.grad for p in self.params]
-        if self._all_dense and all(map(_is_plain, grads)) and [g.stride() for g in grads] == self._strides:  # type: ignore[union-attr]
-            return Runs(self, self._all, self.params, grads)  # type: ignore[arg-type]
+        if self._all_dense and not any(map(operator.is_, grads, repeat(None))):
+            found = cast(list[Tensor], grads)
+            plain = {g.layout for g in found} == {torch.strided} and {g.dtype for g in found} == {self.dtype}
+            if plain and [g.stride() for g in found] == self._strides:
+                return Runs(self, self._all, self.params, found)
         return self._gather_some(grads)
 
     def _gather_some(self, grads: list[Tensor | None]) -> Runs:
@@ -200,7 +206,7 @@ class Bucket:
             if not is_dense(p):
                 weights = p.detach().clone(memory_format=torch.contiguous_format)
                 runs.copies.append((p.detach(), weights))
-            if g.stride() != weights.stride():
+            if g.stride() != weights.stride() or g.dtype is not self.dtype:
                 g = torch.empty_like(weights, memory_format=torch.preserve_format).copy_(g.detach())
             runs.params.append(weights)
             runs.grads.append(g)
@@ -235,9 +241,10 @@ class ParameterSpace:
             own = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
             for members in kinds.values():
                 labels = [own.get(id(p), names.get(id(p))) for p in members]
-                self.buckets.append(
-                    Bucket(members, labels, len(self.buckets), index, group, geometry, backend, flatten)
-                )
+                bucket = Bucket(members, labels, len(self.buckets), index, group, geometry, backend, flatten)
+                places = {id(p): place for place, p in enumerate(group["params"])}
+                bucket.places = [places[id(p)] for p in members]
+                self.buckets.append(bucket)
 
     @staticmethod
     def _signature(groups: Sequence[dict[str, Any]]) -> list[Any]:

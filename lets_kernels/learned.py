@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.distributed import Replicas
-from lets_kernels.guarded import guarded_step
+from lets_kernels.guarded import check_steps_alone, guarded_step
 from lets_kernels.hypergradient import Gradients, Trial
 from lets_kernels.layout import Bucket
 from lets_kernels.radius import Radius
@@ -26,6 +26,8 @@ class LearnedRadius(Radius):
     parameters here: the optimizer for ν, one radius or one a group, and how a step of the base optimizer other than
     plain SGD enters: as −η ĝ.
 
+    ``group["rho"]`` shows the radius, as a 0-d tensor; what is written there is not read.
+
     Args:
         rho: ρ_0 > 0. With ``per_group``, for groups without their own ``rho``.
         metric: F. ``"squared_gap"`` (the paper) is ½(L_vl − L_tr)², ``"gap"`` is L_vl − L_tr, ``"validation_loss"``
@@ -42,6 +44,7 @@ class LearnedRadius(Radius):
 
     Raises:
         ValueError: an argument is out of its range; ``direction`` with a secant, which needs none.
+        TypeError: an optimizer that calls its closure itself.
     """
 
     learns = True
@@ -68,6 +71,8 @@ class LearnedRadius(Radius):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         if curvature == "secant" and direction != "epsilon":
             raise ValueError(f"direction={direction!r} goes with curvature='diagonal'; a secant needs no direction")
+        if isinstance(optimizer, type):
+            check_steps_alone(optimizer)
         if interval < 1:
             raise ValueError(f"interval must be at least 1, not {interval}")
         self.rho = _check_learned(rho)
@@ -84,19 +89,24 @@ class LearnedRadius(Radius):
     # ---- the radius ----------------------------------------------------------------------------------------------
 
     def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
-        given = {float(g["rho"]) for g in groups} - ({self.rho, *map(float, self._radii())} if self.nu else set())
-        if not self.per_group and len(given) > (0 if self.nu else 1):
-            raise ValueError("the groups have different rho, but one radius is learned for all: use per_group=True")
-        if any("lr" not in g for g in groups):
-            raise ValueError("a learned radius needs the learning rate: the base optimizer's groups have no 'lr'")
+        self.check_groups(groups)
         for group in groups[len(self.nu) :] if self.per_group else groups[: 1 - len(self.nu)]:
-            start = math.log(_check_learned(float(group["rho"])))
+            start = math.log(float(group["rho"]))
             self.nu.append(torch.tensor(start, dtype=torch.float64, device=device, requires_grad=True))
             if self.optimizer is None:
                 self.optimizer = self._make_optimizer([self.nu[0]], **self._optimizer_kwargs)
             else:
                 self.optimizer.add_param_group({"params": [self.nu[-1]]})
         self._publish(groups)
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        for group in groups:
+            _check_learned(float(group["rho"]))
+        given = {float(g["rho"]) for g in groups} - ({self.rho, *map(float, self._radii())} if self.nu else set())
+        if not self.per_group and len(given) > (0 if self.nu else 1):
+            raise ValueError("the groups have different rho, but one radius is learned for all: use per_group=True")
+        if any("lr" not in g for g in groups):
+            raise ValueError("a learned radius needs the learning rate: the base optimizer's groups have no 'lr'")
 
     def _publish(self, groups: Sequence[dict[str, Any]]) -> None:
         """Let every group show its ρ, a 0-d tensor of its own that later steps replace and never change."""
@@ -111,8 +121,8 @@ class LearnedRadius(Radius):
         return group if self.per_group else 0
 
     def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
-        rho = group["rho"]
-        return rho if isinstance(rho, Tensor) else self.nu[self._of(index)].detach().exp()
+        group["rho"] = self.nu[self._of(index)].detach().exp()
+        return group["rho"]
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
@@ -151,7 +161,7 @@ class LearnedRadius(Radius):
         replicas: Replicas,
     ) -> None:
         if self.needs_train_gradient and self.reuse_train_gradient:
-            self._pending = trial, val, val_loss
+            self._pending = trial.detached(), val, val_loss
         else:
             self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
 
@@ -165,9 +175,14 @@ class LearnedRadius(Radius):
     ) -> None:
         if self._packed is not None:
             state, self._packed = self._packed, None
-            self._pending = Trial.unpack(state["trial"], buckets), state["val"], state["val_loss"]
-        assert self._pending is not None
+            if Trial.fits(state["trial"], buckets):
+                self._pending = Trial.unpack(state["trial"], buckets), state["val"], state["val_loss"]
+        if self._pending is None:
+            return
         (trial, val, val_loss), self._pending = self._pending, None
+        # Where parameters have been frozen, added or moved since, that step's gradients go with others than these.
+        if any(a.bucket not in buckets for a in trial.ascents):
+            return
         self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
 
     def _learn(

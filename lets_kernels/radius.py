@@ -15,7 +15,7 @@ from lets_kernels.layout import Bucket
 
 def check_rho(rho: Any) -> float:
     """ρ as a float; ``TypeError`` if it is no number, ``ValueError`` if it is negative or not finite."""
-    if not isinstance(rho, (Real, Tensor)):
+    if not isinstance(rho, (Real, Tensor)) or isinstance(rho, bool):
         raise TypeError(f"rho must be a number or a Radius, not {rho!r}")
     value = float(rho)
     if not (math.isfinite(value) and value >= 0):
@@ -33,10 +33,14 @@ class Radius:
     #: True once an optimizer has taken the radius.
     bound = False
 
-    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
-        """Called when groups are set or added; each has its ``rho``."""
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raise where ``bind`` would, and change nothing; ``groups`` are all that there are to be."""
         for group in groups:
             check_rho(group["rho"])
+
+    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+        """Called when groups are set or added; each has its ``rho``."""
+        self.check_groups(groups)
 
     def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
         """ρ of one group at step number ``step`` (from 0): a float or a 0-d tensor."""
@@ -119,11 +123,19 @@ class ScheduledRadius(Radius):
 
     def __init__(self, schedule: Callable[[int], float]) -> None:
         self.schedule = schedule
-        self.rho = check_rho(schedule(0))
+        self.rho = self._present = check_rho(schedule(0))
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().check_groups(groups)
+        if any(float(group["rho"]) not in (self.rho, self._present) for group in groups):
+            raise ValueError("a group has its own rho, but a scheduled radius is that of all groups")
 
     def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
-        group["rho"] = check_rho(self.schedule(step))
-        return float(group["rho"])
+        group["rho"] = self._present = check_rho(self.schedule(step))
+        return self._present
+
+    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        self._present = float(groups[0]["rho"])
 
     @classmethod
     def linear(cls, start: float, end: float, steps: int) -> "ScheduledRadius":

@@ -48,7 +48,6 @@ BASES = {
     "sgd": (torch.optim.SGD, oracle.SGD, {"lr": 0.1}, "restore_sgd_"),
     "momentum": (torch.optim.SGD, oracle.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}, "restore_sgd_"),
     "nesterov": (torch.optim.SGD, oracle.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}, "restore_sgd_"),
-    "maximize": (torch.optim.SGD, oracle.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}, "restore_sgd_"),
     "adam": (torch.optim.Adam, oracle.Adam, {"lr": 0.02, "weight_decay": 0.1}, "restore_adamw_"),
     "adamw": (torch.optim.AdamW, adamw, {"lr": 0.02, "weight_decay": 0.1}, "restore_adamw_"),
     "dampening": (torch.optim.SGD, oracle.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.2}, None),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lets_kernels.descent import Descent
 from lets_kernels.direction import Direction, check_xi
+from lets_kernels.guarded import check_steps_alone
 from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import ParameterSpace, check_parameter
 from lets_kernels.radius import Radius, check_rho
@@ -16,6 +17,12 @@ from lets_kernels.schedule import Schedule
 
 if TYPE_CHECKING:
     from lets_kernels.optimizers.step import Step
+
+
+def _check_minimises(groups: Sequence[dict[str, Any]]) -> None:
+    if any(group.get("maximize") for group in groups):
+        raise ValueError("maximize=True: sharpness is of a loss that is minimised; minimise the negative instead")
+
 
 KEY = "lets_kernels"
 _SEEN = "_lets_kernels_seen"
@@ -47,12 +54,16 @@ class Wrapper(torch.optim.Optimizer):
         is_class = isinstance(base, type) and issubclass(base, torch.optim.Optimizer)
         if not is_class and not isinstance(base, torch.optim.Optimizer):
             raise TypeError(f"base_optimizer must be a torch optimizer class or instance, not {base!r}")
+        check_steps_alone(base if isinstance(base, type) else type(base))
         super().__init__(params, dict(self._own))
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError("no parameters: every group is empty")
         if isinstance(base, torch.optim.Optimizer):
             self._adopt(base, kwargs)
         else:
             self._check_groups(self.param_groups)
             base = base(self.param_groups, **kwargs)
+        _check_minimises(base.param_groups)
         self.base_optimizer = base
         del self.__dict__["_early_groups"], self.__dict__["_early_state"]
         self.defaults = {**base.defaults, **self._own}
@@ -61,6 +72,7 @@ class Wrapper(torch.optim.Optimizer):
         self.radius.bound = True
         self.skipped = torch.zeros((), dtype=torch.int64, device=first.device)
         self._step_number = 0
+        self._mark_gradients()  # whatever they are from, no backward of this optimizer's made them
 
     def _reset(self) -> None:
         """What a step leaves behind and a copy of the optimizer does not take along."""
@@ -114,8 +126,19 @@ class Wrapper(torch.optim.Optimizer):
         group = {**self._own, **param_group}
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         self._check_groups([{**group, "params": [p[1] if isinstance(p, tuple) else p for p in group["params"]]}])
+        whole = {**self.defaults, **group}
+        _check_minimises([whole])
+        self.radius.check_groups([*self.param_groups, whole])
         self.base_optimizer.add_param_group(group)
         self.radius.bind(self.param_groups, self.skipped.device)
+
+    def _take_in_new_groups(self) -> None:
+        """Groups that were added to the base optimizer get what they lack."""
+        if any(name not in group for group in self.param_groups for name in self._own):
+            for group in self.param_groups:
+                for name, value in self._own.items():
+                    group.setdefault(name, value)
+            self.radius.bind(self.param_groups, self.skipped.device)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -218,18 +241,18 @@ class Wrapper(torch.optim.Optimizer):
         if not set_to_none:
             self._mark_gradients()
 
-    def _first_gradient(self) -> Tensor | None:
-        return next((p.grad for group in self.param_groups for p in group["params"] if p.grad is not None), None)
+    def _gradients(self) -> list[Tensor]:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return [g for g in grads if g is not None]
 
     def _mark_gradients(self) -> None:
-        """Remember that the gradients, in this version, have been used; one of them stands for all."""
-        g = self._first_gradient()
-        if g is not None:
-            setattr(g, _SEEN, g._version)
+        """Remember that these gradients, in this version, have been used; a later backward makes others."""
+        if self._caller_begins is not False:  # else nobody asks
+            for g in self._gradients():
+                setattr(g, _SEEN, g._version)
 
     def _has_new_gradients(self) -> bool:
-        g = self._first_gradient()
-        return g is not None and getattr(g, _SEEN, None) != g._version
+        return any(getattr(g, _SEEN, None) != g._version for g in self._gradients())
 
     def _drop_gradients(self) -> None:
         for p in (p for group in self.param_groups for p in group["params"]):

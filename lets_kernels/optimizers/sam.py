@@ -107,13 +107,20 @@ class SAM(Wrapper):
         """Restore the weights and take the base optimizer's step, along the gradients of the second backward.
 
         Raises:
-            RuntimeError: without a ``first_step`` before it.
+            RuntimeError: without a ``first_step`` before it, or inside ``perturbed()``.
+            TypeError: sparse gradients. The weights are restored and the step is given up then.
         """
         self._heal()
-        if self._step is None:
-            raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
         step, self._trial = self._step, None
-        self.fused, self.fused_reason = step.descend()
+        if step is None:
+            raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
+        if step.in_context:
+            raise RuntimeError("the step is taken after `with opt.perturbed():`, not inside; leave the context first")
+        try:
+            self.fused, self.fused_reason = step.descend()
+        except BaseException:
+            self.restore()
+            raise
         self._trial, self._step, self._radius_waits = step.trial, None, self.radius.learns
         self._last, self._step_number = step.metrics(), self._step_number + 1
         for optimizer in (self, self.base_optimizer):
@@ -134,13 +141,16 @@ class SAM(Wrapper):
         self._refuse_while_perturbed("perturbed()")
         try:
             self.first_step(loss=loss)
+            assert self._step is not None
+            self._step.in_context = True
             yield
         except BaseException:
             self.restore()
             raise
-        assert self._step is not None
-        with torch.no_grad():
-            self._step.restore()
+        if self._step is not None:  # else given up inside, by restore()
+            with torch.no_grad():
+                self._step.restore()
+            self._step.in_context = False
 
     def restore(self) -> None:
         """Bring the weights back to θ, to the bit, and give up the step that was begun. Harmless at any time."""
@@ -188,6 +198,8 @@ class SAM(Wrapper):
             if not (self._caller_begins and self._has_new_gradients()):
                 self._drop_gradients()
                 loss = self._call(closure)
+                if self.radius.learns:
+                    _as_loss(loss, "closure")
             self.first_step(zero_grad=True, loss=loss)
             assert self._step is not None
             if self._step.perturbs:
@@ -209,7 +221,8 @@ class SAM(Wrapper):
         if not grads:
             return
         if all(float(group.get("lr", 1.0)) == 0 for group in self.param_groups):
-            self.base_optimizer.step()  # makes the state, moves nothing
+            if not self.state:
+                self.base_optimizer.step()  # makes the state, moves nothing
         elif any(map(torch.any, grads)):
             raise RuntimeError(
                 "step() without a perturbation before it: call step(closure), or first_step() and second_step(), or "
@@ -247,7 +260,8 @@ class SAM(Wrapper):
                 "the gradients of the perturbed pass were changed in place before radius_step(); zero them with "
                 "set_to_none=True"
             )
-        buckets = self._space().buckets
+        assert self._buckets is not None
+        buckets = self._buckets.buckets  # those of the step, whatever has been frozen since
         kept = [(p, p.grad) for b in buckets for p in b.params]
         train: list[Gradients] | None = None
         train_loss = None
@@ -295,6 +309,7 @@ class SAM(Wrapper):
     def _space(self) -> ParameterSpace:
         """The buckets, built anew where the groups or the parameters have changed."""
         if self._buckets is None or not self._buckets.is_current(self.param_groups):
+            self._take_in_new_groups()
             names = {id(p): name for name, p in self.model.named_parameters()} if self.model is not None else {}
             self.direction.bind(self.model)
             geometry = self.direction.geometry

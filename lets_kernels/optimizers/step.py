@@ -27,7 +27,7 @@ class Step:
         self.optimizer, self.loss = optimizer, loss
         self.perturbed_loss: Tensor | None = None
         self.trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
-        self.is_perturbed = self.torn = False
+        self.is_perturbed = self.torn = self.in_context = False
         o, radius = optimizer, optimizer.radius
         self._observed = radius.due(o._step_number)
         self.perturbs = o.schedule.perturbs(o._step_number)
@@ -114,10 +114,11 @@ class Step:
             for a in self.ascents:  # where the passes have different gradients
                 if self.is_perturbed and second[a.bucket.index].indices != a.runs.indices:
                     a.bucket.restore(a.runs)
+            self.torn = True  # an interrupt between buckets ends the step: none is stepped twice
             for runs, take in fused:
                 take(self.gate.to(runs.bucket.device))
                 runs.write_back()
-            self.is_perturbed = False
+            self.is_perturbed = self.torn = False
         else:
             self.restore()
             for runs in active:
