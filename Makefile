@@ -19,7 +19,7 @@ demo: build    ## train on real data; options in ARGS: make demo ARGS="--help"
 test: build    ## the tests; options for pytest in ARGS
 	$(PY) -m pytest $(ARGS)
 
-bench: build    ## the benchmarks
+bench: build    ## the benchmarks; ARGS="--save-results --wait 20" writes benchmarks/results
 	$(PY) -m pytest benchmarks -q $(ARGS)
 
 lint: $(READY)    ## everything that CI checks without running the code
