@@ -62,5 +62,5 @@ def test_size(count, benchmark, rounds, report):
     table = report("size", "A whole SAM + SGD step over 25.6 M elements, by the number of tensors they are in")
     for name, t in timings.items():
         ratio = t.over(timings["lets_kernels"])
-        row = {"tensors": count, "contender": name, "ms": ms(t.median), "takes": f"{ratio:.2f}x"}
+        row = {"tensors": str(count), "contender": name, "ms": ms(t.median), "takes": f"{ratio:.2f}x"}
         table.add(row, tensors=count, contender=name, **t.summary(), disturbed=t.disturbed, ratio=round(ratio, 3))
