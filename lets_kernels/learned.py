@@ -92,11 +92,12 @@ class LearnedRadius(Radius):
         self.check_groups(groups)
         for group in groups[len(self.nu) :] if self.per_group else groups[: 1 - len(self.nu)]:
             start = math.log(float(group["rho"]))
-            self.nu.append(torch.tensor(start, dtype=torch.float64, device=device, requires_grad=True))
+            nu = torch.tensor(start, dtype=torch.float64, device=device, requires_grad=True)
             if self.optimizer is None:
-                self.optimizer = self._make_optimizer([self.nu[0]], **self._optimizer_kwargs)
+                self.optimizer = self._make_optimizer([nu], **self._optimizer_kwargs)
             else:
-                self.optimizer.add_param_group({"params": [self.nu[-1]]})
+                self.optimizer.add_param_group({"params": [nu]})
+            self.nu.append(nu)
         self._publish(groups)
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:

@@ -234,3 +234,13 @@ def test_what_cannot_work_is_refused_at_once(build, error, way_out):
     with pytest.raises(error, match=way_out):
         build(p)
     assert torch.equal(p[0], torch.ones(2))
+
+
+def test_a_radius_whose_first_optimizer_failed_starts_afresh_in_the_next():
+    radius = lk.LearnedRadius(0.1, per_group=True, lr=-1.0)
+    p = [torch.ones(2, requires_grad=True)]
+    with pytest.raises(ValueError, match="learning rate"):
+        lk.SAM(p, SGD, radius, lr=0.1)
+    with pytest.raises(ValueError, match="learning rate"):  # the same error again, not a half-made radius
+        lk.SAM(p, SGD, radius, lr=0.1)
+    assert radius.nu == []

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from lets_kernels.optimizers.step import Step
 
 
+KEY = "lets_kernels"
+_SEEN = "_lets_kernels_seen"
+
+
 def _check_minimises(groups: Sequence[dict[str, Any]]) -> None:
     if any(group.get("maximize") for group in groups):
         raise ValueError("maximize=True: sharpness is of a loss that is minimised; minimise the negative instead")
-
-
-KEY = "lets_kernels"
-_SEEN = "_lets_kernels_seen"
 
 
 class Wrapper(torch.optim.Optimizer):

@@ -75,8 +75,6 @@ class SAM(Wrapper):
         self._backend, self._flatten = backend, flatten
         self.check_finite, self.model, self.replicas = check_finite, model, Replicas(process_group)
         self._own = {"rho": self.radius.rho, "adaptive": False, **direction.defaults}
-        self._reset()
-
         super().__init__(params, base_optimizer, kwargs)
 
     # ---- the three call shapes -------------------------------------------------------------------------------------
