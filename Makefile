@@ -2,13 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-CSRC = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC = $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format clean
+.PHONY: help build demo test bench wheel gpu-check lint format clean
 
 help:    ## these targets
-	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
 
 build: $(READY)    ## .venv with the pinned dependencies, and the compiled kernels in place
 	@$(PY) setup.py -q build_ext --inplace
@@ -21,6 +21,13 @@ test: build    ## the tests; options for pytest in ARGS
 
 bench: build    ## the benchmarks; ARGS="--save-results --wait 20" writes benchmarks/results
 	$(PY) -m pytest benchmarks -q $(ARGS)
+
+wheel: $(READY)    ## dist/*.whl with the CPU kernels and, where there is nvcc, the CUDA kernels
+	@$(PY) -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist/*.whl
+
+gpu-check:    ## on a machine with a GPU, whose python3 has torch and the test tools: build, all GPU tests, benchmarks
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 lint: $(READY)    ## everything that CI checks without running the code
 	$(VENV)/bin/ruff check
@@ -36,7 +43,7 @@ format: $(READY)    ## rewrite the sources as lint wants them
 
 clean:    ## remove whatever the other targets made
 	rm -rf $(VENV) build dist runs *.egg-info .benchmarks .hypothesis
-	rm -rf .mypy_cache .pytest_cache .ruff_cache lets_kernels/_C.*.so*
+	rm -rf .mypy_cache .pytest_cache .ruff_cache lets_kernels/_C.*.so* lets_kernels/_cuda.*.so*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Done again when what is installed changes; the kernels have ninja for that, so pip leaves them alone here.
@@ -44,5 +51,5 @@ $(READY): requirements-dev.txt pyproject.toml
 	@echo "$(VENV): installing requirements-dev.txt"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -qq -r requirements-dev.txt
-	@LETS_KERNELS_CPU=0 $(PY) -m pip install -qq --no-build-isolation --no-deps --editable .
+	@LETS_KERNELS_CPU=0 LETS_KERNELS_CUDA=0 $(PY) -m pip install -qq --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -27,7 +27,11 @@ template <class To, class From>
 LETS_FN To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
   To to;
+#if defined(__CUDACC__)
+  memcpy(&to, &from, sizeof(to));
+#else
   __builtin_memcpy(&to, &from, sizeof(to));
+#endif
   return to;
 }
 
@@ -74,12 +78,21 @@ LETS_FN void narrow(float x, Half& to) {
 
 // ---- elementary functions; no <cmath>, whose inline functions must not be compiled for several instruction sets
 
+#if defined(__CUDACC__)
+LETS_FN float absolute(float x) { return fabsf(x); }
+LETS_FN double absolute(double x) { return fabs(x); }
+LETS_FN float square_root(float x) { return sqrtf(x); }
+LETS_FN double square_root(double x) { return sqrt(x); }
+LETS_FN float power(float x, float y) { return powf(x, y); }
+LETS_FN double power(double x, double y) { return pow(x, y); }
+#else
 LETS_FN float absolute(float x) { return __builtin_fabsf(x); }
 LETS_FN double absolute(double x) { return __builtin_fabs(x); }
 LETS_FN float square_root(float x) { return __builtin_sqrtf(x); }
 LETS_FN double square_root(double x) { return __builtin_sqrt(x); }
 LETS_FN float power(float x, float y) { return __builtin_powf(x, y); }
 LETS_FN double power(double x, double y) { return __builtin_pow(x, y); }
+#endif
 LETS_FN bool is_finite(double x) { return x - x == 0; }
 
 // ---- where to perturb: SAM (Foret et al., 2021, Eq. 2), ASAM (Kwon et al., 2021), LETS Eq. 7
@@ -116,7 +129,17 @@ LETS_FN PerturbationScale<C> perturbation_scale(double total, double rho, double
   return {length, shrink};
 }
 
-// ---- base optimizers
+// ---- base optimizers, with the options as torch has them
+
+struct SgdOptions {
+  double lr, momentum, weight_decay;
+  bool nesterov, maximize;
+};
+
+struct AdamOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled, maximize;
+};
 
 template <class C>
 struct Sgd {
@@ -134,6 +157,11 @@ struct Sgd {
     return o.lr == 0 ? theta : theta - o.lr * g;  // not even the sign of a zero changes
   }
 };
+
+template <class C>
+LETS_FN Sgd<C> sgd_of(const SgdOptions& o) {
+  return {C(o.lr), C(o.momentum), C(o.weight_decay), o.nesterov, o.maximize};
+}
 
 template <class C>
 struct Adam {
@@ -154,6 +182,23 @@ struct Adam {
     return o.step_size == 0 ? theta : theta - o.step_size * (m / (square_root(v) / o.root_bias + o.eps));
   }
 };
+
+// 1 - beta^t
+LETS_FN double bias_correction(double beta, double step) { return 1 - power(beta, step); }
+
+template <class C>
+LETS_FN Adam<C> adam_of(const AdamOptions& o, double bias1, double bias2) {
+  return {o.decoupled ? C(1 - o.lr * o.weight_decay) : C(1),
+          o.decoupled ? C(0) : C(o.weight_decay),
+          C(o.beta1),
+          C(o.beta2),
+          C(1 - o.beta1),
+          C(1 - o.beta2),
+          C(o.lr / bias1),
+          C(square_root(bias2)),
+          C(o.eps),
+          o.maximize};
+}
 
 // ---- the gradient in the radius: LETS (Wang et al., 2024), one element's share
 

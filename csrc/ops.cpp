@@ -7,6 +7,7 @@
 #include "isa.h"
 #include "math.h"
 #include "runs.h"
+#include "schemas.h"
 
 namespace lets {
 namespace {
@@ -15,18 +16,7 @@ using torch::headeronly::ScalarType;
 
 // Above this many bytes written, what is not read back by the op is written around the caches.
 constexpr int64_t kStreamBytes = int64_t(1) << 23;
-
-double scalar(const Tensor& t, const char* what) {
-  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Double, what,
-                  " must be a float64 tensor with one element on the CPU");
-  return *static_cast<const double*>(t.const_data_ptr());
-}
-
-int64_t& counter(const Tensor& t, const char* what) {
-  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1 && t.scalar_type() == ScalarType::Long, what,
-                  " must be an int64 tensor with one element on the CPU");
-  return *static_cast<int64_t*>(t.mutable_data_ptr());
-}
+constexpr Where kCpu;
 
 Tensor make_scalar(double value) {
   AtenTensorHandle handle;
@@ -36,32 +26,6 @@ Tensor make_scalar(double value) {
   *static_cast<double*>(out.mutable_data_ptr()) = value;
   return out;
 }
-
-// The part of T that a table and its filter norms describe, chunk by chunk.
-class Scalings {
- public:
-  Scalings(const Table& table, const Tensors& params, const std::optional<Tensor>& norms, Dtype dtype, double xi)
-      : table_(table), xi_(xi), item_(dtype == Dtype::float64 ? 8 : 4) {
-    STD_TORCH_CHECK(!table.element_wise() || !params.empty(), "params must be given where T = |theta| + xi");
-    if (table.rows() == 0) return;
-    STD_TORCH_CHECK(norms.has_value(), "filter_norms must be given where the run table has filters");
-    STD_TORCH_CHECK(norms->is_cpu() && norms->numel() >= table.rows() && norms->is_contiguous() &&
-                        norms->scalar_type() == (item_ == 8 ? ScalarType::Double : ScalarType::Float),
-                    "filter_norms must hold one float32 (float64 for float64 parameters) a filter");
-    norms_ = static_cast<const char*>(norms->const_data_ptr());
-  }
-  Scaling at(const Chunk& chunk) const {
-    const Run& run = table_[chunk.run];
-    return {run.row_length, run.row_count, run.row_length > 0 ? norms_ + run.row_start * item_ : nullptr, xi_,
-            chunk.begin};
-  }
-
- private:
-  const Table& table_;
-  double xi_;
-  int64_t item_;
-  const char* norms_ = nullptr;
-};
 
 // One partial sum a chunk, added in the order of the chunks.
 template <class F>
@@ -82,18 +46,13 @@ void over_chunks(const Table& table, const F& f) {
 
 bool streams(const Table& table, Dtype dtype) { return table.total() * size_of(dtype) >= kStreamBytes; }
 
-// An op on no runs at all has no dtype to look at; any will do.
-Dtype dtype_of_list(const Tensors& list, const char* what) {
-  return list.empty() ? Dtype::float32 : dtype_of(list[0], what);
-}
-
 Tensor grad_norm(const Tensors& vectors, const Tensors& params, const Tensor& runs,
                  const std::optional<Tensor>& filter_norms, double xi, double q) {
   STD_TORCH_CHECK(q >= 1, "q must be at least 1, not ", q);
   const Table table(runs);
   const Dtype dtype = dtype_of_list(vectors, "vectors");
-  const Runs v(vectors, table, dtype, "vectors"), theta(params, table, dtype, "params");
-  const Scalings scaling(table, params, filter_norms, dtype, xi);
+  const Runs v(vectors, table, dtype, kCpu, "vectors"), theta(params, table, dtype, kCpu, "params");
+  const Scalings scaling(table, params, filter_norms, dtype, xi, kCpu);
   return sum_over_chunks(table, [&](const Chunk& c) {
     return cpu::kernels().norm(dtype, v.at(c), theta.at(c), c.numel, scaling.at(c), q);
   });
@@ -103,11 +62,9 @@ void filter_norms(const Tensors& params, const Tensor& runs, const Tensor& out) 
   const Table table(runs);
   if (table.rows() == 0) return;
   const Dtype dtype = dtype_of_list(params, "params");
-  const Runs theta(params, table, dtype, "params");
+  const Runs theta(params, table, dtype, kCpu, "params");
   const bool wide = dtype == Dtype::float64;
-  STD_TORCH_CHECK(out.is_cpu() && out.is_contiguous() && out.numel() >= table.rows() &&
-                      out.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-                  "out must hold one float32 (float64 for float64 parameters) a filter");
+  void* to = Scalings::filter_norms_of(out, table, dtype, kCpu, "out");
   // Rows are small and many: a thread takes a chunk's worth of them at a time.
   struct Rows {
     int64_t run, begin, end;
@@ -119,7 +76,6 @@ void filter_norms(const Tensors& params, const Tensor& runs, const Tensor& out) 
     const int64_t step = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, run.numel / run.row_count));
     for (int64_t r = 0; r < run.row_count; r += step) work.push_back({i, r, std::min(r + step, run.row_count)});
   }
-  void* to = out.mutable_data_ptr();
   for_each(int64_t(work.size()), table.total(), [&](int64_t i) {
     const Rows& rows = work[size_t(i)];
     const Run& run = table[rows.run];
@@ -141,11 +97,11 @@ void perturb_(const Tensors& params, const Tensors& vectors, const Tensor& saved
   STD_TORCH_CHECK(q >= 1, "q must be at least 1, not ", q);
   const Table table(runs);
   const Dtype dtype = dtype_of_list(params, "params");
-  const Runs theta(params, table, dtype, "params"), v(vectors, table, dtype, "vectors"),
-      to(Tensors{saved}, table, dtype, "saved");
-  const Scalings scaling(table, params, filter_norms, dtype, xi);
-  const double sum = scalar(total, "total"), radius = scalar(rho, "rho");
-  int64_t& flag = counter(dirty, "dirty");
+  const Runs theta(params, table, dtype, kCpu, "params"), v(vectors, table, dtype, kCpu, "vectors"),
+      to(Tensors{saved}, table, dtype, kCpu, "saved");
+  const Scalings scaling(table, params, filter_norms, dtype, xi, kCpu);
+  const double sum = *scalar(total, kCpu, "total"), radius = *scalar(rho, kCpu, "rho");
+  int64_t& flag = *counter(dirty, kCpu, "dirty");
   const bool stream = streams(table, dtype);
   over_chunks(table, [&](const Chunk& c) {
     cpu::kernels().perturb(dtype, theta.at(c), v.at(c), to.at(c), c.numel, scaling.at(c), q, sum, radius, stream);
@@ -163,8 +119,8 @@ void copy_back(const Table& table, const Runs& theta, const Runs& from, Dtype dt
 void restore_(const Tensors& params, const Tensor& saved, const Tensor& dirty, const Tensor& runs) {
   const Table table(runs);
   const Dtype dtype = dtype_of_list(params, "params");
-  const Runs theta(params, table, dtype, "params"), from(Tensors{saved}, table, dtype, "saved");
-  int64_t& flag = counter(dirty, "dirty");
+  const Runs theta(params, table, dtype, kCpu, "params"), from(Tensors{saved}, table, dtype, kCpu, "saved");
+  int64_t& flag = *counter(dirty, kCpu, "dirty");
   if (flag != 0) copy_back(table, theta, from, dtype);
   flag = 0;
 }
@@ -174,15 +130,15 @@ void restore_sgd_(const Tensors& params, const Tensors& grads, const Tensors& mo
                   double weight_decay, bool nesterov, bool maximize) {
   const Table table(runs);
   const Dtype dtype = dtype_of_list(params, "params");
-  const Runs theta(params, table, dtype, "params"), g(grads, table, dtype, "grads"),
-      m(momenta, table, dtype, "momenta"), before(Tensors{saved}, table, dtype, "saved");
+  const Runs theta(params, table, dtype, kCpu, "params"), g(grads, table, dtype, kCpu, "grads"),
+      m(momenta, table, dtype, kCpu, "momenta"), before(Tensors{saved}, table, dtype, kCpu, "saved");
   STD_TORCH_CHECK(table.total() == 0 || m.empty() == (momentum == 0), "momenta go with a momentum that is not zero");
-  int64_t& flag = counter(dirty, "dirty");
+  int64_t& flag = *counter(dirty, kCpu, "dirty");
   const Runs& from = flag != 0 ? before : theta;
-  if (scalar(gate, "gate") == 0) {
+  if (*scalar(gate, kCpu, "gate") == 0) {
     if (flag != 0) copy_back(table, theta, from, dtype);
   } else {
-    const cpu::SgdOptions options{lr, momentum, weight_decay, nesterov, maximize};
+    const SgdOptions options{lr, momentum, weight_decay, nesterov, maximize};
     const bool stream = streams(table, dtype);
     over_chunks(table, [&](const Chunk& c) {
       cpu::kernels().sgd(dtype, theta.at(c), g.at(c), m.at(c), from.at(c), c.numel, options, stream);
@@ -197,22 +153,16 @@ void restore_adamw_(const Tensors& params, const Tensors& grads, const Tensors& 
                     bool decoupled, bool maximize) {
   const Table table(runs);
   const Dtype dtype = dtype_of_list(params, "params");
-  const Runs theta(params, table, dtype, "params"), g(grads, table, dtype, "grads"),
-      m(exp_avgs, table, dtype, "exp_avgs"), v(exp_avg_sqs, table, dtype, "exp_avg_sqs"),
-      before(Tensors{saved}, table, dtype, "saved");
-  STD_TORCH_CHECK(int64_t(steps.size()) == table.size(), "steps must hold one tensor a run");
-  std::vector<float*> step;
-  for (const Tensor& s : steps) {
-    STD_TORCH_CHECK(s.is_cpu() && s.numel() == 1 && s.scalar_type() == ScalarType::Float,
-                    "steps must be float32 tensors with one element on the CPU");
-    step.push_back(static_cast<float*>(s.mutable_data_ptr()));
-  }
-  int64_t& flag = counter(dirty, "dirty");
+  const Runs theta(params, table, dtype, kCpu, "params"), g(grads, table, dtype, kCpu, "grads"),
+      m(exp_avgs, table, dtype, kCpu, "exp_avgs"), v(exp_avg_sqs, table, dtype, kCpu, "exp_avg_sqs"),
+      before(Tensors{saved}, table, dtype, kCpu, "saved");
+  const std::vector<float*> step = step_counts(steps, table, kCpu);
+  int64_t& flag = *counter(dirty, kCpu, "dirty");
   const Runs& from = flag != 0 ? before : theta;
-  if (scalar(gate, "gate") == 0) {
+  if (*scalar(gate, kCpu, "gate") == 0) {
     if (flag != 0) copy_back(table, theta, from, dtype);
   } else {
-    const cpu::AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, maximize};
+    const AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, maximize};
     const bool stream = streams(table, dtype);
     for (float* s : step) *s += 1;
     over_chunks(table, [&](const Chunk& c) {
@@ -229,9 +179,10 @@ Tensor rho_grad_diagonal(const Tensors& val, const Tensors& train, const Tensors
   STD_TORCH_CHECK(q >= 1, "q must be at least 1, not ", q);
   const Table table(runs);
   const Dtype dtype = dtype_of_list(val, "val");
-  const Runs a(val, table, dtype, "val"), b(train, table, dtype, "train"), h(perturbed, table, dtype, "perturbed"),
-      v(vectors, table, dtype, "vectors"), theta(params, table, dtype, "params");
-  const Scalings scaling(table, params, filter_norms, dtype, xi);
+  const Runs a(val, table, dtype, kCpu, "val"), b(train, table, dtype, kCpu, "train"),
+      h(perturbed, table, dtype, kCpu, "perturbed"), v(vectors, table, dtype, kCpu, "vectors"),
+      theta(params, table, dtype, kCpu, "params");
+  const Scalings scaling(table, params, filter_norms, dtype, xi, kCpu);
   return sum_over_chunks(table, [&](const Chunk& c) {
     return cpu::kernels().rho_diagonal(dtype, a.at(c), b.at(c), h.at(c), v.at(c), theta.at(c), c.numel, scaling.at(c),
                                        q);
@@ -242,8 +193,8 @@ Tensor rho_grad_secant(const Tensors& val, const Tensors& train, const Tensors& 
                        const Tensor& runs) {
   const Table table(runs);
   const Dtype dtype = dtype_of_list(val, "val");
-  const Runs a(val, table, dtype, "val"), b(train, table, dtype, "train"), h(perturbed, table, dtype, "perturbed"),
-      g(first, table, dtype, "first");
+  const Runs a(val, table, dtype, kCpu, "val"), b(train, table, dtype, kCpu, "train"),
+      h(perturbed, table, dtype, kCpu, "perturbed"), g(first, table, dtype, kCpu, "first");
   return sum_over_chunks(table, [&](const Chunk& c) {
     return cpu::kernels().rho_secant(dtype, a.at(c), b.at(c), h.at(c), g.at(c), c.numel);
   });
@@ -251,35 +202,15 @@ Tensor rho_grad_secant(const Tensors& val, const Tensors& train, const Tensors& 
 
 Tensor all_finite_(const Tensors& values, const Tensor& skipped) {
   bool finite = true;
-  for (const Tensor& v : values) finite = is_finite(scalar(v, "values")) && finite;
-  if (!finite) counter(skipped, "skipped") += 1;
+  for (const Tensor& v : values) finite = is_finite(*scalar(v, kCpu, "values")) && finite;
+  if (!finite) *counter(skipped, kCpu, "skipped") += 1;
   return make_scalar(finite ? 1 : 0);
 }
 
 }  // namespace
 }  // namespace lets
 
-STABLE_TORCH_LIBRARY(lets_kernels, m) {
-  m.def(
-      "grad_norm(Tensor[] vectors, Tensor[] params, Tensor table, Tensor? filter_norms, float xi, float q) -> Tensor");
-  m.def("filter_norms(Tensor[] params, Tensor table, Tensor(a!) out) -> ()");
-  m.def(
-      "perturb_(Tensor(a!)[] params, Tensor[] vectors, Tensor(b!) saved, Tensor(c!) dirty, Tensor table, "
-      "Tensor? filter_norms, float xi, float q, Tensor total, Tensor rho) -> ()");
-  m.def("restore_(Tensor(a!)[] params, Tensor saved, Tensor(b!) dirty, Tensor table) -> ()");
-  m.def(
-      "restore_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor saved, Tensor(c!) dirty, "
-      "Tensor table, Tensor gate, float lr, float momentum, float weight_decay, bool nesterov, bool maximize) -> ()");
-  m.def(
-      "restore_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor(d!)[] steps, Tensor saved, Tensor(e!) dirty, Tensor table, Tensor gate, float lr, float beta1, "
-      "float beta2, float eps, float weight_decay, bool decoupled, bool maximize) -> ()");
-  m.def(
-      "rho_grad_diagonal(Tensor[] val, Tensor[] train, Tensor[] perturbed, Tensor[] vectors, Tensor[] params, "
-      "Tensor table, Tensor? filter_norms, float xi, float q) -> Tensor");
-  m.def("rho_grad_secant(Tensor[] val, Tensor[] train, Tensor[] perturbed, Tensor[] first, Tensor table) -> Tensor");
-  m.def("all_finite_(Tensor[] values, Tensor(a!) skipped) -> Tensor");
-}
+STABLE_TORCH_LIBRARY(lets_kernels, m) { lets::define(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(lets_kernels, CPU, m) {
   m.impl("grad_norm", TORCH_BOX(&lets::grad_norm));

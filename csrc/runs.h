@@ -16,6 +16,14 @@ namespace lets {
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
+// The device that all tensors of a call must be on.
+struct Where {
+  bool cuda = false;
+  int32_t index = -1;
+  bool has(const Tensor& t) const { return cuda ? t.is_cuda() && t.get_device_index() == index : t.is_cpu(); }
+  const char* name() const { return cuda ? "the CUDA device of the rest" : "the CPU"; }
+};
+
 inline Dtype dtype_of(const Tensor& t, const char* what) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
@@ -99,7 +107,7 @@ class Table {
 // The addresses of one list argument: one tensor a run, or one flat buffer addressed by Run::start, or nothing.
 class Runs {
  public:
-  Runs(const Tensors& list, const Table& table, Dtype dtype, const char* what) : item_(size_of(dtype)) {
+  Runs(const Tensors& list, const Table& table, Dtype dtype, Where where, const char* what) : item_(size_of(dtype)) {
     if (list.empty()) return;
     const bool flat = list.size() == 1 && (table.size() != 1 || list[0].numel() != table[0].numel);
     STD_TORCH_CHECK(flat || int64_t(list.size()) == table.size(), what, ": ", list.size(), " tensors for ",
@@ -107,7 +115,7 @@ class Runs {
     address_.reserve(size_t(table.size()));
     for (size_t i = 0; i < list.size(); ++i) {
       const Tensor& t = list[i];
-      STD_TORCH_CHECK(t.is_cpu(), what, "[", i, "] is not on the CPU");
+      STD_TORCH_CHECK(where.has(t), what, "[", i, "] is not on ", where.name());
       STD_TORCH_CHECK(dtype_of(t, what) == dtype, what, "[", i, "] has another dtype than the rest");
       STD_TORCH_CHECK(is_dense(t), what, "[", i, "] has holes or overlaps in memory; pass a contiguous copy");
       STD_TORCH_CHECK(flat ? t.numel() >= table.end() : t.numel() == table[int64_t(i)].numel, what, "[", i,
@@ -130,6 +138,65 @@ class Runs {
   int64_t item_;
   std::vector<char*> address_;
 };
+
+// The part of T that a table and its filter norms describe.
+class Scalings {
+ public:
+  Scalings(const Table& table, const Tensors& params, const std::optional<Tensor>& norms, Dtype dtype, double xi,
+           Where where)
+      : table_(table), xi_(xi), item_(dtype == Dtype::float64 ? 8 : 4) {
+    STD_TORCH_CHECK(!table.element_wise() || !params.empty(), "params must be given where T = |theta| + xi");
+    if (table.rows() == 0) return;
+    STD_TORCH_CHECK(norms.has_value(), "filter_norms must be given where the run table has filters");
+    norms_ = filter_norms_of(*norms, table, dtype, where, "filter_norms");
+  }
+  Scaling at(const Chunk& chunk) const {
+    const Run& run = table_[chunk.run];
+    return {run.row_length, run.row_count, run.row_length > 0 ? norms_ + run.row_start * item_ : nullptr, xi_,
+            chunk.begin};
+  }
+  // The address of one norm a filter, float (double for float64).
+  static char* filter_norms_of(const Tensor& t, const Table& table, Dtype dtype, Where where, const char* what) {
+    using torch::headeronly::ScalarType;
+    STD_TORCH_CHECK(where.has(t) && t.is_contiguous() && t.numel() >= table.rows() &&
+                        t.scalar_type() == (dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float),
+                    what, " must hold one float32 (float64 for float64 parameters) a filter, on ", where.name());
+    return static_cast<char*>(t.data_ptr());
+  }
+
+ private:
+  const Table& table_;
+  double xi_;
+  int64_t item_;
+  const char* norms_ = nullptr;
+};
+
+// The address of a scalar argument: a tensor with one element.
+inline void* element(const Tensor& t, torch::headeronly::ScalarType type, const char* type_name, Where where,
+                     const char* what) {
+  STD_TORCH_CHECK(where.has(t) && t.numel() == 1 && t.scalar_type() == type, what, " must be a ", type_name,
+                  " tensor with one element on ", where.name());
+  return t.data_ptr();
+}
+inline double* scalar(const Tensor& t, Where where, const char* what) {
+  return static_cast<double*>(element(t, torch::headeronly::ScalarType::Double, "float64", where, what));
+}
+inline int64_t* counter(const Tensor& t, Where where, const char* what) {
+  return static_cast<int64_t*>(element(t, torch::headeronly::ScalarType::Long, "int64", where, what));
+}
+inline std::vector<float*> step_counts(const Tensors& steps, const Table& table, Where where) {
+  STD_TORCH_CHECK(int64_t(steps.size()) == table.size(), "steps must hold one tensor a run");
+  std::vector<float*> found;
+  for (const Tensor& s : steps)
+    found.push_back(
+        static_cast<float*>(element(s, torch::headeronly::ScalarType::Float, "float32", where, "each of steps")));
+  return found;
+}
+
+// An op on no runs at all has no dtype to look at; any will do.
+inline Dtype dtype_of_list(const Tensors& list, const char* what) {
+  return list.empty() ? Dtype::float32 : dtype_of(list[0], what);
+}
 
 // Calls f(i) for 0 <= i < count on torch's threads; each i writes only what is its own.
 template <class F>

@@ -1,40 +1,87 @@
-"""The two backends under test, and proof of which one ran."""
+"""The backends under test, and proof of which one ran.
+
+The op tests (marked ``ops``) run on every target below; the other tests, which take whole steps on the CPU, on
+``reference`` and ``cpu``. Where there is a GPU the op tests also run there (marked ``gpu``), with unchanged arguments:
+every storage is copied to the device, guard bands and all, and back again.
+"""
 
 import contextlib
 import importlib
+import os
 
+import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import emulated
+
 BACKENDS = ("reference", "cpu")
-MODULES = {"reference": "lets_kernels.ops.reference", "cpu": "lets_kernels.ops.native"}
+MODULES = {
+    "reference": "lets_kernels.ops.reference",
+    "cpu": "lets_kernels.ops.native",
+    "emulated": "emulated",
+    "triton": "lets_kernels.ops.triton",
+    "cuda": "lets_kernels.ops.native",
+}
+# What the dispatcher sees of a call; the reference and Triton's launchers bypass it.
+NAMESPACES = {"cpu": "lets_kernels", "cuda": "lets_kernels", "emulated": "lets_kernels_emulated"}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = pytest.mark.gpu
+
+
+def targets(ops):
+    """pytest parameters for the fixture `backend`: (backend, device)."""
+    if not ops:
+        return [pytest.param((name, "cpu"), id=name) for name in BACKENDS]
+    if INTERPRETED:  # a process for that alone: the rest has been tested elsewhere
+        return [pytest.param(("triton", "cpu"), id="triton")]
+    found = [pytest.param((name, "cpu"), id=name) for name in (*BACKENDS, "emulated")]
+    if torch.cuda.is_available():
+        found += [pytest.param((n, "cuda"), id=f"{n}-gpu", marks=GPU) for n in ("cuda", "triton", "reference")]
+    return found
 
 
 class Recorder(TorchDispatchMode):
-    """Records the lets_kernels:: operators that reach the dispatcher."""
+    """Records the operators of our namespaces that reach the dispatcher."""
 
     def __init__(self):
         super().__init__()
         self.ops = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "lets_kernels":
-            self.ops.append(func.overloadpacket.__name__)
+        if func.namespace in NAMESPACES.values():
+            self.ops.append((func.namespace, func.overloadpacket.__name__))
         return func(*args, **(kwargs or {}))
 
 
 class Backend:
     """One backend: `backend.perturb_(...)` calls its op and asserts that this backend, and no other, ran it."""
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, name, device="cpu"):
+        self.name, self.device = name, device
+        if name == "emulated":
+            emulated.load()
+        if device == "cuda" and name == "cuda":
+            reason = importlib.import_module("lets_kernels.ops").load("cuda")[1]
+            assert importlib.import_module("lets_kernels.ops.native").load_cuda() is None, reason
 
     def __getattr__(self, op):
         function = getattr(importlib.import_module(MODULES[self.name]), op)
 
         def call(*args, **kwargs):
+            there = Mirror() if self.device == "cuda" else None
+            if there:
+                args = [there.give(a) for a in args]
+                kwargs = {name: there.give(a) for name, a in kwargs.items()}
             with Recorder() as recorder:
                 result = function(*args, **kwargs)
-            assert recorder.ops == ([op] if self.name == "cpu" else []), f"{op} ran {recorder.ops} on {self.name}"
+            expected = [(NAMESPACES[self.name], op)] if self.name in NAMESPACES else []
+            assert recorder.ops == expected, f"{op} ran {recorder.ops} on {self.name}"
+            if there:
+                there.bring_back()
+                if result is not None:
+                    assert result.device.type == "cuda", f"{op} returned a tensor on {result.device}"
+                    result = result.cpu()
             return result
 
         return call
@@ -44,7 +91,36 @@ class Backend:
         """Asserts that the optimizer steps inside ran these compiled operators (reference: none at all)."""
         with Recorder() as recorder:
             yield
+        ran = {name for _, name in recorder.ops}
         if self.name == "reference":
-            assert recorder.ops == [], f"the reference ran {sorted(set(recorder.ops))}"
+            assert not ran, f"the reference ran {sorted(ran)}"
         else:
-            assert set(expected) <= set(recorder.ops), f"{expected} expected, {sorted(set(recorder.ops))} ran"
+            assert set(expected) <= ran, f"{expected} expected, {sorted(ran)} ran"
+
+
+class Mirror:
+    """Copies of CPU storages on the GPU, with the same tensors in them; `bring_back` copies the bytes home."""
+
+    def __init__(self):
+        self._copies = {}
+
+    def give(self, argument):
+        if isinstance(argument, (list, tuple)):
+            return [self.give(a) for a in argument]
+        if not torch.is_tensor(argument) or self._is_table(argument):
+            return argument
+        home = argument.untyped_storage()
+        if home.data_ptr() not in self._copies:
+            self._copies[home.data_ptr()] = (home, home.cuda())
+        copy = self._copies[home.data_ptr()][1]
+        there = torch.empty(0, dtype=argument.dtype, device="cuda")
+        return there.set_(copy, argument.storage_offset(), argument.size(), argument.stride())
+
+    @staticmethod
+    def _is_table(t):
+        """The run table stays on the CPU; it is the one int64 matrix among the arguments."""
+        return t.dtype is torch.int64 and t.ndim == 2
+
+    def bring_back(self):
+        for home, copy in self._copies.values():
+            home.copy_(copy)

@@ -5,18 +5,25 @@ import os
 import pytest
 import torch
 
-from backends import BACKENDS, Backend
+from backends import Backend, targets
 
 # Thousands of small ops: a second thread costs more than it brings, and far more where the cores are shared. The tests
 # that are about threads ask for the `threads` fixture.
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        ops = metafunc.definition.get_closest_marker("ops") is not None
+        metafunc.parametrize("backend", targets(ops), indirect=True)
+
+
+@pytest.fixture
 def backend(request):
-    if request.param == "cpu" and os.environ.get("LETS_KERNELS_TESTS_WITHOUT_EXTENSION") == "1":
+    name, device = request.param
+    if name in ("cpu", "emulated") and os.environ.get("LETS_KERNELS_TESTS_WITHOUT_EXTENSION") == "1":
         pytest.skip("LETS_KERNELS_TESTS_WITHOUT_EXTENSION=1")
-    return Backend(request.param)
+    return Backend(name, device)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import torch
 import oracle
 from runs import DTYPES, LAYOUTS, U64, Bucket, Run, arithmetic, assert_within, same_bits
 
+pytestmark = pytest.mark.ops
 XI = 0.01
 SCALES = ("plain", "element", "filter")
 

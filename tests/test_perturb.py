@@ -12,6 +12,9 @@ SCALES = ("plain", "element", "filter")
 FORMS = {"runs": ("list", "list"), "flat-grads": ("list", "flat"), "flat": ("flat", "flat")}
 
 
+pytestmark = pytest.mark.ops
+
+
 def scalar(x):
     return torch.tensor(x, dtype=torch.float64)
 

@@ -8,6 +8,7 @@ import torch
 from backends import Backend
 from runs import DTYPES, LAYOUTS, Bucket, Run, arithmetic, assert_within, same_bits, storage
 
+pytestmark = pytest.mark.ops
 FORMS = {"runs": ("list",) * 3, "flat-state": ("list", "list", "flat"), "flat": ("flat",) * 3}
 
 

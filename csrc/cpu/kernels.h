@@ -3,18 +3,9 @@
 #pragma once
 
 #include "../layout.h"
+#include "../math.h"
 
 namespace lets::cpu {
-
-struct SgdOptions {
-  double lr, momentum, weight_decay;
-  bool nesterov, maximize;
-};
-
-struct AdamOptions {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled, maximize;
-};
 
 // Pointers are to the first element of the chunk. `stream`: write around the caches what is not read back.
 struct Kernels {

@@ -6,11 +6,11 @@ namespace lets::cpu::LETS_ISA {
 namespace {
 
 template <class T>
-void sgd_of(T* theta, const T* g, T* m, const T* saved, int64_t numel, const SgdOptions& options, bool stream) {
+void sgd_chunk(T* theta, const T* g, T* m, const T* saved, int64_t numel, const SgdOptions& options, bool stream) {
   using C = typename ArithmeticOf<T>::type;
   C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], out_buffer[kBlock];
   T narrow_buffer[kBlock];
-  const Sgd<C> sgd{C(options.lr), C(options.momentum), C(options.weight_decay), options.nesterov, options.maximize};
+  const Sgd<C> sgd = sgd_of<C>(options);
   for (int64_t b = 0; b < numel; b += kBlock) {
     const int64_t n = smaller(kBlock, numel - b);
     const C* weights = load<C>(saved + b, saved_buffer, n);
@@ -35,28 +35,13 @@ void sgd_of(T* theta, const T* g, T* m, const T* saved, int64_t numel, const Sgd
   finish(stream);
 }
 
-template <class C>
-Adam<C> adam_at(double step, const AdamOptions& o) {
-  const double bias1 = 1 - power(o.beta1, step), bias2 = 1 - power(o.beta2, step);
-  return {o.decoupled ? C(1 - o.lr * o.weight_decay) : C(1),
-          o.decoupled ? C(0) : C(o.weight_decay),
-          C(o.beta1),
-          C(o.beta2),
-          C(1 - o.beta1),
-          C(1 - o.beta2),
-          C(o.lr / bias1),
-          C(square_root(bias2)),
-          C(o.eps),
-          o.maximize};
-}
-
 template <class T>
-void adam_of(T* theta, const T* g, T* m, T* v, const T* saved, int64_t numel, double step, const AdamOptions& options,
-             bool stream) {
+void adam_chunk(T* theta, const T* g, T* m, T* v, const T* saved, int64_t numel, double step,
+                const AdamOptions& options, bool stream) {
   using C = typename ArithmeticOf<T>::type;
   C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock], out_buffer[kBlock];
   T narrow_buffer[kBlock];
-  const Adam<C> adam = adam_at<C>(step, options);
+  const Adam<C> adam = adam_of<C>(options, bias_correction(options.beta1, step), bias_correction(options.beta2, step));
   for (int64_t b = 0; b < numel; b += kBlock) {
     const int64_t n = smaller(kBlock, numel - b);
     const C* weights = load<C>(saved + b, saved_buffer, n);
@@ -86,8 +71,8 @@ void sgd(Dtype dtype, void* theta, const void* g, void* m, const void* saved, in
          bool stream) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    sgd_of(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<const T*>(saved), numel,
-           options, stream);
+    sgd_chunk(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<const T*>(saved), numel,
+              options, stream);
   });
 }
 
@@ -95,8 +80,8 @@ void adam(Dtype dtype, void* theta, const void* g, void* m, void* v, const void*
           const AdamOptions& options, bool stream) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    adam_of(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<T*>(v),
-            static_cast<const T*>(saved), numel, step, options, stream);
+    adam_chunk(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<T*>(v),
+               static_cast<const T*>(saved), numel, step, options, stream);
   });
 }
 

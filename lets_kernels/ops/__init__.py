@@ -42,20 +42,36 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ENVIRONMENT = "LETS_KERNELS_BACKEND"
 
 
+# What backend="auto" tries on a device, the fastest first.
+AUTOMATIC = {"cpu": ("cpu", "reference")}
+ACCELERATED = ("cuda", "triton", "reference")
+
+
 def _load(name: str) -> tuple[Backend | None, str]:
     """The backend's module (None if it cannot run here) and the reason in words."""
     if name == "reference":
         return reference, "plain PyTorch, any device"
-    if name == "cpu":
+    if name == "triton":
         try:
-            native = importlib.import_module("lets_kernels.ops.native")
+            triton = importlib.import_module("lets_kernels.ops.triton")
         except ImportError as error:
-            return None, (
-                f"the compiled extension lets_kernels._C could not be imported ({error}); reinstall with a C++ "
-                "compiler and LETS_KERNELS_CPU=1 to see why"
-            )
+            return None, str(error)
+        if triton.INTERPRETED:
+            return triton, "Triton's interpreter, for tests (TRITON_INTERPRET=1)"
+        if not (torch.cuda.is_available() or torch.xpu.is_available()):
+            return None, "torch finds no GPU"
+        return triton, f"Triton {triton.VERSION}"
+    try:
+        native = importlib.import_module("lets_kernels.ops.native")
+    except ImportError as error:
+        return None, (
+            f"the compiled extension lets_kernels._C could not be imported ({error}); reinstall with a C++ "
+            "compiler and LETS_KERNELS_CPU=1 to see why"
+        )
+    if name == "cpu":
         return native, f"compiled C++, instruction set {native._C.cpu_isa()}"
-    return None, "not part of this version"
+    reason = native.load_cuda()
+    return (native, "compiled CUDA C++") if reason is None else (None, reason)
 
 
 _loaded: dict[str, tuple[Backend | None, str]] = {}
@@ -94,6 +110,23 @@ def check_request(requested: str) -> str:
     return requested
 
 
+def refusal(name: str, device: torch.device) -> str | None:
+    """Why a backend has no kernels for parameters on ``device``, in words, or None if it runs there."""
+    module, reason = load(name)
+    if module is None:
+        return reason
+    kinds = {
+        "cpu": ("cpu",),
+        "cuda": ("cuda",),
+        "triton": ("cuda", "xpu", *["cpu"] * getattr(module, "INTERPRETED", 0)),
+    }
+    if device.type not in kinds.get(name, (device.type,)):
+        return f"it has no kernels for parameters on {device}"
+    if name == "cuda":
+        return module.refuses_device(device.index or 0)  # type: ignore[attr-defined, no-any-return]
+    return None
+
+
 def choose(requested: str, device: torch.device) -> tuple[str, Backend]:
     """The backend for parameters on ``device``: its name and its module.
 
@@ -103,9 +136,9 @@ def choose(requested: str, device: torch.device) -> tuple[str, Backend]:
     """
     requested = check_request(requested)
     if requested == "auto":
-        requested = "cpu" if device.type == "cpu" and load("cpu")[0] is not None else "reference"
-    if requested == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"backend 'cpu' has no kernels for parameters on {device}; use 'auto' or 'reference'")
+        requested = next(n for n in AUTOMATIC.get(device.type, ACCELERATED) if refusal(n, device) is None)
+    elif reason := refusal(requested, device):
+        raise RuntimeError(f"backend {requested!r} does not run here: {reason}; use 'auto' or 'reference'")
     module = load(requested)[0]
     assert module is not None
     return requested, module

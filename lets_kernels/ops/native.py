@@ -1,11 +1,15 @@
-"""Every op through the compiled extension, ``torch.ops.lets_kernels.*``.
+"""Every op through the compiled libraries, ``torch.ops.lets_kernels.*``, on the CPU and, after ``load_cuda``, on GPUs.
 
 Importing this module loads ``lets_kernels._C`` and raises ``ImportError`` where it was not built. The names below are
-the registered ops themselves; schemas are in ``csrc/ops.cpp``. What stands here in Python are the fake kernels, from
+the registered ops themselves; schemas are in ``csrc/schemas.h``. What stands here in Python are the fake kernels, from
 which torch.compile and ``torch.library.opcheck`` learn the shapes without running anything.
 """
 
+import ctypes
+import functools
 import os
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,3 +54,36 @@ for _op in OPS:
 
 if "LETS_KERNELS_CPU_ISA" in os.environ:
     _C.use_cpu_isa(os.environ["LETS_KERNELS_CPU_ISA"])
+
+CUDA_LIBRARY = Path(__file__).parent.parent / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+@functools.cache
+def load_cuda() -> str | None:
+    """Load the CUDA kernels: None, or the reason in words why they cannot run here."""
+    if not CUDA_LIBRARY.exists():
+        return "lets_kernels was built without nvcc; reinstall with LETS_KERNELS_CUDA=1 to see why"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        return f"{CUDA_LIBRARY.name} could not be loaded: {error}"
+    return None
+
+
+@functools.cache
+def refuses_device(index: int) -> str | None:
+    """Why the CUDA kernels do not run on this device, in words, or None; call ``load_cuda`` first."""
+    refuses = ctypes.CDLL(str(CUDA_LIBRARY)).lets_kernels_refuses_device
+    refuses.restype = ctypes.c_char_p
+    reason: bytes | None = refuses(index)
+    if reason is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"its kernels do not run on cuda:{index} ({reason.decode()}); rebuild with "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor}, or use 'triton'"
+    )

@@ -1,0 +1,132 @@
+// How a launch learns of its runs, and how a block finds its chunk.
+//
+// The rows travel by value, as a kernel parameter: nothing is allocated or copied for them, nothing has to outlive the
+// launch, and a CUDA graph keeps its own copy. What does not fit goes into further launches.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../math.h"
+#include "kernels.h"
+#include "launch.h"
+
+namespace lets::cuda {
+
+constexpr int kThreads = 256;
+constexpr int64_t kPiece = 8192;  // elements of a chunk; a multiple of what a block takes at once
+static_assert(kPiece % (kThreads * 8) == 0, "whole packs for every thread");
+
+template <int Capacity>
+struct Batch {
+  static constexpr int capacity = Capacity;
+  Row row[Capacity];
+  int32_t first[Capacity + 1];  // the first chunk of every row, and the number of chunks behind the last
+  int32_t rows;
+};
+// Few rows make a short parameter, which every launch has to carry; 32,764 bytes are the most it may be.
+constexpr int kFew = 8, kMany = 352;
+static_assert(sizeof(Batch<kMany>) <= 32764 - 256, "the batch and the other arguments must fit a launch");
+
+// A stretch of one row.
+struct Piece {
+  int32_t row, numel;
+  int64_t begin;
+};
+
+// The row that chunk `index` belongs to.
+template <int Capacity>
+LETS_DEVICE int32_t row_of(const Batch<Capacity>& batch, int32_t index) {
+  int32_t low = 0, high = batch.rows - 1;
+  while (low < high) {
+    const int32_t middle = (low + high + 1) / 2;
+    if (batch.first[middle] <= index) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+template <int Capacity>
+LETS_DEVICE Piece piece_of(const Batch<Capacity>& batch, int32_t index) {
+  const int32_t row = row_of(batch, index);
+  const int64_t begin = int64_t(index - batch.first[row]) * kPiece;
+  const int64_t left = batch.row[row].numel - begin;
+  return {row, int32_t(left < kPiece ? left : kPiece), begin};
+}
+
+// Cuts rows into launches: f(batch, chunks) with a Batch<kFew> or a Batch<kMany>. `chunks_of(row)` is the work of a
+// row.
+template <class ChunksOf, class F>
+void in_batches(const Row* rows, int64_t count, ChunksOf chunks_of, F f) {
+  constexpr int64_t kMost = int64_t(1) << 30;  // chunks a launch
+  auto fill = [&](auto& batch, int64_t capacity, int64_t& next) {
+    int64_t chunks = 0;
+    batch.rows = 0;
+    for (; next < count && batch.rows < capacity; ++next) {
+      const int64_t more = chunks_of(rows[next]);
+      if (more == 0) continue;
+      if (more > kMost) throw std::runtime_error("lets_kernels: a run of more than 2^43 elements");
+      if (chunks + more > kMost) break;
+      batch.row[batch.rows] = rows[next];
+      batch.first[batch.rows++] = int32_t(chunks);
+      chunks += more;
+    }
+    batch.first[batch.rows] = int32_t(chunks);
+    if (chunks > 0) f(batch, int32_t(chunks));
+  };
+  for (int64_t next = 0; next < count;) {
+    if (count - next <= kFew) {
+      Batch<kFew> batch;
+      fill(batch, kFew, next);
+    } else {
+      Batch<kMany> batch;
+      fill(batch, kMany, next);
+    }
+  }
+}
+
+template <class B>
+constexpr int capacity_of = std::remove_cvref_t<B>::capacity;
+
+inline int64_t pieces(const Row& row) { return (row.numel + kPiece - 1) / kPiece; }
+
+// Calls f(T{}) with the storage type.
+template <class F>
+void with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float64:
+      return f(double{});
+    case Dtype::bfloat16:
+      return f(BFloat16{});
+    case Dtype::float16:
+      return f(Half{});
+    default:
+      return f(float{});
+  }
+}
+
+// The exponent as a compile-time case, so that the common ones cost no power.
+enum class Q : int { one, two, other };
+template <Q Value>
+struct Exponent {
+  static constexpr Q value = Value;
+};
+template <class F>
+void with_exponent(double q, F f) {
+  if (q == 2) return f(Exponent<Q::two>{});
+  if (q == 1) return f(Exponent<Q::one>{});
+  return f(Exponent<Q::other>{});
+}
+
+// dual() of math.h for an exponent known when compiled.
+template <Q Kind, class C>
+LETS_DEVICE C dual_of(C x, C q) {
+  if constexpr (Kind == Q::two) return x;
+  if constexpr (Kind == Q::one) return dual(x, C(1));
+  return dual(x, q);
+}
+
+}  // namespace lets::cuda

@@ -1,0 +1,176 @@
+// How a block walks a chunk: 16 bytes a thread at a time where every address allows, single elements elsewhere.
+#pragma once
+
+#include "batch.h"
+
+namespace lets::cuda {
+
+// V elements of storage, moved by one load or store.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T value[V];
+};
+template <class T>
+constexpr int kPack = int(16 / sizeof(T));
+
+// V elements in the arithmetic type.
+template <class C, int V>
+struct Values {
+  C value[V];
+};
+template <int V, class T>
+LETS_DEVICE Pack<T, V>& pack_at(T* from, int i) {
+  return *reinterpret_cast<Pack<T, V>*>(from + i);
+}
+template <int V, class T>
+LETS_DEVICE const Pack<T, V>& pack_at(const T* from, int i) {
+  return *reinterpret_cast<const Pack<T, V>*>(from + i);
+}
+template <class C, int V, class T>
+LETS_DEVICE Values<C, V> widened(const Pack<T, V>& pack) {
+  Values<C, V> to;
+#pragma unroll
+  for (int j = 0; j < V; ++j) to.value[j] = C(widen(pack.value[j]));
+  return to;
+}
+template <class C, int V, class T>
+LETS_DEVICE Values<C, V> load(const T* from, int i) {
+  const Pack<T, V> pack = pack_at<V>(from, i);
+  return widened<C>(pack);
+}
+// The same of memory that the kernel does not write.
+template <class C, int V, class T>
+LETS_DEVICE Values<C, V> fetch(const T* from, int i) {
+  return widened<C>(read_only(&pack_at<V>(from, i)));
+}
+template <int V, class T, class C>
+LETS_DEVICE void store(T* to, int i, const Values<C, V>& values) {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int j = 0; j < V; ++j) narrow(values.value[j], pack.value[j]);
+  pack_at<V>(to, i) = pack;
+}
+
+LETS_DEVICE bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+
+template <int V>
+struct Width {
+  static constexpr int value = V;
+};
+
+// Calls f(Width<V>, i) for the elements i, i + 1 … i + V - 1 of [0, numel), spread over the block's threads.
+// A null address is aligned, so optional lists need no care.
+template <class T, class F>
+LETS_DEVICE void over(int numel, bool all_aligned, F f) {
+  constexpr int V = kPack<T>;
+  const int packed = all_aligned ? numel / V * V : 0;
+  for (int i = int(threadIdx.x) * V; i < packed; i += kThreads * V) f(Width<V>{}, i);
+  for (int i = packed + int(threadIdx.x); i < numel; i += kThreads) f(Width<1>{}, i);
+}
+
+// T of ASAM for the elements of one chunk; kernels for runs without any T are compiled with Scaled = false.
+template <class C, bool Scaled>
+struct Scale {
+  int64_t row_length, row_count, first;  // first: the row of the chunk's first element
+  uint32_t offset;                       // of that element in its row, where rows are shorter than a chunk
+  int64_t left;                          // elements of that row from there on
+  const C* norms;
+  C xi;
+
+  LETS_DEVICE Scale of(const Row& row, int64_t begin, double xi) {
+    if constexpr (!Scaled) return {};
+    Scale s{row.row_length, row.row_count, 0, 0, 0, static_cast<const C*>(row.norms), C(xi)};
+    if (row.row_length > 0) {
+      s.first = begin / row.row_length;
+      s.offset = uint32_t(begin - s.first * row.row_length);
+      s.left = row.row_length - (begin - s.first * row.row_length);
+      s.first %= row.row_count;
+    }
+    return s;
+  }
+  // Rows at least as long as a chunk change once at most; shorter ones need a division, of 32 bits.
+  LETS_DEVICE int64_t row(const Scale& s, int i) {
+    int64_t row = s.first;
+    if (s.row_length >= kPiece) {
+      row += i >= s.left;
+    } else {
+      row += (s.offset + uint32_t(i)) / uint32_t(s.row_length);
+    }
+    if (row >= s.row_count) row = s.row_count <= 0x7fffffff ? uint32_t(row) % uint32_t(s.row_count) : row % s.row_count;
+    return row;
+  }
+  // T of elements i … i + V - 1; `theta` is looked at where T = |theta| + xi.
+  template <int V>
+  LETS_DEVICE Values<C, V> at(const Scale& s, int i, const Values<C, V>& theta) {
+    Values<C, V> t;
+    if (Scaled && s.row_length == 0) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) t.value[j] = adaptive_scale(absolute(theta.value[j]), s.xi);
+    } else if (!Scaled || s.row_length < 0) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) t.value[j] = C(1);
+    } else {
+      const int64_t begin = row(s, i), end = row(s, i + V - 1);
+      const C all = adaptive_scale(s.norms[begin], s.xi);
+#pragma unroll
+      for (int j = 0; j < V; ++j) t.value[j] = begin == end ? all : adaptive_scale(s.norms[row(s, i + j)], s.xi);
+    }
+    return t;
+  }
+};
+
+// ---- sums: in double, each thread's in the order of its elements, the threads' by a tree, the blocks' in slots
+
+LETS_DEVICE double block_sum(double mine) {
+  LETS_SHARED double part[kThreads];
+  part[threadIdx.x] = mine;
+  __syncthreads();
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    if (int(threadIdx.x) < width) part[threadIdx.x] += part[threadIdx.x + width];
+    __syncthreads();
+  }
+  const double total = part[0];
+  __syncthreads();  // nobody may write `part` again before everybody has read it
+  return total;
+}
+
+// Adds the slots that were written, in their order, to sums[0].
+LETS_KERNEL add_slots(double* sums, int slots) {
+  double mine = 0;
+  for (int i = int(threadIdx.x); i < slots; i += kThreads) mine += sums[1 + i];
+  const double total = block_sum(mine);
+  if (threadIdx.x == 0) sums[0] = total;
+}
+
+// Calls f(bool_constant) with whether any run has a T.
+template <class F>
+void with_scaling(const Row* rows, int64_t count, F f) {
+  if (std::any_of(rows, rows + count, [](const Row& row) { return row.row_length >= 0; })) return f(std::true_type{});
+  return f(std::false_type{});
+}
+
+// The launches of one sum: `one(batch, blocks, add)` launches the kernel on `blocks` blocks, which all write their own
+// slot, or add to it from the second batch on.
+template <class One>
+void sum_in_batches(const Row* rows, int64_t count, double* sums, void* stream, One one) {
+  int slots = 0;
+  in_batches(rows, count, pieces,
+             [&](const auto&, int32_t chunks) { slots = std::max(slots, std::min(chunks, kSlots)); });
+  bool add = false;
+  in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
+    one(batch, chunks, slots, add);
+    add = true;
+  });
+  launch(&add_slots, 1, kThreads, stream, sums, slots);
+}
+
+// Writes a block's sum to its slot.
+LETS_DEVICE void keep(double* sums, double mine, bool add) {
+  const double total = block_sum(mine);
+  if (threadIdx.x == 0) {
+    double* slot = sums + 1 + blockIdx.x;
+    *slot = add ? *slot + total : total;
+  }
+}
+
+}  // namespace lets::cuda

@@ -1,0 +1,106 @@
+// Gradient norm and filter norms. Reads v (and theta where T needs it); writes nothing parameter-sized.
+#include "block.h"
+
+namespace lets::cuda {
+namespace {
+
+template <class T, Q Kind, bool Scaled, int Capacity>
+LETS_KERNEL norm_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double xi, double q, double* sums,
+                        bool add) {
+  using C = typename ArithmeticOf<T>::type;
+  double mine = 0;
+  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, c);
+    const Row& row = batch.row[piece.row];
+    const T* v = reinterpret_cast<const T*>(row.address[0]) + piece.begin;
+    const T* theta = Scaled && row.row_length == 0 ? reinterpret_cast<const T*>(row.address[1]) + piece.begin : nullptr;
+    auto term = [&](C x) {
+      if constexpr (Kind == Q::two) {
+        mine += double(x) * double(x);
+      } else if constexpr (Kind == Q::one) {
+        mine += absolute(double(x));
+      } else {
+        mine += power(absolute(double(x)), q);
+      }
+    };
+    const auto scale = Scale<C, Scaled>::of(row, piece.begin, xi);
+    over<T>(piece.numel, aligned(v) && aligned(theta), [&](auto width, int i) {
+      constexpr int V = decltype(width)::value;
+      const auto x = fetch<C, V>(v, i);
+      const auto t = Scale<C, Scaled>::at(scale, i, theta ? fetch<C, V>(theta, i) : x);
+#pragma unroll
+      for (int j = 0; j < V; ++j) term(t.value[j] * x.value[j]);
+    });
+  }
+  keep(sums, mine, add);
+}
+
+// Filters of many elements get a block each, small ones a warp.
+constexpr int kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int64_t kLongFilter = 2048;
+
+inline bool is_long(const Row& row) { return row.numel / row.row_count >= kLongFilter; }
+int64_t filter_chunks(const Row& row) {
+  if (row.row_length < 1) return 0;
+  return is_long(row) ? row.row_count : (row.row_count + kWarps - 1) / kWarps;
+}
+
+template <class T, int Capacity>
+LETS_KERNEL filter_kernel(LETS_PARAMETER Batch<Capacity> batch) {
+  using C = typename ArithmeticOf<T>::type;
+  LETS_SHARED double part[kThreads];
+  const int32_t index = row_of(batch, int32_t(blockIdx.x));
+  const Row& row = batch.row[index];
+  const int64_t chunk = int32_t(blockIdx.x) - batch.first[index];
+  const bool by_block = row.numel / row.row_count >= kLongFilter;
+  const int group = by_block ? kThreads : kWarp;  // threads that share a filter
+  const int64_t filter = by_block ? chunk : chunk * kWarps + int(threadIdx.x) / kWarp;
+  const int lane = int(threadIdx.x) % group;
+  double mine = 0;
+  if (filter < row.row_count) {
+    const T* theta = reinterpret_cast<const T*>(row.address[0]);
+    const int64_t stride = row.row_length * row.row_count;
+    for (int64_t outer = filter * row.row_length; outer < row.numel; outer += stride) {
+#pragma unroll 4
+      for (int64_t i = lane; i < row.row_length; i += group) {
+        const double x = double(C(widen(theta[outer + i])));
+        mine += x * x;
+      }
+    }
+  }
+  part[threadIdx.x] = mine;
+  __syncthreads();
+  for (int width = group / 2; width > 0; width /= 2) {
+    if (lane < width) part[threadIdx.x] += part[threadIdx.x + width];
+    __syncthreads();
+  }
+  if (lane == 0 && filter < row.row_count)
+    static_cast<C*>(const_cast<void*>(row.norms))[filter] = C(square_root(part[threadIdx.x]));
+}
+
+}  // namespace
+
+void norm(Dtype dtype, const Row* rows, int64_t count, double xi, double q, double* sums, void* stream) {
+  with_type(dtype, [&](auto type) {
+    with_exponent(q, [&](auto kind) {
+      with_scaling(rows, count, [&](auto scaled) {
+        using T = decltype(type);
+        sum_in_batches(rows, count, sums, stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+          launch(&norm_kernel<T, decltype(kind)::value, decltype(scaled)::value, capacity_of<decltype(batch)>>, blocks,
+                 kThreads, stream, batch, chunks, xi, q, sums, add);
+        });
+      });
+    });
+  });
+}
+
+void filter_norms(Dtype dtype, const Row* rows, int64_t count, void* stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    in_batches(rows, count, filter_chunks, [&](const auto& batch, int32_t chunks) {
+      launch(&filter_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch);
+    });
+  });
+}
+
+}  // namespace lets::cuda

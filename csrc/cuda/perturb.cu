@@ -1,0 +1,88 @@
+// Perturb and restore. perturb: reads theta, v; writes theta, saved. restore: reads saved; writes theta.
+#include "block.h"
+
+namespace lets::cuda {
+namespace {
+
+template <class T, Q Kind, bool Scaled, int Capacity>
+LETS_KERNEL_FOR(Scaled || Kind == Q::other ? 2 : 4)
+perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, double xi, double q, const double* total, const double* rho,
+               int64_t* dirty) {
+  using C = typename ArithmeticOf<T>::type;
+  LETS_SHARED C shared[2];
+  if (threadIdx.x == 0) {
+    const auto scale = perturbation_scale<C>(*total, *rho, q);
+    shared[0] = scale.length;
+    shared[1] = scale.shrink;
+    if (blockIdx.x == 0) *dirty = 1;
+  }
+  __syncthreads();
+  const C length = shared[0], shrink = shared[1], exponent = C(q);
+  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const Row& row = batch.row[piece.row];
+  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
+  const T* v = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+  T* saved = reinterpret_cast<T*>(row.address[2]) + piece.begin;
+  const auto scale = Scale<C, Scaled>::of(row, piece.begin, xi);
+  over<T>(piece.numel, aligned(theta) && aligned(v) && aligned(saved), [&](auto width, int i) {
+    constexpr int V = decltype(width)::value;
+    const Pack<T, V> old = pack_at<V>(theta, i);
+    pack_at<V>(saved, i) = old;
+    if (length == 0) return;
+    auto weights = widened<C>(old);
+    const auto x = fetch<C, V>(v, i);
+    const auto t = Scale<C, Scaled>::at(scale, i, weights);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      // T = 1 multiplies exactly, so plain runs need no path of their own.
+      const C scaled = t.value[j] * x.value[j];
+      const C unit = dual_of<Kind>(Kind == Q::other ? shrink * scaled : scaled, exponent);
+      weights.value[j] = weights.value[j] + length * (t.value[j] * unit);
+    }
+    store<V>(theta, i, weights);
+  });
+}
+
+template <class T, int Capacity>
+LETS_KERNEL restore_kernel(LETS_PARAMETER Batch<Capacity> batch, const int64_t* dirty) {
+  if (*dirty == 0) return;
+  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const Row& row = batch.row[piece.row];
+  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
+  const T* saved = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+  over<T>(piece.numel, aligned(theta) && aligned(saved), [&](auto width, int i) {
+    constexpr int V = decltype(width)::value;
+    pack_at<V>(theta, i) = read_only(&pack_at<V>(saved, i));
+  });
+}
+
+}  // namespace
+
+void perturb(Dtype dtype, const Row* rows, int64_t count, double xi, double q, const double* total, const double* rho,
+             int64_t* dirty, void* stream) {
+  if (std::none_of(rows, rows + count, pieces)) return set(dirty, 1, stream);  // no block would
+  with_type(dtype, [&](auto type) {
+    with_exponent(q, [&](auto kind) {
+      with_scaling(rows, count, [&](auto scaled) {
+        using T = decltype(type);
+        in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
+          launch(&perturb_kernel<T, decltype(kind)::value, decltype(scaled)::value, capacity_of<decltype(batch)>>,
+                 chunks, kThreads, stream, batch, xi, q, total, rho, dirty);
+        });
+      });
+    });
+  });
+}
+
+void restore(Dtype dtype, const Row* rows, int64_t count, int64_t* dirty, void* stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&restore_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch,
+             static_cast<const int64_t*>(dirty));
+    });
+  });
+  set(dirty, 0, stream);
+}
+
+}  // namespace lets::cuda

@@ -1,0 +1,124 @@
+// The base optimizer's step from the saved weights, where they are perturbed, or from the weights as they are.
+// SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v.
+#include "block.h"
+
+namespace lets::cuda {
+namespace {
+
+template <class T, int Capacity>
+LETS_KERNEL_FOR(4)
+sgd_kernel(LETS_PARAMETER Batch<Capacity> batch, SgdOptions options, const double* gate, const int64_t* dirty) {
+  using C = typename ArithmeticOf<T>::type;
+  const bool go = *gate != 0, perturbed = *dirty != 0;
+  if (!go && !perturbed) return;
+  const Sgd<C> sgd = sgd_of<C>(options);
+  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const Row& row = batch.row[piece.row];
+  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
+  const T* g = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+  T* m = row.address[2] ? reinterpret_cast<T*>(row.address[2]) + piece.begin : nullptr;
+  const T* saved = reinterpret_cast<const T*>(row.address[3]) + piece.begin;
+  const T* from = perturbed ? saved : theta;
+  const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(saved);
+  over<T>(piece.numel, all_aligned, [&](auto width, int i) {
+    constexpr int V = decltype(width)::value;
+    if (!go) {
+      pack_at<V>(theta, i) = pack_at<V>(saved, i);
+      return;
+    }
+    auto weights = load<C, V>(from, i);
+    const auto gradient = fetch<C, V>(g, i);
+    if (m) {
+      auto average = load<C, V>(m, i);
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        weights.value[j] = Sgd<C>::step(sgd, weights.value[j], gradient.value[j], &average.value[j]);
+      store<V>(m, i, average);
+    } else {
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        weights.value[j] = Sgd<C>::step(sgd, weights.value[j], gradient.value[j], static_cast<C*>(nullptr));
+    }
+    store<V>(theta, i, weights);
+  });
+}
+
+template <class T, int Capacity>
+LETS_KERNEL_FOR(4)
+adam_kernel(LETS_PARAMETER Batch<Capacity> batch, AdamOptions options, const double* gate, const int64_t* dirty) {
+  using C = typename ArithmeticOf<T>::type;
+  LETS_SHARED double bias[2];
+  if (threadIdx.x < 2) {  // the count is raised when all have read it
+    const Row& row = batch.row[row_of(batch, int32_t(blockIdx.x))];
+    const double step = double(*reinterpret_cast<const float*>(row.address[5]) + 1.0f);
+    bias[threadIdx.x] = bias_correction(threadIdx.x == 0 ? options.beta1 : options.beta2, step);
+  }
+  __syncthreads();
+  const bool go = *gate != 0, perturbed = *dirty != 0;
+  if (!go && !perturbed) return;
+  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const Row& row = batch.row[piece.row];
+  const Adam<C> adam = adam_of<C>(options, bias[0], bias[1]);
+  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
+  const T* g = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+  T* m = reinterpret_cast<T*>(row.address[2]) + piece.begin;
+  T* v = reinterpret_cast<T*>(row.address[3]) + piece.begin;
+  const T* saved = reinterpret_cast<const T*>(row.address[4]) + piece.begin;
+  const T* from = perturbed ? saved : theta;
+  const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(v) && aligned(saved);
+  over<T>(piece.numel, all_aligned, [&](auto width, int i) {
+    constexpr int V = decltype(width)::value;
+    if (!go) {
+      pack_at<V>(theta, i) = pack_at<V>(saved, i);
+      return;
+    }
+    auto weights = load<C, V>(from, i);
+    const auto gradient = load<C, V>(g, i);
+    auto first = load<C, V>(m, i), second = load<C, V>(v, i);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      weights.value[j] = Adam<C>::step(adam, weights.value[j], gradient.value[j], first.value[j], second.value[j]);
+    store<V>(m, i, first);
+    store<V>(v, i, second);
+    store<V>(theta, i, weights);
+  });
+}
+
+// Runs last, when nobody reads the counts any more.
+template <int Capacity>
+LETS_KERNEL count_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* gate) {
+  if (*gate == 0) return;
+  for (int i = int(threadIdx.x); i < batch.rows; i += kThreads) *reinterpret_cast<float*>(batch.row[i].address[5]) += 1;
+}
+
+}  // namespace
+
+void sgd(Dtype dtype, const Row* rows, int64_t count, const SgdOptions& options, const double* gate, int64_t* dirty,
+         void* stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&sgd_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch, options, gate,
+             static_cast<const int64_t*>(dirty));
+    });
+  });
+  set(dirty, 0, stream);
+}
+
+void adam(Dtype dtype, const Row* rows, int64_t count, const AdamOptions& options, const double* gate, int64_t* dirty,
+          void* stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&adam_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch, options, gate,
+             static_cast<const int64_t*>(dirty));
+    });
+  });
+  const auto once = [](const Row&) { return int64_t(1); };
+  in_batches(rows, count, once, [&](const auto& batch, int32_t) {
+    launch(&count_kernel<capacity_of<decltype(batch)>>, 1, kThreads, stream, batch, gate);
+  });
+  set(dirty, 0, stream);
+}
+
+}  // namespace lets::cuda

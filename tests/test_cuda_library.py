@@ -1,0 +1,116 @@
+"""What can be said of the CUDA library without a GPU: registers, instructions, symbols, what loading it answers."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lets_kernels
+from lets_kernels.ops import native
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = native.CUDA_LIBRARY
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# Kernels by what they move: those that write parameter-sized buffers, and those that only read them.
+WRITE, READ = (
+    {"perturb_kernel", "restore_kernel", "sgd_kernel", "adam_kernel"},
+    {
+        "norm_kernel",
+        "diagonal_kernel",
+        "secant_kernel",
+    },
+)
+KERNELS = WRITE | READ | {"filter_kernel", "add_slots", "count_kernel", "set_kernel", "finite_kernel"}
+
+
+def kernel_of(mangled):
+    """perturb_kernel and so on, from a mangled name."""
+    found = [name for name in KERNELS if f"{len(name)}{name}" in mangled]
+    assert len(found) == 1, mangled
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def library():
+    if not LIBRARY.exists() and os.environ.get("LETS_KERNELS_CUDA") != "1":
+        pytest.skip("built without nvcc")
+    return LIBRARY
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """cuobjdump: CUDA's own, or the one in Triton's package."""
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = shutil.which("cuobjdump") or str(bundled)
+    assert Path(found).exists(), "no cuobjdump: neither CUDA's nor Triton's"
+    return found
+
+
+def test_no_kernel_spills_registers(library):
+    """ptxas reports each kernel while it compiles it; the reports lie beside the objects."""
+    built = {}
+    for report in (ROOT / "build").glob("*/*.cuda.o.ptxas"):
+        entry = None
+        for line in report.read_text().splitlines():
+            if found := re.search(r"Compiling entry function '(\S+)' for '(sm_\w+)'", line):
+                entry = found.groups()
+            elif "bytes stack frame" in line and entry:
+                assert " 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line, (entry, line)
+                built.setdefault(entry[1], set()).add(kernel_of(entry[0]))
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        assert set(built) == set(ARCHITECTURES)
+    assert built and all(kernels == KERNELS for kernels in built.values()), built
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_streaming_kernels_move_sixteen_bytes_at_a_time(library, tool, architecture):
+    listing = subprocess.run([tool, "-sass", "-arch", architecture, str(library)], capture_output=True, text=True)
+    functions = re.split(r"\n\s*Function : ", listing.stdout)[1:]
+    seen = {}
+    for function in functions:
+        name, _, body = function.partition("\n")
+        kernel = kernel_of(name)
+        seen[kernel] = seen.get(kernel, 0) + 1
+        assert not re.search(r"\b(LDL|STL)\b", body), f"{name} uses local memory"
+        if kernel in WRITE | READ:
+            assert re.search(r"\bLDG\.E\.128\b", body), f"{name} has no 128-bit load"
+        if kernel in WRITE:
+            assert re.search(r"\bSTG\.E\.128\b", body), f"{name} has no 128-bit store"
+    assert set(seen) == KERNELS
+    # four dtypes, two sizes of batch; three cases of q, with and without T
+    assert seen["norm_kernel"] == seen["perturb_kernel"] == seen["diagonal_kernel"] == 4 * 2 * 3 * 2
+    assert seen["restore_kernel"] == seen["sgd_kernel"] == seen["adam_kernel"] == seen["secant_kernel"] == 4 * 2
+
+
+def test_the_newest_code_is_there_as_ptx_for_newer_gpus(library, tool):
+    listed = subprocess.run([tool, "-lptx", str(library)], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"\.(sm_\w+)\.ptx", listed)) == {"sm_100"}
+
+
+@pytest.mark.parametrize("path", [LIBRARY, Path(native._C.__file__)], ids=["cuda", "cpu"])
+def test_the_stable_abi_is_all_that_is_used_of_torch(path):
+    if not path.exists():
+        pytest.skip("built without nvcc")
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_get_data_ptr" in symbols
+    assert not re.findall(r"\b_ZN?K?(?:2at|3c10)\w*", symbols)
+
+
+def test_where_torch_has_no_cuda_the_library_is_not_loaded_and_the_reason_is_given(library):
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    program = (
+        "import lets_kernels; print(lets_kernels.backends()['cuda'])\n"
+        "print('_cuda' in open('/proc/self/maps').read())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [f"not available: torch {torch.__version__} is built without CUDA", "False"]
+    with pytest.raises(RuntimeError, match=r"backend='cuda' does not run here: torch .* is built without CUDA"):
+        lets_kernels.SAM([torch.zeros(3, requires_grad=True)], torch.optim.SGD, lr=0.1, backend="cuda")
