@@ -1,0 +1,189 @@
+"""The ops as the engine calls them: their tensors, for one parameter set and dtype, and one call of each."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Shape
+from benchmarks.gpu.timing import Device
+from lets_kernels.direction import Adaptive, Direction, Gradient
+from lets_kernels.layout import Bucket
+from lets_kernels.ops import reference
+
+XI, LR, MOMENTUM, DECAY, BETAS, EPS = 0.01, 1e-3, 0.9, 1e-4, (0.9, 0.999), 1e-8
+DIRECTIONS: dict[str, Callable[[], Direction]] = {
+    "plain": Gradient,
+    "element": lambda: Adaptive(XI),
+    "filter": lambda: Adaptive(XI, filterwise=True),
+}
+CASES = [
+    ("grad_norm", "plain"),
+    ("perturb_", "plain"),
+    ("restore_sgd_", "plain"),
+    ("restore_adamw_", "plain"),
+    ("rho_grad_diagonal", "plain"),
+    ("rho_grad_secant", "plain"),
+    ("restore_", "plain"),
+    ("grad_norm", "element"),
+    ("perturb_", "element"),
+    ("rho_grad_diagonal", "element"),
+    ("filter_norms", "filter"),
+    ("grad_norm", "filter"),
+    ("perturb_", "filter"),
+    ("all_finite_", "plain"),
+]
+WRITES = {
+    "filter_norms": ("norms",),
+    "perturb_": ("params", "saved"),
+    "restore_": ("params",),
+    "restore_sgd_": ("params", "m"),
+    "restore_adamw_": ("params", "m", "v", "steps"),
+    "all_finite_": ("skipped",),
+}
+
+
+class Tensors:
+    """One set of buffers; each is made when first asked for. `double` gives the same values in float64 on the CPU."""
+
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: Device) -> None:
+        self.shapes, self.dtype, self.device = list(shapes), dtype, device
+        self.dirty = torch.ones((), dtype=torch.int64, device=device.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device.device)
+
+    def _normal(self, sd: float) -> list[Tensor]:
+        return [self.device.normal(s, sd, self.dtype) for s in self.shapes]
+
+    @functools.cached_property
+    def params(self) -> list[Tensor]:
+        return self._normal(0.02)
+
+    @functools.cached_property
+    def g(self) -> list[Tensor]:
+        return self._normal(0.01)
+
+    @functools.cached_property
+    def saved(self) -> Tensor:
+        size = self.space("plain").size
+        return self.device.normal((size,), 0.02, self.dtype)
+
+    @functools.cached_property
+    def m(self) -> list[Tensor]:
+        return self._normal(0.01)
+
+    @functools.cached_property
+    def v(self) -> list[Tensor]:
+        return [x.square_() for x in self._normal(0.01)]
+
+    @functools.cached_property
+    def steps(self) -> list[Tensor]:
+        return [torch.full((), 10.0, device=self.device.device) for _ in self.shapes]
+
+    # The gradients around a step are correlated, so that neither radius gradient is a sum of noise.
+    @functools.cached_property
+    def train(self) -> list[Tensor]:
+        return self._normal(0.01)
+
+    @functools.cached_property
+    def val(self) -> list[Tensor]:
+        return [x.add_(t).add_(g) for x, t, g in zip(self._normal(0.005), self.train, self.g, strict=True)]
+
+    @functools.cached_property
+    def perturbed(self) -> list[Tensor]:
+        return [x.add_(g, alpha=1.5) for x, g in zip(self._normal(0.002), self.g, strict=True)]
+
+    @functools.cached_property
+    def norms(self) -> Tensor:
+        """ASAM's norms of the filters, as the reference computes them."""
+        bucket = self.space("filter")
+        assert bucket.filter_norms is not None
+        reference.filter_norms(self.params, table_of(bucket), bucket.filter_norms)
+        return bucket.filter_norms
+
+    @functools.cached_property
+    def total(self) -> Tensor:
+        return torch.full((), 1e-4 * sum(map(math.prod, self.shapes)), dtype=torch.float64, device=self.device.device)
+
+    @functools.cached_property
+    def rho(self) -> Tensor:
+        return torch.full((), 0.05, dtype=torch.float64, device=self.device.device)
+
+    @functools.cached_property
+    def gate(self) -> Tensor:
+        return torch.ones((), dtype=torch.float64, device=self.device.device)
+
+    def space(self, direction: str) -> Bucket:
+        """The index space over these parameters, with its table."""
+        if direction not in self._spaces:
+            names = [None] * len(self.shapes)
+            geometry = DIRECTIONS[direction]().geometry
+            options = {"adaptive": True, "xi": XI}
+            self._spaces[direction] = Bucket(self.params, names, 0, 0, options, geometry, "reference", False)
+        return self._spaces[direction]
+
+    @functools.cached_property
+    def _spaces(self) -> dict[str, Bucket]:
+        return {}
+
+    def double(self, direction: str) -> "Tensors":
+        """The same values in float64 on the CPU."""
+        twin = Tensors(self.shapes, torch.float64, Device("cpu"))
+        for name in ("params", "g", "saved", "m", "v", "val", "train", "perturbed"):
+            value = getattr(self, name)
+            exact = value.cpu().double() if isinstance(value, Tensor) else [x.cpu().double() for x in value]
+            setattr(twin, name, exact)
+        twin.steps = [x.cpu().clone() for x in self.steps]
+        if direction == "filter":
+            twin.norms = self.norms.cpu().double()
+        return twin
+
+
+def table_of(bucket: Bucket) -> Tensor:
+    return bucket.table(tuple(range(len(bucket.params))))
+
+
+def call(op: str, direction: str, module: Any, t: Tensors) -> Callable[[], Any]:
+    """The op on these tensors through one backend, its arguments looked up once."""
+    bucket = t.space(direction)
+    table, weights = table_of(bucket), t.params if bucket.element_wise else []
+    norms = t.norms if direction == "filter" else None
+    function = getattr(module, op)
+    arguments: dict[str, Callable[[], tuple[Any, ...]]] = {
+        "grad_norm": lambda: (t.g, weights, table, norms, XI, 2.0),
+        "filter_norms": lambda: (t.params, table, norms),
+        "perturb_": lambda: (t.params, t.g, t.saved, t.dirty, table, norms, XI, 2.0, t.total, t.rho),
+        "restore_": lambda: (t.params, t.saved, t.dirty, table),
+        "restore_sgd_": lambda: (
+            *(t.params, t.g, t.m, t.saved, t.dirty, table, t.gate),
+            *(LR, MOMENTUM, DECAY, False, False),
+        ),
+        "restore_adamw_": lambda: (
+            *(t.params, t.g, t.m, t.v, t.steps, t.saved, t.dirty, table, t.gate),
+            *(LR, *BETAS, EPS, DECAY, True, False),
+        ),
+        "rho_grad_diagonal": lambda: (t.val, t.train, t.perturbed, t.g, weights, table, norms, XI, 2.0),
+        "rho_grad_secant": lambda: (t.val, t.train, t.perturbed, t.g, table),
+        "all_finite_": lambda: ([t.total, t.rho], t.skipped),
+    }
+    given = arguments[op]()
+    return lambda: function(*given)
+
+
+def results(op: str, t: Tensors, returned: Any) -> list[Tensor]:
+    """What the op returned or wrote, tensor by tensor."""
+    found = [returned] if isinstance(returned, Tensor) else []
+    for name in WRITES.get(op, ()):
+        value = getattr(t, name)
+        if name == "saved":  # the padding between the runs belongs to nobody
+            found += [value[start : start + numel] for start, numel, *_ in table_of(t.space("plain")).tolist()]
+        else:
+            found += [value] if isinstance(value, Tensor) else value
+    return [x.detach() for x in found]
+
+
+def touch(op: str, direction: str, t: Tensors) -> None:
+    """Make every buffer that the op works on."""
+    call(op, direction, reference, t)
