@@ -104,11 +104,22 @@ class Table {
   bool adaptive_ = false;
 };
 
+// A list may stand as two tensors: the addresses of its tensors (int64, on the CPU; their dtype's number comes first),
+// and an anchor, any int64 scalar on their device. Looking at a hundred tensors one by one takes longer than most ops.
+inline bool is_packed(const Tensors& list) {
+  return list.size() == 2 && list[0].scalar_type() == torch::headeronly::ScalarType::Long && list[0].dim() == 1;
+}
+inline const Tensor& anchor(const Tensors& list) { return is_packed(list) ? list[1] : list.at(0); }
+
 // The addresses of one list argument: one tensor a run, or one flat buffer addressed by Run::start, or nothing.
 class Runs {
  public:
   Runs(const Tensors& list, const Table& table, Dtype dtype, Where where, const char* what) : item_(size_of(dtype)) {
     if (list.empty()) return;
+    if (is_packed(list)) {
+      unpack(list, table, dtype, where, what);
+      return;
+    }
     const bool flat = list.size() == 1 && (table.size() != 1 || list[0].numel() != table[0].numel);
     STD_TORCH_CHECK(flat || int64_t(list.size()) == table.size(), what, ": ", list.size(), " tensors for ",
                     table.size(), " rows of the run table");
@@ -135,6 +146,16 @@ class Runs {
   bool empty() const { return address_.empty(); }
 
  private:
+  void unpack(const Tensors& list, const Table& table, Dtype dtype, Where where, const char* what) {
+    const Tensor& t = list[0];
+    STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.numel() == table.size() + 1 && where.has(list[1]), what,
+                    ": packed for another run table, or another device");
+    const auto* at = static_cast<const int64_t*>(t.const_data_ptr());
+    STD_TORCH_CHECK(at[0] == int64_t(dtype), what, " has another dtype than the rest");
+    address_.reserve(size_t(table.size()));
+    for (int64_t i = 1; i <= table.size(); ++i) address_.push_back(reinterpret_cast<char*>(at[i]));
+  }
+
   int64_t item_;
   std::vector<char*> address_;
 };
@@ -185,8 +206,13 @@ inline int64_t* counter(const Tensor& t, Where where, const char* what) {
   return static_cast<int64_t*>(element(t, torch::headeronly::ScalarType::Long, "int64", where, what));
 }
 inline std::vector<float*> step_counts(const Tensors& steps, const Table& table, Where where) {
-  STD_TORCH_CHECK(int64_t(steps.size()) == table.size(), "steps must hold one tensor a run");
+  const Runs packed(is_packed(steps) ? steps : Tensors{}, table, Dtype::float32, where, "steps");
   std::vector<float*> found;
+  if (!packed.empty()) {
+    for (int64_t i = 0; i < table.size(); ++i) found.push_back(reinterpret_cast<float*>(packed.run(i)));
+    return found;
+  }
+  STD_TORCH_CHECK(int64_t(steps.size()) == table.size(), "steps must hold one tensor a run");
   for (const Tensor& s : steps)
     found.push_back(
         static_cast<float*>(element(s, torch::headeronly::ScalarType::Float, "float32", where, "each of steps")));
@@ -195,7 +221,12 @@ inline std::vector<float*> step_counts(const Tensors& steps, const Table& table,
 
 // An op on no runs at all has no dtype to look at; any will do.
 inline Dtype dtype_of_list(const Tensors& list, const char* what) {
-  return list.empty() ? Dtype::float32 : dtype_of(list[0], what);
+  if (list.empty()) return Dtype::float32;
+  if (!is_packed(list)) return dtype_of(list[0], what);
+  STD_TORCH_CHECK(list[0].is_cpu() && list[0].numel() > 0, what, ": packed without a dtype");
+  const int64_t number = *static_cast<const int64_t*>(list[0].const_data_ptr());
+  STD_TORCH_CHECK(number >= 0 && number <= int64_t(Dtype::float16), what, ": packed with an unknown dtype");
+  return Dtype(number);
 }
 
 // Calls f(i) for 0 <= i < count on torch's threads; each i writes only what is its own.

@@ -51,20 +51,24 @@ class Ascent:
     def total(self, saved: bool = False) -> Tensor:
         """This bucket's share of Σ |Tv|^q: 0-d float64. ``saved``: T at the saved weights, not at the present ones."""
         b = self.bucket
-        return b.ops.grad_norm(self.vectors, self._weights(saved), self.runs.table, b.filter_norms, self.xi, self.q)
+        return b.ops.grad_norm(
+            self.runs.pack(self.vectors), self._weights(saved), self.runs.table, b.filter_norms, self.xi, self.q
+        )
 
     def perturb(self, total: Tensor, rho: Tensor) -> None:
         """Save the weights of this bucket and add ε to them; ``total`` is the sum over all buckets."""
         b, r = self.bucket, self.runs
-        b.ops.perturb_(r.weights, self.vectors, b.saved, b.dirty, r.table, b.filter_norms, self.xi, self.q, total, rho)
+        vectors = r.pack(self.vectors)
+        b.ops.perturb_(r.weights, vectors, b.saved, b.dirty, r.table, b.filter_norms, self.xi, self.q, total, rho)
+        r.forget()
         r.write_back()
 
     def rho_grad(self, val: list[Tensor], train: list[Tensor], perturbed: list[Tensor]) -> Tensor:
         """Σ (val - train) · perturbed² · T sign(Tv)|Tv|^(q-1), T at the saved weights: 0-d float64."""
         b = self.bucket
-        return b.ops.rho_grad_diagonal(
-            val, train, perturbed, self.vectors, self._weights(True), self.runs.table, b.filter_norms, self.xi, self.q
-        )
+        lists = (b.pack(each) for each in (val, train, perturbed, self.vectors))
+        weights, table = self._weights(True), self.runs.table
+        return b.ops.rho_grad_diagonal(*lists, weights, table, b.filter_norms, self.xi, self.q)
 
 
 class Direction:

@@ -17,11 +17,12 @@ def check_steps_alone(optimizer: type) -> None:
 def guarded_step(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
     """``optimizer.step()`` if ``gate`` (0-d) is not zero; else parameters and state stay as they were.
 
-    On the CPU the flag is in host memory and simply read. On an accelerator the step always runs, and is undone there
-    where the gate is closed, so that the host does not wait; that costs a copy of parameters and state. State that
-    lives on the host all the same (Adam's step count unless ``capturable``) then counts skipped steps too.
+    Where parameters lie on the CPU the flag is read, which waits for nothing if it lies there too. On accelerators the
+    step always runs, and is undone there where the gate is closed, so that the host does not wait; that costs a copy of
+    parameters and state. State that lives on the host all the same (Adam's step count unless ``capturable``) then
+    counts skipped steps too.
     """
-    if gate.device.type == "cpu":
+    if gate.device.type == "cpu" or any(d.type == "cpu" for d in _devices(optimizer)):
         if gate.item() != 0:
             optimizer.step()
         return
@@ -30,12 +31,18 @@ def guarded_step(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
 
 def step_and_undo(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
     """The way of :func:`guarded_step` that never reads ``gate`` on the host."""
-    before = {key: t.detach().clone() for key, t in _tensors(optimizer).items() if t.device == gate.device}
+    closed = {device: gate.to(device) == 0 for device in _devices(optimizer)}
+    before = {key: t.detach().clone() for key, t in _tensors(optimizer).items() if t.device in closed}
     optimizer.step()
     with torch.no_grad():
         for key, t in _tensors(optimizer).items():
-            if t.device == gate.device:
-                t.copy_(torch.where(gate != 0, t, before.get(key, torch.zeros_like(t))))
+            if t.device in closed:
+                old = before[key] if key in before else torch.zeros_like(t)
+                t.copy_(torch.where(closed[t.device], old, t))
+
+
+def _devices(optimizer: torch.optim.Optimizer) -> set[torch.device]:
+    return {p.device for group in optimizer.param_groups for p in group["params"]}
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:

@@ -27,6 +27,12 @@ def by_index(runs: Runs) -> Gradients:
     return dict(zip(runs.indices, runs.grads, strict=True))
 
 
+def placed(gradients: list[Gradients], buckets: list[Bucket]) -> list[Gradients]:
+    """The gradients on the devices of their buckets."""
+    pairs = zip(gradients, buckets, strict=True)
+    return [{i: g.to(bucket.device) for i, g in each.items()} for each, bucket in pairs]
+
+
 @dataclass
 class Trial:
     """One step's perturbation and the gradients around it.
@@ -42,6 +48,7 @@ class Trial:
     lr: list[Any]
     rho: list[Tensor]
     gate: Tensor
+    captured: bool = False  # the step is part of a CUDA graph
 
     def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Tensor]:
         """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, 0-d float64; no ``train`` stands for ḡ_tr = 0.
@@ -53,7 +60,8 @@ class Trial:
             k, runs = a.bucket.index, self._common(a)
             lists = self._aligned(runs, val[k], None if train is None else train[k])
             stepped, first = ([source[i] for i in runs.indices] for source in (self.stepped[k], self.first[k]))
-            out.append(-self.lr[k] * a.bucket.ops.rho_grad_secant(*lists, stepped, first, runs.table))
+            packed = (a.bucket.pack(each) for each in (*lists, stepped, first))
+            out.append(-self.lr[k] * a.bucket.ops.rho_grad_secant(*packed, runs.table))
         return out
 
     def diagonal(
@@ -71,7 +79,8 @@ class Trial:
         ascents, total = self.ascents, self.total
         if along is not None:
             ascents = [self._redirect(a, along[a.bucket.index]) for a in ascents]
-            total = replicas.mean(torch.stack([a.total(saved=True) for a in ascents]).sum())
+            parts = [a.total(saved=True).to(total.device) for a in ascents]
+            total = replicas.mean(torch.stack(parts).sum())
         out = []
         for a in ascents:
             k, runs = a.bucket.index, self._common(a)
@@ -79,7 +88,8 @@ class Trial:
             vectors = dict(zip(a.runs.indices, a.vectors, strict=True))
             part = Ascent(runs, [vectors[i] for i in runs.indices], a.xi, a.q)
             share = part.rho_grad(*lists, [self.perturbed[k][i] for i in runs.indices])
-            length = torch.where(total > 0, self.rho[k] / total.pow((a.q - 1) / a.q), 0.0)
+            near = total.to(a.bucket.device)
+            length = torch.where(near > 0, self.rho[k] / near.pow((a.q - 1) / a.q), 0.0)
             out.append(-self.lr[k] * length * share)
         return out
 
@@ -154,14 +164,27 @@ class Trial:
 
     @classmethod
     def unpack(cls, state: dict[str, Any], buckets: list[Bucket]) -> "Trial":
-        """The trial again, over buckets of the same parameters; their saved weights become those of the trial."""
+        """The trial again, over buckets of the same parameters and on their devices.
+
+        Their saved weights become those of the trial.
+        """
         ascents = []
         for entry in state["ascents"]:
-            bucket, indices, vectors = buckets[entry["bucket"]], tuple(entry["indices"]), entry["vectors"]
+            bucket, indices = buckets[entry["bucket"]], tuple(entry["indices"])
+            vectors = [v.to(bucket.device) for v in entry["vectors"]]
             runs = Runs(bucket, indices, [bucket.params[i] for i in indices], vectors)
             ascents.append(Ascent(runs, vectors, entry["xi"], entry["q"]))
             if entry["saved"] is not None:
                 bucket.saved.copy_(entry["saved"])
             if bucket.filter_norms is not None:
                 bucket.filter_norms.copy_(entry["filter_norms"])
-        return cls(ascents, **{name: value for name, value in state.items() if name != "ascents"})
+        return cls(
+            ascents=ascents,
+            first=placed(state["first"], buckets),
+            perturbed=placed(state["perturbed"], buckets),
+            stepped=placed(state["stepped"], buckets),
+            total=state["total"].to(buckets[0].device),
+            lr=state["lr"],
+            rho=[rho.to(bucket.device) for rho, bucket in zip(state["rho"], buckets, strict=True)],
+            gate=state["gate"].to(buckets[0].device),
+        )

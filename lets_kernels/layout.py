@@ -49,6 +49,20 @@ def check_parameter(p: Tensor, where: str) -> None:
         raise ValueError(f"{where}: an expanded parameter shares memory between elements; pass p.clone()")
 
 
+def capturing() -> bool:
+    """True while the work of the current stream goes into a CUDA graph instead of running."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_while_capturing(what: str) -> None:
+    """``RuntimeError`` for memory that a graph would make anew, with what it holds, at every replay."""
+    if capturing():
+        raise RuntimeError(
+            f"{what} would be made inside the CUDA graph that is being captured: take a step or two in the same way "
+            "before the capture, as torch's examples do on a side stream"
+        )
+
+
 @dataclass
 class Runs:
     """The parameters of a bucket that take part in one pass, with their gradients, in the order of the bucket.
@@ -62,6 +76,7 @@ class Runs:
     params: list[Tensor]
     grads: list[Tensor]
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _packed: tuple[list[Tensor], list[Tensor]] | None = None
 
     @property
     def table(self) -> Tensor:
@@ -70,7 +85,18 @@ class Runs:
     @property
     def weights(self) -> list[Tensor]:
         """What the ops take for the parameters: one tensor a run, or the one buffer that holds them all."""
-        return [self.bucket.flat] if self.bucket.flat is not None and not self.copies else self.params
+        flat = self.bucket.flat
+        return [flat] if flat is not None and not self.copies else self.bucket.pack(self.params)
+
+    def pack(self, tensors: list[Tensor]) -> list[Tensor]:
+        """As :meth:`Bucket.pack`, once for several ops in a row on the same list; ``forget`` ends the row."""
+        if self._packed is None or self._packed[0] is not tensors:
+            self._packed = tensors, self.bucket.pack(tensors)
+        return self._packed[1]
+
+    def forget(self) -> None:
+        """Before other code runs, which may move the tensors."""
+        self._packed = None
 
     def write_back(self) -> None:
         """After an op wrote the weights: copies go home, and autograd learns that the parameters have changed."""
@@ -94,6 +120,7 @@ class Bucket:
         backend: str,
         flatten: bool,
     ) -> None:
+        refuse_while_capturing("the tables of the parameters")
         self.params = list(params)
         self.index, self.group = index, group
         #: Where the parameters stand in their group.
@@ -105,7 +132,7 @@ class Bucket:
         self.dirty = torch.zeros((), dtype=torch.int64, device=self.device)
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._scalar: tuple[float, Tensor] | None = None
-        #: The base optimizer's state tensors of these parameters, as the fused steps found them (optimizers/fused.py).
+        #: The optimizer's state tensors of these parameters, as the fused steps found them (fused.py).
         self.found_state: dict[str, tuple[tuple[int, ...], list[Tensor | None], list[Tensor]]] = {}
 
         rows, self.size, self.filters = [], 0, 0
@@ -125,7 +152,7 @@ class Bucket:
             self._flatten()
         self._device_index = params[0].get_device()
         self._strides = [p.stride() for p in params]
-        self._addresses = [p.data_ptr() for p in params]
+        self._addresses: list[int] = [p.data_ptr() for p in params] if self.flat is not None else []
 
     def _flatten(self) -> None:
         self.flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -138,8 +165,13 @@ class Bucket:
     def saved(self) -> Tensor:
         """The weights before the perturbation: one flat buffer, made when first needed."""
         if self._saved is None:
+            refuse_while_capturing("the copy of the weights")
             self._saved = torch.empty(self.size, dtype=self.dtype, device=self.device)
         return self._saved
+
+    def pack(self, tensors: list[Tensor]) -> list[Tensor]:
+        """A list as the backend takes it at the least cost, for use before any tensor of it can be moved."""
+        return self.ops.pack(tensors, self.dirty)
 
     def table(self, indices: tuple[int, ...]) -> Tensor:
         """The run table of these parameters; made once for every set."""
@@ -159,9 +191,15 @@ class Bucket:
         return self._tables[key]
 
     def scalar(self, value: float | Tensor) -> Tensor:
-        """A number as the ops take it: 0-d float64 on the bucket's device, made anew only where it has changed."""
+        """A number as the ops take it: 0-d float64 on the bucket's device, made anew only where it has changed.
+
+        In a captured step it is made by the graph: neither may the graph read what a later step replaces, nor a later
+        step find what only a replay fills.
+        """
         if isinstance(value, Tensor):
-            return value.to(self.device)
+            return value.to(self.device, torch.float64)
+        if capturing():
+            return torch.full((), value, dtype=torch.float64, device=self.device)
         if self._scalar is None or self._scalar[0] != value:
             self._scalar = value, torch.full((), value, dtype=torch.float64, device=self.device)
         return self._scalar[1]
@@ -184,8 +222,11 @@ class Bucket:
         grads = [p.grad for p in self.params]
         if self._all_dense and not any(map(operator.is_, grads, repeat(None))):
             found = cast(list[Tensor], grads)
-            plain = {g.layout for g in found} == {torch.strided} and {g.dtype for g in found} == {self.dtype}
-            if plain and [g.stride() for g in found] == self._strides:
+            try:
+                strides = list(map(Tensor.stride, found))
+            except RuntimeError:  # a sparse gradient has none
+                strides = []
+            if strides == self._strides and {g.dtype for g in found} == {self.dtype}:
                 return Runs(self, self._all, self.params, found)
         return self._gather_some(grads)
 

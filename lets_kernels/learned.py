@@ -1,5 +1,6 @@
 """How far to perturb, learned: LETS."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lets_kernels.distributed import Replicas
-from lets_kernels.guarded import check_steps_alone, guarded_step
-from lets_kernels.hypergradient import Gradients, Trial
+from lets_kernels.fused import OwnStep
+from lets_kernels.guarded import check_steps_alone
+from lets_kernels.hypergradient import Gradients, Trial, placed
 from lets_kernels.layout import Bucket
 from lets_kernels.radius import Radius
 
@@ -28,6 +30,9 @@ class LearnedRadius(Radius):
 
     ``group["rho"]`` shows the radius, as a 0-d tensor; what is written there is not read.
 
+    A step with it, and the learning after it, can be captured in a CUDA graph with ``interval=1`` and without
+    ``reuse_train_gradient``; the learning rates are then those of the capture, and ``opt.rho`` follows the replays.
+
     Args:
         rho: ρ_0 > 0. With ``per_group``, for groups without their own ``rho``.
         metric: F. ``"squared_gap"`` (the paper) is ½(L_vl − L_tr)², ``"gap"`` is L_vl − L_tr, ``"validation_loss"``
@@ -36,7 +41,8 @@ class LearnedRadius(Radius):
         direction: for the diagonal, ``"epsilon"`` takes the perturbation that was applied (the derivation in the
             text); ``"algorithm1"`` takes the training gradient at the new weights, as Algorithm 1 prints it.
         optimizer: class of the torch optimizer for ν, Adam by default; it gets ``optimizer_kwargs``, ``lr`` 1e-2 by
-            default. Once bound it is the attribute ``optimizer``, to which an LR scheduler can be attached.
+            default, and on an accelerator ``capturable=True`` if it knows that. SGD, Adam and AdamW step by the ops.
+            Once bound it is the attribute ``optimizer``, to which an LR scheduler can be attached.
         interval: learn on every ``interval``-th step only.
         reuse_train_gradient: the next step's first gradient, on the next batch, serves as ḡ_tr: three gradients a step
             and not four. ν then moves at the beginning of the next step.
@@ -80,6 +86,7 @@ class LearnedRadius(Radius):
         self.interval, self.reuse_train_gradient, self.per_group = interval, reuse_train_gradient, per_group
         self._make_optimizer = optimizer
         self._optimizer_kwargs = {"lr": 1e-2, **optimizer_kwargs}
+        self._step_nu = OwnStep()
         self.nu: list[Tensor] = []
         self.optimizer: torch.optim.Optimizer | None = None
         self._pending: tuple[Trial, list[Gradients], Tensor] | None = None
@@ -94,11 +101,24 @@ class LearnedRadius(Radius):
             start = math.log(float(group["rho"]))
             nu = torch.tensor(start, dtype=torch.float64, device=device, requires_grad=True)
             if self.optimizer is None:
-                self.optimizer = self._make_optimizer([nu], **self._optimizer_kwargs)
+                self.optimizer = self._make_optimizer([nu], **{**self._optimizer_kwargs, **self._on(device)})
             else:
                 self.optimizer.add_param_group({"params": [nu]})
             self.nu.append(nu)
         self._publish(groups)
+
+    def _on(self, device: torch.device) -> dict[str, bool]:
+        """Where torch's optimizer can keep its step count beside ν, as CUDA graphs need it, it is to do so."""
+        if "capturable" not in inspect.signature(self._make_optimizer).parameters:
+            return {}
+        return {"capturable": self._optimizer_kwargs.get("capturable", device.type in ("cuda", "xpu"))}
+
+    def to(self, device: torch.device) -> None:
+        if self.nu and self.nu[0].device != device:
+            assert self.optimizer is not None
+            for nu in self.nu:
+                nu.data, nu.grad = nu.detach().to(device), None
+            self._load_optimizer(self.optimizer.state_dict())
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         for group in groups:
@@ -124,6 +144,17 @@ class LearnedRadius(Radius):
     def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
         group["rho"] = self.nu[self._of(index)].detach().exp()
         return group["rho"]
+
+    def present(self, index: int, group: dict[str, Any]) -> float | Tensor:
+        k = self._of(index)
+        return self.nu[k].detach().exp() if k < len(self.nu) else group["rho"]
+
+    def not_capturable(self) -> str | None:
+        if self.interval != 1:
+            return f"with interval={self.interval} the host decides at every step whether to learn from it"
+        if self.reuse_train_gradient:
+            return "with reuse_train_gradient=True a step goes on with gradients that the one before left elsewhere"
+        return None
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
@@ -177,7 +208,8 @@ class LearnedRadius(Radius):
         if self._packed is not None:
             state, self._packed = self._packed, None
             if Trial.fits(state["trial"], buckets):
-                self._pending = Trial.unpack(state["trial"], buckets), state["val"], state["val_loss"]
+                trial = Trial.unpack(state["trial"], buckets)
+                self._pending = trial, placed(state["val"], buckets), state["val_loss"]
         if self._pending is None:
             return
         (trial, val, val_loss), self._pending = self._pending, None
@@ -204,12 +236,12 @@ class LearnedRadius(Radius):
             shares = trial.diagonal(val, subtracted, train if self.direction == "algorithm1" else None, replicas)
         sums = [torch.zeros_like(nu) for nu in self.nu]
         for ascent, share in zip(trial.ascents, shares, strict=True):
-            sums[self._of(ascent.bucket.group)] += share
+            sums[self._of(ascent.bucket.group)] += share.to(sums[0].device)
 
-        known = [val_loss] if train_loss is None else [val_loss, train_loss]
+        known = [t.to(sums[0].device) for t in (val_loss, train_loss) if t is not None]
         means = replicas.means([*sums, *known])
         losses = means[len(sums) :]
-        weight = losses[0] - losses[1] if self.metric == "squared_gap" else torch.ones_like(val_loss)
+        weight = losses[0] - losses[1] if self.metric == "squared_gap" else torch.ones_like(losses[0])
         gradients = [weight * s for s in means[: len(sums)]]
         ok = torch.isfinite(torch.stack(gradients)).all() * trial.gate
         self._metrics = {
@@ -218,7 +250,8 @@ class LearnedRadius(Radius):
         }
         for nu, d in zip(self.nu, gradients, strict=True):
             nu.grad = torch.where(ok != 0, d, torch.zeros_like(d))
-        guarded_step(self.optimizer, ok)
+        beside = [a.bucket.backend for a in trial.ascents if a.bucket.device == ok.device]
+        self._step_nu(self.optimizer, ok, beside[0] if beside else "auto")
         self._publish(groups)
 
     # ---- state -------------------------------------------------------------------------------------------------
@@ -250,9 +283,20 @@ class LearnedRadius(Radius):
         with torch.no_grad():
             for nu, value in zip(self.nu, state["nu"], strict=True):
                 nu.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         self._pending, self._packed = None, state["pending"]
         self._publish(groups)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Load it as torch does, but with the options, and the step counts where, this device wants them."""
+        assert self.optimizer is not None
+        self.optimizer.load_state_dict(state)
+        wanted = self._on(self.nu[0].device)
+        for group in self.optimizer.param_groups:
+            group.update(wanted)
+        for nu, own in self.optimizer.state.items():
+            if wanted.get("capturable") and "step" in own:
+                own["step"] = own["step"].to(nu.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: a waiting step goes along as data, without the buckets it came from."""

@@ -23,6 +23,18 @@ def check_rho(rho: Any) -> float:
     return value
 
 
+def radii(values: Sequence[float | Tensor]) -> list[Tensor]:
+    """Some ρ as 0-d float64 tensors on one device, that of the first on an accelerator; nothing waits for it."""
+    away = [v.device for v in values if isinstance(v, Tensor) and v.device.type != "cpu"]
+    device = away[0] if away else torch.device("cpu")
+    return [
+        v.detach().to(device, torch.float64).reshape(())
+        if isinstance(v, Tensor) and v.device.type != "cpu"
+        else torch.full((), float(v), dtype=torch.float64, device=device)
+        for v in values
+    ]
+
+
 class Radius:
     """Base class: gives each group its ρ at every step."""
 
@@ -45,6 +57,17 @@ class Radius:
     def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
         """ρ of one group at step number ``step`` (from 0): a float or a 0-d tensor."""
         raise NotImplementedError
+
+    def present(self, index: int, group: dict[str, Any]) -> float | Tensor:
+        """ρ of one group as the last step left it, for those who read it; no wait for the device."""
+        return group["rho"]
+
+    def not_capturable(self) -> str | None:
+        """Why a step with this radius cannot be captured in a CUDA graph, in words; None where it can."""
+        return f"{type(self).__name__} may give another rho at every step, and a graph keeps the first"
+
+    def to(self, device: torch.device) -> None:
+        """The parameters have moved: so must what the radius keeps beside them."""
 
     @property
     def shared(self) -> bool:
@@ -105,20 +128,32 @@ class Radius:
 
 
 class ConstantRadius(Radius):
-    """ρ as the group says; ``group["rho"]`` may be changed at any time, by hand or by a scheduler of one's own."""
+    """ρ as the group says; ``group["rho"]`` may be changed at any time, by hand or by a scheduler of one's own.
+
+    It may be a 0-d tensor. One on an accelerator is read there, so nothing waits for it, and nothing but the norm of
+    the gradient checks it; a captured CUDA graph follows what is written into it. A float is part of the graph.
+    """
 
     def __init__(self, rho: float) -> None:
         self.rho = check_rho(rho)
 
     def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
-        return check_rho(group["rho"])
+        rho = group["rho"]
+        if isinstance(rho, Tensor) and rho.device.type != "cpu":
+            return rho.detach().reshape(())
+        return check_rho(rho)
+
+    def not_capturable(self) -> str | None:
+        return None
 
 
 class ScheduledRadius(Radius):
     """ρ as a function of the step number, the same for all groups.
 
     Args:
-        schedule: takes the step number (from 0, counted by the optimizer and part of its state), returns ρ ≥ 0.
+        schedule: takes the step number (from 0, counted by the optimizer and part of its state), returns ρ ≥ 0. It
+            runs on the host, so a step with it cannot be captured in a CUDA graph: write ρ into a tensor on the device
+            instead (:class:`ConstantRadius`).
     """
 
     def __init__(self, schedule: Callable[[int], float]) -> None:
@@ -133,6 +168,9 @@ class ScheduledRadius(Radius):
     def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
         group["rho"] = self._present = check_rho(self.schedule(step))
         return self._present
+
+    def not_capturable(self) -> str | None:
+        return "ScheduledRadius computes rho on the host; write it into group['rho'], a tensor on the device, instead"
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         self._present = float(groups[0]["rho"])

@@ -31,15 +31,32 @@ def conv_net(dtype=torch.float64, seed=0):
 TRANSPOSED = ("3.weight",)
 
 
-class Task:
-    """A net and `steps` pairs of (training, validation) batches."""
+class Pointwise(nn.Module):
+    """Parameters of several shapes, one of them a stack of filters, in a net of element-wise operations and sums only:
+    on every device its gradients are the same to the bit whenever they are computed."""
 
-    def __init__(self, dtype=torch.float64, steps=10, seed=0, net=None):
-        self.net = net or conv_net(dtype, seed)
+    def __init__(self, dtype=torch.float32, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in {"weight": (3, 72), "filters": (5, 2, 3, 3), "shift": (72,), "gain": ()}.items():
+            values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            self.register_parameter(name, nn.Parameter(values))
+
+    def forward(self, x):
+        """x: (n, 2, 6, 6), to (n, 3)."""
+        x = x.flatten(1) * (self.filters * self.gain).sin().mean() + self.shift
+        return (x[:, None, :] * self.weight).tanh().sum(-1)
+
+
+class Task:
+    """A net and `steps` pairs of (training, validation) batches, made on the CPU and moved to the device."""
+
+    def __init__(self, dtype=torch.float64, steps=10, seed=0, net=None, device="cpu"):
+        self.net = (net or conv_net(dtype, seed)).to(device)
         generator = torch.Generator().manual_seed(1000 + seed)
         x = torch.randn(2 * steps, 8, 2, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
         y = torch.randint(3, (2 * steps, 8), generator=generator)
-        pairs = list(zip(x, y, strict=True))
+        pairs = list(zip(x.to(device), y.to(device), strict=True))
         self.batches = list(zip(pairs[::2], pairs[1::2], strict=True))
 
     def weights(self):

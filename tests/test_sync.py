@@ -21,6 +21,8 @@ LEARNED = {
     "validation-loss": {"metric": "validation_loss"},
     "reuse": {"reuse_train_gradient": True},
     "sgd-per-group": {"optimizer": torch.optim.SGD, "per_group": True},
+    "rmsprop": {"optimizer": torch.optim.RMSprop},
+    "amsgrad": {"amsgrad": True},
 }
 
 
@@ -59,6 +61,15 @@ def test_no_step_synchronises(method, base):
     with opt.perturbed():
         closure_of(net)()
     opt.step()
+
+
+def test_a_radius_on_the_device_is_never_read():
+    net = meta_net()
+    opt = lk.SAM(net.parameters(), torch.optim.SGD, lr=0.1)
+    opt.add_param_group({"params": [nn.Parameter(torch.empty(3, device="meta"))], "rho": 0.2})
+    opt.param_groups[0]["rho"] = torch.full((1,), 0.1, device="meta")
+    opt.step(closure_of(net))
+    assert opt.rho.device.type == "meta" and opt.rho.shape == (2,) and opt.rho.dtype == torch.float64
 
 
 @pytest.mark.parametrize("learning", LEARNED)

@@ -10,13 +10,13 @@ SHAPES = ((3, 4, 2, 2), (7,), (), (5, 6), (0,), (1, 33))
 class Toy:
     """A handful of parameters of odd shapes; `grads(i)` are the i-th gradients, the same in every process."""
 
-    def __init__(self, dtype=torch.float32, shapes=SHAPES, seed=0):
+    def __init__(self, dtype=torch.float32, shapes=SHAPES, seed=0, device="cpu"):
         self.generator = torch.Generator().manual_seed(seed)
-        self.seed, self.shapes, self.dtype = seed, shapes, dtype
+        self.seed, self.shapes, self.dtype, self.device = seed, shapes, dtype, device
         self.params = [torch.nn.Parameter(self._randn(s)) for s in shapes]
 
     def _randn(self, shape):
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device, self.dtype)
 
     def grads(self, i):
         self.generator.manual_seed(1000 * (self.seed + 1) + i)

@@ -16,7 +16,7 @@ class Device {
  public:
   // That of the first tensor there is; it is the current device as long as this object lives.
   Device(const Tensors& list, const Tensors& others)
-      : where{true, (list.empty() ? others : list).at(0).get_device_index()}, guard_(where.index) {
+      : where{true, anchor(list.empty() ? others : list).get_device_index()}, guard_(where.index) {
     select(where.index);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.index, &stream));
   }

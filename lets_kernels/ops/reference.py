@@ -43,6 +43,11 @@ def _dual(x: Tensor, q: float) -> Tensor:
     return x if q == 2 else x.sign() * x.abs().pow(q - 1)
 
 
+def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
+    """As :func:`lets_kernels.ops.native.pack`; here a list stays a list."""
+    return tensors
+
+
 def grad_norm(
     vectors: Sequence[Tensor],
     params: Sequence[Tensor],

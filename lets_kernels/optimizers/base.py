@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # what torch's own optimizers use; imports the compiler at the first call
 
 from lets_kernels.descent import Descent
 from lets_kernels.direction import Direction, check_xi
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 
 KEY = "lets_kernels"
+#: For what changes state that a trace does not see: under torch.compile it runs as plain Python, between two graphs.
+untraced = _disable_dynamo
 _SEEN = "_lets_kernels_seen"
 
 
@@ -70,6 +73,7 @@ class Wrapper(torch.optim.Optimizer):
         first = next((p for group in base.param_groups for p in group["params"]), torch.empty(0))
         self.radius.bind(self.param_groups, first.device)
         self.radius.bound = True
+        #: Skipped steps, on the device where all scalars of a step meet: that of the first bucket.
         self.skipped = torch.zeros((), dtype=torch.int64, device=first.device)
         self._step_number = 0
         self._mark_gradients()  # whatever they are from, no backward of this optimizer's made them
@@ -77,6 +81,8 @@ class Wrapper(torch.optim.Optimizer):
     def _reset(self) -> None:
         """What a step leaves behind and a copy of the optimizer does not take along."""
         self._buckets: ParameterSpace | None = None
+        #: Buckets that a captured CUDA graph reads and writes; replays must find them, whatever replaced them here.
+        self._captured: list[ParameterSpace] = self.__dict__.get("_captured", [])
         self._step: Step | None = None
         self._trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
         self._radius_waits = False
@@ -261,6 +267,6 @@ class Wrapper(torch.optim.Optimizer):
 
 _HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "state_dict_pre", "state_dict_post")}
 _HOOKS |= {"_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
-_STEP = {"_buckets", "_step", "_trial", "_radius_waits", "_caller_begins", "_last", "fused", "fused_reason"}
+_STEP = {"_step", "_trial", "_radius_waits", "_caller_begins", "_last", "fused", "fused_reason"}
 # `step` is there if an LR scheduler has wrapped it; the copy has its own.
-_TRANSIENT = frozenset({"step", *_HOOKS, *_STEP})
+_TRANSIENT = frozenset({"step", "_buckets", "_captured", *_HOOKS, *_STEP})

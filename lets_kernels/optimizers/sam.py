@@ -12,10 +12,10 @@ from lets_kernels.descent import Descent, Perturbed
 from lets_kernels.direction import Adaptive, Direction
 from lets_kernels.distributed import Replicas
 from lets_kernels.hypergradient import Gradients, by_index
-from lets_kernels.layout import ParameterSpace
-from lets_kernels.optimizers.base import Wrapper
-from lets_kernels.optimizers.step import Step
-from lets_kernels.radius import ConstantRadius, Radius
+from lets_kernels.layout import Bucket, ParameterSpace
+from lets_kernels.optimizers.base import Wrapper, untraced
+from lets_kernels.optimizers.step import Step, as_loss, as_scalar, check_capture, check_same_graph
+from lets_kernels.radius import ConstantRadius, Radius, radii
 from lets_kernels.schedule import Always, Schedule
 
 Closure = Callable[[], Any]
@@ -23,6 +23,11 @@ Closure = Callable[[], Any]
 
 class SAM(Wrapper):
     """Sharpness-aware minimisation (Foret et al., ICLR 2021, Algorithm 1), and the base of every other method.
+
+    No step waits for an accelerator. Once a step or two have been taken, the next can be captured in a CUDA graph, with
+    the passes in it or without. Whatever is a number on the host (a learning rate, a ρ that is no tensor) is then part
+    of the graph, replays do not count as steps, and ``load_state_dict`` asks for another capture. Under torch.compile a
+    step runs as plain Python between compiled graphs.
 
     Args:
         params: parameters, named parameters, or groups of them; a group may have its own ``rho``, ``adaptive``, ``xi``.
@@ -79,6 +84,7 @@ class SAM(Wrapper):
 
     # ---- the three call shapes -------------------------------------------------------------------------------------
 
+    @untraced
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, *, loss: Any = None) -> None:
         """Move the weights to θ + ε, from the gradients that the first backward left.
@@ -95,11 +101,12 @@ class SAM(Wrapper):
         self._heal()
         self._refuse_while_perturbed("first_step()")
         self._step = None
-        self._step = Step(self, _as_scalar(loss), keep=not zero_grad)
+        self._step = Step(self, as_scalar(loss), keep=not zero_grad)
         if zero_grad:
             self.zero_grad()
         self._step.perturb()
 
+    @untraced
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and take the base optimizer's step, along the gradients of the second backward.
@@ -114,6 +121,7 @@ class SAM(Wrapper):
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
         if step.in_context:
             raise RuntimeError("the step is taken after `with opt.perturbed():`, not inside; leave the context first")
+        check_same_graph(step.captured, "second_step()", "first_step()")
         try:
             self.fused, self.fused_reason = step.descend()
         except BaseException:
@@ -128,6 +136,7 @@ class SAM(Wrapper):
         else:
             self._mark_gradients()
 
+    @untraced
     @contextmanager
     def perturbed(self, *, loss: Any = None) -> Iterator[None]:
         """Weights at θ + ε inside, at θ to the bit outside, whatever happens; ``step()`` then takes the step.
@@ -150,6 +159,7 @@ class SAM(Wrapper):
                 self._step.restore()
             self._step.in_context = False
 
+    @untraced
     def restore(self) -> None:
         """Bring the weights back to θ, to the bit, and give up the step that was begun. Harmless at any time."""
         step = self._step
@@ -158,6 +168,7 @@ class SAM(Wrapper):
                 step.restore()
             self._step = None
 
+    @untraced
     def step(self, closure: Closure | None = None, val_closure: Closure | None = None) -> Any:
         """One step of the method.
 
@@ -188,6 +199,7 @@ class SAM(Wrapper):
             raise ValueError("a learned radius needs a validation closure: step(closure, val_closure)")
         if not self.radius.learns and val_closure is not None:
             raise ValueError("val_closure is for a learned radius: step(closure), or rho=LearnedRadius(...)")
+        check_capture(self)
         self.restore()
         if self._caller_begins is None:
             self._caller_begins = self._has_new_gradients()
@@ -197,11 +209,11 @@ class SAM(Wrapper):
                 self._drop_gradients()
                 loss = self._call(closure)
                 if self.radius.learns:
-                    _as_loss(loss, "closure")
+                    as_loss(loss, "closure")
             self.first_step(zero_grad=True, loss=loss)
             assert self._step is not None
             if self._step.perturbs:
-                self._step.perturbed_loss = _as_scalar(self._call(closure))
+                self._step.perturbed_loss = as_scalar(self._call(closure))
             else:
                 self._step.return_gradients()
             self.second_step()
@@ -229,6 +241,7 @@ class SAM(Wrapper):
 
     # ---- learning the radius ---------------------------------------------------------------------------------------
 
+    @untraced
     def radius_step(self, train_closure: Closure | None, val_closure: Closure | None) -> None:
         """Learn ρ from the step just taken; ``step(closure, val_closure)`` does so by itself.
 
@@ -253,6 +266,7 @@ class SAM(Wrapper):
         if observed is None:  # a step that the radius does not learn from
             return
         trial, versions = observed
+        check_same_graph(trial.captured, "radius_step()", "the step before it")
         if any(g._version != v for g, v in versions):
             raise RuntimeError(
                 "the gradients of the perturbed pass were changed in place before radius_step(); zero them with "
@@ -267,10 +281,10 @@ class SAM(Wrapper):
             if radius.needs_train_closure:
                 assert train_closure is not None
                 self._drop_gradients()
-                train_loss = _as_loss(self._call(train_closure), "train_closure")
+                train_loss = as_loss(self._call(train_closure), "train_closure")
                 train = [by_index(b.gather()) for b in buckets]
             self._drop_gradients()
-            val_loss = _as_loss(self._call(val_closure), "val_closure")
+            val_loss = as_loss(self._call(val_closure), "val_closure")
             val = [by_index(b.gather()) for b in buckets]
         finally:
             for p, grad in kept:
@@ -284,8 +298,9 @@ class SAM(Wrapper):
     @property
     def rho(self) -> Tensor:
         """The radius: 0-d if all groups share one, else one value a group. Nothing waits for the device."""
-        values = [torch.as_tensor(g["rho"], dtype=torch.float64) for g in self.param_groups]
-        return values[0].clone() if len(values) == 1 or self.radius.shared else torch.stack(values)
+        groups = self.param_groups[:1] if self.radius.shared else self.param_groups
+        values = radii([self.radius.present(i, group) for i, group in enumerate(groups)])
+        return values[0].clone() if len(values) == 1 else torch.stack(values)
 
     @property
     def backend(self) -> str:
@@ -312,7 +327,20 @@ class SAM(Wrapper):
             self.direction.bind(self.model)
             geometry = self.direction.geometry
             self._buckets = ParameterSpace(self.param_groups, names, geometry, self._backend, self._flatten)
+            self._move_scalars(self._buckets.buckets)
         return self._buckets
+
+    def _move_scalars(self, buckets: list[Bucket]) -> None:
+        """What is counted and learned lies beside the first parameters, also where those have been moved."""
+        if buckets and buckets[0].device != self.skipped.device:
+            self.skipped = self.skipped.to(buckets[0].device)
+            self.radius.to(self.skipped.device)
+
+    def keep_for_graphs(self) -> None:
+        """Keep the present buckets for the CUDA graph that is being captured, as long as this optimizer lives."""
+        space = self._space()
+        if not any(space is kept for kept in self._captured):
+            self._captured.append(space)
 
     def _call(self, closure: Closure) -> Any:
         with torch.enable_grad():
@@ -322,15 +350,3 @@ class SAM(Wrapper):
         """Undo a perturbation that an interrupt cut off before it was complete, or while it was being undone."""
         if self._step is not None and self._step.torn:
             self.restore()
-
-
-def _as_scalar(loss: Any) -> Tensor | None:
-    """A loss as a 0-d float64 tensor without a graph; None stays None."""
-    return None if loss is None else torch.as_tensor(loss).detach().double().reshape(())
-
-
-def _as_loss(loss: Any, name: str) -> Tensor:
-    scalar = _as_scalar(loss)
-    if scalar is None:
-        raise ValueError(f"{name} must return the loss, which a learned radius needs")
-    return scalar

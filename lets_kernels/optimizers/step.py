@@ -1,18 +1,57 @@
 """One step of the engine, from the first gradients to the base optimizer's."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lets_kernels.fused import FUSED, refusal
 from lets_kernels.guarded import guarded_step
 from lets_kernels.hypergradient import Gradients, Trial, by_index
-from lets_kernels.layout import Bucket, Runs
-from lets_kernels.optimizers.fused import FUSED, refusal
+from lets_kernels.layout import Bucket, Runs, capturing
 
 if TYPE_CHECKING:
     from lets_kernels.optimizers.sam import SAM
+
+
+def check_capture(optimizer: "SAM") -> bool:
+    """True if the step that begins goes into a CUDA graph, which then may use the buckets as long as it lives.
+
+    Raises:
+        RuntimeError: the host decides in this step what a replay could not decide again.
+    """
+    if not capturing():
+        return False
+    schedule, reason = optimizer.schedule, optimizer.radius.not_capturable()
+    way_out = "capture forward and backward only, and take the step outside of the graph"
+    if not schedule.capturable:
+        reason = f"{type(schedule).__name__} decides on the host at every step whether to perturb"
+        way_out = f"perturb at every step (schedule=Always()), or {way_out}"
+    if reason is not None:
+        raise RuntimeError(f"this step cannot be captured in a CUDA graph: {reason}. Way out: {way_out}")
+    optimizer.keep_for_graphs()
+    return True
+
+
+def check_same_graph(captured: bool, now: str, before: str) -> None:
+    """``RuntimeError`` where one of two parts of a step is captured and the other is not: replays would come apart."""
+    if captured != capturing():
+        inside, outside = (before, now) if captured else (now, before)
+        raise RuntimeError(f"{inside} in a CUDA graph needs {outside} in a graph too: capture both or neither")
+
+
+def as_scalar(loss: Any) -> Tensor | None:
+    """A loss as a 0-d float64 tensor without a graph; None stays None."""
+    return None if loss is None else torch.as_tensor(loss).detach().double().reshape(())
+
+
+def as_loss(loss: Any, name: str) -> Tensor:
+    """As :func:`as_scalar`; ``ValueError`` for None."""
+    scalar = as_scalar(loss)
+    if scalar is None:
+        raise ValueError(f"{name} must return the loss, which a learned radius needs")
+    return scalar
 
 
 class Step:
@@ -28,6 +67,7 @@ class Step:
         self.perturbed_loss: Tensor | None = None
         self.trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
         self.is_perturbed = self.torn = self.in_context = False
+        self.captured = check_capture(optimizer)
         o, radius = optimizer, optimizer.radius
         self._observed = radius.due(o._step_number)
         self.perturbs = o.schedule.perturbs(o._step_number)
@@ -50,15 +90,16 @@ class Step:
         self.total = o.replicas.mean(self._sum([a.total() for a in self.ascents]))
         self.rho = [self._radius(b) for b in self.buckets]
         self.hats: list[Tensor] = []
-        self.gate = torch.ones_like(self.total)
+        self.gate, self.gated = torch.ones_like(self.total), False
 
     def _sum(self, values: list[Tensor]) -> Tensor:
-        """The sum of 0-d tensors from several devices, on the first one's."""
+        """The sum of 0-d tensors from several devices, on the first bucket's."""
+        home = self.optimizer.skipped.device
         if not values:
-            return torch.zeros((), dtype=torch.float64, device=self.optimizer.skipped.device)
+            return torch.zeros((), dtype=torch.float64, device=home)
         if len(values) == 1:
-            return values[0]
-        return torch.stack([v.to(values[0].device) for v in values]).sum()
+            return values[0].to(home)
+        return torch.stack([v.to(home) for v in values]).sum()
 
     def _radius(self, bucket: Bucket) -> Tensor:
         o, group = self.optimizer, self.optimizer.param_groups[bucket.group]
@@ -124,7 +165,10 @@ class Step:
             for runs in active:
                 for i, g in zip(runs.indices, runs.grads, strict=True):
                     runs.bucket.params[i].grad = g
-            guarded_step(o.base_optimizer, self.gate)
+            if self.gated:
+                guarded_step(o.base_optimizer, self.gate)
+            else:
+                o.base_optimizer.step()
         if self._observed and self.perturbs and self.ascents:
             held = [g for h in hats for g in h.values()]
             self.trial = self._record(hats, [by_index(r) for r in second]), [(g, g._version) for g in held]
@@ -135,15 +179,16 @@ class Step:
         o = self.optimizer
         if not o.check_finite or not active:
             return
-        sums = [r.bucket.ops.grad_norm(r.grads, [], r.bucket.unscaled_table(r.indices), None, 0.0, 2.0) for r in active]
+        unscaled = [(r.bucket, r.pack(r.grads), r.bucket.unscaled_table(r.indices)) for r in active]
+        sums = [b.ops.grad_norm(grads, [], table, None, 0.0, 2.0) for b, grads, table in unscaled]
         self.hats = [o.replicas.mean(self._sum(sums))]
-        self.gate = active[0].bucket.ops.all_finite_([self.total, *self.hats], o.skipped)
+        self.gate, self.gated = self.buckets[0].ops.all_finite_([self.total, *self.hats], o.skipped), True
 
     def _record(self, hats: list[Gradients], stepped: list[Gradients]) -> Trial:
         groups = [self.optimizer.param_groups[b.group] for b in self.buckets]
         lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
         first = [by_index(r) for r in self.first]
-        return Trial(self.ascents, first, hats, stepped, self.total, lr, self.rho, self.gate)
+        return Trial(self.ascents, first, hats, stepped, self.total, lr, self.rho, self.gate, self.captured)
 
     def metrics(self) -> dict[str, Tensor]:
         """For :meth:`SAM.metrics`."""

@@ -1,7 +1,9 @@
 """Restore fused into the base optimizer's step, for the optimizers whose arithmetic the ops know.
 
 The base optimizer stays the owner of its options and its state: the ops work on its own state tensors, under the names
-that it gives them, so its checkpoints and schedulers notice nothing. What the ops do not cover, it does itself.
+that it gives them, so its checkpoints and schedulers notice nothing. What the ops do not cover, it does itself: among
+that a learning rate that is a tensor on an accelerator, which the ops could only take by waiting for it. Its value is
+an argument of a kernel, so a captured CUDA graph keeps the learning rate that it was captured with.
 """
 
 import operator
@@ -11,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lets_kernels.layout import Runs
+from lets_kernels.guarded import guarded_step
+from lets_kernels.layout import UNSCALED, Bucket, Runs, refuse_while_capturing
 
 Group = Mapping[str, Any]
 State = Mapping[Tensor, dict[str, Any]]
@@ -42,6 +45,7 @@ def _state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
     for i, p in zip(runs.indices, runs.params, strict=True):
         own = state[b.params[i]]
         if own.get(name) is None:
+            refuse_while_capturing(f"the optimizer's {name}")
             own[name] = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
         tensors.append(own[name])
     if not all(
@@ -85,7 +89,8 @@ class FusedSGD:
         options = (float(group["lr"]), momentum, float(group["weight_decay"]), nesterov, bool(group["maximize"]))
 
         def step(gate: Tensor) -> None:
-            b.ops.restore_sgd_(runs.weights, runs.grads, momenta, b.saved, b.dirty, runs.table, gate, *options)
+            grads = runs.pack(runs.grads)
+            b.ops.restore_sgd_(runs.weights, grads, b.pack(momenta), b.saved, b.dirty, runs.table, gate, *options)
 
         return step
 
@@ -100,6 +105,7 @@ def _steps(runs: Runs, state: State) -> list[Tensor] | None:
         own = state[runs.bucket.params[i]]
         count = own.get("step")
         if count is None or count.device != runs.bucket.device:
+            refuse_while_capturing("the optimizer's step count")
             count = torch.zeros((), dtype=torch.float32) if count is None else count
             own["step"] = count = count.to(runs.bucket.device)
         steps.append(count)
@@ -132,9 +138,8 @@ class FusedAdam:
         )
 
         def step(gate: Tensor) -> None:
-            b.ops.restore_adamw_(
-                runs.weights, runs.grads, averages, squares, steps, b.saved, b.dirty, runs.table, gate, *options
-            )
+            lists = (runs.pack(runs.grads), *map(b.pack, (averages, squares, steps)))
+            b.ops.restore_adamw_(runs.weights, *lists, b.saved, b.dirty, runs.table, gate, *options)
 
         return step
 
@@ -161,3 +166,38 @@ def refusal(base: torch.optim.Optimizer) -> str | None:
         if reason is not None:
             return reason
     return None
+
+
+class OwnStep:
+    """Steps of an optimizer whose parameters are the package's own scalars, fused where the ops can, else guarded."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, Bucket] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_buckets": {}}
+
+    def __call__(self, optimizer: torch.optim.Optimizer, gate: Tensor, backend: str) -> None:
+        """A step along the gradients that are there, if ``gate`` is not zero, by the ops of ``backend``."""
+        steps = []
+        if refusal(optimizer) is None:
+            kind = FUSED[type(optimizer)]
+            for group in optimizer.param_groups:
+                for p in (p for p in group["params"] if p.grad is not None):
+                    runs = Runs(self._bucket(p, backend), (0,), [p.detach()], [p.grad])
+                    steps.append((runs, kind.prepare(runs, group, optimizer.state)))
+        if not steps or any(step is None for _, step in steps):
+            guarded_step(optimizer, gate)
+            return
+        for runs, step in steps:
+            assert step is not None
+            step(gate)
+            runs.write_back()
+        optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
+
+    def _bucket(self, p: Tensor, backend: str) -> Bucket:
+        found = self._buckets.get(id(p))
+        if found is None or found.backend != backend or not found.is_current():
+            found = Bucket([p], [None], 0, 0, {}, lambda *_: (UNSCALED, 0), backend, flatten=False)
+            self._buckets[id(p)] = found
+        return found

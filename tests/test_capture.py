@@ -1,0 +1,154 @@
+"""What cannot be captured in a CUDA graph says so, and what is captured keeps its memory; here without a GPU too."""
+
+import contextlib
+
+import pytest
+import torch
+
+import lets_kernels as lk
+from accelerator import BACKENDS, DEVICE, DRY, needs_gpu
+from runs import same_bits
+from toys import Toy, weights
+
+
+class Alternating(lk.Schedule):
+    def perturbs(self, step):
+        return step % 2 == 0
+
+
+REFUSED = {
+    "schedule": ({"schedule": Alternating()}, "Alternating decides on the host.*schedule=Always"),
+    "scheduled-radius": ({"rho": lk.ScheduledRadius.linear(0.2, 0.1, 9)}, "ScheduledRadius computes rho on the host"),
+    "interval": ({"rho": lambda: lk.LearnedRadius(0.1, interval=2)}, "interval=2"),
+    "reuse": ({"rho": lambda: lk.LearnedRadius(0.1, reuse_train_gradient=True)}, "reuse_train_gradient"),
+}
+
+
+class Pretended:
+    """Says that the stream is being captured, so that what refuses that can be seen to do so on the CPU."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+
+    @contextlib.contextmanager
+    def capture(self):
+        with self.monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            yield
+
+
+class Real:
+    """Captures on the current GPU."""
+
+    def capture(self):
+        return torch.cuda.graph(torch.cuda.CUDAGraph())
+
+
+@pytest.fixture(params=["pretended", *(pytest.param(name, marks=needs_gpu) for name in BACKENDS)])
+def where(request, monkeypatch):
+    """(how to capture, device, backend)."""
+    if request.param == "pretended":
+        return Pretended(monkeypatch), "cpu", "auto"
+    return Pretended(monkeypatch) if DRY else Real(), DEVICE, request.param
+
+
+def small(device, backend, steps=2, base=torch.optim.SGD, **options):
+    """An optimizer after some steps, and what takes another; its gradients stay where they are."""
+    toy = Toy(device=device)
+    rho = options.pop("rho", 0.1)
+    rho = rho() if callable(rho) else rho
+    base_options = {"lr": 0.1, **({"momentum": 0.9} if base is torch.optim.SGD else {})}
+    opt = lk.SAM(toy.params, base, rho, backend=backend, **base_options, **options)
+    first, second, loss = toy.grads(0), toy.grads(1), torch.ones((), device=device)
+    toy.set_grads(first)
+
+    def step():
+        for p, g in zip(toy.params, first, strict=True):
+            p.grad.copy_(g)
+        opt.first_step(loss=loss)
+        for p, g in zip(toy.params, second, strict=True):
+            p.grad.copy_(g)
+        opt.second_step()
+        if opt.radius.learns:
+            opt.radius_step(lambda: loss, lambda: loss)
+
+    for _ in range(steps):
+        step()
+    return toy, opt, step
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_host_decides_step_by_step_cannot_be_captured(where, case):
+    how, device, backend = where
+    options, message = REFUSED[case]
+    toy, opt, step = small(device, backend, **options)
+    before = weights(toy)
+    said = f"cannot be captured in a CUDA graph: .*{message}.*outside of the graph"
+    with pytest.raises(RuntimeError, match=said), how.capture():
+        step()
+    calls = []
+    closures = [lambda: calls.append(1)] * (2 if opt.radius.learns else 1)
+    with pytest.raises(RuntimeError, match="cannot be captured"), how.capture():
+        opt.step(*closures)
+    assert not calls and same_bits(weights(toy), before)
+    step()
+    assert not same_bits(weights(toy), before)
+
+
+def test_a_step_that_makes_its_memory_must_have_been_taken_before(where):
+    how, device, backend = where
+    for base in (torch.optim.SGD, torch.optim.AdamW):
+        toy, opt, step = small(device, backend, steps=0, base=base)
+        before = weights(toy)
+        with pytest.raises(RuntimeError, match=r"tables of the parameters .* take a step or two"), how.capture():
+            step()
+        opt.first_step()
+        opt.restore()
+        said = r"the optimizer's (momentum_buffer|exp_avg) .* take a step or two"
+        with pytest.raises(RuntimeError, match=said), how.capture():
+            step()
+        opt.restore()
+        assert same_bits(weights(toy), before)
+
+
+def test_parts_of_a_step_are_captured_together_or_not_at_all(where):
+    how, device, backend = where
+    _, opt, step = small(device, backend, rho=lambda: lk.LearnedRadius(0.1))
+    loss = torch.ones((), device=device)
+    opt.first_step()
+    with pytest.raises(RuntimeError, match=r"second_step\(\) in a CUDA graph needs first_step\(\)"), how.capture():
+        opt.second_step()
+    opt.second_step()
+    with pytest.raises(RuntimeError, match=r"radius_step\(\) in a CUDA graph needs the step before it"), how.capture():
+        opt.radius_step(lambda: loss, lambda: loss)
+    step()
+    _, opt, step = small(device, backend)
+    with how.capture():
+        opt.first_step()
+    with pytest.raises(RuntimeError, match=r"first_step\(\) in a CUDA graph needs second_step\(\)"):
+        opt.second_step()
+    opt.restore()
+    step()
+
+
+def test_a_number_becomes_part_of_the_graph_and_not_of_later_steps(where):
+    """What a capture makes is filled by replays only: no eager step may find it."""
+    how, device, backend = where
+    _, opt, step = small(device, backend)
+    (bucket,) = opt._space().buckets
+    eager = bucket.scalar(0.1)
+    with how.capture():
+        step()
+        inside = bucket.scalar(0.1)
+    assert inside is not eager and bucket.scalar(0.1) is eager
+
+
+def test_the_buckets_of_a_graph_outlive_a_rebuilding(where):
+    how, device, backend = where
+    toy, opt, step = small(device, backend)
+    with how.capture():
+        step()
+    space = opt._space()
+    toy.params[0].requires_grad_(False)
+    assert opt._space() is not space and opt._captured == [space]

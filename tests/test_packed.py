@@ -1,0 +1,75 @@
+"""Packed lists (ops.native.pack): the same bits as lists, and an error where they were packed for something else."""
+
+import pytest
+import torch
+
+import emulated
+from lets_kernels.ops import native
+from runs import DTYPES, LAYOUTS, Bucket, same_bits
+
+KERNELS = {"cpu": native, "emulated": emulated}
+ANCHOR = torch.zeros((), dtype=torch.int64)
+
+
+def scalar(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def a_step(ops, dtype, packed):
+    """Every op once, on lists or packed lists of the same values; all that it wrote or returned."""
+    bucket = Bucket(LAYOUTS["several"], dtype, "mixed")
+    theta, g, m, v, h = (bucket.give(bucket.values(), "list") for _ in range(5))
+    v = [x.abs_() for x in v]
+    steps = [torch.zeros(()) for _ in bucket.runs]
+    saved, dirty, norms = bucket.give(None, "flat")[0], torch.zeros((), dtype=torch.int64), bucket.norms()
+    table, gate = bucket.table, scalar(1.0)
+    form = (lambda x: native.pack(x, ANCHOR)) if packed else (lambda x: x)
+    assert not packed or [t.dtype for t in form(theta)] == [torch.int64] * 2
+    ops.filter_norms(form(theta), table, norms)
+    scaling = (norms, 0.01, 2.0)
+    returned = [
+        ops.grad_norm(form(g), form(theta), table, *scaling),
+        ops.rho_grad_diagonal(form(g), form(m), form(h), form(v), form(theta), table, *scaling),
+        ops.rho_grad_secant(form(g), [], form(h), form(m), table),
+    ]
+    ops.perturb_(form(theta), form(g), saved, dirty, table, *scaling, returned[0], scalar(0.5))
+    ops.restore_(form(theta), saved, dirty, table)
+    ops.perturb_(form(theta), form(g), saved, dirty, table, *scaling, returned[0], scalar(0.5))
+    ops.restore_sgd_(form(theta), form(g), form(m), saved, dirty, table, gate, 0.1, 0.9, 0.01, True, False)
+    adam = (0.1, 0.9, 0.999, 1e-8, 0.01, True, False)
+    ops.restore_adamw_(form(theta), form(g), form(m), form(v), form(steps), saved, dirty, table, gate, *adam)
+    bucket.assert_guards()
+    return [*returned, norms, dirty, *steps, *(x for one in (theta, m, v) for x in bucket.read(one))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_packed_lists_give_the_bits_of_lists(kernels, dtype):
+    ops = KERNELS[kernels]
+    assert same_bits(a_step(ops, dtype, packed=True), a_step(ops, dtype, packed=False))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_packed_for_something_else(kernels):
+    ops = KERNELS[kernels]
+    bucket = Bucket(LAYOUTS["several"], torch.float32)
+    g = bucket.give(bucket.values(), "list")
+    packed = native.pack(g, ANCHOR)
+
+    def norm(vectors, table=bucket.table):
+        return ops.grad_norm(vectors, [], table, None, 0.0, 2.0)
+
+    with pytest.raises(RuntimeError, match="packed for another run table"):
+        norm(packed, bucket.table[:-1].contiguous())
+    with pytest.raises(RuntimeError, match="packed with an unknown dtype"):
+        norm([torch.cat([torch.tensor([9]), packed[0][1:]]), ANCHOR])
+    other = native.pack([x.double() for x in g], ANCHOR)
+    with pytest.raises(RuntimeError, match="perturbed has another dtype than the rest"):
+        ops.rho_grad_secant(g, g, other, g, bucket.table)
+    with pytest.raises(RuntimeError, match="packed for another run table, or another device"):
+        ops.rho_grad_secant(g, g, [packed[0][::2], ANCHOR], g, bucket.table)
+
+
+def test_short_lists_stay_lists():
+    assert native.pack([ANCHOR], ANCHOR) == [ANCHOR]
+    assert native.pack([], ANCHOR) == []
