@@ -13,8 +13,16 @@ def _report() -> None:
     print(f"lets_kernels {lets_kernels.__version__}, torch {torch.__version__}")
     for name, reason in lets_kernels.backends().items():
         print(f"  {name:<10} {reason}")
-    chosen, _ = ops.choose("auto", torch.device("cpu"))
-    print(f"Parameters on the CPU run on: {chosen}")
+    devices = [("the CPU", torch.device("cpu"))]
+    for index in range(torch.cuda.device_count()):
+        devices.append((f"cuda:{index} ({torch.cuda.get_device_name(index)})", torch.device("cuda", index)))
+    for name, device in devices:
+        chosen, _ = ops.choose("auto", device)
+        print(f"Parameters on {name} run on: {chosen}")
+        for better in ops.automatic(device):
+            if better == chosen:
+                break
+            print(f"  not on {better}: {ops.refusal(better, device)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -107,3 +107,58 @@ def test_the_command_line_prints_what_runs(capsys):
     with pytest.raises(SystemExit):
         command.main(["nonsense"])
     assert "choose from" in capsys.readouterr().err
+
+
+class Pretended:
+    """A backend as `ops.load` finds it, with what the CUDA library would say of a device."""
+
+    def __init__(self, refuses=None, interpreted=False):
+        self.INTERPRETED, self._refuses = interpreted, refuses
+
+    def refuses_device(self, index):
+        return self._refuses
+
+
+CUDA, CPU, XPU = torch.device("cuda", 0), torch.device("cpu"), torch.device("xpu", 0)
+
+
+@pytest.mark.parametrize(
+    ("found", "device", "expected"),
+    [
+        ({"cuda": Pretended(), "triton": Pretended()}, CUDA, "cuda"),
+        ({"cuda": Pretended("built for others"), "triton": Pretended()}, CUDA, "triton"),
+        ({"triton": Pretended()}, CUDA, "triton"),
+        ({"cuda": Pretended()}, XPU, "reference"),
+        ({"cuda": Pretended(), "triton": Pretended()}, XPU, "triton"),
+        ({}, CUDA, "reference"),
+        ({"cuda": Pretended(), "triton": Pretended(), "cpu": Pretended()}, CPU, "cpu"),
+        ({"triton": Pretended(interpreted=True)}, CPU, "reference"),
+        ({"cpu": Pretended()}, torch.device("meta"), "reference"),
+    ],
+)
+def test_the_fastest_backend_that_runs_on_a_device_is_taken(found, device, expected, monkeypatch):
+    modules = {"reference": (ops.reference, ""), **{name: (module, "") for name, module in found.items()}}
+    monkeypatch.setattr(ops, "load", lambda name: modules.get(name, (None, "not here")))
+    assert ops.choose("auto", device)[0] == expected
+
+
+def test_a_backend_that_runs_elsewhere_only_says_so(monkeypatch):
+    modules = {"cuda": Pretended("built for others"), "triton": Pretended(), "cpu": Pretended()}
+    monkeypatch.setattr(ops, "load", lambda name: (modules[name], ""))
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' does not run here: built for others; use 'auto'"):
+        ops.choose("cuda", CUDA)
+    with pytest.raises(RuntimeError, match=r"backend 'triton' does not run here: it has no kernels for .* on cpu"):
+        ops.choose("triton", CPU)
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' does not run here: it has no kernels for .* on cuda:0"):
+        ops.choose("cpu", CUDA)
+
+
+def test_the_command_line_says_why_a_gpu_does_not_get_the_best(monkeypatch, capsys):
+    modules = {"cuda": (Pretended("built for others"), "compiled"), "triton": (Pretended(), "Triton 3")}
+    real = ops.load
+    monkeypatch.setattr(ops, "load", lambda name: modules.get(name) or real(name))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    command.main([])
+    printed = capsys.readouterr().out
+    assert "Parameters on cuda:0 (Some GPU) run on: triton\n  not on cuda: built for others\n" in printed

@@ -43,11 +43,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ENVIRONMENT = "LETS_KERNELS_BACKEND"
 
 
-# What backend="auto" tries on a device, the fastest first.
-AUTOMATIC = {"cpu": ("cpu", "reference")}
-ACCELERATED = ("cuda", "triton", "reference")
-
-
 def _load(name: str) -> tuple[Backend | None, str]:
     """The backend's module (None if it cannot run here) and the reason in words."""
     if name == "reference":
@@ -128,6 +123,11 @@ def refusal(name: str, device: torch.device) -> str | None:
     return None
 
 
+def automatic(device: torch.device) -> tuple[str, ...]:
+    """What backend="auto" tries for parameters on ``device``, the fastest first."""
+    return ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference")
+
+
 def choose(requested: str, device: torch.device) -> tuple[str, Backend]:
     """The backend for parameters on ``device``: its name and its module.
 
@@ -137,7 +137,7 @@ def choose(requested: str, device: torch.device) -> tuple[str, Backend]:
     """
     requested = check_request(requested)
     if requested == "auto":
-        requested = next(n for n in AUTOMATIC.get(device.type, ACCELERATED) if refusal(n, device) is None)
+        requested = next(name for name in automatic(device) if refusal(name, device) is None)
     elif reason := refusal(requested, device):
         raise RuntimeError(f"backend {requested!r} does not run here: {reason}; use 'auto' or 'reference'")
     module = load(requested)[0]

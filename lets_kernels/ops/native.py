@@ -69,7 +69,7 @@ for _op in OPS:
     _returns = _op._schema.returns
     torch.library.register_fake(_op.name(), _fake_scalar if _returns else _fake_nothing)
 
-if "LETS_KERNELS_CPU_ISA" in os.environ:
+if os.environ.get("LETS_KERNELS_CPU_ISA"):
     _C.use_cpu_isa(os.environ["LETS_KERNELS_CPU_ISA"])
 
 CUDA_LIBRARY = Path(__file__).parent.parent / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
