@@ -1,5 +1,6 @@
 """Fixtures: the backends, the seed, the number of threads."""
 
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,11 @@ from backends import Backend, targets
 # Thousands of small ops: a second thread costs more than it brings, and far more where the cores are shared. The tests
 # that are about threads ask for the `threads` fixture.
 torch.set_num_threads(1)
+
+
+# `make gpu-check` needs no more than torch and the test tools; `make test` installs what the demo needs.
+DEMO = ("sklearn", "matplotlib", "rich")
+collect_ignore = ["test_demo.py"] if any(importlib.util.find_spec(name) is None for name in DEMO) else []
 
 
 def pytest_generate_tests(metafunc):

@@ -119,7 +119,7 @@ def refusal(name: str, device: torch.device) -> str | None:
     if device.type not in kinds.get(name, (device.type,)):
         return f"it has no kernels for parameters on {device}"
     if name == "cuda":
-        return module.refuses_device(device.index or 0)  # type: ignore[attr-defined, no-any-return]
+        return module.refuses_device(device.index or 0)  # type: ignore[attr-defined]
     return None
 
 

@@ -1,0 +1,202 @@
+"""What the kernels share: addresses, masked loads, T of ASAM, powers, rounding, sums.
+
+Nothing here knows an op. ``DTYPE`` is the storage type and ``C`` the arithmetic type, float32 except for float64.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+_FAR: tl.constexpr = tl.constexpr(1 << 30)  # further than any chunk reaches
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """``triton.jit`` whose one binary serves every value and alignment of the arguments that are not constexpr."""
+    parameters = inspect.signature(function).parameters.items()
+    runtime = [name for name, p in parameters if p.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=runtime)
+
+
+def helper(function: Callable[..., Any]) -> Any:
+    """``triton.jit`` for what kernels call. Interpreted, a plain function: patching the language costs 1 ms a call."""
+    return function if INTERPRETED else triton.jit(function)
+
+
+# ---- where the elements are
+
+
+@helper
+def chunk_at(chunks, index):
+    """The run, the first element within it, and the number of elements of a chunk."""
+    entry = chunks + 3 * index
+    return tl.load(entry), tl.multiple_of(tl.load(entry + 1), 4096), tl.load(entry + 2).to(tl.int32)
+
+
+@helper
+def typed(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """An address from a table as a pointer; aligned ones may be read and written 16 bytes at a time."""
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@helper
+def elements(addresses, run, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to element ``begin`` of a run."""
+    return typed(tl.load(addresses + run), DTYPE, ALIGNED) + begin
+
+
+@helper
+def load(pointer, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """The block at element ``at`` of a chunk, one element a lane; zero from element ``count`` on where masked."""
+    lane = tl.arange(0, BLOCK)
+    place = pointer + at + lane
+    return tl.load(place, mask=lane < count - at, other=0.0) if MASKED else tl.load(place)
+
+
+@helper
+def store(pointer, value, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Write what :func:`load` reads."""
+    lane = tl.arange(0, BLOCK)
+    if MASKED:
+        tl.store(pointer + at + lane, value, mask=lane < count - at)
+    else:
+        tl.store(pointer + at + lane, value)
+
+
+@helper
+def narrow(x, DTYPE: tl.constexpr):
+    """To the storage type, to nearest, ties to even. The interpreter's own cast to bfloat16 cuts bits off."""
+    if _INTERPRETED and DTYPE.is_bf16():
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+# ---- arithmetic (csrc/math.h has the same on the CPU)
+
+
+@helper
+def power(x, y):
+    """x^y for x >= 0 and y > 0, in the type of x."""
+    if _INTERPRETED:  # which has no device library: in double, where the detour costs no accuracy in float
+        wide = tl.exp2(y * tl.log2(tl.where(x > 0, x, 1.0).to(tl.float64)))
+        result = tl.where(x > 0, wide, x.to(tl.float64)).to(x.dtype)
+    else:
+        result = libdevice.pow(x, y)
+    return result
+
+
+@helper
+def square_root(x, C: tl.constexpr):
+    """Correctly rounded, in both types."""
+    return tl.sqrt(x) if C.is_fp64() else tl.sqrt_rn(x)
+
+
+@helper
+def divide(x, y, C: tl.constexpr):
+    """Correctly rounded, in both types."""
+    return x / y if C.is_fp64() else tl.div_rn(x, y)
+
+
+@helper
+def dual(x, q, POWER: tl.constexpr):
+    """sign(x) |x|^(q-1); ``POWER`` is q where it is 1 or 2, else 0."""
+    if POWER == 2:
+        result = x
+    else:
+        result = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
+        if POWER != 1:
+            result = result * power(tl.abs(x), q - 1)
+    return result
+
+
+# ---- T of ASAM
+
+
+@helper
+def cyclic(position, period):
+    """A place in a cycle, in 32 bits: what lies less than ``_FAR`` ahead of it stands at the same places there."""
+    short = tl.minimum(period, _FAR)
+    return (short - tl.minimum(period - position, short)).to(tl.int32), short.to(tl.int32)
+
+
+@helper
+def scaling_at(runs, run, begin):
+    """How T scales a chunk: the row length, then where the chunk begins within its filter and among the filters."""
+    row = runs + 5 * run
+    length, count, start = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    each, rows = tl.maximum(length, 1), tl.maximum(count, 1)
+    inner, period = cyclic(begin % each, each)
+    first = begin // each % rows
+    outer, cycle = cyclic(first, rows)
+    return length, inner, period, outer, cycle, start, first - outer
+
+
+@helper
+def filters_of(scaling, at, BLOCK: tl.constexpr):
+    """Which filter each element of the block at element ``at`` of a chunk belongs to."""
+    _, inner, period, outer, cycle, _, far = scaling
+    row = outer + (at + inner + tl.arange(0, BLOCK)) // period
+    # `far` is not 0 only in cycles too long for 32 bits, and counts until the cycle ends.
+    return row % cycle + tl.where(row < cycle, far, 0)
+
+
+@helper
+def scale(scaling, theta, norms, xi, at, SCALED: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    """T of the block at element ``at`` of a chunk; ``theta`` matters only where T = |theta| + xi.
+
+    SCALED: 1 where no run has filters, 2 where some have.
+    """
+    length, start = scaling[0], scaling[5]
+    t = tl.full([BLOCK], 1, C)
+    if length == 0:
+        t = tl.abs(theta) + xi
+    if SCALED == 2:  # noqa: SIM102 (this one is decided when the kernel is compiled, the next one when it runs)
+        if length > 0:
+            t = tl.load(norms + start + filters_of(scaling, at, BLOCK)) + xi
+    return t
+
+
+@helper
+def theta_for(scaling, pointer, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    """The weights where T needs them, zeros elsewhere."""
+    theta = tl.full([BLOCK], 0.0, C)
+    if scaling[0] == 0:
+        theta = load(pointer, at, count, MASKED, BLOCK).to(C)
+    return theta
+
+
+# ---- sums
+
+
+@helper
+def masked(x, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """The terms of a block, zero from element ``count`` on where masked."""
+    return tl.where(tl.arange(0, BLOCK) < count - at, x, 0.0) if MASKED else x
+
+
+@helper
+def tree_sum(x, N: tl.constexpr, STAGES: tl.constexpr):
+    """The sum of N = 2^STAGES values, pair by pair: an order that no layout, alignment or device can change."""
+    for stage in tl.static_range(STAGES):
+        x = tl.sum(tl.reshape(x, [N >> (stage + 1), 2]), axis=1)
+    return tl.sum(x, axis=0)
+
+
+@kernel
+def add_slots(out, slots, count, N: tl.constexpr, STAGES: tl.constexpr):
+    """One program: the sum of all slots, in their order."""
+    lane = tl.arange(0, N)
+    total = tl.full([N], 0.0, tl.float64)
+    for begin in range(0, count, N):
+        total += tl.load(slots + begin + lane, mask=begin + lane < count, other=0.0)
+    tl.store(out, tree_sum(total, N, STAGES))

@@ -1,0 +1,299 @@
+"""From lists of tensors to launches: checks, tables on the device, and what they are remembered by.
+
+A launch runs over **chunks**, stretches of one run of at most ``Plan.chunk`` elements, one program each. It reads three
+kinds of int64 tables on the device: the run table; the chunks as (run, first element, elements); and for every list
+argument the address of each run. All are made once and remembered, so a steady state uploads nothing.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lets_kernels.ops.triton.device import INTERPRETED, add_slots
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+#: The launch configuration of every kernel: nothing is tuned at run time, and no multiply-add is fused.
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+MORE_WARPS = 8  # of the kernels whose loops ptxas unrolls so far that with 4 it would spill registers
+BLOCK_BYTES = 4096  # a block of each list: 32 bytes a thread, 16 with more warps
+CHUNK, MANY_CHUNKS = 8192, 32768
+SLOTS = 4096  # slots that are added at a time
+PLANS, LISTS = 64, 64
+
+T = TypeVar("T")
+
+
+def recall(cache: dict[Any, T], key: Hashable, limit: int, make: Callable[[], T]) -> T:
+    """The entry of a cache, made where there is none; beyond ``limit`` the oldest one is forgotten."""
+    found = cache.get(key)
+    if found is None:
+        found = cache[key] = make()
+        while len(cache) > limit:
+            cache.pop(next(iter(cache)), None)
+    return found
+
+
+def capturing(device: torch.device) -> bool:
+    """True while the current stream records a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Packed(list[Tensor]):
+    """A list whose addresses have been read, and what they were found to be, for several ops in a row."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors)
+        self.addresses = tuple(map(Tensor.data_ptr, tensors))
+        self.found: dict[Hashable, tuple[Resident, bool]] = {}
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tensors.addresses if isinstance(tensors, Packed) else tuple(map(Tensor.data_ptr, tensors))
+
+
+# Tables that a captured graph reads. A graph holds addresses, not tensors, and nothing tells when it is gone; so these
+# are never freed, whatever the caches forget. They are small: 8 bytes a run and list.
+_captured: dict[int, "Resident"] = {}
+
+
+class Resident:
+    """An int64 table on the device, uploaded on the stream that is current when it is made."""
+
+    def __init__(self, rows: Tensor, device: torch.device) -> None:
+        if capturing(device):
+            raise RuntimeError(
+                "these tensors are new to the triton backend, and nothing can be uploaded while a CUDA graph is "
+                "captured: run the step once on the same tensors before (a warm-up), and keep the gradients where "
+                "they are (set_to_none=False)"
+            )
+        self.table = rows
+        if device.type == "cpu":
+            return
+        # The copy is asynchronous: its source must live until it is done, and lives as long as the table.
+        self._pinned = rows.pin_memory()
+        self.table = self._pinned.to(device, non_blocking=True)
+        module = torch.get_device_module(device)
+        stream = module.current_stream(device)
+        self._uploaded = module.Event()
+        self._uploaded.record(stream)
+        self._ordered = {stream.stream_id}
+
+    def wait(self, stream: torch.Stream) -> None:
+        """Let a stream's further work come after the upload; the host does not wait."""
+        if stream.stream_id not in self._ordered:
+            stream.wait_event(self._uploaded)
+            self.table.record_stream(stream)
+            self._ordered.add(stream.stream_id)
+
+
+def table_of(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever torch.set_default_device says
+
+
+def is_dense(t: Tensor) -> bool:
+    """True if the elements fill one stretch of memory without holes or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+class Plan:
+    """What is known of one run table on one device."""
+
+    def __init__(self, table: Tensor, device: torch.device) -> None:
+        self.rows: list[list[int]] = table.tolist()
+        self.device = device
+        for i, (start, numel, length, count, first) in enumerate(self.rows):
+            require(start >= 0 and numel >= 0 and length >= -1, f"run table: row {i} is not valid")
+            fits = length < 1 or (count >= 1 and first >= 0 and numel % (length * count) == 0)
+            require(fits, f"run table: the filters of row {i} do not divide it")
+        self.starts = [row[0] for row in self.rows]
+        self.numels = [row[1] for row in self.rows]
+        self.end = max((start + numel for start, numel, *_ in self.rows), default=0)
+        self.element_wise = any(row[2] == 0 for row in self.rows)
+        self.filters = max((row[4] + row[3] for row in self.rows if row[2] > 0), default=0)
+        #: ``SCALED`` of the kernels: 0 for T = 1 everywhere, 1 where T may be |theta| + xi, 2 where there are filters.
+        self.scaled = 2 if self.filters else int(self.element_wise)
+        self.runs = Resident(table.clone(), device)
+        # Small enough to fill a device with few parameters, large enough that the partial sums of many stay few.
+        self.chunk = CHUNK
+        while sum(self.numels) > self.chunk * MANY_CHUNKS:
+            self.chunk *= 2
+        sizes = table[:, 1]
+        counts = (sizes + (self.chunk - 1)) // self.chunk
+        run = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
+        begin = (torch.arange(len(run), device="cpu") - (counts.cumsum(0) - counts)[run]) * self.chunk
+        self.count = len(run)
+        left = (sizes[run] - begin).clamp_max(self.chunk)
+        self.chunks = Resident(torch.stack((run, begin, left), dim=1).contiguous(), device)
+        self.lists: dict[Hashable, tuple[Resident, bool]] = {}
+        self.items: dict[Hashable, tuple[int, Resident]] = {}  # of filters (norm.py)
+
+    def addresses(self, tensors: Sequence[Tensor], dtype: torch.dtype, what: str) -> tuple[Resident, bool]:
+        """The address table of one list argument, and whether all addresses are multiples of 16.
+
+        What the list must be is checked when its addresses are first seen together with this run table.
+        """
+        if isinstance(tensors, Packed) and (self, dtype) in tensors.found:
+            return tensors.found[self, dtype]
+        first = tensors[0]
+        # The same memory may be a list of one tensor now and a flat buffer later, of another size or dtype.
+        flat = len(tensors) == 1 and (len(self.rows) != 1 or first.numel() != self.numels[0])
+        key: Hashable = (dtype, first.dtype, flat, first.numel(), addresses_of(tensors))
+        found = recall(self.lists, key, LISTS, lambda: self._read(tensors, flat, dtype, what))
+        if isinstance(tensors, Packed):
+            tensors.found[self, dtype] = found
+        return found
+
+    def _read(self, tensors: Sequence[Tensor], flat: bool, dtype: torch.dtype, what: str) -> tuple[Resident, bool]:
+        n, rows = len(tensors), len(self.rows)
+        require(flat or n == rows, f"{what}: {n} tensors for {rows} rows of the run table")
+        for i, t in enumerate(tensors):
+            name = f"{what}[{i}]"
+            require(t.device == self.device, f"{name} is on {t.device}, the rest on {self.device}")
+            require(t.dtype == dtype, f"{name} is of {t.dtype}, the rest of {dtype}")
+            require(is_dense(t), f"{name} has holes or overlaps in memory; pass a contiguous copy")
+            fits = t.numel() >= self.end if flat else t.numel() == self.numels[i]
+            require(fits, f"{name} has not the number of elements that the run table says")
+        if flat:
+            base, size = tensors[0].data_ptr(), tensors[0].element_size()
+            addresses = [base + start * size for start in self.starts]
+        else:
+            addresses = [t.data_ptr() for t in tensors]
+        aligned = not any(a % 16 for a, numel in zip(addresses, self.numels, strict=True) if numel)
+        return Resident(table_of(addresses), self.device), aligned
+
+
+_plans: dict[Hashable, Plan] = {}
+
+
+class Call:
+    """One op's launches: on one run table, one dtype, and the device and stream of its tensors."""
+
+    def __init__(self, table: Tensor, tensors: Sequence[Tensor], what: str) -> None:
+        is_table = table.device.type == "cpu" and table.dtype == torch.int64 and table.is_contiguous()
+        require(
+            is_table and table.ndim == 2 and table.shape[1] == 5,
+            "the run table must be a contiguous int64 CPU tensor of shape [n, 5]",
+        )
+        self.dtype = tensors[0].dtype if tensors else torch.float32
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        require(self.dtype in DTYPES, f"{what} must be float32, float64, bfloat16 or float16")
+        require(
+            (self.device.type == "cpu") == INTERPRETED or not tensors,
+            "Triton's interpreter (TRITON_INTERPRET=1) runs on CPU tensors, its compiled kernels on those of a GPU; "
+            f"{what} is on {self.device}",
+        )
+        key = table.numpy().tobytes(), self.device  # by content: whoever writes to a table gets another plan
+        self.plan = recall(_plans, key, PLANS, lambda: Plan(table, self.device))
+        self._module = torch.get_device_module(self.device)
+        self.stream = None if self.device.type == "cpu" else self._module.current_stream(self.device)
+        self.capturing = capturing(self.device)
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.aligned = True
+
+    def use(self, resident: Resident) -> Tensor:
+        """A table, for the launches of this call."""
+        if self.capturing:
+            _captured[id(resident)] = resident  # uploaded before the capture, which began with a synchronisation
+        elif self.stream is not None:
+            resident.wait(self.stream)
+        return resident.table
+
+    def list(self, tensors: Sequence[Tensor], what: str) -> Tensor | None:
+        """The addresses of one list argument, on the device; None where there is no run."""
+        if not self.plan.rows:
+            return None
+        require(bool(len(tensors)), f"{what}: no tensors for {len(self.plan.rows)} rows of the run table")
+        table, aligned = self.plan.addresses(tensors, self.dtype, what)
+        self.aligned = self.aligned and aligned
+        return self.use(table)
+
+    def optional(self, tensors: Sequence[Tensor], what: str) -> Tensor | None:
+        """As :meth:`list`; None also for an empty list."""
+        return self.list(tensors, what) if len(tensors) else None
+
+    def steps(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The addresses of the step counts: one float32 scalar a run."""
+
+        def read() -> tuple[Resident, bool]:
+            for t in tensors:
+                fits = t.device == self.device and t.numel() == 1 and t.dtype == torch.float32
+                require(fits, f"steps must be float32 tensors with one element on {self.device}")
+            return Resident(table_of([t.data_ptr() for t in tensors]), self.device), True
+
+        require(len(tensors) == len(self.plan.rows), "steps must hold one tensor a run")
+        key = ("steps", addresses_of(tensors))
+        return self.use(recall(self.plan.lists, key, LISTS, read)[0])
+
+    def scalar(self, t: Tensor, what: str, dtype: torch.dtype = torch.float64) -> Tensor:
+        fits = t.numel() == 1 and t.dtype == dtype and t.device == self.device
+        require(fits, f"{what} must be a {dtype} tensor with one element on {self.device}")
+        return t
+
+    def norms(self, t: Tensor | None, params: Sequence[Tensor]) -> Tensor | None:
+        """The filter norms, where the run table has filters."""
+        plan = self.plan
+        require(not plan.element_wise or bool(len(params)), "params must be given where T = |theta| + xi")
+        if not plan.filters:
+            return None
+        require(t is not None, "filter_norms must be given where the run table has filters")
+        assert t is not None
+        return self.filter_norms(t, "filter_norms")
+
+    def filter_norms(self, t: Tensor, what: str) -> Tensor:
+        fits = t.device == self.device and t.is_contiguous() and t.numel() >= self.plan.filters and t.dtype == self.wide
+        require(fits, f"{what} must hold one float32 (float64 for float64 parameters) a filter")
+        return t
+
+    def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        """Run a kernel on the current stream; ``None`` arguments are pointers that it never follows."""
+        if programs == 0:
+            return
+        if self.stream is not None and self._module.current_device() != self.device.index:
+            with self._module.device(self.device):
+                kernel[(programs,)](*arguments, **(OPTIONS | constants))
+        else:
+            kernel[(programs,)](*arguments, **(OPTIONS | constants))
+
+    def over_chunks(self, kernel: Any, first: Tensor, *arguments: Any, **constants: Any) -> None:
+        """Run a kernel on every chunk: its arguments are ``first``, the chunks, the runs, and then the given ones."""
+        block = BLOCK_BYTES // self.dtype.itemsize
+        chunks, runs = self.use(self.plan.chunks), self.use(self.plan.runs)
+        arguments = tuple(runs if a is None else a for a in arguments)
+        types = {"DTYPE": DTYPES[self.dtype], "C": DTYPES[self.wide], "ALIGNED": self.aligned, "BLOCK": block}
+        self.launch(kernel, self.plan.count, first, chunks, runs, *arguments, **types, **constants)
+
+    def sum(self, kernel: Any, *arguments: Any, **constants: Any) -> Tensor:
+        """The sum over all chunks, one slot each, added in their order: 0-d float64."""
+        count = self.plan.count
+        if count == 0:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        slots = torch.empty(count, dtype=torch.float64, device=self.device)
+        out = torch.empty((), dtype=torch.float64, device=self.device)
+        stages = (BLOCK_BYTES // self.dtype.itemsize).bit_length() - 1
+        self.over_chunks(kernel, slots, *arguments, **constants, STAGES=stages)
+        self.launch(add_slots, 1, out, slots, count, N=SLOTS, STAGES=SLOTS.bit_length() - 1)
+        return out
+
+
+def power_of(q: float) -> int:
+    """``POWER`` of the kernels: 1 or 2 where q is, which have shorter formulas, else 0."""
+    require(q >= 1, f"q must be at least 1, not {q}")
+    return int(q) if q in (1, 2) else 0
