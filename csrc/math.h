@@ -49,6 +49,11 @@ LETS_FN double widen(double x) { return x; }
 LETS_FN float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 // Branch-free, so that loops over it vectorise without the F16C instructions.
 LETS_FN float widen(Half x) {
+#if defined(__CUDA_ARCH__)
+  float to;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(to) : "h"(x.bits));
+  return to;
+#endif
   const uint32_t magnitude = x.bits & 0x7fffu;
   const uint32_t normal = (magnitude << 13) + (112u << 23);
   const uint32_t special = normal + (112u << 23);  // infinity and NaN
@@ -57,15 +62,23 @@ LETS_FN float widen(Half x) {
   return bit_cast<float>(bits | (uint32_t(x.bits & 0x8000u) << 16));
 }
 
-// Round to nearest, ties to even.
+// Round to nearest, ties to even. GPUs have an instruction for it; only the bits of a NaN differ.
 LETS_FN void narrow(float x, float& to) { to = x; }
 LETS_FN void narrow(double x, double& to) { to = x; }
 LETS_FN void narrow(float x, BFloat16& to) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+  return;
+#endif
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   to.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 LETS_FN void narrow(float x, Half& to) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+  return;
+#endif
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);

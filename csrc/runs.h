@@ -11,6 +11,11 @@
 
 #include "layout.h"
 
+// What torch before 2.13 calls otherwise.
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace lets {
 
 using torch::stable::Tensor;

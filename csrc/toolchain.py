@@ -32,6 +32,7 @@ ISA_FLAGS = {
 
 # Contraction is off as on the CPU. ptxas reports registers and spills of every kernel, which a test reads.
 NVCC_FLAGS = "-std=c++20 -O3 -fmad=false -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
+NVCC_MINIMUM = (12, 1)  # kernel parameters of more than 4 KB
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # A100 and the like, H100 and H200, B200; newer ones compile the PTX when loading
 
 
@@ -116,6 +117,11 @@ def find_nvcc():
     return found or "", f"no nvcc: looked for {', '.join(map(str, places))}; set CUDA_HOME"
 
 
+def nvcc_version(nvcc):
+    text = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=True).stdout
+    return tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
+
+
 def gencodes(nvcc):
     """-gencode values for ``TORCH_CUDA_ARCH_LIST``, written as torch has it: "8.0;9.0a;10.0+PTX"."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -143,7 +149,10 @@ def choose_cuda_build(cpu):
     if isinstance(cpu, str):
         reason = f"the CUDA library goes with the C++ extension, which is not built: {cpu}"
     elif nvcc:
-        return Cuda(nvcc, gencodes(nvcc))
+        version = nvcc_version(nvcc)
+        if version >= NVCC_MINIMUM:
+            return Cuda(nvcc, gencodes(nvcc))
+        reason = f"{nvcc} is of CUDA {'.'.join(map(str, version))}; {'.'.join(map(str, NVCC_MINIMUM))} is needed"
     if choice == "1":
         raise SystemExit(f"LETS_KERNELS_CUDA=1 cannot be met: {reason}")
     return reason
@@ -180,7 +189,7 @@ def ninja_text(compiler, cuda, torch, include_pybind11, suffix):
     """
     flags = ["-O3", *shlex.split(os.environ.get("CXXFLAGS", "")), *FLAGS]
     python = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
-    includes = [torch.root / "include", include_pybind11, *python]
+    includes = [include_pybind11, torch.root / "include", *python]  # torch's own pybind11 is not for extensions
     binding = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         *[f"-DLETS_HAVE_{isa.upper()}=1" for isa in compiler.isas if isa != "baseline"],
@@ -204,7 +213,7 @@ def ninja_text(compiler, cuda, torch, include_pybind11, suffix):
         host = ["-ccbin", compiler.command[0]]
         codes = [word for code in cuda.architectures for word in ("-gencode", code)]
         # The current stream's function is in torch's CUDA library, which comes with libtorch where torch has CUDA.
-        static = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "--no-as-needed"]
+        static = ["--forward-unknown-to-host-compiler", "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "--no-as-needed"]
         lines += [
             "rule nvcc",
             f"  command = {quote([cuda.nvcc, *host, *NVCC_FLAGS, *codes])} -MD -MF $out.d -c $in -o $out"

@@ -68,6 +68,22 @@ LETS_DEVICE void over(int numel, bool all_aligned, F f) {
   for (int i = packed + int(threadIdx.x); i < numel; i += kThreads) f(Width<1>{}, i);
 }
 
+// The same for sums: a thread has the same elements, in the same order, whether they can be moved by the pack or not.
+template <class T, class F>
+LETS_DEVICE void over_in_order(int numel, bool all_aligned, F f) {
+  constexpr int V = kPack<T>;
+  const int packed = numel / V * V;
+  for (int i = int(threadIdx.x) * V; i < packed; i += kThreads * V) {
+    if (all_aligned) {
+      f(Width<V>{}, i);
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < V; ++j) f(Width<1>{}, i + j);
+    }
+  }
+  for (int i = packed + int(threadIdx.x); i < numel; i += kThreads) f(Width<1>{}, i);
+}
+
 // T of ASAM for the elements of one chunk; kernels for runs without any T are compiled with Scaled = false.
 template <class C, bool Scaled>
 struct Scale {

@@ -24,13 +24,20 @@ perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, double xi, double q, const 
   const T* v = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
   T* saved = reinterpret_cast<T*>(row.address[2]) + piece.begin;
   const auto scale = Scale<C, Scaled>::of(row, piece.begin, xi);
-  over<T>(piece.numel, aligned(theta) && aligned(v) && aligned(saved), [&](auto width, int i) {
+  const bool all_aligned = aligned(theta) && aligned(v) && aligned(saved);
+  if (length == 0) {  // decided here, not in the loop, where the load of v would wait for that of theta
+    over<T>(piece.numel, all_aligned, [&](auto width, int i) {
+      constexpr int V = decltype(width)::value;
+      pack_at<V>(saved, i) = pack_at<V>(theta, i);
+    });
+    return;
+  }
+  over<T>(piece.numel, all_aligned, [&](auto width, int i) {
     constexpr int V = decltype(width)::value;
+    const auto x = fetch<C, V>(v, i);
     const Pack<T, V> old = pack_at<V>(theta, i);
     pack_at<V>(saved, i) = old;
-    if (length == 0) return;
     auto weights = widened<C>(old);
-    const auto x = fetch<C, V>(v, i);
     const auto t = Scale<C, Scaled>::at(scale, i, weights);
 #pragma unroll
     for (int j = 0; j < V; ++j) {

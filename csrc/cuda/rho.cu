@@ -19,7 +19,7 @@ diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double xi,
     const T* theta = Scaled && row.row_length == 0 ? at(4) : nullptr;
     const auto scale = Scale<C, Scaled>::of(row, piece.begin, xi);
     const bool all_aligned = aligned(val) && aligned(train) && aligned(g_hat) && aligned(v) && aligned(theta);
-    over<T>(piece.numel, all_aligned, [&](auto width, int i) {
+    over_in_order<T>(piece.numel, all_aligned, [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const auto a = fetch<C, V>(val, i), h = fetch<C, V>(g_hat, i), x = fetch<C, V>(v, i);
       const auto b = train ? fetch<C, V>(train, i) : Values<C, V>{};
@@ -52,7 +52,7 @@ LETS_KERNEL secant_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, 
     };
     const T *val = at(0), *train = at(1), *g_hat = at(2), *g = at(3);
     const bool all_aligned = aligned(val) && aligned(train) && aligned(g_hat) && aligned(g);
-    over<T>(piece.numel, all_aligned, [&](auto width, int i) {
+    over_in_order<T>(piece.numel, all_aligned, [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const auto a = fetch<C, V>(val, i), h = fetch<C, V>(g_hat, i), x = fetch<C, V>(g, i);
       const auto b = train ? fetch<C, V>(train, i) : Values<C, V>{};
