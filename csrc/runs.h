@@ -136,6 +136,7 @@ class Runs {
       STD_TORCH_CHECK(is_dense(t), what, "[", i, "] has holes or overlaps in memory; pass a contiguous copy");
       STD_TORCH_CHECK(flat ? t.numel() >= table.end() : t.numel() == table[int64_t(i)].numel, what, "[", i,
                       "] has not the number of elements that the run table says");
+      STD_TORCH_CHECK(t.numel() == 0 || t.data_ptr() != nullptr, what, "[", i, "] has no memory of its own");
       if (!flat) address_.push_back(static_cast<char*>(t.data_ptr()));
     }
     if (flat) {

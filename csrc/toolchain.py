@@ -118,8 +118,13 @@ def find_nvcc():
 
 
 def nvcc_version(nvcc):
-    text = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=True).stdout
-    return tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
+    """(12, 8) and so on, or None if it does not say."""
+    try:
+        text = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout
+    except OSError:
+        return None
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    return match and (int(match[1]), int(match[2]))
 
 
 def gencodes(nvcc):
@@ -150,9 +155,10 @@ def choose_cuda_build(cpu):
         reason = f"the CUDA library goes with the C++ extension, which is not built: {cpu}"
     elif nvcc:
         version = nvcc_version(nvcc)
-        if version >= NVCC_MINIMUM:
+        if version is not None and version >= NVCC_MINIMUM:
             return Cuda(nvcc, gencodes(nvcc))
-        reason = f"{nvcc} is of CUDA {'.'.join(map(str, version))}; {'.'.join(map(str, NVCC_MINIMUM))} is needed"
+        found = "does not run" if version is None else f"is of CUDA {'.'.join(map(str, version))}"
+        reason = f"{nvcc} {found}; CUDA {'.'.join(map(str, NVCC_MINIMUM))} or later is needed"
     if choice == "1":
         raise SystemExit(f"LETS_KERNELS_CUDA=1 cannot be met: {reason}")
     return reason
@@ -213,7 +219,8 @@ def ninja_text(compiler, cuda, torch, include_pybind11, suffix):
         host = ["-ccbin", compiler.command[0]]
         codes = [word for code in cuda.architectures for word in ("-gencode", code)]
         # The current stream's function is in torch's CUDA library, which comes with libtorch where torch has CUDA.
-        static = ["--forward-unknown-to-host-compiler", "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "--no-as-needed"]
+        static = "--forward-unknown-to-host-compiler -shared -cudart static".split()
+        static += "-Xlinker --exclude-libs,ALL -Xlinker --no-as-needed".split()
         lines += [
             "rule nvcc",
             f"  command = {quote([cuda.nvcc, *host, *NVCC_FLAGS, *codes])} -MD -MF $out.d -c $in -o $out"
@@ -232,7 +239,8 @@ def ninja_text(compiler, cuda, torch, include_pybind11, suffix):
         lines.append(
             f"build {objects[library][-1]}: {'compile' if source.suffix == '.cpp' else 'nvcc'} {escape(source)}"
         )
-        lines.append(f"  flags = {quote([*flags, *more])}")
+        if source.suffix == ".cpp":  # nvcc takes further flags from NVCC_APPEND_FLAGS
+            lines.append(f"  flags = {quote([*flags, *more])}")
         lines.append(f"  what = {source.relative_to(ROOT)} [{what}]")
 
     if isinstance(cuda, Cuda):  # first, since they take longest

@@ -39,7 +39,7 @@ def _state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
     b = runs.bucket
     present = [entry.get(name) for entry in state.values()]
     found = b.found_state.get(name)
-    if found is not None and found[0] == runs.indices and _same(found[1], present):
+    if found is not None and found[0] == runs.indices and _same(found[1], present) and _fit(found[2], runs.params):
         return found[2]
     tensors = []
     for i, p in zip(runs.indices, runs.params, strict=True):
@@ -48,13 +48,22 @@ def _state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
             refuse_while_capturing(f"the optimizer's {name}")
             own[name] = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
         tensors.append(own[name])
-    if not all(
-        t.stride() == p.stride() and t.dtype is p.dtype and t.device == p.device
-        for t, p in zip(tensors, runs.params, strict=True)
-    ):
+    if not _fit(tensors, runs.params):
         return None
     b.found_state[name] = runs.indices, [entry.get(name) for entry in state.values()], tensors
     return tensors
+
+
+def _fit(tensors: list[Tensor], params: list[Tensor]) -> bool:
+    """True if the tensors lie in memory as the parameters do; what has a ``.data`` can be changed at any time."""
+    if not tensors:
+        return True
+    return (
+        list(map(Tensor.numel, tensors)) == list(map(Tensor.numel, params))
+        and list(map(Tensor.stride, tensors)) == list(map(Tensor.stride, params))
+        and {t.dtype for t in tensors} == {params[0].dtype}
+        and {t.get_device() for t in tensors} == {params[0].get_device()}
+    )
 
 
 def _same(old: Sequence[object], new: Sequence[object]) -> bool:

@@ -141,7 +141,7 @@ class Bucket:
             rows.append((self.size, p.numel(), length, count, self.filters if length > 0 else 0))
             self.size += -(-p.numel() // PADDING) * PADDING
             self.filters += count if length > 0 else 0
-        self._rows = torch.tensor(rows, dtype=torch.int64)
+        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         self.element_wise = any(row[2] == ELEMENT_WISE for row in rows)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.filter_norms = torch.empty(self.filters, dtype=wide, device=self.device) if self.filters else None
@@ -152,6 +152,7 @@ class Bucket:
             self._flatten()
         self._device_index = params[0].get_device()
         self._strides = [p.stride() for p in params]
+        self._numels = [p.numel() for p in params]
         self._addresses: list[int] = [p.data_ptr() for p in params] if self.flat is not None else []
 
     def _flatten(self) -> None:
@@ -205,9 +206,10 @@ class Bucket:
         return self._scalar[1]
 
     def is_current(self) -> bool:
-        """False once a parameter was re-typed, moved or re-strided (or, where flattened, re-pointed)."""
+        """False once a parameter was re-typed, moved, resized or re-strided (or, where flattened, re-pointed)."""
         return (
             [p.stride() for p in self.params] == self._strides
+            and list(map(Tensor.numel, self.params)) == self._numels
             and {p.dtype for p in self.params} == {self.dtype}
             and {p.get_device() for p in self.params} == {self._device_index}
             and (self.flat is None or [p.data_ptr() for p in self.params] == self._addresses)
@@ -226,7 +228,8 @@ class Bucket:
                 strides = list(map(Tensor.stride, found))
             except RuntimeError:  # a sparse gradient has none
                 strides = []
-            if strides == self._strides and {g.dtype for g in found} == {self.dtype}:
+            same = strides == self._strides and list(map(Tensor.numel, found)) == self._numels
+            if same and {g.dtype for g in found} == {self.dtype}:
                 return Runs(self, self._all, self.params, found)
         return self._gather_some(grads)
 

@@ -50,13 +50,14 @@ def _load(name: str) -> tuple[Backend | None, str]:
     if name == "triton":
         try:
             triton = importlib.import_module("lets_kernels.ops.triton")
-        except ImportError as error:
+        except Exception as error:  # Triton looks for drivers when imported: anything may go wrong there
             return None, str(error)
         if triton.INTERPRETED:
             return triton, "Triton's interpreter, for tests (TRITON_INTERPRET=1)"
         if not (torch.cuda.is_available() or torch.xpu.is_available()):
             return None, "torch finds no GPU"
-        return triton, f"Triton {triton.VERSION}"
+        reason = triton.refuses()
+        return (triton, f"Triton {triton.VERSION}") if reason is None else (None, reason)
     try:
         native = importlib.import_module("lets_kernels.ops.native")
     except ImportError as error:

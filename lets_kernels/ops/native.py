@@ -54,6 +54,8 @@ def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
     if len(tensors) < _WORTH_PACKING or torch.compiler.is_compiling():
         return tensors
     addresses = array("q", [_NUMBERS[tensors[0].dtype], *map(Tensor.data_ptr, tensors)])
+    if 0 in addresses[1:]:  # of no elements, or of no memory
+        return tensors
     return [torch.frombuffer(addresses, dtype=torch.int64), anchor]
 
 

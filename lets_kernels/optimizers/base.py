@@ -81,8 +81,8 @@ class Wrapper(torch.optim.Optimizer):
     def _reset(self) -> None:
         """What a step leaves behind and a copy of the optimizer does not take along."""
         self._buckets: ParameterSpace | None = None
-        #: Buckets that a captured CUDA graph reads and writes; replays must find them, whatever replaced them here.
-        self._captured: list[ParameterSpace] = self.__dict__.get("_captured", [])
+        #: What captured CUDA graphs read and write; replays must find it, whatever has replaced it here.
+        self._captured: list[Any] = self.__dict__.get("_captured", [])
         self._step: Step | None = None
         self._trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
         self._radius_waits = False

@@ -337,10 +337,13 @@ class SAM(Wrapper):
             self.radius.to(self.skipped.device)
 
     def keep_for_graphs(self) -> None:
-        """Keep the present buckets for the CUDA graph that is being captured, as long as this optimizer lives."""
-        space = self._space()
-        if not any(space is kept for kept in self._captured):
-            self._captured.append(space)
+        """Keep what the CUDA graph that is being captured refers to, as long as this optimizer lives.
+
+        Later steps may replace it here (``load_state_dict`` does), but not in the graph.
+        """
+        state = [t for entry in self.base_optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+        radii = [g["rho"] for g in self.param_groups if isinstance(g["rho"], Tensor)]
+        self._captured.append((self._space(), state, radii))
 
     def _call(self, closure: Closure) -> Any:
         with torch.enable_grad():

@@ -28,6 +28,16 @@ VERSION: str = _triton.__version__
 from lets_kernels.ops.triton import launch, norm, perturb, rho, step  # noqa: E402
 from lets_kernels.ops.triton.device import INTERPRETED as INTERPRETED  # noqa: E402
 
+
+def refuses() -> str | None:
+    """Why Triton cannot launch anything here, in words, or None: its driver is compiled at the first use, in C."""
+    try:
+        _triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton's driver does not start ({type(error).__name__}: {error}); it needs a C compiler"
+    return None
+
+
 SCHEMAS = (
     "grad_norm(Tensor[] vectors, Tensor[] params, Tensor table, Tensor? filter_norms, float xi, float q) -> Tensor",
     "filter_norms(Tensor[] params, Tensor table, Tensor(a!) out) -> ()",

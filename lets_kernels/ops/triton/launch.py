@@ -5,6 +5,7 @@ kinds of int64 tables on the device: the run table; the chunks as (run, first el
 argument the address of each run. All are made once and remembered, so a steady state uploads nothing.
 """
 
+import ctypes
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
@@ -155,7 +156,8 @@ class Plan:
         first = tensors[0]
         # The same memory may be a list of one tensor now and a flat buffer later, of another size or dtype.
         flat = len(tensors) == 1 and (len(self.rows) != 1 or first.numel() != self.numels[0])
-        key: Hashable = (dtype, first.dtype, flat, first.numel(), addresses_of(tensors))
+        numels = tuple(map(Tensor.numel, tensors))
+        key: Hashable = (dtype, first.dtype, flat, numels, addresses_of(tensors))
         found = recall(self.lists, key, LISTS, lambda: self._read(tensors, flat, dtype, what))
         if isinstance(tensors, Packed):
             tensors.found[self, dtype] = found
@@ -176,6 +178,8 @@ class Plan:
             addresses = [base + start * size for start in self.starts]
         else:
             addresses = [t.data_ptr() for t in tensors]
+        for i, (address, numel) in enumerate(zip(addresses, self.numels, strict=True)):
+            require(address != 0 or numel == 0, f"{what}[{i}] has no memory of its own")
         aligned = not any(a % 16 for a, numel in zip(addresses, self.numels, strict=True) if numel)
         return Resident(table_of(addresses), self.device), aligned
 
@@ -200,7 +204,10 @@ class Call:
             "Triton's interpreter (TRITON_INTERPRET=1) runs on CPU tensors, its compiled kernels on those of a GPU; "
             f"{what} is on {self.device}",
         )
-        key = table.numpy().tobytes(), self.device  # by content: whoever writes to a table gets another plan
+        key = (
+            ctypes.string_at(table.data_ptr(), table.nbytes),
+            self.device,
+        )  # by content: whoever writes to a table gets another plan
         self.plan = recall(_plans, key, PLANS, lambda: Plan(table, self.device))
         self._module = torch.get_device_module(self.device)
         self.stream = None if self.device.type == "cpu" else self._module.current_stream(self.device)

@@ -1,0 +1,74 @@
+"""Memory that changed under the optimizer's hands: never a wild write, never a silent nothing."""
+
+import pytest
+import torch
+
+import lets_kernels as lk
+from runs import same_bits
+
+
+def bands(sizes=(16,) * 6, whole=64):
+    """Parameters that are the beginnings of larger tensors, whose ends nobody may write."""
+    homes = [torch.full((whole,), 7.0) for _ in sizes]
+    return homes, [torch.nn.Parameter(home[:size]) for home, size in zip(homes, sizes, strict=True)]
+
+
+def one_step(opt, params, value=1.0):
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.full_like(p, value)
+        opt.first_step() if opt._step is None else opt.second_step()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("size", [8, 32])
+def test_a_parameter_that_was_resized_through_data_is_stepped_in_its_new_size(backend, size, momentum):
+    homes, params = bands()
+    opt = lk.SAM(params, torch.optim.SGD, backend=backend.name, lr=0.1, momentum=momentum)
+    one_step(opt, params)
+    new = torch.full((64,), 7.0)
+    params[3].grad, params[3].data = None, new[:size]
+    if momentum:  # whose buffer has the old size: torch's own optimizer gets it, and refuses
+        with pytest.raises(RuntimeError, match="must match"):
+            one_step(opt, params)
+        assert opt._step is None
+    else:
+        one_step(opt, params)
+        assert bool((new[:size] < 7).all()), "some of the new elements were not stepped"
+    assert bool((new[size:] == 7).all())
+    assert all(bool((home[16:] == 7).all()) for home in homes)
+
+
+def test_state_that_was_retyped_through_data_is_not_handed_to_the_kernels(backend):
+    homes, params = bands()
+    opt = lk.SAM(params, torch.optim.SGD, backend=backend.name, lr=0.1, momentum=0.9)
+    one_step(opt, params)
+    assert opt.fused
+    buffer = opt.state[params[2]]["momentum_buffer"]
+    buffer.data = buffer.data.to(torch.bfloat16)
+    one_step(opt, params)
+    assert not opt.fused
+    assert opt.fused_reason == "the state lies otherwise in memory than the parameters"
+    assert all(bool((home[16:] == 7).all()) for home in homes)
+
+
+def test_a_parameter_whose_memory_was_freed_is_an_error(backend):
+    _, params = bands()
+    params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    opt = lk.SAM(params, torch.optim.SGD, backend=backend.name, lr=0.1)
+    one_step(opt, params)
+    params[1].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"no memory of its own|storage|out of bounds"):
+        one_step(opt, params)
+
+
+def test_another_default_device_changes_nothing(backend):
+    results = []
+    for device in ("cpu", "meta"):
+        _, params = bands()
+        with torch.device(device):
+            opt = lk.SAM(params, torch.optim.SGD, backend=backend.name, lr=0.1, momentum=0.9)
+            one_step(opt, params)
+        results.append([p.detach().clone() for p in params])
+    assert same_bits(*results)
+    assert bool((results[0][0] < 7).all())
