@@ -54,8 +54,8 @@ def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
     if len(tensors) < _WORTH_PACKING or torch.compiler.is_compiling():
         return tensors
     addresses = array("q", [_NUMBERS[tensors[0].dtype], *map(Tensor.data_ptr, tensors)])
-    if 0 in addresses[1:]:  # of no elements, or of no memory
-        return tensors
+    if 0 in addresses[1:] and any(t.numel() and not t.data_ptr() for t in tensors):
+        return tensors  # one has no memory of its own, which the op will say
     return [torch.frombuffer(addresses, dtype=torch.int64), anchor]
 
 
