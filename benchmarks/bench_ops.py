@@ -312,31 +312,21 @@ def rho_grad_diagonal(w: Work) -> dict[str, Contender]:
     def foreach() -> Tensor:
         return eager.foreach_rho_grad(val, train, perturbed, w.g, None if w.direction == "plain" else w.scales())
 
-    lists = ([torch.cat([x.flatten() for x in xs])] for xs in (val, train, perturbed, w.g))
-    flat_val, flat_train, flat_perturbed, flat_g = lists
-    flat_scale = [1.0 if w.direction == "plain" else torch.cat([s.flatten() for s in w.scales()])]
-
-    def flat() -> Tensor:
-        return eager.rho_grad(flat_val, flat_train, flat_perturbed, eager.unit_direction(flat_g, flat_scale))
-
     return {
         "reference": ours(reference),
         "ours": ours(native),
         "loop": scalar_contender(loop),
         "foreach": scalar_contender(foreach),
-        "flat": scalar_contender(flat),
     }
 
 
 def rho_grad_secant(w: Work) -> dict[str, Contender]:
     lists = (*w.radius_gradients, w.g)
-    flat = [[torch.cat([x.flatten() for x in xs])] for xs in lists]
     return {
         "reference": scalar_contender(lambda: reference.rho_grad_secant(*lists, w.table)),
         "ours": scalar_contender(lambda: native.rho_grad_secant(*lists, w.table)),
         "loop": scalar_contender(lambda: eager.rho_grad_secant(*lists)),
         "foreach": scalar_contender(lambda: eager.foreach_rho_grad_secant(*lists)),
-        "flat": scalar_contender(lambda: eager.rho_grad_secant(*flat)),
     }
 
 
@@ -432,7 +422,6 @@ def test_op(op, direction, dtype, benchmark, copies, rounds, report):
             "of copy_": f"{kept['share_of_torch_copy']:.0%}",
             "per tensor": against("loop"),
             "foreach": against("foreach"),
-            "flat": against("flat"),
             "target": verdict_of(op.__name__, ratios, ours.disturbed),
         },
         **kept,

@@ -53,10 +53,16 @@ def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
     """
     if len(tensors) < _WORTH_PACKING or torch.compiler.is_compiling():
         return tensors
-    addresses = array("q", [_NUMBERS[tensors[0].dtype], *map(Tensor.data_ptr, tensors)])
-    if 0 in addresses[1:] and any(t.numel() and not t.data_ptr() for t in tensors):
+    addresses = tuple(map(Tensor.data_ptr, tensors))
+    if 0 in addresses and any(t.numel() and not t.data_ptr() for t in tensors):
         return tensors  # one has no memory of its own, which the op will say
-    return [torch.frombuffer(addresses, dtype=torch.int64), anchor]
+    return [_table(_NUMBERS[tensors[0].dtype], addresses), anchor]
+
+
+@functools.lru_cache(maxsize=256)
+def _table(number: int, addresses: tuple[int, ...]) -> Tensor:
+    """A dtype's number and addresses, as the ops read them; mostly they are those of the last step."""
+    return torch.frombuffer(array("q", (number, *addresses)), dtype=torch.int64)
 
 
 def _fake_scalar(tensors: list[Tensor], *_: object, **__: object) -> Tensor:
