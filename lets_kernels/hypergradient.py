@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lets_kernels.direction import Ascent
 from lets_kernels.distributed import Replicas
-from lets_kernels.layout import Bucket, Runs
+from lets_kernels.layout import Bucket, Runs, is_dense
 
 #: One bucket's gradients by parameter index.
 Gradients = dict[int, Tensor]
@@ -31,6 +31,21 @@ def placed(gradients: list[Gradients], buckets: list[Bucket]) -> list[Gradients]
     """The gradients on the devices of their buckets."""
     pairs = zip(gradients, buckets, strict=True)
     return [{i: g.to(bucket.device) for i, g in each.items()} for each, bucket in pairs]
+
+
+def fit(gradients: list[Gradients], buckets: list[Bucket]) -> bool:
+    """True if these gradients, from a loaded state, can be those of the buckets' parameters."""
+    return len(gradients) == len(buckets) and all(map(_alike, gradients, buckets))
+
+
+def _alike(gradients: Gradients, bucket: Bucket) -> bool:
+    """The same sizes, dtype and, where the parameter is dense, order in memory."""
+    if any(i >= len(bucket.params) for i in gradients):
+        return False
+    pairs = [(g, bucket.params[i]) for i, g in gradients.items()]
+    return all(
+        g.shape == p.shape and g.dtype == p.dtype and (g.stride() == p.stride() or not is_dense(p)) for g, p in pairs
+    )
 
 
 @dataclass
@@ -141,7 +156,11 @@ class Trial:
             bucket = buckets[entry["bucket"]]
             if (bucket.group, bucket.places) != (entry["group"], entry["places"]):
                 return False
-        return len(state["first"]) == len(buckets)
+            vectors = dict(zip(entry["indices"], entry["vectors"], strict=True))
+            if not _alike(vectors, bucket):
+                return False
+        lists = (state["first"], state["perturbed"], state["stepped"])
+        return all(fit(each, buckets) for each in lists)
 
     def pack(self) -> dict[str, Any]:
         """Everything that ``unpack`` needs, as tensors, numbers, lists and dicts that torch.save can store."""

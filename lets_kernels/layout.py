@@ -85,8 +85,13 @@ class Runs:
     @property
     def weights(self) -> list[Tensor]:
         """What the ops take for the parameters: one tensor a run, or the one buffer that holds them all."""
-        flat = self.bucket.flat
-        return [flat] if flat is not None and not self.copies else self.bucket.pack(self.params)
+        b = self.bucket
+        if b.flat is not None and not self.copies:
+            return [b.flat]
+        sizes = b.numels if len(self.indices) == len(b.params) else [b.numels[i] for i in self.indices]
+        if list(map(Tensor.numel, self.params)) != sizes:  # the ops would write past the end of what became smaller
+            raise RuntimeError("a parameter was resized between the passes of a step; do that between steps")
+        return b.pack(self.params)
 
     def pack(self, tensors: list[Tensor]) -> list[Tensor]:
         """As :meth:`Bucket.pack`, once for several ops in a row on the same list; ``forget`` ends the row."""
@@ -152,7 +157,7 @@ class Bucket:
             self._flatten()
         self._device_index = params[0].get_device()
         self._strides = [p.stride() for p in params]
-        self._numels = [p.numel() for p in params]
+        self.numels = [p.numel() for p in params]
         self._addresses: list[int] = [p.data_ptr() for p in params] if self.flat is not None else []
 
     def _flatten(self) -> None:
@@ -209,7 +214,7 @@ class Bucket:
         """False once a parameter was re-typed, moved, resized or re-strided (or, where flattened, re-pointed)."""
         return (
             [p.stride() for p in self.params] == self._strides
-            and list(map(Tensor.numel, self.params)) == self._numels
+            and list(map(Tensor.numel, self.params)) == self.numels
             and {p.dtype for p in self.params} == {self.dtype}
             and {p.get_device() for p in self.params} == {self._device_index}
             and (self.flat is None or [p.data_ptr() for p in self.params] == self._addresses)
@@ -228,7 +233,7 @@ class Bucket:
                 strides = list(map(Tensor.stride, found))
             except RuntimeError:  # a sparse gradient has none
                 strides = []
-            same = strides == self._strides and list(map(Tensor.numel, found)) == self._numels
+            same = strides == self._strides and list(map(Tensor.numel, found)) == self.numels
             if same and {g.dtype for g in found} == {self.dtype}:
                 return Runs(self, self._all, self.params, found)
         return self._gather_some(grads)
@@ -240,6 +245,8 @@ class Bucket:
         for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
             if g is None:
                 continue
+            if p.numel() != self.numels[i]:
+                raise RuntimeError("a parameter was resized between the passes of a step; do that between steps")
             if g.layout is not torch.strided:
                 raise TypeError(
                     f"a gradient of layout {g.layout} (shape {tuple(g.shape)}) cannot give a perturbation of all "

@@ -11,7 +11,7 @@ from torch import Tensor
 from lets_kernels.distributed import Replicas
 from lets_kernels.fused import OwnStep
 from lets_kernels.guarded import check_steps_alone
-from lets_kernels.hypergradient import Gradients, Trial, placed
+from lets_kernels.hypergradient import Gradients, Trial, fit, placed
 from lets_kernels.layout import Bucket
 from lets_kernels.radius import Radius
 
@@ -207,7 +207,7 @@ class LearnedRadius(Radius):
     ) -> None:
         if self._packed is not None:
             state, self._packed = self._packed, None
-            if Trial.fits(state["trial"], buckets):
+            if Trial.fits(state["trial"], buckets) and fit(state["val"], buckets):
                 trial = Trial.unpack(state["trial"], buckets)
                 self._pending = trial, placed(state["val"], buckets), state["val_loss"]
         if self._pending is None:

@@ -72,3 +72,49 @@ def test_another_default_device_changes_nothing(backend):
         results.append([p.detach().clone() for p in params])
     assert same_bits(*results)
     assert bool((results[0][0] < 7).all())
+
+
+def test_a_parameter_that_is_resized_within_a_step_is_an_error_and_nothing_is_written_past_it(backend):
+    _, params = bands()
+    opt = lk.SAM(params, torch.optim.SGD, backend=backend.name, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.first_step(zero_grad=True)
+    small = torch.full((64,), 7.0)
+    params[3].data = small[:8]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="resized"):
+        opt.second_step()
+    assert bool((small[8:] == 7).all())
+
+
+def test_a_waiting_hypergradient_of_another_model_is_dropped(backend):
+    """Its gradients are smaller than the parameters that they are loaded for: the ops would read past their ends."""
+
+    def optimizer(size):
+        params = [torch.nn.Parameter(torch.ones(size)) for _ in range(6)]
+        radius = lk.LearnedRadius(0.1, reuse_train_gradient=True, lr=0.5)
+        return params, lk.SAM(params, torch.optim.SGD, radius, backend=backend.name, lr=0.1)
+
+    def closure(params, factor):
+        def run():
+            for p in params:
+                p.grad = None
+            loss = factor * sum((p**2).sum() for p in params)
+            loss.backward()
+            return loss
+
+        return run
+
+    learned = []
+    for size in (16, 512):  # the state's own model, and a wider one
+        params, opt = optimizer(16)
+        opt.step(closure(params, 1.0), closure(params, 2.0))
+        state = opt.state_dict()
+        params, other = optimizer(size)
+        other.load_state_dict(state)
+        before = other.rho
+        other.step(closure(params, 1.0), closure(params, 2.0))
+        learned.append(bool(other.rho != before))
+    assert learned == [True, False]
