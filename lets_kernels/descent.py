@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lets_kernels.layout import Runs
+from lets_kernels.runs import Runs
 
 
 class Descent:

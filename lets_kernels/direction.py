@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lets_kernels.layout import ELEMENT_WISE, UNSCALED, Bucket, Runs, is_dense
+from lets_kernels.layout import ELEMENT_WISE, UNSCALED, Bucket
+from lets_kernels.runs import Runs, is_dense
+from lets_kernels.shards import local
 
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 
@@ -49,11 +51,15 @@ class Ascent:
         return [self.bucket.saved] if saved else self.runs.weights
 
     def total(self, saved: bool = False) -> Tensor:
-        """This bucket's share of Σ |Tv|^q: 0-d float64. ``saved``: T at the saved weights, not at the present ones."""
+        """This bucket's share of Σ |Tv|^q, for the mean over ranks: 0-d float64.
+
+        ``saved``: T at the saved weights, not at the present ones.
+        """
         b = self.bucket
-        return b.ops.grad_norm(
+        share = b.ops.grad_norm(
             self.runs.pack(self.vectors), self._weights(saved), self.runs.table, b.filter_norms, self.xi, self.q
         )
+        return share * b.parts if b.parts != 1 else share
 
     def perturb(self, total: Tensor, rho: Tensor) -> None:
         """Save the weights of this bucket and add ε to them; ``total`` is the sum over all buckets."""
@@ -64,11 +70,12 @@ class Ascent:
         r.write_back()
 
     def rho_grad(self, val: list[Tensor], train: list[Tensor], perturbed: list[Tensor]) -> Tensor:
-        """Σ (val - train) · perturbed² · T sign(Tv)|Tv|^(q-1), T at the saved weights: 0-d float64."""
+        """As :meth:`total`: Σ (val - train) · perturbed² · T sign(Tv)|Tv|^(q-1), T at the saved weights."""
         b = self.bucket
         lists = (b.pack(each) for each in (val, train, perturbed, self.vectors))
         weights, table = self._weights(True), self.runs.table
-        return b.ops.rho_grad_diagonal(*lists, weights, table, b.filter_norms, self.xi, self.q)
+        share = b.ops.rho_grad_diagonal(*lists, weights, table, b.filter_norms, self.xi, self.q)
+        return share * b.parts if b.parts != 1 else share
 
 
 class Direction:
@@ -85,6 +92,10 @@ class Direction:
     def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
         """How T scales this parameter: the ``row_length`` and ``row_count`` of the run table (lets_kernels.ops)."""
         return UNSCALED, 0
+
+    def filter_dim(self, p: Tensor) -> int:
+        """The dimension along which the filters of a parameter lie, for parameters that ``geometry`` scales by them."""
+        return 0
 
     def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
         """The perturbation of one bucket, from the gradients in ``runs``."""
@@ -148,15 +159,19 @@ class Adaptive(Direction):
         bias = p.dim() <= 1 if name is None else "weight" not in name
         if not group["adaptive"] or (bias and not self.scale_bias):
             return UNSCALED, 0
+        dim, p = self.filter_dim(p), local(p)
         if not self.filterwise or p.dim() < 3 or p.numel() == 0:
             return ELEMENT_WISE, 0
-        dim = 1 if id(p) in self._transposed else 0
         # In the memory of a dense tensor the index along a dimension is (offset / stride) mod size.
         stride = p.stride(dim) if is_dense(p) else math.prod(p.shape[dim + 1 :])
         return (p.numel(), 1) if p.shape[dim] == 1 else (stride, p.shape[dim])
+
+    def filter_dim(self, p: Tensor) -> int:
+        return 1 if id(p) in self._transposed else 0
 
     def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
         b = runs.bucket
         if b.filter_norms is not None:
             b.ops.filter_norms(runs.weights, runs.table, b.filter_norms)
+            b.join_filters()
         return Ascent(runs, runs.grads, float(group["xi"]), self.q)

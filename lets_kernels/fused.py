@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from lets_kernels.guarded import guarded_step
-from lets_kernels.layout import UNSCALED, Bucket, Runs, refuse_while_capturing
+from lets_kernels.layout import UNSCALED, Bucket
+from lets_kernels.runs import Runs, refuse_while_capturing
+from lets_kernels.shards import local
 
 Group = Mapping[str, Any]
 State = Mapping[Tensor, dict[str, Any]]
@@ -46,8 +48,9 @@ def _state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
         own = state[b.params[i]]
         if own.get(name) is None:
             refuse_while_capturing(f"the optimizer's {name}")
-            own[name] = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
-        tensors.append(own[name])
+            like = b.params[i] if b.spread else p
+            own[name] = torch.zeros_like(like, memory_format=torch.preserve_format, requires_grad=False)
+        tensors.append(local(own[name]))
     if not _fit(tensors, runs.params):
         return None
     b.found_state[name] = runs.indices, [entry.get(name) for entry in state.values()], tensors

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.shards import local
+
 
 def check_steps_alone(optimizer: type) -> None:
     """Refuse an optimizer that calls the closure itself, as LBFGS does: ``TypeError``."""
@@ -49,8 +51,8 @@ def _tensors(optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
     """Parameters and state tensors, by where they are found."""
     found: dict[Any, Tensor] = {}
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        found[p] = p
+        found[p] = local(p)
         for name, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
-                found[(p, name)] = value
+                found[(p, name)] = local(value)
     return found

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lets_kernels.direction import Ascent
 from lets_kernels.distributed import Replicas
-from lets_kernels.layout import Bucket, Runs, is_dense
+from lets_kernels.layout import Bucket
+from lets_kernels.runs import Runs, is_dense
 
 #: One bucket's gradients by parameter index.
 Gradients = dict[int, Tensor]
@@ -40,9 +41,10 @@ def fit(gradients: list[Gradients], buckets: list[Bucket]) -> bool:
 
 def _alike(gradients: Gradients, bucket: Bucket) -> bool:
     """The same sizes, dtype and, where the parameter is dense, order in memory."""
-    if any(i >= len(bucket.params) for i in gradients):
+    memory = bucket.memory
+    if any(i >= len(memory) for i in gradients):
         return False
-    pairs = [(g, bucket.params[i]) for i, g in gradients.items()]
+    pairs = [(g, memory[i]) for i, g in gradients.items()]
     return all(
         g.shape == p.shape and g.dtype == p.dtype and (g.stride() == p.stride() or not is_dense(p)) for g, p in pairs
     )
@@ -66,9 +68,10 @@ class Trial:
     captured: bool = False  # the step is part of a CUDA graph
 
     def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Tensor]:
-        """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, 0-d float64; no ``train`` stands for ḡ_tr = 0.
+        """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, 0-d float64, for the mean over ranks.
 
-        d is what the base optimizer stepped along: ĝ, or what the descent made of it, which is g where ρ = 0.
+        No ``train`` stands for ḡ_tr = 0. d is what the base optimizer stepped along: ĝ, or what the descent made of it,
+        which is g where ρ = 0.
         """
         out = []
         for a in self.ascents:
@@ -76,7 +79,7 @@ class Trial:
             lists = self._aligned(runs, val[k], None if train is None else train[k])
             stepped, first = ([source[i] for i in runs.indices] for source in (self.stepped[k], self.first[k]))
             packed = (a.bucket.pack(each) for each in (*lists, stepped, first))
-            out.append(-self.lr[k] * a.bucket.ops.rho_grad_secant(*packed, runs.table))
+            out.append(-self.lr[k] * a.bucket.parts * a.bucket.ops.rho_grad_secant(*packed, runs.table))
         return out
 
     def diagonal(
@@ -86,7 +89,7 @@ class Trial:
         along: list[Gradients] | None,
         replicas: Replicas,
     ) -> list[Tensor]:
-        """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each bucket, 0-d float64.
+        """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each bucket, 0-d float64, for the mean over ranks.
 
         ``along``: the gradients whose direction stands for ε̂, with T at θ_t (Algorithm 1 as printed takes ḡ_tr);
         None takes ε̂_t, the perturbation that was applied.
@@ -190,8 +193,8 @@ class Trial:
         ascents = []
         for entry in state["ascents"]:
             bucket, indices = buckets[entry["bucket"]], tuple(entry["indices"])
-            vectors = [v.to(bucket.device) for v in entry["vectors"]]
-            runs = Runs(bucket, indices, [bucket.params[i] for i in indices], vectors)
+            vectors, memory = [v.to(bucket.device) for v in entry["vectors"]], bucket.memory
+            runs = Runs(bucket, indices, [memory[i] for i in indices], vectors)
             ascents.append(Ascent(runs, vectors, entry["xi"], entry["q"]))
             if entry["saved"] is not None:
                 bucket.saved.copy_(entry["saved"])

@@ -7,15 +7,16 @@ norms) is one flat buffer a bucket. The parameters stay where they lie unless ``
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from lets_kernels import ops
+from lets_kernels.runs import Runs, capturing, check_parameter, is_dense, is_lent, refuse_while_capturing
+from lets_kernels.shards import filter_groups, is_spread, local, local_gradient, parts
 
 PADDING = 16
 _TABLES = 64
@@ -23,92 +24,6 @@ UNSCALED, ELEMENT_WISE = -1, 0
 
 # (row_length, row_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
 Geometry = Callable[[Tensor, str | None, dict[str, Any]], tuple[int, int]]
-
-
-def is_dense(t: Tensor) -> bool:
-    """True if the elements fill one stretch of memory without holes or overlaps, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
-        if stride != expected:
-            return t.numel() == 0
-        expected *= size
-    return True
-
-
-def check_parameter(p: Tensor, where: str) -> None:
-    """Refuse what no method can perturb.
-
-    Raises:
-        TypeError: the dtype has no gradient, or no kernels (complex, 8-bit); the message names the way out.
-        ValueError: elements share memory (an expanded tensor).
-    """
-    if p.dtype not in ops.DTYPES:
-        what = "hold its real and imaginary part as two parameters" if p.is_complex() else "keep it out of the groups"
-        raise TypeError(f"{where}: a parameter of dtype {p.dtype} cannot be perturbed; {what}")
-    if p.numel() and any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
-        raise ValueError(f"{where}: an expanded parameter shares memory between elements; pass p.clone()")
-
-
-def capturing() -> bool:
-    """True while the work of the current stream goes into a CUDA graph instead of running."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def refuse_while_capturing(what: str) -> None:
-    """``RuntimeError`` for memory that a graph would make anew, with what it holds, at every replay."""
-    if capturing():
-        raise RuntimeError(
-            f"{what} would be made inside the CUDA graph that is being captured: take a step or two in the same way "
-            "before the capture, as torch's examples do on a side stream"
-        )
-
-
-@dataclass
-class Runs:
-    """The parameters of a bucket that take part in one pass, with their gradients, in the order of the bucket.
-
-    ``params`` and ``grads`` are dense and agree in strides and dtype, run by run; where the user's do not, they are
-    copies, and ``write_back`` brings the weights home.
-    """
-
-    bucket: "Bucket"
-    indices: tuple[int, ...]
-    params: list[Tensor]
-    grads: list[Tensor]
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _packed: tuple[list[Tensor], list[Tensor]] | None = None
-
-    @property
-    def table(self) -> Tensor:
-        return self.bucket.table(self.indices)
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """What the ops take for the parameters: one tensor a run, or the one buffer that holds them all."""
-        b = self.bucket
-        if b.flat is not None and not self.copies:
-            return [b.flat]
-        sizes = b.numels if len(self.indices) == len(b.params) else [b.numels[i] for i in self.indices]
-        if list(map(Tensor.numel, self.params)) != sizes:  # the ops would write past the end of what became smaller
-            raise RuntimeError("a parameter was resized between the passes of a step; do that between steps")
-        return b.pack(self.params)
-
-    def pack(self, tensors: list[Tensor]) -> list[Tensor]:
-        """As :meth:`Bucket.pack`, once for several ops in a row on the same list; ``forget`` ends the row."""
-        if self._packed is None or self._packed[0] is not tensors:
-            self._packed = tensors, self.bucket.pack(tensors)
-        return self._packed[1]
-
-    def forget(self) -> None:
-        """Before other code runs, which may move the tensors."""
-        self._packed = None
-
-    def write_back(self) -> None:
-        """After an op wrote the weights: copies go home, and autograd learns that the parameters have changed."""
-        for home, copy in self.copies:
-            home.copy_(copy)
-        b = self.bucket
-        increment_version(b.params if len(self.indices) == len(b.params) else [b.params[i] for i in self.indices])
 
 
 class Bucket:
@@ -126,11 +41,14 @@ class Bucket:
         flatten: bool,
     ) -> None:
         refuse_while_capturing("the tables of the parameters")
+        #: The user's parameters; of DTensors the kernels see the local parts, see :attr:`memory`.
         self.params = list(params)
+        self.spread, self.parts = any(map(is_spread, params)), parts(params[0])
+        memory = self.memory
         self.index, self.group = index, group
         #: Where the parameters stand in their group.
         self.places = list(range(len(self.params)))
-        self.dtype, self.device = params[0].dtype, params[0].device
+        self.dtype, self.device = memory[0].dtype, memory[0].device
         self.backend, self.ops = ops.choose(backend, self.device)
         self.flat: Tensor | None = None
         self._saved: Tensor | None = None
@@ -141,24 +59,29 @@ class Bucket:
         self.found_state: dict[str, tuple[tuple[int, ...], list[Tensor | None], list[Tensor]]] = {}
 
         rows, self.size, self.filters = [], 0, 0
-        for p, name in zip(params, names, strict=True):
+        for p, part, name in zip(params, memory, names, strict=True):
             length, count = geometry(p, name, options)
-            rows.append((self.size, p.numel(), length, count, self.filters if length > 0 else 0))
-            self.size += -(-p.numel() // PADDING) * PADDING
+            rows.append((self.size, part.numel(), length, count, self.filters if length > 0 else 0))
+            self.size += -(-part.numel() // PADDING) * PADDING
             self.filters += count if length > 0 else 0
         self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         self.element_wise = any(row[2] == ELEMENT_WISE for row in rows)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.filter_norms = torch.empty(self.filters, dtype=wide, device=self.device) if self.filters else None
+        #: Filters that several ranks hold together: the group of those ranks, and where the norms stand.
+        self._split_filters: dict[dist.ProcessGroup, list[slice]] = {}
 
         self._all = tuple(range(len(self.params)))
-        self._all_dense = all(map(is_dense, params))
+        self._all_dense = all(map(is_dense, memory))
+        if flatten and self.spread:
+            raise ValueError("flatten=True would move DTensor parameters out of their shards; leave it out")
         if flatten and self._all_dense:
             self._flatten()
-        self._device_index = params[0].get_device()
-        self._strides = [p.stride() for p in params]
-        self.numels = [p.numel() for p in params]
-        self._addresses: list[int] = [p.data_ptr() for p in params] if self.flat is not None else []
+            memory = self.memory
+        self._device_index = memory[0].get_device()
+        self._strides = [p.stride() for p in memory]
+        self.numels = [p.numel() for p in memory]
+        self._addresses: list[int] = [p.data_ptr() for p in memory] if self.flat is not None else []
 
     def _flatten(self) -> None:
         self.flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -166,6 +89,28 @@ class Bucket:
             home = self.flat.as_strided(p.size(), p.stride(), start)
             home.copy_(p.detach())
             p.data = home
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """The parameters where they lie on this rank; looked up anew, since sharding may move them."""
+        return [local(p) for p in self.params] if self.spread else self.params
+
+    def split_filters(self, filter_dim: Callable[[Tensor], int]) -> None:
+        """Find the filters that are cut over ranks; ``filter_dim`` gives the dimension along which filters lie."""
+        for p, (_, numel, length, count, start) in zip(self.params, self._rows.tolist(), strict=True):
+            if length > 0 and numel:
+                for group in filter_groups(p, filter_dim(p)):
+                    self._split_filters.setdefault(group, []).append(slice(start, start + count))
+
+    def join_filters(self) -> None:
+        """Make norms of parts of filters those of whole filters: one all-reduce a group of ranks, if there are any."""
+        norms = self.filter_norms
+        for group, places in self._split_filters.items():
+            assert norms is not None
+            squares = torch.cat([norms[place] for place in places]).double().square()
+            dist.all_reduce(squares, group=group)
+            for place, whole in zip(places, squares.sqrt().split([p.stop - p.start for p in places]), strict=True):
+                norms[place] = whole
 
     @property
     def saved(self) -> Tensor:
@@ -212,21 +157,35 @@ class Bucket:
 
     def is_current(self) -> bool:
         """False once a parameter was re-typed, moved, resized or re-strided (or, where flattened, re-pointed)."""
+        memory = self.memory
         return (
-            [p.stride() for p in self.params] == self._strides
-            and list(map(Tensor.numel, self.params)) == self.numels
-            and {p.dtype for p in self.params} == {self.dtype}
-            and {p.get_device() for p in self.params} == {self._device_index}
-            and (self.flat is None or [p.data_ptr() for p in self.params] == self._addresses)
+            [p.stride() for p in memory] == self._strides
+            and list(map(Tensor.numel, memory)) == self.numels
+            and {p.dtype for p in memory} == {self.dtype}
+            and {p.get_device() for p in memory} == {self._device_index}
+            and (self.flat is None or [p.data_ptr() for p in memory] == self._addresses)
         )
 
-    def gather(self) -> Runs:
+    def gather(self, own: bool = False) -> Runs:
         """The runs of the parameters that have a gradient.
+
+        Args:
+            own: the gradients are kept beyond the next backward: those that lie in memory which that may write again,
+                as views of the buckets of DistributedDataParallel do, are copied.
 
         Raises:
             TypeError: a sparse gradient.
         """
-        grads = [p.grad for p in self.params]
+        runs = self._gather()
+        if own and any(map(is_lent, runs.grads)):
+            runs.grads = [g.clone() if is_lent(g) else g for g in runs.grads]
+        return runs
+
+    def _gather(self) -> Runs:
+        grads, memory = [p.grad for p in self.params], self.memory
+        if self.spread:
+            pairs = zip(grads, self.params, strict=True)
+            grads = [g if g is None else local_gradient(g, p) for g, p in pairs]
         if self._all_dense and not any(map(operator.is_, grads, repeat(None))):
             found = cast(list[Tensor], grads)
             try:
@@ -235,14 +194,14 @@ class Bucket:
                 strides = []
             same = strides == self._strides and list(map(Tensor.numel, found)) == self.numels
             if same and {g.dtype for g in found} == {self.dtype}:
-                return Runs(self, self._all, self.params, found)
-        return self._gather_some(grads)
+                return Runs(self, self._all, memory, found)
+        return self._gather_some(memory, grads)
 
-    def _gather_some(self, grads: list[Tensor | None]) -> Runs:
+    def _gather_some(self, memory: list[Tensor], grads: list[Tensor | None]) -> Runs:
         """As :meth:`gather`, where some gradients are missing or something has to be copied to lie dense."""
         runs = Runs(self, (), [], [])
         indices = []
-        for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
+        for i, (p, g) in enumerate(zip(memory, grads, strict=True)):
             if g is None:
                 continue
             if p.numel() != self.numels[i]:
@@ -280,21 +239,23 @@ class ParameterSpace:
         geometry: Geometry,
         backend: str,
         flatten: bool,
+        filter_dim: Callable[[Tensor], int] = lambda p: 0,
     ) -> None:
         self._key = self._signature(groups)
         self.buckets: list[Bucket] = []
         for index, group in enumerate(groups):
-            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            kinds: dict[tuple[torch.device, torch.dtype, bool, int], list[Tensor]] = {}
             for p in group["params"]:
                 check_parameter(p, f"param_groups[{index}]")
                 if p.requires_grad:
-                    kinds.setdefault((p.device, p.dtype), []).append(p)
+                    kinds.setdefault((p.device, p.dtype, is_spread(p), parts(p)), []).append(p)
             own = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
             for members in kinds.values():
                 labels = [own.get(id(p), names.get(id(p))) for p in members]
                 bucket = Bucket(members, labels, len(self.buckets), index, group, geometry, backend, flatten)
                 places = {id(p): place for place, p in enumerate(group["params"])}
                 bucket.places = [places[id(p)] for p in members]
+                bucket.split_filters(filter_dim)
                 self.buckets.append(bucket)
 
     @staticmethod

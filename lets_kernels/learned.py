@@ -113,6 +113,13 @@ class LearnedRadius(Radius):
             return {}
         return {"capturable": self._optimizer_kwargs.get("capturable", device.type in ("cuda", "xpu"))}
 
+    def check_passes(self, sync_perturbation: bool) -> None:
+        if not sync_perturbation and self.reuse_train_gradient:
+            raise ValueError(
+                "reuse_train_gradient=True takes a first gradient for that of the whole batch, and with "
+                "sync_perturbation=False it is one rank's: leave one of the two out"
+            )
+
     def to(self, device: torch.device) -> None:
         if self.nu and self.nu[0].device != device:
             assert self.optimizer is not None
@@ -239,7 +246,10 @@ class LearnedRadius(Radius):
             sums[self._of(ascent.bucket.group)] += share.to(sums[0].device)
 
         known = [t.to(sums[0].device) for t in (val_loss, train_loss) if t is not None]
-        means = replicas.means([*sums, *known])
+        means, first = replicas.agree([*sums, *known], [nu.detach() for nu in self.nu])
+        if replicas.groups:
+            for nu, value in zip(self.nu, first, strict=True):
+                nu.detach().copy_(value)
         losses = means[len(sums) :]
         weight = losses[0] - losses[1] if self.metric == "squared_gap" else torch.ones_like(losses[0])
         gradients = [weight * s for s in means[: len(sums)]]

@@ -66,6 +66,9 @@ class Radius:
         """Why a step with this radius cannot be captured in a CUDA graph, in words; None where it can."""
         return f"{type(self).__name__} may give another rho at every step, and a graph keeps the first"
 
+    def check_passes(self, sync_perturbation: bool) -> None:
+        """Raise ``ValueError`` where the radius cannot use first gradients that are not synchronised."""
+
     def to(self, device: torch.device) -> None:
         """The parameters have moved: so must what the radius keeps beside them."""
 

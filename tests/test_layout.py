@@ -6,7 +6,8 @@ from torch import nn
 
 import lets_kernels
 from lets_kernels.direction import Adaptive
-from lets_kernels.layout import ParameterSpace, is_dense
+from lets_kernels.layout import ParameterSpace
+from lets_kernels.runs import is_dense
 
 
 def space(params, direction=None, flatten=False, **group):

@@ -12,8 +12,9 @@ from lets_kernels.descent import Descent
 from lets_kernels.direction import Direction, check_xi
 from lets_kernels.guarded import check_steps_alone
 from lets_kernels.hypergradient import Trial
-from lets_kernels.layout import ParameterSpace, check_parameter
+from lets_kernels.layout import ParameterSpace
 from lets_kernels.radius import Radius, check_rho
+from lets_kernels.runs import check_parameter
 from lets_kernels.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Wrapper(torch.optim.Optimizer):
         #: Whether the caller does the first backward and the closure the others; the first `step(closure)` shows.
         self._caller_begins: bool | None = None
         self._last: dict[str, Tensor] = {}
+        self._precision: dict[str, Tensor] = {}
         #: Whether the last step was fused with the restore, and if not, why.
         self.fused, self.fused_reason = False, "no step yet"
 
@@ -267,6 +269,6 @@ class Wrapper(torch.optim.Optimizer):
 
 _HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "state_dict_pre", "state_dict_post")}
 _HOOKS |= {"_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
-_STEP = {"_step", "_trial", "_radius_waits", "_caller_begins", "_last", "fused", "fused_reason"}
+_STEP = {"_step", "_trial", "_radius_waits", "_caller_begins", "_last", "_precision", "fused", "fused_reason"}
 # `step` is there if an LR scheduler has wrapped it; the copy has its own.
 _TRANSIENT = frozenset({"step", "_buckets", "_captured", *_HOOKS, *_STEP})

@@ -1,6 +1,6 @@
 """SAM, the engine of every method: it takes a direction, a schedule, a descent and a radius, and runs the step."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from lets_kernels import ops
+from lets_kernels.amp import LossScaling, Scaler, unscale_by
 from lets_kernels.descent import Descent, Perturbed
 from lets_kernels.direction import Adaptive, Direction
 from lets_kernels.distributed import Replicas
-from lets_kernels.hypergradient import Gradients, by_index
 from lets_kernels.layout import Bucket, ParameterSpace
+from lets_kernels.network import Network
 from lets_kernels.optimizers.base import Wrapper, untraced
-from lets_kernels.optimizers.step import Step, as_loss, as_scalar, check_capture, check_same_graph
+from lets_kernels.optimizers.learning import learn
+from lets_kernels.optimizers.micro import micro_step
+from lets_kernels.optimizers.step import Closure, Step, as_loss, as_scalar, check_capture, check_same_graph
+from lets_kernels.precision import warn_of_narrow
 from lets_kernels.radius import ConstantRadius, Radius, radii
 from lets_kernels.schedule import Always, Schedule
-
-Closure = Callable[[], Any]
 
 
 class SAM(Wrapper):
@@ -42,15 +44,25 @@ class SAM(Wrapper):
             hold on to the old storage.
         check_finite: a gradient that is not finite, in either pass, skips the whole step: weights, state and radius
             stay as they are. Decided on the device; costs one read of the second gradient.
-        model: the module whose parameters these are: tells transposed convolutions and names apart.
-        process_group: ranks that hold the same weights and gradients (DistributedDataParallel); the scalars of a step
-            are averaged over it, so that all take the same step to the bit.
+        model: the module whose parameters these are, as it is called in training (wrapped by DistributedDataParallel
+            or sharded by ``fully_shard``, where it is). Running statistics of its normalisation layers then count the
+            first pass of a step only, transposed convolutions and names are told apart, ``state_dict()`` of the module
+            refuses while the weights are perturbed, and sharded weights are gathered anew when they have moved.
+        process_group: the ranks that train one model together; the scalars of a step are averaged over them, so that
+            all take the same step to the bit. Default: those of the parameters' mesh (DTensor) or of a
+            DistributedDataParallel ``model``. ``"alone"``: nothing is sent.
+        sync_perturbation: under DistributedDataParallel, False perturbs each rank along its own first gradient
+            (m-sharpness), which is then not synchronised.
+        same_rng: the second pass draws the same random numbers as the first, so dropout has the same masks.
 
     Raises:
         TypeError: parameters of a dtype without gradients, or a base optimizer that is none.
         ValueError: no parameters; ρ or ξ negative or not finite; settings that contradict each other.
         RuntimeError: the backend asked for does not run here.
     """
+
+    #: ``GradScaler.step`` then calls ``step()`` in any case, with what it found on the device: nothing waits for that.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -66,7 +78,9 @@ class SAM(Wrapper):
         flatten: bool = False,
         check_finite: bool = True,
         model: torch.nn.Module | None = None,
-        process_group: "torch.distributed.ProcessGroup | None" = None,
+        process_group: "torch.distributed.ProcessGroup | str | None" = None,
+        sync_perturbation: bool = True,
+        same_rng: bool = False,
         **kwargs: Any,
     ) -> None:
         ops.check_request(backend)
@@ -78,11 +92,39 @@ class SAM(Wrapper):
         self.direction, self.schedule, self.descent = direction, schedule or Always(), descent or Perturbed()
         self.radius = rho if isinstance(rho, Radius) else ConstantRadius(rho)
         self._backend, self._flatten = backend, flatten
-        self.check_finite, self.model, self.replicas = check_finite, model, Replicas(process_group)
+        self.check_finite, self.replicas = check_finite, Replicas(process_group)
+        self.network, self._scaling = Network(model, sync_perturbation, same_rng), LossScaling()
+        self.radius.check_passes(sync_perturbation)
         self._own = {"rho": self.radius.rho, "adaptive": False, **direction.defaults}
         super().__init__(params, base_optimizer, kwargs)
 
     # ---- the three call shapes -------------------------------------------------------------------------------------
+
+    @untraced
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Around forward and backward of a step's first pass, for ``sync_perturbation=False`` and ``same_rng=True``.
+
+        Those need to know where the pass begins and ends; otherwise it does nothing. ``step(closure)`` sees to it by
+        itself.
+
+        Raises:
+            RuntimeError: with ``sync_perturbation=False``, no forward inside, or a model with ``static_graph=True``.
+        """
+        self._heal()
+        with self.network.first_pass({p.device for group in self.param_groups for p in group["params"]}):
+            yield
+
+    @untraced
+    def unscale_first(self, scaler: Scaler) -> None:
+        """Under a ``torch.amp.GradScaler``: undo its scale in the gradients of the first pass, before ``first_step``.
+
+        Then go on as ever: ``scaler.step(opt)`` takes the step, or skips it where a pass has overflowed, and
+        ``scaler.update()`` hears of both passes. Public methods of the scaler only.
+        """
+        self._refuse_while_perturbed("unscale_first()")
+        self._scaling.begin()
+        self._scaling.unscale(scaler, self.param_groups)
 
     @untraced
     @torch.no_grad()
@@ -169,7 +211,13 @@ class SAM(Wrapper):
             self._step = None
 
     @untraced
-    def step(self, closure: Closure | None = None, val_closure: Closure | None = None) -> Any:
+    def step(
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        val_closure: Closure | None = None,
+        *,
+        scaler: Scaler | None = None,
+    ) -> Any:
         """One step of the method.
 
         Args:
@@ -177,43 +225,58 @@ class SAM(Wrapper):
                 for each gradient that the step needs. If there are gradients at the first call of ``step(closure)``,
                 the caller is taken to do the first backward of every step, and the closure is called for the others
                 only; a step that finds no new gradients calls it for the first as well. None: the second backward
-                has been done; finish what ``first_step`` or ``perturbed`` began.
+                has been done; finish what ``first_step`` or ``perturbed`` began. A list: one closure a micro-batch,
+                each perturbed along its own gradient (m-sharpness); the step is along the mean of theirs.
             val_closure: the same on a validation batch; for a learned radius, and only for it.
+            scaler: a ``torch.amp.GradScaler`` with which the closures scale the loss for their backward (they return
+                the loss itself). Every pass is unscaled here; ``scaler.update()`` is still the caller's.
 
         Returns:
-            The first loss, as the closure returned it; None if the closure did not compute it.
+            The first loss, as the closure returned it, or a list of them; None if the closure did not compute it.
 
         Raises:
             RuntimeError: gradients, but no first pass and no closure.
             ValueError: a validation closure missing or superfluous.
         """
+        scale, overflow = (self.__dict__.get(name) for name in ("grad_scale", "found_inf"))
         if closure is None:
             if val_closure is not None:
                 raise ValueError("step(None, val_closure): use radius_step(train_closure, val_closure) after step()")
-            if self._step is not None:
-                self.second_step()
-            else:
+            if self._step is None:
                 self._step_alone()
+                return None
+            if scale is not None:
+                unscale_by(self._gradients(), scale)
+            self._step.overflow = overflow
+            self.second_step()
             return None
+        if overflow is not None:
+            raise RuntimeError(
+                "scaler.step(opt, closure) would step along scaled gradients: call opt.step(closure, scaler=scaler), "
+                "then scaler.update()"
+            )
         if self.radius.learns and val_closure is None:
             raise ValueError("a learned radius needs a validation closure: step(closure, val_closure)")
         if not self.radius.learns and val_closure is not None:
             raise ValueError("val_closure is for a learned radius: step(closure), or rho=LearnedRadius(...)")
         check_capture(self)
         self.restore()
+        self._scaling.begin()
+        if isinstance(closure, Sequence):
+            return micro_step(self, closure, scaler)
         if self._caller_begins is None:
             self._caller_begins = self._has_new_gradients()
         loss = None
         try:
             if not (self._caller_begins and self._has_new_gradients()):
                 self._drop_gradients()
-                loss = self._call(closure)
+                loss = self._call_first(closure, scaler)
                 if self.radius.learns:
                     as_loss(loss, "closure")
             self.first_step(zero_grad=True, loss=loss)
             assert self._step is not None
             if self._step.perturbs:
-                self._step.perturbed_loss = as_scalar(self._call(closure))
+                self._step.perturbed_loss = as_scalar(self._call(closure, scaler))
             else:
                 self._step.return_gradients()
             self.second_step()
@@ -222,7 +285,7 @@ class SAM(Wrapper):
             self._mark_gradients()  # of a pass that failed: no step may start from them
             raise
         if self._trial is not None:
-            self.radius_step(closure, val_closure)
+            self.radius_step(closure, val_closure, scaler=scaler)
         return loss
 
     def _step_alone(self) -> None:
@@ -242,7 +305,9 @@ class SAM(Wrapper):
     # ---- learning the radius ---------------------------------------------------------------------------------------
 
     @untraced
-    def radius_step(self, train_closure: Closure | None, val_closure: Closure | None) -> None:
+    def radius_step(
+        self, train_closure: Closure | None, val_closure: Closure | None, *, scaler: Scaler | None = None
+    ) -> None:
         """Learn ρ from the step just taken; ``step(closure, val_closure)`` does so by itself.
 
         The closures are called in this order, at the new weights, on the steps that the radius learns from.
@@ -250,48 +315,13 @@ class SAM(Wrapper):
         Args:
             train_closure: as ``step``'s ``closure``; may be None where the radius does not need it.
             val_closure: the same on a validation batch.
+            scaler: as for :meth:`step`; ``scaler.update()`` comes after this.
 
         Raises:
             RuntimeError: the radius is not learned, or no step has just been taken.
             ValueError: a closure is missing.
         """
-        radius = self.radius
-        if not radius.learns:
-            raise RuntimeError("radius_step() is for a learned radius: rho=LearnedRadius(...)")
-        if val_closure is None or (train_closure is None and radius.needs_train_closure):
-            raise ValueError("radius_step(train_closure, val_closure) needs both closures for this radius")
-        if not self._radius_waits:
-            raise RuntimeError("radius_step() comes after second_step(), once a step")
-        observed, self._trial, self._radius_waits = self._trial, None, False
-        if observed is None:  # a step that the radius does not learn from
-            return
-        trial, versions = observed
-        check_same_graph(trial.captured, "radius_step()", "the step before it")
-        if any(g._version != v for g, v in versions):
-            raise RuntimeError(
-                "the gradients of the perturbed pass were changed in place before radius_step(); zero them with "
-                "set_to_none=True"
-            )
-        assert self._buckets is not None
-        buckets = self._buckets.buckets  # those of the step, whatever has been frozen since
-        kept = [(p, p.grad) for b in buckets for p in b.params]
-        train: list[Gradients] | None = None
-        train_loss = None
-        try:
-            if radius.needs_train_closure:
-                assert train_closure is not None
-                self._drop_gradients()
-                train_loss = as_loss(self._call(train_closure), "train_closure")
-                train = [by_index(b.gather()) for b in buckets]
-            self._drop_gradients()
-            val_loss = as_loss(self._call(val_closure), "val_closure")
-            val = [by_index(b.gather()) for b in buckets]
-        finally:
-            for p, grad in kept:
-                p.grad = grad
-            self._mark_gradients()
-        with torch.no_grad():
-            radius.observe(trial, val, val_loss, train, train_loss, self.param_groups, self.replicas)
+        learn(self, train_closure, val_closure, scaler)
 
     # ---- what a user reads -------------------------------------------------------------------------------------------
 
@@ -301,6 +331,11 @@ class SAM(Wrapper):
         groups = self.param_groups[:1] if self.radius.shared else self.param_groups
         values = radii([self.radius.present(i, group) for i, group in enumerate(groups)])
         return values[0].clone() if len(values) == 1 else torch.stack(values)
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The module that was given as ``model=``."""
+        return self.network.model
 
     @property
     def backend(self) -> str:
@@ -313,9 +348,12 @@ class SAM(Wrapper):
         ``grad_norm`` is ‖Tg‖ in the dual norm (over all parameters), ``perturbed_grad_norm`` ‖ĝ‖ (with
         ``check_finite``), ``rho`` the present radius, ``skipped_steps`` a count; ``loss``, ``perturbed_loss`` and
         ``loss_gap`` where the optimizer saw the losses; and what the radius reports: ``rho_grad`` = ∂F/∂ρ,
-        ``val_loss``, ``train_loss``.
+        ``val_loss``, ``train_loss``. With 16-bit weights, from the first step and then from every hundredth:
+        ``perturbation_cosine`` between ε and what rounding left of it, ``perturbation_length``, the ratio of their
+        lengths, and ``perturbed_fraction``, the share of weights that moved at all.
         """
-        return {**self._last, "rho": self.rho, "skipped_steps": self.skipped.clone(), **self.radius.metrics()}
+        counted = {"rho": self.rho, "skipped_steps": self.skipped.clone()}
+        return {**self._last, **self._precision, **counted, **self.radius.metrics()}
 
     # ---- within ----------------------------------------------------------------------------------------------------
 
@@ -323,12 +361,34 @@ class SAM(Wrapper):
         """The buckets, built anew where the groups or the parameters have changed."""
         if self._buckets is None or not self._buckets.is_current(self.param_groups):
             self._take_in_new_groups()
-            names = {id(p): name for name, p in self.model.named_parameters()} if self.model is not None else {}
+            self.network.bind()
+            self.network.weights_move()  # parameters are found, and stand in their modules, in one piece a rank
             self.direction.bind(self.model)
-            geometry = self.direction.geometry
-            self._buckets = ParameterSpace(self.param_groups, names, geometry, self._backend, self._flatten)
+            direction, names = self.direction, self.network.names()
+            space = ParameterSpace(
+                self.param_groups, names, direction.geometry, self._backend, self._flatten, direction.filter_dim
+            )
+            self._check_ranks(space)
+            warn_of_narrow(space.buckets)
+            self._buckets = space
             self._move_scalars(self._buckets.buckets)
         return self._buckets
+
+    def _check_ranks(self, space: ParameterSpace) -> None:
+        """Find the ranks that take part, and refuse what would go wrong among them in silence."""
+        params = [p for b in space.buckets for p in b.params]
+        if self.model is None and any(b.spread for b in space.buckets):
+            raise ValueError(
+                "DTensor parameters need model=, the sharded module: its unsharded copies of the weights have to be "
+                "dropped whenever the weights move"
+            )
+        self.replicas.find(self.model, params)
+        if self.replicas.unclear and self.radius.learns:
+            raise ValueError(
+                "several ranks are there, and a learned radius must be the same on all that train one model: pass "
+                "model=, the DistributedDataParallel module, or process_group=; process_group='alone' if each rank "
+                "trains a model of its own"
+            )
 
     def _move_scalars(self, buckets: list[Bucket]) -> None:
         """What is counted and learned lies beside the first parameters, also where those have been moved."""
@@ -345,9 +405,16 @@ class SAM(Wrapper):
         radii = [g["rho"] for g in self.param_groups if isinstance(g["rho"], Tensor)]
         self._captured.append((self._space(), state, radii))
 
-    def _call(self, closure: Closure) -> Any:
+    def _call(self, closure: Closure, scaler: Scaler | None = None) -> Any:
         with torch.enable_grad():
-            return closure()
+            loss = closure()
+        if scaler is not None:
+            self._scaling.unscale(scaler, self.param_groups)
+        return loss
+
+    def _call_first(self, closure: Closure, scaler: Scaler | None) -> Any:
+        with self.first_pass():
+            return self._call(closure, scaler)
 
     def _heal(self) -> None:
         """Undo a perturbation that an interrupt cut off before it was complete, or while it was being undone."""

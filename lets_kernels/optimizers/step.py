@@ -9,10 +9,14 @@ from torch import Tensor
 from lets_kernels.fused import FUSED, refusal
 from lets_kernels.guarded import guarded_step
 from lets_kernels.hypergradient import Gradients, Trial, by_index
-from lets_kernels.layout import Bucket, Runs, capturing
+from lets_kernels.layout import Bucket
+from lets_kernels.precision import INTERVAL, measure
+from lets_kernels.runs import Runs, capturing
 
 if TYPE_CHECKING:
     from lets_kernels.optimizers.sam import SAM
+
+Closure = Callable[[], Any]
 
 
 def check_capture(optimizer: "SAM") -> bool:
@@ -63,6 +67,7 @@ class Step:
     """
 
     def __init__(self, optimizer: "SAM", loss: Tensor | None, keep: bool) -> None:
+        optimizer.network.check_first_pass()
         self.optimizer, self.loss = optimizer, loss
         self.perturbed_loss: Tensor | None = None
         self.trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
@@ -72,7 +77,8 @@ class Step:
         self._observed = radius.due(o._step_number)
         self.perturbs = o.schedule.perturbs(o._step_number)
         self.buckets: list[Bucket] = o._space().buckets
-        first = [b.gather() for b in self.buckets]
+        self._holds = self._observed or o.descent.holds_first
+        first = [b.gather(own=self._holds and not keep) for b in self.buckets]
         if radius.waits:
             if radius.needs_train_loss and loss is None:
                 raise RuntimeError(
@@ -81,13 +87,18 @@ class Step:
                 )
             with torch.no_grad():
                 radius.complete([by_index(r) for r in first], loss, self.buckets, o.param_groups, o.replicas)
-        self._holds = self._observed or o.descent.holds_first
         if keep and self._holds:
             for runs in first:
                 runs.grads = [g.clone() for g in runs.grads]
         self.first = first
         self.ascents = [o.direction.ascent(r, o.param_groups[r.bucket.group]) for r in first if r.indices]
-        self.total = o.replicas.mean(self._sum([a.total() for a in self.ascents]))
+        self.total = self._sum([a.total() for a in self.ascents])
+        if o.network.sync_perturbation:
+            self.total = o.replicas.mean(self.total)
+        #: Of every first pass that this step goes along; several where micro-batches are perturbed one by one.
+        self.totals = [self.total]
+        #: Not zero where a gradient scaler found an overflow.
+        self.overflow: Tensor | None = None
         self.rho = [self._radius(b) for b in self.buckets]
         self.hats: list[Tensor] = []
         self.gate, self.gated = torch.ones_like(self.total), False
@@ -109,32 +120,49 @@ class Step:
         """θ ← θ + ε, over all buckets with one norm; nothing on a step that does not perturb."""
         if not self.perturbs:
             return
+        network = self.optimizer.network
         self.is_perturbed = self.torn = True
+        network.statistics.hold()
+        network.weights_move()
         for a in self.ascents:
             a.perturb(self.total.to(a.bucket.device), self.rho[a.bucket.index])
+        network.perturbed()
+        self._measure()
         self.torn = False
         if not self._holds:  # nothing parameter-sized but the saved weights lives through the second pass
             for a in self.ascents:
                 a.vectors = a.runs.grads = []
 
+    def _measure(self) -> None:
+        """Of weights that round, from time to time: how much of the perturbation is left."""
+        o = self.optimizer
+        if self.captured or o._step_number % INTERVAL:
+            return
+        found = measure(self.ascents, self.total, self.rho, o.replicas)
+        if found:
+            o._precision = found
+
     def restore(self) -> None:
         """θ + ε → θ, to the bit, wherever the weights are perturbed."""
         self.torn = self.is_perturbed
+        if self.is_perturbed:
+            self.optimizer.network.weights_move()
         for a in self.ascents:
             if self.is_perturbed:
                 a.bucket.restore(a.runs)
+        self.optimizer.network.statistics.release()
         self.is_perturbed = self.torn = False
 
     def return_gradients(self) -> None:
         """Give back the first gradients that were taken, for a step along them."""
         for runs in self.first:
-            for i, g in zip(runs.indices, runs.grads, strict=True):
-                runs.bucket.params[i].grad = g
+            runs.return_gradients()
 
     def descend(self) -> tuple[bool, str]:
         """Restore, and step along the second gradients: was it fused, and if not, why."""
         o = self.optimizer
-        second = [b.gather() for b in self.buckets]
+        o.network.weights_move()
+        second = [b.gather(own=self._observed) for b in self.buckets]
         hats = [by_index(r) for r in second]
         for runs, first in zip(second, self.first, strict=True):
             if runs.indices:
@@ -159,30 +187,37 @@ class Step:
             for runs, take in fused:
                 take(self.gate.to(runs.bucket.device))
                 runs.write_back()
+            o.network.statistics.release()
             self.is_perturbed = self.torn = False
         else:
             self.restore()
             for runs in active:
-                for i, g in zip(runs.indices, runs.grads, strict=True):
-                    runs.bucket.params[i].grad = g
+                runs.return_gradients()
             if self.gated:
                 guarded_step(o.base_optimizer, self.gate)
             else:
                 o.base_optimizer.step()
-        if self._observed and self.perturbs and self.ascents:
+        if self._observed and self.perturbs and (self.ascents or o.replicas.groups):
             held = [g for h in hats for g in h.values()]
             self.trial = self._record(hats, [by_index(r) for r in second]), [(g, g._version) for g in held]
         return reason is None, reason or ""
 
     def _close_gate(self, active: list[Runs]) -> None:
-        """0 where a gradient is not finite, of either pass and on any rank; counted, and never read here."""
+        """0 where a gradient is not finite, of any pass and on any rank; counted, and never read here."""
         o = self.optimizer
-        if not o.check_finite or not active:
-            return
-        unscaled = [(r.bucket, r.pack(r.grads), r.bucket.unscaled_table(r.indices)) for r in active]
-        sums = [b.ops.grad_norm(grads, [], table, None, 0.0, 2.0) for b, grads, table in unscaled]
-        self.hats = [o.replicas.mean(self._sum(sums))]
-        self.gate, self.gated = self.buckets[0].ops.all_finite_([self.total, *self.hats], o.skipped), True
+        flags = []
+        if o.check_finite and (active or o.replicas.groups):
+            unscaled = [(r.bucket, r.pack(r.grads), r.bucket.unscaled_table(r.indices)) for r in active]
+            sums = [b.parts * b.ops.grad_norm(grads, [], table, None, 0.0, 2.0) for b, grads, table in unscaled]
+            alone = [] if o.network.sync_perturbation else self.totals  # no rank has heard of the others' yet
+            self.hats, *others = [[value] for value in o.replicas.means([self._sum(sums), *alone])]
+            flags = [*self.hats, *(value for other in others for value in other)]
+            flags += self.totals if not alone else []
+        if self.overflow is not None:
+            overflow = self.overflow.to(self.total.device, torch.float64).reshape(())
+            flags.append(torch.where(overflow != 0, torch.inf, 0.0))
+        if flags:
+            self.gate, self.gated = self.buckets[0].ops.all_finite_(flags, o.skipped), True
 
     def _record(self, hats: list[Gradients], stepped: list[Gradients]) -> Trial:
         groups = [self.optimizer.param_groups[b.group] for b in self.buckets]

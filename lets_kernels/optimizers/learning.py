@@ -1,0 +1,55 @@
+"""The passes from which a radius learns, at the weights that a step has left."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lets_kernels.amp import Scaler
+from lets_kernels.hypergradient import Gradients, by_index
+from lets_kernels.optimizers.step import Closure, as_loss, check_same_graph
+
+if TYPE_CHECKING:
+    from lets_kernels.optimizers.sam import SAM
+
+
+def learn(o: "SAM", train_closure: Closure | None, val_closure: Closure | None, scaler: Scaler | None) -> None:
+    """The body of :meth:`SAM.radius_step`."""
+    radius = o.radius
+    if not radius.learns:
+        raise RuntimeError("radius_step() is for a learned radius: rho=LearnedRadius(...)")
+    if val_closure is None or (train_closure is None and radius.needs_train_closure):
+        raise ValueError("radius_step(train_closure, val_closure) needs both closures for this radius")
+    if not o._radius_waits:
+        raise RuntimeError("radius_step() comes after second_step(), once a step")
+    observed, o._trial, o._radius_waits = o._trial, None, False
+    if observed is None:  # a step that the radius does not learn from
+        return
+    trial, versions = observed
+    check_same_graph(trial.captured, "radius_step()", "the step before it")
+    if any(g._version != v for g, v in versions):
+        raise RuntimeError(
+            "the gradients of the perturbed pass were changed in place before radius_step(); zero them with "
+            "set_to_none=True"
+        )
+    assert o._buckets is not None
+    buckets = o._buckets.buckets  # those of the step, whatever has been frozen since
+    kept = [(p, p.grad) for b in buckets for p in b.params]
+    train: list[Gradients] | None = None
+    train_loss = None
+    o.network.statistics.hold()  # these passes are not among those at θ that count
+    try:
+        if radius.needs_train_closure:
+            assert train_closure is not None
+            o._drop_gradients()
+            train_loss = as_loss(o._call(train_closure, scaler), "train_closure")
+            train = [by_index(b.gather(own=True)) for b in buckets]
+        o._drop_gradients()
+        val_loss = as_loss(o._call(val_closure, scaler), "val_closure")
+        val = [by_index(b.gather()) for b in buckets]
+    finally:
+        o.network.statistics.release()
+        for p, grad in kept:
+            p.grad = grad
+        o._mark_gradients()
+    with torch.no_grad():
+        radius.observe(trial, val, val_loss, train, train_loss, o.param_groups, o.replicas)

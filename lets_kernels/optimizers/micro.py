@@ -1,0 +1,61 @@
+"""One step over micro-batches, each perturbed along its own gradient: m-sharpness in one process."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.amp import Scaler
+from lets_kernels.optimizers.step import Closure, as_scalar
+
+if TYPE_CHECKING:
+    from lets_kernels.optimizers.sam import SAM
+
+
+def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> list[Any]:
+    """:meth:`SAM.step` over a list of closures; the base optimizer steps along the mean of their gradients.
+
+    As a rank of its own would for every closure (``sync_perturbation=False``), so with m micro-batches this is the
+    m-sharpness of Foret et al. (ICLR 2021, §4.1). One buffer of gradients more than a step with one closure.
+    """
+    if not closures:
+        raise ValueError("step([]): no closures, no gradients")
+    if o.radius.learns or o.descent.holds_first:
+        what = type(o.radius if o.radius.learns else o.descent).__name__
+        raise ValueError(f"{what} compares the two gradients of one step: give step() one closure, not a list")
+    losses, totals, sums = [], [], dict[Tensor, Tensor]()
+    try:
+        for closure in closures:
+            o._drop_gradients()
+            losses.append(o._call_first(closure, scaler))
+            o.first_step(zero_grad=True, loss=losses[-1])
+            step = o._step
+            assert step is not None
+            if step.perturbs:
+                step.perturbed_loss = as_scalar(o._call(closure, scaler))
+                with torch.no_grad():
+                    step.restore()
+            else:
+                step.return_gradients()
+            totals.append(step.total)
+            _add(sums, o)
+        for p, total in sums.items():
+            p.grad = total.div_(len(closures))
+        assert o._step is not None
+        o._step.totals = totals
+        o.second_step()
+    except BaseException:
+        o.restore()
+        o._mark_gradients()
+        raise
+    return losses
+
+
+@torch.no_grad()
+def _add(sums: dict[Tensor, Tensor], o: "SAM") -> None:
+    for p in (p for group in o.param_groups for p in group["params"] if p.grad is not None):
+        if p in sums:
+            sums[p] += p.grad
+        else:
+            sums[p] = p.grad.detach().clone()  # the memory may be that of the next pass too

@@ -1,0 +1,112 @@
+"""Runs: the parameters of a bucket that take part in one pass, as dense stretches of memory that kernels can take."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from lets_kernels import ops
+from lets_kernels.shards import check_spread, whole_gradient
+
+if TYPE_CHECKING:
+    from lets_kernels.layout import Bucket
+
+
+def is_dense(t: Tensor) -> bool:
+    """True if the elements fill one stretch of memory without holes or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True
+
+
+def is_lent(grad: Tensor) -> bool:
+    """True for a gradient that does not fill its memory: something else, and its owner, lies there too."""
+    return grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+
+
+def check_parameter(p: Tensor, where: str) -> None:
+    """Refuse what no method can perturb.
+
+    Raises:
+        TypeError: the dtype has no gradient, or no kernels (complex, 8-bit); the message names the way out.
+        ValueError: elements share memory (an expanded tensor).
+    """
+    if p.dtype not in ops.DTYPES:
+        what = "hold its real and imaginary part as two parameters" if p.is_complex() else "keep it out of the groups"
+        raise TypeError(f"{where}: a parameter of dtype {p.dtype} cannot be perturbed; {what}")
+    if p.numel() and any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(f"{where}: an expanded parameter shares memory between elements; pass p.clone()")
+    check_spread(p, where)
+
+
+def capturing() -> bool:
+    """True while the work of the current stream goes into a CUDA graph instead of running."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_while_capturing(what: str) -> None:
+    """``RuntimeError`` for memory that a graph would make anew, with what it holds, at every replay."""
+    if capturing():
+        raise RuntimeError(
+            f"{what} would be made inside the CUDA graph that is being captured: take a step or two in the same way "
+            "before the capture, as torch's examples do on a side stream"
+        )
+
+
+@dataclass
+class Runs:
+    """The parameters of a bucket that take part in one pass, with their gradients, in the order of the bucket.
+
+    ``params`` and ``grads`` are dense and agree in strides and dtype, run by run; where the user's do not, they are
+    copies, and ``write_back`` brings the weights home.
+    """
+
+    bucket: "Bucket"
+    indices: tuple[int, ...]
+    params: list[Tensor]
+    grads: list[Tensor]
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _packed: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @property
+    def table(self) -> Tensor:
+        return self.bucket.table(self.indices)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What the ops take for the parameters: one tensor a run, or the one buffer that holds them all."""
+        b = self.bucket
+        if b.flat is not None and not self.copies:
+            return [b.flat]
+        sizes = b.numels if len(self.indices) == len(b.params) else [b.numels[i] for i in self.indices]
+        if list(map(Tensor.numel, self.params)) != sizes:  # the ops would write past the end of what became smaller
+            raise RuntimeError("a parameter was resized between the passes of a step; do that between steps")
+        return b.pack(self.params)
+
+    def pack(self, tensors: list[Tensor]) -> list[Tensor]:
+        """As :meth:`Bucket.pack`, once for several ops in a row on the same list; ``forget`` ends the row."""
+        if self._packed is None or self._packed[0] is not tensors:
+            self._packed = tensors, self.bucket.pack(tensors)
+        return self._packed[1]
+
+    def forget(self) -> None:
+        """Before other code runs, which may move the tensors."""
+        self._packed = None
+
+    def return_gradients(self) -> None:
+        """Make these gradients those of the parameters, for a step along them."""
+        for i, g in zip(self.indices, self.grads, strict=True):
+            p = self.bucket.params[i]
+            p.grad = whole_gradient(g, p)
+
+    def write_back(self) -> None:
+        """After an op wrote the weights: copies go home, and autograd learns that the parameters have changed."""
+        for home, copy in self.copies:
+            home.copy_(copy)
+        b = self.bucket
+        increment_version(b.params if len(self.indices) == len(b.params) else [b.params[i] for i in self.indices])

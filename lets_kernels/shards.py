@@ -1,0 +1,106 @@
+"""What this rank holds of a parameter that is spread over ranks (``torch.distributed.tensor.DTensor``).
+
+Kernels work on local shards. A sum over elements becomes global by one rule, whatever the mesh: each rank's share
+counts once for every part that the tensor is cut into, and the mean over all ranks is taken. A replicated tensor is
+cut into one part, so that the copies do not count twice.
+"""
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+
+def is_spread(t: Tensor) -> bool:
+    """True for a DTensor. Where nobody has imported them there are none, and importing them takes long."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part: the memory itself, outside of autograd. A tensor that is not spread is its own part."""
+    if not is_spread(t):
+        return t
+    with torch.no_grad():
+        part: Tensor = t.to_local()  # type: ignore[attr-defined]
+    return part.detach()
+
+
+def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
+    """This rank's part of a gradient, cut as its parameter is; a partial sum is reduced first."""
+    if not is_spread(grad):
+        return grad
+    spread: DTensor = grad  # type: ignore[assignment]
+    wanted = p.placements  # type: ignore[attr-defined]
+    if spread.placements != wanted:
+        with torch.no_grad():
+            spread = spread.redistribute(placements=wanted)
+    return local(spread)
+
+
+def whole_gradient(part: Tensor, p: Tensor) -> Tensor:
+    """The gradient that a parameter takes, of which ``part`` is this rank's."""
+    if not is_spread(p):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _cuts(p: Any) -> list[int]:
+    """The dimensions of the mesh along which a DTensor is cut."""
+    return [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
+
+
+def check_spread(p: Tensor, where: str) -> None:
+    """Refuse a parameter that is a partial sum: ``TypeError``."""
+    if is_spread(p) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
+        raise TypeError(f"{where}: a parameter with a partial placement has no value to perturb; redistribute() it")
+
+
+def parts(p: Tensor) -> int:
+    """Into how many parts the elements of a parameter are cut; 1 if every rank holds all of them."""
+    if not is_spread(p):
+        return 1
+    count = 1
+    for i in _cuts(p):
+        count *= p.device_mesh.size(i)  # type: ignore[attr-defined]
+    return count
+
+
+def filter_groups(p: Tensor, dim: int) -> tuple["dist.ProcessGroup", ...]:
+    """The groups of ranks whose parts make up one filter, for filters along ``dim``: those that cut another one."""
+    if not is_spread(p):
+        return ()
+    placements, mesh = p.placements, p.device_mesh  # type: ignore[attr-defined]
+    across = [i for i in _cuts(p) if placements[i].dim % p.dim() != dim]
+    return tuple(mesh.get_group(i) for i in across if mesh.size(i) > 1)
+
+
+def groups_of(params: Iterable[Tensor]) -> list["dist.ProcessGroup | None"] | None:
+    """The groups over which a sum becomes that of the whole mesh, one after the other; None without DTensors.
+
+    ``[None]`` is the default group: a mesh over all ranks takes one collective, a smaller one takes one a dimension.
+
+    Raises:
+        ValueError: the meshes do not cover the same ranks.
+    """
+    meshes = {id(p.device_mesh): p.device_mesh for p in params if is_spread(p)}  # type: ignore[attr-defined]
+    if not meshes:
+        return None
+    import torch.distributed as dist
+
+    widest = max(meshes.values(), key=lambda mesh: mesh.size())
+    if widest.size() == dist.get_world_size():
+        return [None]
+    ranks = set(widest.mesh.flatten().tolist())
+    if any(not set(mesh.mesh.flatten().tolist()) <= ranks for mesh in meshes.values()):
+        raise ValueError("parameters on meshes of different ranks: pass process_group=, the group of all of them")
+    return [widest.get_group(i) for i in range(widest.ndim)]
