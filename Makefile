@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+WORKERS ?= 2
 READY := $(VENV)/.ready
 CSRC = $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -16,8 +17,8 @@ build: $(READY)    ## .venv with the pinned dependencies, and the compiled kerne
 demo: build    ## train on real data; options in ARGS: make demo ARGS="--help"
 	@$(PY) -m lets_kernels demo $(ARGS)
 
-test: build    ## the tests; options for pytest in ARGS
-	$(PY) -m pytest $(ARGS)
+test: build    ## the tests, by files in WORKERS processes (2); options for pytest in ARGS
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: build    ## the benchmarks; ARGS="--save-results --wait 20" writes benchmarks/results
 	$(PY) -m pytest benchmarks -q $(ARGS)

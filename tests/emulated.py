@@ -1,5 +1,6 @@
 """The CUDA kernels (csrc/cuda) compiled for the CPU, where an emulator runs their blocks and threads (emulator/)."""
 
+import fcntl
 import functools
 import os
 import shlex
@@ -20,10 +21,16 @@ import toolchain  # noqa: E402  csrc/toolchain.py
 
 
 def build(out=OUT, flags=(), link=()):
-    """Compile what is out of date; the library's path."""
+    """Compile what is out of date; the library's path. Of several processes one compiles, and the others wait."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(out, flags, link)
+
+
+def _build(out, flags, link):
     compiler, torch_found = toolchain.find_compiler(), toolchain.find_torch()
     assert not isinstance(compiler, str), compiler
-    out.mkdir(parents=True, exist_ok=True)
     depends = [*(ROOT / "csrc").glob("**/*.h"), *Path(__file__).parent.glob("emulator/*.h"), Path(__file__)]
     newest = max(path.stat().st_mtime for path in depends)
     version = f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET_VERSION}"
