@@ -99,6 +99,21 @@ def test_a_copy_goes_on_as_the_original_would(backend, method, base, transfer):
     assert same_bits(whole, continued(method, base, backend.name, transfer))
 
 
+def test_going_back_to_a_saved_state_starts_from_no_old_gradient(backend):
+    """The gradients in place are of weights that are no more; the steps from here are those from there, to the bit."""
+    task = Task(torch.float32, steps=4)
+    opt = lk.SAM(task.net.parameters(), torch.optim.SGD, rho=0.3, backend=backend.name, lr=0.1, momentum=0.9)
+    task.run(opt, task.batches[:2])
+    saved = copy.deepcopy((task.net.state_dict(), opt.state_dict()))
+    ends = []
+    for _ in range(2):
+        task.run(opt, task.batches[2:])
+        ends.append(snapshot(opt))
+        task.net.load_state_dict(saved[0])
+        opt.load_state_dict(copy.deepcopy(saved[1]))
+    assert same_bits(*ends)
+
+
 def test_the_state_of_the_bare_base_optimizer_can_be_loaded(backend):
     """A run that began without SAM: its momentum and its groups are taken over, the radius stays what it was."""
     toy, plain = Toy(), Toy()
