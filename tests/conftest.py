@@ -13,9 +13,18 @@ from backends import Backend, targets
 torch.set_num_threads(1)
 
 
-# `make gpu-check` needs no more than torch and the test tools; `make test` installs what the demo needs.
+# `make gpu-check` needs no more than torch and the test tools; `make test` installs all of these.
 DEMO = ("sklearn", "matplotlib", "rich")
-collect_ignore = ["test_demo.py"] if any(importlib.util.find_spec(name) is None for name in DEMO) else []
+FRAMEWORKS = ("accelerate", "lightning", "transformers")
+
+
+def _missing(*names):
+    return any(importlib.util.find_spec(name) is None for name in names)
+
+
+collect_ignore = [f"test_frameworks_{name}.py" for name in FRAMEWORKS if _missing(name)]
+collect_ignore += ["test_demo.py"] if _missing(*DEMO) else []
+collect_ignore += ["test_examples.py"] if _missing(*FRAMEWORKS) else []
 
 
 def pytest_generate_tests(metafunc):

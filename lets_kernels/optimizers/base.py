@@ -13,6 +13,7 @@ from lets_kernels.direction import Direction, check_xi
 from lets_kernels.guarded import check_steps_alone
 from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import ParameterSpace
+from lets_kernels.optimizers.frameworks import stand_aside
 from lets_kernels.radius import Radius, check_rho
 from lets_kernels.runs import check_parameter
 from lets_kernels.schedule import Schedule
@@ -45,6 +46,10 @@ class Wrapper(torch.optim.Optimizer):
     descent: Descent
     radius: Radius
     _own: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stand_aside(cls, Wrapper)
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from lets_kernels.distributed import Replicas
 from lets_kernels.layout import Bucket, ParameterSpace
 from lets_kernels.network import Network
 from lets_kernels.optimizers.base import Wrapper, untraced
+from lets_kernels.optimizers.frameworks import unwrap
 from lets_kernels.optimizers.learning import learn
 from lets_kernels.optimizers.micro import micro_step
 from lets_kernels.optimizers.step import Closure, Step, as_loss, as_scalar, check_capture, check_same_graph
@@ -238,6 +239,7 @@ class SAM(Wrapper):
             RuntimeError: gradients, but no first pass and no closure.
             ValueError: a validation closure missing or superfluous.
         """
+        closure = unwrap(closure)
         scale, overflow = (self.__dict__.get(name) for name in ("grad_scale", "found_inf"))
         if closure is None:
             if val_closure is not None:
@@ -299,7 +301,9 @@ class SAM(Wrapper):
         elif any(map(torch.any, grads)):
             raise RuntimeError(
                 "step() without a perturbation before it: call step(closure), or first_step() and second_step(), or "
-                "step() after `with opt.perturbed():`; base_optimizer.step() takes a step without one"
+                "step() after `with opt.perturbed():`; base_optimizer.step() takes a step without one. A framework "
+                "that calls the closure itself (Lightning's 16-mixed) leaves no room for the second pass: use "
+                "bf16-mixed, or manual optimisation with a loss scaler of your own"
             )
 
     # ---- learning the radius ---------------------------------------------------------------------------------------

@@ -1,0 +1,51 @@
+"""What training frameworks put around an optimizer and into its closures. None of them is imported here."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+_LIGHTNING = ("lightning", "pytorch_lightning")
+
+
+def stand_aside(proxy: type, ours: type) -> None:
+    """Let a proxy that inherits from us, only to look like us, hand everything on to the optimizer it stands for.
+
+    Lightning and Fabric make such classes. Our methods would otherwise run on the proxy itself, and what a step leaves
+    behind would stay there. A class that merely inherits from us is left alone.
+    """
+    front = proxy.__bases__[0]
+    if not hasattr(front, "__getattr__"):
+        return
+    for cls in (c for c in proxy.__mro__[1:] if issubclass(c, ours)):
+        for name in vars(cls):
+            if not name.startswith("__") and not hasattr(front, name):  # one of us, as `front`, has them all
+                setattr(proxy, name, _handed_on(name))
+
+
+def _handed_on(name: str) -> property:
+    def get(self: Any) -> Any:
+        return self.__getattr__(name)
+
+    return property(get)
+
+
+def unwrap(closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+    """The closure that ``step`` was meant to get: Lightning's optimizer passes one even where it was given none.
+
+    Raises:
+        RuntimeError: the closure of Lightning's automatic optimisation, while it accumulates gradients.
+    """
+    if not isinstance(closure, partial) or not closure.args:
+        return closure
+    inner = closure.args[-1]
+    if getattr(inner, "__module__", "").partition(".")[0] not in _LIGHTNING:
+        return closure
+    if getattr(inner, "__name__", "") == "do_nothing_closure":
+        closure()  # for the hooks that Lightning runs in it
+        return None
+    if getattr(inner, "_zero_grad_fn", inner) is None:
+        raise RuntimeError(
+            "accumulate_grad_batches under automatic optimisation: the second pass would see the last batch only. Use "
+            "manual optimisation with a closure over all batches of the step, or accumulate_grad_batches=1"
+        )
+    return closure
