@@ -12,6 +12,7 @@ METHODS = {
     "sam": lambda p: lk.SAM(p, torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9),
     "asam": lambda p: lk.ASAM(p, torch.optim.AdamW, rho=0.5, filterwise=True, lr=0.02),
     "rmsprop": lambda p: lk.SAM(p, torch.optim.RMSprop, rho=0.1, lr=0.01),
+    "scheduled": lambda p: lk.SAM(p, torch.optim.SGD, lk.ScheduledRadius.linear(0.5, 0.1, 12), lr=0.1),
     "lets": lambda p: lk.LETSSAM(
         p, torch.optim.SGD, lk.LearnedRadius(0.1, curvature="secant", lr=0.1), lr=0.1, momentum=0.9
     ),
