@@ -228,7 +228,7 @@ class Wrapper(torch.optim.Optimizer):
                 if own is None or name not in group:
                     group[name] = value
         self._reset()
-        self._mark_gradients()  # what is there was made at other weights
+        self._mark_gradients()  # they are from before the load
         if own is not None:
             self.direction.load_state_dict(own["direction"])
             self.schedule.load_state_dict(own["schedule"])

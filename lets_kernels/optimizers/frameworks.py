@@ -1,6 +1,5 @@
 """What training frameworks put around an optimizer and into its closures. None of them is imported here."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,7 @@ def _handed_on(name: str) -> property:
     return property(get)
 
 
-def unwrap(closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+def unwrap(closure: Any) -> Any:
     """The closure that ``step`` was meant to get: Lightning's optimizer passes one even where it was given none.
 
     Raises:

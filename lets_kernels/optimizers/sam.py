@@ -410,8 +410,13 @@ class SAM(Wrapper):
         self._captured.append((self._space(), state, radii))
 
     def _call(self, closure: Closure, scaler: Scaler | None = None) -> Any:
-        with torch.enable_grad():
-            loss = closure()
+        try:
+            # No scaler steps within a closure. Lightning asks there whether to clip, and would refuse, in bf16 too.
+            self._step_supports_amp_scaling = False
+            with torch.enable_grad():
+                loss = closure()
+        finally:
+            self.__dict__.pop("_step_supports_amp_scaling", None)
         if scaler is not None:
             self._scaling.unscale(scaler, self.param_groups)
         return loss
