@@ -24,7 +24,7 @@ def _missing(*names):
 
 collect_ignore = [f"test_frameworks_{name}.py" for name in FRAMEWORKS if _missing(name)]
 collect_ignore += ["test_demo.py"] if _missing(*DEMO) else []
-collect_ignore += ["test_examples.py"] if _missing(*FRAMEWORKS) else []
+collect_ignore += ["test_examples.py", "test_frameworks_replicas.py"] if _missing(*FRAMEWORKS) else []
 
 
 def pytest_generate_tests(metafunc):
