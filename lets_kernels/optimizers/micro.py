@@ -44,7 +44,7 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
             p.grad = total.div_(len(closures))
         assert o._step is not None
         o._step.totals = totals
-        o.second_step()
+        o._finish()
     except BaseException:
         o.restore()
         o._mark_gradients()

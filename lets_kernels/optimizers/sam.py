@@ -150,14 +150,21 @@ class SAM(Wrapper):
         self._step.perturb()
 
     @untraced
-    @torch.no_grad()
+    @torch.optim.Optimizer.profile_hook_step
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and take the base optimizer's step, along the gradients of the second backward.
+
+        Step hooks run around it, as they do around :meth:`step`: once a step, in whatever shape it is taken.
 
         Raises:
             RuntimeError: without a ``first_step`` before it, or inside ``perturbed()``.
             TypeError: sparse gradients. The weights are restored and the step is given up then.
         """
+        self._finish(zero_grad)
+
+    @torch.no_grad()
+    def _finish(self, zero_grad: bool = False) -> None:
+        """What :meth:`second_step` does, without the hooks, which around :meth:`step` have run."""
         self._heal()
         step, self._trial = self._step, None
         if step is None:
@@ -250,7 +257,7 @@ class SAM(Wrapper):
             if scale is not None:
                 unscale_by(self._gradients(), scale)
             self._step.overflow = overflow
-            self.second_step()
+            self._finish()
             return None
         if overflow is not None:
             raise RuntimeError(
@@ -281,7 +288,7 @@ class SAM(Wrapper):
                 self._step.perturbed_loss = as_scalar(self._call(closure, scaler))
             else:
                 self._step.return_gradients()
-            self.second_step()
+            self._finish()
         except BaseException:
             self.restore()
             self._mark_gradients()  # of a pass that failed: no step may start from them
