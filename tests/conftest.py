@@ -13,18 +13,23 @@ from backends import Backend, targets
 torch.set_num_threads(1)
 
 
-# `make gpu-check` needs no more than torch and the test tools; `make test` installs all of these.
-DEMO = ("sklearn", "matplotlib", "rich")
+# What some files need beyond torch and pytest: `make gpu-check` does without, `make test` installs it all.
 FRAMEWORKS = ("accelerate", "lightning", "transformers")
-
-
-def _missing(*names):
-    return any(importlib.util.find_spec(name) is None for name in names)
-
-
-collect_ignore = [f"test_frameworks_{name}.py" for name in FRAMEWORKS if _missing(name)]
-collect_ignore += ["test_demo.py"] if _missing(*DEMO) else []
-collect_ignore += ["test_examples.py", "test_frameworks_replicas.py"] if _missing(*FRAMEWORKS) else []
+NEEDS = {
+    "test_demo.py": ("sklearn", "matplotlib", "rich"),
+    "test_conformance.py": ("expecttest",),
+    "test_conformance_state.py": ("expecttest",),
+    "test_conformance_table.py": ("expecttest",),
+    "test_examples.py": FRAMEWORKS,
+    "test_frameworks_accelerate.py": ("accelerate",),
+    "test_frameworks_lightning.py": ("lightning",),
+    "test_frameworks_replicas.py": FRAMEWORKS,
+    "test_frameworks_transformers.py": ("transformers",),
+    "test_hypothesis.py": ("hypothesis",),
+}
+collect_ignore = [
+    file for file, names in NEEDS.items() if any(importlib.util.find_spec(name) is None for name in names)
+]
 
 
 def pytest_generate_tests(metafunc):
