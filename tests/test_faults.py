@@ -99,6 +99,24 @@ def test_an_exception_inside_the_context_restores_to_the_bit(backend, error, dty
     assert same_bits(weights(toy), weights(other))
 
 
+def test_an_interrupt_between_the_perturbation_and_the_context_restores(backend, monkeypatch):
+    """Code of torch's stands around `first_step`; inside the context, or not, the weights are either's."""
+    toy = Toy()
+    opt = lk.SAM(toy.params, torch.optim.SGD, rho=3.0, backend=backend.name, lr=0.1)
+    before, perturb, seen = weights(toy), opt.first_step, []
+
+    def first_step(**options):
+        perturb(**options)
+        seen.append(weights(toy))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opt, "first_step", first_step)
+    toy.set_grads(toy.grads(0))
+    with pytest.raises(KeyboardInterrupt), opt.perturbed():
+        pass
+    assert same_bits(weights(toy), before) and not same_bits(seen[0], before)
+
+
 @pytest.mark.parametrize("entry", ["step", "restore"])
 @pytest.mark.parametrize("after", [False, True], ids=["before-the-op", "after-the-op"])
 @pytest.mark.parametrize("op", ["grad_norm", "perturb_", "restore_", "restore_sgd_"])

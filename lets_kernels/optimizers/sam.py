@@ -15,6 +15,7 @@ from lets_kernels.distributed import Replicas
 from lets_kernels.layout import Bucket, ParameterSpace
 from lets_kernels.network import Network
 from lets_kernels.optimizers.base import Wrapper, untraced
+from lets_kernels.optimizers.context import PerturbedContext
 from lets_kernels.optimizers.frameworks import unwrap
 from lets_kernels.optimizers.learning import learn
 from lets_kernels.optimizers.micro import micro_step
@@ -112,7 +113,7 @@ class SAM(Wrapper):
         Raises:
             RuntimeError: with ``sync_perturbation=False``, no forward inside, or a model with ``static_graph=True``.
         """
-        self._heal()
+        self.refuse_another_step("first_pass()")
         with self.network.first_pass({p.device for group in self.param_groups for p in group["params"]}):
             yield
 
@@ -141,13 +142,16 @@ class SAM(Wrapper):
             RuntimeError: the weights are perturbed already.
             TypeError: sparse gradients. No weight has been touched then.
         """
-        self._heal()
-        self._refuse_while_perturbed("first_step()")
+        self.refuse_another_step("first_step()")
         self._step = None
-        self._step = Step(self, as_scalar(loss), keep=not zero_grad)
-        if zero_grad:
-            self.zero_grad()
-        self._step.perturb()
+        self._step = step = Step(self, as_scalar(loss), keep=not zero_grad)
+        try:
+            if zero_grad:
+                self.zero_grad()
+            step.perturb()
+        except BaseException:
+            self.restore()
+            raise
 
     @untraced
     @torch.optim.Optimizer.profile_hook_step
@@ -174,10 +178,10 @@ class SAM(Wrapper):
         check_same_graph(step.captured, "second_step()", "first_step()")
         try:
             self.fused, self.fused_reason = step.descend()
-        except BaseException:
+            self._trial, self._step, self._radius_waits = step.trial, None, self.radius.learns
+        except BaseException:  # an interrupt after the base optimizer's step too: it must not be taken again
             self.restore()
             raise
-        self._trial, self._step, self._radius_waits = step.trial, None, self.radius.learns
         self._last, self._step_number = step.metrics(), self._step_number + 1
         for optimizer in (self, self.base_optimizer):
             optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
@@ -187,31 +191,21 @@ class SAM(Wrapper):
             self._mark_gradients()
 
     @untraced
-    @contextmanager
-    def perturbed(self, *, loss: Any = None) -> Iterator[None]:
+    def perturbed(self, *, loss: Any = None) -> PerturbedContext:
         """Weights at θ + ε inside, at θ to the bit outside, whatever happens; ``step()`` then takes the step.
 
         Raises:
-            RuntimeError, TypeError: as :meth:`first_step`.
+            RuntimeError, TypeError: as :meth:`first_step`, on the way in.
         """
-        self._heal()
-        self._refuse_while_perturbed("perturbed()")
-        try:
-            self.first_step(loss=loss)
-            assert self._step is not None
-            self._step.in_context = True
-            yield
-        except BaseException:
-            self.restore()
-            raise
-        if self._step is not None:  # else given up inside, by restore()
-            with torch.no_grad():
-                self._step.restore()
-            self._step.in_context = False
+        return PerturbedContext(self, loss)
 
     @untraced
     def restore(self) -> None:
-        """Bring the weights back to θ, to the bit, and give up the step that was begun. Harmless at any time."""
+        """Bring the weights back to θ, to the bit, and give up the step that was begun. Harmless at any time.
+
+        After an exception between ``first_step()`` and ``second_step()`` the weights stay perturbed until this is
+        called, or ``step(closure)``, which does so first; a forward pass or ``zero_grad()`` notices nothing.
+        """
         step = self._step
         if step is not None:
             with torch.no_grad():
@@ -431,6 +425,12 @@ class SAM(Wrapper):
     def _call_first(self, closure: Closure, scaler: Scaler | None) -> Any:
         with self.first_pass():
             return self._call(closure, scaler)
+
+    @untraced
+    def refuse_another_step(self, what: str) -> None:
+        """``RuntimeError`` if a step has been begun and its weights are perturbed."""
+        self._heal()
+        self._refuse_while_perturbed(what)
 
     def _heal(self) -> None:
         """Undo a perturbation that an interrupt cut off before it was complete, or while it was being undone."""

@@ -1,0 +1,57 @@
+"""``with opt.perturbed():``."""
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lets_kernels.optimizers.base import untraced
+
+if TYPE_CHECKING:
+    from lets_kernels.optimizers.sam import SAM
+
+
+class PerturbedContext:
+    """Perturbed inside, restored outside, also where an interrupt comes while the weights are moved or moved back.
+
+    A class and not a generator: around a generator's code runs ``contextlib``'s, and an interrupt there would leave the
+    weights perturbed until the generator is collected, which may be in the middle of a later step. For the same reason
+    what is untraced, and so has torch's code around it, is called within the ``try``.
+    """
+
+    def __init__(self, optimizer: "SAM", loss: Any) -> None:
+        self._optimizer, self._loss = optimizer, loss
+
+    def __enter__(self) -> None:
+        self._optimizer.refuse_another_step("perturbed()")
+        try:
+            _enter(self._optimizer, self._loss)
+        except BaseException:
+            self._optimizer.restore()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            _leave(self._optimizer, failed=kind is not None)
+        except BaseException:
+            self._optimizer.restore()
+            raise
+
+
+@untraced
+def _enter(optimizer: "SAM", loss: Any) -> None:
+    optimizer.first_step(loss=loss)
+    assert optimizer._step is not None
+    optimizer._step.in_context = True
+
+
+@untraced
+@torch.no_grad()
+def _leave(optimizer: "SAM", failed: bool) -> None:
+    if failed:
+        optimizer.restore()
+    elif optimizer._step is not None:  # else given up inside, by restore()
+        optimizer._step.restore()
+        optimizer._step.in_context = False

@@ -1,0 +1,202 @@
+"""Ten thousand interrupts at random points of a step: weights are never others than those of a step.
+
+What is promised, wherever in a step an interrupt falls:
+
+- `step(closure)` and `with opt.perturbed()` leave no perturbed weights behind, at once. (A signal that Python hands
+  over in the first instructions of the context's `__exit__` finds nobody to catch it; then as in the next line.)
+- `first_step()` and `second_step()` that are cut short restore as well. Between the two, at the latest the next entry
+  does: `restore()` and `step(closure)` always, every other one does or refuses, naming `restore()`. `zero_grad()`,
+  `rho`, `metrics()` and a forward pass are no entries.
+- A fused step leaves each bucket's weights as before the step or as after it; of several the first may have stepped.
+  Where the base optimizer steps by itself, or the reference from weights that a context has restored already, that
+  holds for each parameter (as far as the base optimizer writes each once).
+- Weights and state, as they are then, are a state like any other: what follows is what would follow a checkpoint.
+"""
+
+import copy
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import interrupted
+import lets_kernels as lk
+from interrupts import Problem, Timer, Tracer, by_closure, by_context, by_two_steps, strike
+from runs import same_bits
+from toys import weights
+
+BASES = {
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "adam": (torch.optim.Adam, {"lr": 0.02}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
+}
+METHODS = {
+    "sam": (lk.SAM, {"rho": 0.5}),
+    "asam": (lk.ASAM, {"rho": 0.5, "filterwise": True}),
+    "letssam": (lk.LETSSAM, {"rho": 0.5}),
+}
+COMBINATIONS = tuple(
+    itertools.product((by_closure, by_two_steps, by_context), (False, True), (torch.float32, torch.bfloat16))
+)
+#: Interrupts of one combination: fewer where a step takes longer.
+EACH = {"cpu": {"sam": 46, "asam": 46, "letssam": 22}, "reference": {"sam": 12, "asam": 12, "letssam": 4}}
+assert 2 * len(BASES) * len(COMBINATIONS) * sum(n for each in EACH.values() for n in each.values()) >= 10_000
+BUCKETS, PARAMETERS = ((0, 1), (2, 3)), ((0,), (1,), (2,), (3,))
+
+
+def enter(problem, entry):
+    """The next thing a user calls. What an entry refuses is refused for the perturbation, and names the way out."""
+    opt = problem.opt
+    if entry == "restore":
+        opt.restore()
+    elif entry == "step":
+        seen = []
+
+        def closure():
+            seen.append(problem.weights())
+            raise ZeroDivisionError
+
+        opt.zero_grad()  # else there is a first pass by the caller
+        with pytest.raises(ZeroDivisionError):
+            opt.step(*[closure] * (1 + problem.learned))
+        assert same_bits(seen[0], problem.weights())
+    else:
+        problem.backward(0)
+        calls = {
+            "first_step": lambda: (opt.first_step(), opt.restore()),
+            "perturbed": lambda: (opt.perturbed().__enter__(), opt.restore()),
+            "state_dict": opt.state_dict,
+            "copy": lambda: copy.deepcopy(opt),
+        }
+        refused = None
+        try:
+            calls[entry]()
+        except RuntimeError as error:
+            refused = str(error)
+        if refused is not None:
+            assert "restore()" in refused
+            opt.restore()
+
+
+@pytest.mark.parametrize("interrupter", [Timer, Tracer])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base", BASES)
+def test_no_interrupt_leaves_weights_that_are_not_those_of_a_step(backend, base, method, interrupter):
+    cls, arguments = METHODS[method]
+    optimizer, options = BASES[base]
+    chance = random.Random(f"{base} {method}")
+    found, each = {}, EACH[backend.name][method]
+    with interrupter(chance.random()) as interrupts:
+        for take, flatten, dtype in COMBINATIONS:
+
+            def build(groups, flatten=flatten):
+                return cls(groups, optimizer, **arguments, flatten=flatten, backend=backend.name, **options)
+
+            def next_call(problem):
+                entries = ("restore", "step", "first_step", "perturbed", "state_dict", "copy")
+                enter(problem, chance.choice(entries))
+
+            partly = base == "rmsprop" or (backend.name == "reference" and take is by_context)
+            groups = PARAMETERS if partly else BUCKETS
+            problem, twin = Problem(dtype, build), Problem(dtype, build)
+            at_once, later = strike(interrupts, problem, twin, take, groups, next_call, each)
+            assert later == 0, f"{later} wrong in {take.__name__}, flatten={flatten}, {dtype}"
+            assert problem.opt.fused == (base != "rmsprop")
+            found[take] = found.get(take, 0) + at_once
+    assert found[by_closure] == 0
+    few = 0.02 * 4 * each + 3
+    assert found[by_context] <= few, "more than what falls on the first instructions of __exit__"
+    if interrupter is Tracer:  # the timer's fall between the two steps, where nobody can act on them
+        assert found[by_two_steps] <= few, "more than what falls on the first instructions of second_step"
+
+
+class Unprotected(torch.optim.SGD):
+    """SAM as it is mostly written: copies of the weights, and no `finally`."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.float().norm() for p in params]).norm()
+        old = [p.clone() for p in params]
+        for p in params:
+            p.add_(p.grad, alpha=float(0.5 / norm))
+        closure()
+        self.restore(params, old)
+        super().step()
+
+    @staticmethod
+    def restore(params, old):
+        for p, o in zip(params, old, strict=True):
+            p.copy_(o)
+
+
+class ParameterByParameter(Unprotected):
+    """The same, with the loop that restores in a `finally`."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        closure()
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.float().norm() for p in params]).norm()
+        old = [p.clone() for p in params]
+        try:
+            for p in params:
+                p.add_(p.grad, alpha=float(0.5 / norm))
+            closure()
+        finally:
+            self.restore(params, old)
+        torch.optim.SGD.step(self)
+
+
+@pytest.mark.parametrize("control, least", [(Unprotected, 0.2), (ParameterByParameter, 0.08)])
+def test_the_check_sees_what_other_loops_leave_behind(control, least):
+    """Controls: these must fail it. Wrong were 31 % and 15 % of the interrupts at the
+    instructions of their own code."""
+    problem, twin = (Problem(torch.float32, lambda groups: control(groups, lr=0.1)) for _ in range(2))
+    with Tracer(0, where=__file__) as interrupts:
+        at_once, later = strike(interrupts, problem, twin, by_closure, PARAMETERS, lambda problem: None, 300)
+    assert at_once == later
+    assert least < later / 300 < 1, f"{later} of 300 wrong"
+
+
+SIGNALS = (
+    (signal.SIGINT, "by_two_steps"),
+    (signal.SIGINT, "by_context"),
+    (signal.SIGTERM, "by_two_steps"),
+    (signal.SIGTERM, "by_closure"),
+)
+
+
+def test_a_process_that_a_signal_ends_saves_the_weights_of_a_step(tmp_path):
+    """Ctrl-C, and a SIGTERM that a handler turns into SystemExit, as a scheduler sends it before it kills."""
+    chance, runs = random.Random(0), []
+    for number, shape in SIGNALS:
+        path = tmp_path / f"{number}-{shape}"
+        command = [sys.executable, interrupted.__file__, shape, str(path)]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        runs.append((number, path, subprocess.Popen(command, env=env, **pipes)))
+    for number, _, child in runs:
+        assert child.stdout.readline() == "ready\n", child.stderr.read()
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "training\n", child.stderr.read()
+        time.sleep(chance.uniform(0.02, 0.2))
+        child.send_signal(number)
+    for number, path, child in runs:
+        errors = child.communicate(timeout=60)[1]
+        assert child.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: interrupted.ENDED}[number], errors
+        saved = torch.load(path)
+        task, opt = interrupted.training()
+        interrupted.by_closure(task, opt, task.batches[-1][0])
+        steps = itertools.islice(itertools.cycle(task.batches), 20_000)
+        assert same_bits(weights(task), saved) or any(
+            interrupted.by_closure(task, opt, batch) or same_bits(weights(task), saved) for batch, _ in steps
+        ), "saved weights that no step has"
