@@ -14,6 +14,7 @@ from lets_kernels.guarded import check_steps_alone
 from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import ParameterSpace
 from lets_kernels.optimizers.frameworks import stand_aside
+from lets_kernels.publication import Publication
 from lets_kernels.radius import Radius, check_rho
 from lets_kernels.runs import check_parameter
 from lets_kernels.schedule import Schedule
@@ -91,6 +92,7 @@ class Wrapper(torch.optim.Optimizer):
     def _reset(self) -> None:
         """What a step leaves behind and a copy of the optimizer does not take along."""
         self._buckets: ParameterSpace | None = None
+        self._publication: Publication = self.__dict__.get("_publication") or Publication(self)
         #: What captured CUDA graphs read and write; replays must find it, whatever has replaced it here.
         self._captured: list[Any] = self.__dict__.get("_captured", [])
         self._step: Step | None = None
@@ -288,4 +290,4 @@ _HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "stat
 _HOOKS |= {"_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
 _STEP = {"_step", "_trial", "_radius_waits", "_caller_begins", "_last", "_precision", "fused", "fused_reason"}
 # `step` is there if an LR scheduler has wrapped it; the copy has its own.
-_TRANSIENT = frozenset({"step", "_buckets", "_captured", *_HOOKS, *_STEP})
+_TRANSIENT = frozenset({"step", "_buckets", "_captured", "_publication", *_HOOKS, *_STEP})

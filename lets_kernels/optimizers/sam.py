@@ -48,8 +48,9 @@ class SAM(Wrapper):
             stay as they are. Decided on the device; costs one read of the second gradient.
         model: the module whose parameters these are, as it is called in training (wrapped by DistributedDataParallel
             or sharded by ``fully_shard``, where it is). Running statistics of its normalisation layers then count the
-            first pass of a step only, transposed convolutions and names are told apart, ``state_dict()`` of the module
-            refuses while the weights are perturbed, and sharded weights are gathered anew when they have moved.
+            first pass of a step only, transposed convolutions and names are told apart, sharded weights are gathered
+            anew when they have moved, and saving, copying or loading the module, or one in it, is refused while the
+            weights are perturbed.
         process_group: the ranks that train one model together; the scalars of a step are averaged over them, so that
             all take the same step to the bit. Default: those of the parameters' mesh (DTensor) or of a
             DistributedDataParallel ``model``. ``"alone"``: nothing is sent.
@@ -369,6 +370,7 @@ class SAM(Wrapper):
             self.network.bind()
             self.network.weights_move()  # parameters are found, and stand in their modules, in one piece a rank
             self.direction.bind(self.model)
+            self._publication.cover(self.model)
             direction, names = self.direction, self.network.names()
             space = ParameterSpace(
                 self.param_groups, names, direction.geometry, self._backend, self._flatten, direction.filter_dim
