@@ -46,6 +46,9 @@ def learn(o: "SAM", train_closure: Closure | None, val_closure: Closure | None, 
         o._drop_gradients()
         val_loss = as_loss(o._call(val_closure, scaler), "val_closure")
         val = [by_index(b.gather()) for b in buckets]
+    except BaseException:
+        o._scaling.give_up()
+        raise
     finally:
         o.network.statistics.release()
         for p, grad in kept:

@@ -47,6 +47,7 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
         o._finish()
     except BaseException:
         o.restore()
+        o._scaling.give_up()
         o._mark_gradients()
         raise
     return losses

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels import ops
-from lets_kernels.amp import LossScaling, Scaler, unscale_by
+from lets_kernels.amp import LossScaling, Scaler, handed_over, unscale_by
 from lets_kernels.descent import Descent, Perturbed
 from lets_kernels.direction import Adaptive, Direction
 from lets_kernels.distributed import Replicas
@@ -124,9 +124,13 @@ class SAM(Wrapper):
 
         Then go on as ever: ``scaler.step(opt)`` takes the step, or skips it where a pass has overflowed, and
         ``scaler.update()`` hears of both passes. Public methods of the scaler only.
+
+        Raises:
+            RuntimeError: the weights are perturbed, or these gradients have been unscaled already (the scaler's).
+            ValueError: float16 gradients, which the scaler refuses.
         """
         self._refuse_while_perturbed("unscale_first()")
-        self._scaling.begin()
+        self._scaling.begin(scaler, first_only=True)
         self._scaling.unscale(scaler, self.param_groups)
 
     @untraced
@@ -176,13 +180,21 @@ class SAM(Wrapper):
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
         if step.in_context:
             raise RuntimeError("the step is taken after `with opt.perturbed():`, not inside; leave the context first")
+        if self._scaling.first_only and step.overflow is None:
+            raise RuntimeError(
+                "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
+                "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so)"
+            )
         check_same_graph(step.captured, "second_step()", "first_step()")
         try:
             self.fused, self.fused_reason = step.descend()
+            if not self.network.sync_perturbation:
+                self._scaling.tell(step.gate)
             self._trial, self._step, self._radius_waits = step.trial, None, self.radius.learns
         except BaseException:  # an interrupt after the base optimizer's step too: it must not be taken again
             self.restore()
             raise
+        self._scaling.end()
         self._last, self._step_number = step.metrics(), self._step_number + 1
         for optimizer in (self, self.base_optimizer):
             optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
@@ -212,6 +224,7 @@ class SAM(Wrapper):
             with torch.no_grad():
                 step.restore()
             self._step = None
+            self._scaling.give_up()
 
     @untraced
     def step(
@@ -232,7 +245,8 @@ class SAM(Wrapper):
                 each perturbed along its own gradient (m-sharpness); the step is along the mean of theirs.
             val_closure: the same on a validation batch; for a learned radius, and only for it.
             scaler: a ``torch.amp.GradScaler`` with which the closures scale the loss for their backward (they return
-                the loss itself). Every pass is unscaled here; ``scaler.update()`` is still the caller's.
+                the loss itself). Every pass is unscaled here, a first backward of the caller's too, and looked at for
+                overflow even if ``check_finite`` is False; ``scaler.update()`` is still the caller's.
 
         Returns:
             The first loss, as the closure returned it, or a list of them; None if the closure did not compute it.
@@ -242,30 +256,24 @@ class SAM(Wrapper):
             ValueError: a validation closure missing or superfluous.
         """
         closure = unwrap(closure)
-        scale, overflow = (self.__dict__.get(name) for name in ("grad_scale", "found_inf"))
-        if closure is None:
-            if val_closure is not None:
-                raise ValueError("step(None, val_closure): use radius_step(train_closure, val_closure) after step()")
-            if self._step is None:
-                self._step_alone()
+        with handed_over(self) as (scale, overflow):
+            if closure is None:
+                if val_closure is not None:
+                    raise ValueError("step(None, val_closure): use radius_step(closure, val_closure) after step()")
+                self._finish_begun(scale, overflow)
                 return None
-            if scale is not None:
-                unscale_by(self._gradients(), scale)
-            self._step.overflow = overflow
-            self._finish()
-            return None
-        if overflow is not None:
-            raise RuntimeError(
-                "scaler.step(opt, closure) would step along scaled gradients: call opt.step(closure, scaler=scaler), "
-                "then scaler.update()"
-            )
+            if overflow is not None:
+                raise RuntimeError(
+                    "scaler.step(opt, closure) would step along scaled gradients: call opt.step(closure, "
+                    "scaler=scaler), then scaler.update()"
+                )
         if self.radius.learns and val_closure is None:
             raise ValueError("a learned radius needs a validation closure: step(closure, val_closure)")
         if not self.radius.learns and val_closure is not None:
             raise ValueError("val_closure is for a learned radius: step(closure), or rho=LearnedRadius(...)")
         check_capture(self)
         self.restore()
-        self._scaling.begin()
+        self._scaling.begin(scaler)
         if isinstance(closure, Sequence):
             return micro_step(self, closure, scaler)
         if self._caller_begins is None:
@@ -277,6 +285,8 @@ class SAM(Wrapper):
                 loss = self._call_first(closure, scaler)
                 if self.radius.learns:
                     as_loss(loss, "closure")
+            elif scaler is not None:
+                self._scaling.unscale(scaler, self.param_groups)
             self.first_step(zero_grad=True, loss=loss)
             assert self._step is not None
             if self._step.perturbs:
@@ -286,11 +296,30 @@ class SAM(Wrapper):
             self._finish()
         except BaseException:
             self.restore()
+            self._scaling.give_up()
             self._mark_gradients()  # of a pass that failed: no step may start from them
             raise
         if self._trial is not None:
             self.radius_step(closure, val_closure, scaler=scaler)
         return loss
+
+    def _finish_begun(self, scale: Tensor | None, overflow: Tensor | None) -> None:
+        """``step()``: finish what was begun; under a scaler with the scale and the overflow that it hands over."""
+        step = self._step
+        if step is None:
+            self._step_alone()
+            return
+        if overflow is not None and not self._scaling.first_only:
+            self.restore()
+            raise RuntimeError(
+                "scaler.step(opt) without opt.unscale_first(scaler): the first gradients are still scaled, and the "
+                "scaler would not hear of their overflow; call it between the first backward and first_step() or "
+                "perturbed(). The weights were restored, the step is given up"
+            )
+        if scale is not None:
+            unscale_by(self._gradients(), scale)
+        step.overflow = overflow
+        self._finish()
 
     def _step_alone(self) -> None:
         """``step()`` with nothing begun: what checkpointing tools call, with zero gradients or lr = 0."""

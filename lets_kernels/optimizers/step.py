@@ -205,17 +205,20 @@ class Step:
     def _close_gate(self, active: list[Runs]) -> None:
         """0 where a gradient is not finite, of any pass and on any rank; counted, and never read here."""
         o = self.optimizer
-        flags = []
-        if o.check_finite and (active or o.replicas.groups):
-            unscaled = [(r.bucket, r.pack(r.grads), r.bucket.unscaled_table(r.indices)) for r in active]
-            sums = [b.parts * b.ops.grad_norm(grads, [], table, None, 0.0, 2.0) for b, grads, table in unscaled]
+        reads = o.check_finite or o._scaling.every_pass  # else nobody asks, or a gradient scaler has read them
+        flags: list[Tensor] = []
+        if (reads or self.overflow is not None) and (active or o.replicas.groups):
+            sums = []
+            if reads:
+                unscaled = [(r.bucket, r.pack(r.grads), r.bucket.unscaled_table(r.indices)) for r in active]
+                sums = [b.parts * b.ops.grad_norm(grads, [], table, None, 0.0, 2.0) for b, grads, table in unscaled]
+            if self.overflow is not None:
+                overflow = self.overflow.to(self.total.device, torch.float64).reshape(())
+                sums.append(torch.where(overflow != 0, torch.inf, torch.zeros_like(overflow)))
             alone = [] if o.network.sync_perturbation else self.totals  # no rank has heard of the others' yet
-            self.hats, *others = [[value] for value in o.replicas.means([self._sum(sums), *alone])]
-            flags = [*self.hats, *(value for other in others for value in other)]
+            flags = o.replicas.means([self._sum(sums), *alone])
+            self.hats = flags[:1] if reads else []
             flags += self.totals if not alone else []
-        if self.overflow is not None:
-            overflow = self.overflow.to(self.total.device, torch.float64).reshape(())
-            flags.append(torch.where(overflow != 0, torch.inf, 0.0))
         if flags:
             self.gate, self.gated = self.buckets[0].ops.all_finite_(flags, o.skipped), True
 
