@@ -34,10 +34,10 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
             assert step is not None
             if step.perturbs:
                 step.perturbed_loss = as_scalar(o._call(closure, scaler))
-                with torch.no_grad():
-                    step.restore()
             else:
                 step.return_gradients()
+            with torch.no_grad():
+                step.restore()
             totals.append(step.total)
             _add(sums, o)
         for p, total in sums.items():

@@ -118,11 +118,11 @@ class Step:
 
     def perturb(self) -> None:
         """θ ← θ + ε, over all buckets with one norm; nothing on a step that does not perturb."""
+        network = self.optimizer.network
+        network.statistics.hold()  # a second pass may follow, perturbed or not
         if not self.perturbs:
             return
-        network = self.optimizer.network
         self.is_perturbed = self.torn = True
-        network.statistics.hold()
         network.weights_move()
         for a in self.ascents:
             a.perturb(self.total.to(a.bucket.device), self.rho[a.bucket.index])
