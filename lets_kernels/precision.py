@@ -41,8 +41,8 @@ def measure(ascents: Sequence[Ascent], total: Tensor, rho: Sequence[Tensor], rep
     """What became of ε in weights of 16 bits, right after they were perturbed: 0-d float64 tensors, no wait.
 
     ``perturbation_cosine`` between the perturbation and ε, ``perturbation_length`` the ratio of their lengths, and
-    ``perturbed_fraction`` the share of weights that moved. One parameter at a time is computed in float64. Empty
-    without such weights; one all-reduce where there are several ranks.
+    ``perturbed_fraction`` the share of weights that moved; NaN where ε is zero. One parameter at a time is computed in
+    float64. Empty without such weights; one all-reduce where there are several ranks.
     """
     narrow = [a for a in ascents if a.bucket.dtype in NARROW]
     if not narrow:

@@ -406,7 +406,7 @@ class SAM(Wrapper):
             )
             self._check_ranks(space)
             warn_of_narrow(space.buckets)
-            self._buckets = space
+            self._buckets, self._precision = space, {}
             self._move_scalars(self._buckets.buckets)
         return self._buckets
 

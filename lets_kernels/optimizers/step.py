@@ -136,11 +136,9 @@ class Step:
     def _measure(self) -> None:
         """Of weights that round, from time to time: how much of the perturbation is left."""
         o = self.optimizer
-        if self.captured or o._step_number % INTERVAL:
+        if self.captured or (o._precision and o._step_number % INTERVAL):
             return
-        found = measure(self.ascents, self.total, self.rho, o.replicas)
-        if found:
-            o._precision = found
+        o._precision = measure(self.ascents, self.total, self.rho, o.replicas)
 
     def restore(self) -> None:
         """θ + ε → θ, to the bit, wherever the weights are perturbed."""
