@@ -180,13 +180,14 @@ class SAM(Wrapper):
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
         if step.in_context:
             raise RuntimeError("the step is taken after `with opt.perturbed():`, not inside; leave the context first")
-        if self._scaling.first_only and step.overflow is None:
-            raise RuntimeError(
-                "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
-                "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so)"
-            )
-        check_same_graph(step.captured, "second_step()", "first_step()")
         try:
+            check_same_graph(step.captured, "second_step()", "first_step()")
+            if self._scaling.first_only and step.overflow is None:
+                raise RuntimeError(
+                    "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
+                    "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so). The weights "
+                    "were restored, the step is given up"
+                )
             self.fused, self.fused_reason = step.descend()
             if not self.network.sync_perturbation:
                 self._scaling.tell(step.gate)
