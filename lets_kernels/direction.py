@@ -160,8 +160,10 @@ class Adaptive(Direction):
         if not group["adaptive"] or (bias and not self.scale_bias):
             return UNSCALED, 0
         dim, p = self.filter_dim(p), local(p)
-        if not self.filterwise or p.dim() < 3 or p.numel() == 0:
+        if not self.filterwise or p.dim() < 3 or p.shape[dim] == 0:
             return ELEMENT_WISE, 0
+        if p.numel() == 0:
+            return 1, p.shape[dim]
         # In the memory of a dense tensor the index along a dimension is (offset / stride) mod size.
         stride = p.stride(dim) if is_dense(p) else math.prod(p.shape[dim + 1 :])
         return (p.numel(), 1) if p.shape[dim] == 1 else (stride, p.shape[dim])

@@ -58,12 +58,22 @@ class Bucket:
         #: The optimizer's state tensors of these parameters, as the fused steps found them (fused.py).
         self.found_state: dict[str, tuple[tuple[int, ...], list[Tensor | None], list[Tensor]]] = {}
 
-        rows, self.size, self.filters = [], 0, 0
+        rows: list[tuple[int, ...]] = []
+        self.size = self.filters = 0
+        #: Where the norms of a parameter's filters stand, by its index; and those whose elements other ranks hold.
+        self._filters_of: dict[int, slice] = {}
+        self._elsewhere: list[slice] = []
         for p, part, name in zip(params, memory, names, strict=True):
             length, count = geometry(p, name, options)
-            rows.append((self.size, part.numel(), length, count, self.filters if length > 0 else 0))
+            first = 0
+            if length > 0:
+                first, self.filters = self.filters, self.filters + count
+                self._filters_of[len(rows)] = slice(first, self.filters)
+                if not part.numel():  # nothing here for the ops to read, but the rank still takes part in the sums
+                    self._elsewhere.append(self._filters_of[len(rows)])
+                    length, count, first = ELEMENT_WISE, 0, 0
+            rows.append((self.size, part.numel(), length, count, first))
             self.size += -(-part.numel() // PADDING) * PADDING
-            self.filters += count if length > 0 else 0
         self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         self.element_wise = any(row[2] == ELEMENT_WISE for row in rows)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -97,14 +107,16 @@ class Bucket:
 
     def split_filters(self, filter_dim: Callable[[Tensor], int]) -> None:
         """Find the filters that are cut over ranks; ``filter_dim`` gives the dimension along which filters lie."""
-        for p, (_, numel, length, count, start) in zip(self.params, self._rows.tolist(), strict=True):
-            if length > 0 and numel:
-                for group in filter_groups(p, filter_dim(p)):
-                    self._split_filters.setdefault(group, []).append(slice(start, start + count))
+        for i, place in self._filters_of.items():
+            for group in filter_groups(self.params[i], filter_dim(self.params[i])):
+                self._split_filters.setdefault(group, []).append(place)
 
     def join_filters(self) -> None:
         """Make norms of parts of filters those of whole filters: one all-reduce a group of ranks, if there are any."""
         norms = self.filter_norms
+        for place in self._elsewhere:
+            assert norms is not None
+            norms[place] = 0
         for group, places in self._split_filters.items():
             assert norms is not None
             squares = torch.cat([norms[place] for place in places]).double().square()
@@ -177,8 +189,9 @@ class Bucket:
             TypeError: a sparse gradient.
         """
         runs = self._gather()
-        if own and any(map(is_lent, runs.grads)):
-            runs.grads = [g.clone() if is_lent(g) else g for g in runs.grads]
+        # What is written to a DTensor does not count as a version of its part, so nobody would notice.
+        if own and (self.spread or any(map(is_lent, runs.grads))):
+            runs.grads = [g.clone() if self.spread or is_lent(g) else g for g in runs.grads]
         return runs
 
     def _gather(self) -> Runs:
