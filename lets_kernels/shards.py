@@ -32,6 +32,11 @@ def local(t: Tensor) -> Tensor:
     return part.detach()
 
 
+def version(t: Tensor) -> tuple[int, int]:
+    """What a write in place changes. Of a DTensor it may count on the whole (``zero_()``) or the part (FSDP adds)."""
+    return t._version, local(t)._version if is_spread(t) else 0
+
+
 def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
     """This rank's part of a gradient, cut as its parameter is; a partial sum is reduced first."""
     if not is_spread(grad):

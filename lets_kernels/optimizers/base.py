@@ -18,6 +18,7 @@ from lets_kernels.publication import Publication
 from lets_kernels.radius import Radius, check_rho
 from lets_kernels.runs import check_parameter
 from lets_kernels.schedule import Schedule
+from lets_kernels.shards import version
 
 if TYPE_CHECKING:
     from lets_kernels.optimizers.step import Step
@@ -276,10 +277,10 @@ class Wrapper(torch.optim.Optimizer):
         """Remember that these gradients, in this version, have been used; a later backward makes others."""
         if self._caller_begins is not False:  # else nobody asks
             for g in self._gradients():
-                setattr(g, _SEEN, g._version)
+                setattr(g, _SEEN, version(g))
 
     def _has_new_gradients(self) -> bool:
-        return any(getattr(g, _SEEN, None) != g._version for g in self._gradients())
+        return any(getattr(g, _SEEN, None) != version(g) for g in self._gradients())
 
     def _drop_gradients(self) -> None:
         for p in (p for group in self.param_groups for p in group["params"]):
