@@ -130,6 +130,7 @@ class Network:
         self.model, self.sync_perturbation, self.same_rng = model, sync_perturbation, same_rng
         self.statistics, self.numbers = RunningStatistics(), SameRandomNumbers()
         self._sharded: list[FSDPModule] = []
+        self._roots: list[FSDPModule] = []
         self._passed = False
         self.bind()
 
@@ -147,7 +148,9 @@ class Network:
                 "FullyShardedDataParallel flattens parameters in a way that hides which rank holds what; shard the "
                 "model with torch.distributed.fsdp.fully_shard"
             )
-        self._sharded = [m for m in modules if isinstance(m, fsdp.FSDPModule)] if fsdp is not None else []
+        sharded = [m for m in modules if isinstance(m, fsdp.FSDPModule)] if fsdp is not None else []
+        inner = {id(child) for m in sharded for child in m.modules() if child is not m}
+        self._sharded, self._roots = sharded, [m for m in sharded if id(m) not in inner]
         self.statistics.bind(self.model)
 
     def names(self) -> dict[int, str]:
@@ -210,6 +213,14 @@ class Network:
             m.reshard()
         if torch.is_autocast_cache_enabled():
             torch.clear_autocast_cache()
+
+    def pass_failed(self) -> None:
+        """A pass may have been cut short. FSDP then takes itself to be within it, and keeps what it has gathered."""
+        for m in self._roots:
+            try:
+                m.reset_iter_state()
+            except (AttributeError, RuntimeError):  # a torch that lacks it, or a root that lies outside of the model
+                m.set_reshard_after_forward(True)  # reshard() takes effect then; costs a gathering in the backward
 
     def perturbed(self) -> None:
         """The passes at θ are over, those at θ + ε begin."""

@@ -222,6 +222,8 @@ class SAM(Wrapper):
         """
         step = self._step
         if step is not None:
+            if step.is_perturbed:
+                self.network.pass_failed()
             with torch.no_grad():
                 step.restore()
             self._step = None
