@@ -89,6 +89,14 @@ def test_importing_the_package_downloads_builds_and_probes_nothing():
     assert result.stdout.splitlines() == [before.stdout.strip(), "False"]
 
 
+def test_importing_the_package_imports_neither_dtensors_nor_fsdp():
+    """They take seconds, and most who use the package have none."""
+    names = ("torch.distributed.tensor", "torch.distributed.fsdp")
+    program = f"import sys, lets_kernels\nprint([m for m in {names} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_the_instruction_set_can_be_chosen_by_environment():
     program = "from lets_kernels.ops import native; print(native._C.cpu_isa())"
     environment = {**os.environ, "LETS_KERNELS_CPU_ISA": "baseline"}
