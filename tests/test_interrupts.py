@@ -191,7 +191,7 @@ def test_a_process_that_a_signal_ends_saves_the_weights_of_a_step(tmp_path):
         time.sleep(chance.uniform(0.02, 0.2))
         child.send_signal(number)
     for number, path, child in runs:
-        errors = child.communicate(timeout=60)[1]
+        errors = child.communicate(timeout=300)[1]
         assert child.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: interrupted.ENDED}[number], errors
         saved = torch.load(path)
         task, opt = interrupted.training()
