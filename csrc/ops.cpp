@@ -14,8 +14,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Above this many bytes written, what is not read back by the op is written around the caches.
-constexpr int64_t kStreamBytes = int64_t(1) << 23;
 constexpr Where kCpu;
 
 Tensor make_scalar(double value) {
@@ -44,6 +42,7 @@ void over_chunks(const Table& table, const F& f) {
   for_each(int64_t(chunks.size()), table.total(), [&](int64_t i) { f(chunks[size_t(i)]); });
 }
 
+// What the op does not read back may be written around the caches.
 bool streams(const Table& table, Dtype dtype) { return table.total() * size_of(dtype) >= kStreamBytes; }
 
 Tensor grad_norm(const Tensors& vectors, const Tensors& params, const Tensor& runs,
@@ -51,7 +50,7 @@ Tensor grad_norm(const Tensors& vectors, const Tensors& params, const Tensor& ru
   STD_TORCH_CHECK(q >= 1, "q must be at least 1, not ", q);
   const Table table(runs);
   const Dtype dtype = dtype_of_list(vectors, "vectors");
-  const Runs v(vectors, table, dtype, kCpu, "vectors"), theta(params, table, dtype, kCpu, "params");
+  const Runs v(vectors, table, dtype, kCpu, "vectors"), theta(params, table, dtype, kCpu, "params", Need::optional);
   const Scalings scaling(table, params, filter_norms, dtype, xi, kCpu);
   return sum_over_chunks(table, [&](const Chunk& c) {
     return cpu::kernels().norm(dtype, v.at(c), theta.at(c), c.numel, scaling.at(c), q);
@@ -131,7 +130,7 @@ void restore_sgd_(const Tensors& params, const Tensors& grads, const Tensors& mo
   const Table table(runs);
   const Dtype dtype = dtype_of_list(params, "params");
   const Runs theta(params, table, dtype, kCpu, "params"), g(grads, table, dtype, kCpu, "grads"),
-      m(momenta, table, dtype, kCpu, "momenta"), before(Tensors{saved}, table, dtype, kCpu, "saved");
+      m(momenta, table, dtype, kCpu, "momenta", Need::optional), before(Tensors{saved}, table, dtype, kCpu, "saved");
   STD_TORCH_CHECK(table.total() == 0 || m.empty() == (momentum == 0), "momenta go with a momentum that is not zero");
   int64_t& flag = *counter(dirty, kCpu, "dirty");
   const Runs& from = flag != 0 ? before : theta;
@@ -179,9 +178,9 @@ Tensor rho_grad_diagonal(const Tensors& val, const Tensors& train, const Tensors
   STD_TORCH_CHECK(q >= 1, "q must be at least 1, not ", q);
   const Table table(runs);
   const Dtype dtype = dtype_of_list(val, "val");
-  const Runs a(val, table, dtype, kCpu, "val"), b(train, table, dtype, kCpu, "train"),
+  const Runs a(val, table, dtype, kCpu, "val"), b(train, table, dtype, kCpu, "train", Need::optional),
       h(perturbed, table, dtype, kCpu, "perturbed"), v(vectors, table, dtype, kCpu, "vectors"),
-      theta(params, table, dtype, kCpu, "params");
+      theta(params, table, dtype, kCpu, "params", Need::optional);
   const Scalings scaling(table, params, filter_norms, dtype, xi, kCpu);
   return sum_over_chunks(table, [&](const Chunk& c) {
     return cpu::kernels().rho_diagonal(dtype, a.at(c), b.at(c), h.at(c), v.at(c), theta.at(c), c.numel, scaling.at(c),
@@ -193,7 +192,7 @@ Tensor rho_grad_secant(const Tensors& val, const Tensors& train, const Tensors& 
                        const Tensor& runs) {
   const Table table(runs);
   const Dtype dtype = dtype_of_list(val, "val");
-  const Runs a(val, table, dtype, kCpu, "val"), b(train, table, dtype, kCpu, "train"),
+  const Runs a(val, table, dtype, kCpu, "val"), b(train, table, dtype, kCpu, "train", Need::optional),
       h(perturbed, table, dtype, kCpu, "perturbed"), g(first, table, dtype, kCpu, "first");
   return sum_over_chunks(table, [&](const Chunk& c) {
     return cpu::kernels().rho_secant(dtype, a.at(c), b.at(c), h.at(c), g.at(c), c.numel);

@@ -74,13 +74,16 @@ class Table {
     size_ = t.size(0);
     for (int64_t i = 0; i < size_; ++i) {
       const Run& run = runs_[i];
-      STD_TORCH_CHECK(run.start >= 0 && run.numel >= 0 && run.row_length >= -1, "run table: row ", i, " is not valid");
+      STD_TORCH_CHECK(within(run.start) && within(run.numel) && run.row_length >= -1, "run table: row ", i,
+                      " is not valid");
       if (run.row_length > 0) {
-        STD_TORCH_CHECK(run.row_count >= 1 && run.row_start >= 0 && run.numel % run.row_length == 0 &&
+        STD_TORCH_CHECK(within(run.row_count) && run.row_count >= 1 && within(run.row_start) &&
+                            run.row_length <= kMost / run.row_count && run.numel % run.row_length == 0 &&
                             run.numel / run.row_length % run.row_count == 0,
                         "run table: the filters of row ", i, " do not divide it");
       }
       total_ += run.numel;
+      STD_TORCH_CHECK(within(total_), "run table: more elements than any memory holds");
       if (run.start + run.numel > end_) end_ = run.start + run.numel;
       adaptive_ = adaptive_ || run.row_length == 0;
       if (run.row_length > 0 && run.row_start + run.row_count > rows_) rows_ = run.row_start + run.row_count;
@@ -103,6 +106,10 @@ class Table {
   }
 
  private:
+  // Beyond any memory, and far enough from 2^63 that no sum of two such numbers, in bytes, overflows.
+  static constexpr int64_t kMost = int64_t(1) << 56;
+  static bool within(int64_t n) { return n >= 0 && n <= kMost; }
+
   Tensor tensor_;
   const Run* runs_;
   int64_t size_ = 0, total_ = 0, end_ = 0, rows_ = 0;
@@ -116,11 +123,19 @@ inline bool is_packed(const Tensors& list) {
 }
 inline const Tensor& anchor(const Tensors& list) { return is_packed(list) ? list[1] : list.at(0); }
 
+// Whether an op can do without a list that has runs.
+enum class Need { required, optional };
+
 // The addresses of one list argument: one tensor a run, or one flat buffer addressed by Run::start, or nothing.
 class Runs {
  public:
-  Runs(const Tensors& list, const Table& table, Dtype dtype, Where where, const char* what) : item_(size_of(dtype)) {
-    if (list.empty()) return;
+  Runs(const Tensors& list, const Table& table, Dtype dtype, Where where, const char* what, Need need = Need::required)
+      : item_(size_of(dtype)) {
+    if (list.empty()) {
+      STD_TORCH_CHECK(need == Need::optional || table.total() == 0, what,
+                      " is empty; pass one tensor for each row of the run table, or one flat buffer");
+      return;
+    }
     if (is_packed(list)) {
       unpack(list, table, dtype, where, what);
       return;
@@ -212,9 +227,9 @@ inline int64_t* counter(const Tensor& t, Where where, const char* what) {
   return static_cast<int64_t*>(element(t, torch::headeronly::ScalarType::Long, "int64", where, what));
 }
 inline std::vector<float*> step_counts(const Tensors& steps, const Table& table, Where where) {
-  const Runs packed(is_packed(steps) ? steps : Tensors{}, table, Dtype::float32, where, "steps");
+  const Runs packed(is_packed(steps) ? steps : Tensors{}, table, Dtype::float32, where, "steps", Need::optional);
   std::vector<float*> found;
-  if (!packed.empty()) {
+  if (is_packed(steps)) {
     for (int64_t i = 0; i < table.size(); ++i) found.push_back(reinterpret_cast<float*>(packed.run(i)));
     return found;
   }
@@ -238,14 +253,15 @@ inline Dtype dtype_of_list(const Tensors& list, const char* what) {
 // Calls f(i) for 0 <= i < count on torch's threads; each i writes only what is its own.
 template <class F>
 void for_each(int64_t count, int64_t elements, const F& f) {
-  constexpr int64_t kWorthAThread = int64_t(1) << 15;
   if (count <= 1 || elements < kWorthAThread) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
   }
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, int64_t(torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) f(i);
+    // Relaxed: each i is taken once, and nothing else is promised, so a race of two of them shows as one.
+    auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+    for (int64_t i = take(); i < count; i = take()) f(i);
   });
 }
 

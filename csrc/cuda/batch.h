@@ -61,15 +61,14 @@ LETS_DEVICE Piece piece_of(const Batch<Capacity>& batch, int32_t index) {
 // row.
 template <class ChunksOf, class F>
 void in_batches(const Row* rows, int64_t count, ChunksOf chunks_of, F f) {
-  constexpr int64_t kMost = int64_t(1) << 30;  // chunks a launch
   auto fill = [&](auto& batch, int64_t capacity, int64_t& next) {
     int64_t chunks = 0;
     batch.rows = 0;
     for (; next < count && batch.rows < capacity; ++next) {
       const int64_t more = chunks_of(rows[next]);
       if (more == 0) continue;
-      if (more > kMost) throw std::runtime_error("lets_kernels: a run of more than 2^43 elements");
-      if (chunks + more > kMost) break;
+      if (more > kChunksALaunch) throw std::runtime_error("lets_kernels: a run of more than 2^43 elements");
+      if (chunks + more > kChunksALaunch) break;
       batch.row[batch.rows] = rows[next];
       batch.first[batch.rows++] = int32_t(chunks);
       chunks += more;

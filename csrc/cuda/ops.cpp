@@ -57,7 +57,8 @@ Tensor grad_norm(const Tensors& vectors, const Tensors& params, const Tensor& ru
   const Table table(runs);
   const Device device(vectors, params);
   const Dtype dtype = dtype_of_list(vectors, "vectors");
-  const Runs v(vectors, table, dtype, device.where, "vectors"), theta(params, table, dtype, device.where, "params");
+  const Runs v(vectors, table, dtype, device.where, "vectors"),
+      theta(params, table, dtype, device.where, "params", Need::optional);
   const Scalings scaling(table, params, filter_norms, dtype, xi, device.where);
   const auto rows = rows_of(table, {&v, &theta}, &scaling);
   const Tensor sums = empty_doubles(cuda::kSumElements, device);
@@ -113,7 +114,8 @@ void restore_sgd_(const Tensors& params, const Tensors& grads, const Tensors& mo
   const Device device(params, {dirty});
   const Dtype dtype = dtype_of_list(params, "params");
   const Runs theta(params, table, dtype, device.where, "params"), g(grads, table, dtype, device.where, "grads"),
-      m(momenta, table, dtype, device.where, "momenta"), before(Tensors{saved}, table, dtype, device.where, "saved");
+      m(momenta, table, dtype, device.where, "momenta", Need::optional),
+      before(Tensors{saved}, table, dtype, device.where, "saved");
   STD_TORCH_CHECK(table.total() == 0 || m.empty() == (momentum == 0), "momenta go with a momentum that is not zero");
   const auto rows = rows_of(table, {&theta, &g, &m, &before});
   cuda::sgd(dtype, rows.data(), table.size(), {lr, momentum, weight_decay, nesterov, maximize},
@@ -144,9 +146,9 @@ Tensor rho_grad_diagonal(const Tensors& val, const Tensors& train, const Tensors
   const Table table(runs);
   const Device device(val, params);
   const Dtype dtype = dtype_of_list(val, "val");
-  const Runs a(val, table, dtype, device.where, "val"), b(train, table, dtype, device.where, "train"),
+  const Runs a(val, table, dtype, device.where, "val"), b(train, table, dtype, device.where, "train", Need::optional),
       h(perturbed, table, dtype, device.where, "perturbed"), v(vectors, table, dtype, device.where, "vectors"),
-      theta(params, table, dtype, device.where, "params");
+      theta(params, table, dtype, device.where, "params", Need::optional);
   const Scalings scaling(table, params, filter_norms, dtype, xi, device.where);
   const auto rows = rows_of(table, {&a, &b, &h, &v, &theta}, &scaling);
   const Tensor sums = empty_doubles(cuda::kSumElements, device);
@@ -159,7 +161,7 @@ Tensor rho_grad_secant(const Tensors& val, const Tensors& train, const Tensors& 
   const Table table(runs);
   const Device device(val, first);
   const Dtype dtype = dtype_of_list(val, "val");
-  const Runs a(val, table, dtype, device.where, "val"), b(train, table, dtype, device.where, "train"),
+  const Runs a(val, table, dtype, device.where, "val"), b(train, table, dtype, device.where, "train", Need::optional),
       h(perturbed, table, dtype, device.where, "perturbed"), g(first, table, dtype, device.where, "first");
   const auto rows = rows_of(table, {&a, &b, &h, &g});
   const Tensor sums = empty_doubles(cuda::kSumElements, device);
