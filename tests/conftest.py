@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+import runs
 from backends import Backend, targets
 
 # Thousands of small ops: a second thread costs more than it brings, and far more where the cores are shared. The tests
@@ -51,6 +52,14 @@ def settled(monkeypatch):
     """Every test starts from the same seed, with the backend chosen by its argument and nothing else."""
     monkeypatch.delenv("LETS_KERNELS_BACKEND", raising=False)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def guard_bands():
+    """No test may forget them: whatever it gave to an op from runs.py, nothing around it was written."""
+    runs.forget_guards()
+    yield
+    runs.assert_guards()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -48,6 +48,33 @@ def _lines(*sizes, offset=0):
     return [Run((n,), (d, max(1, n // d)), offset=offset) for n, d in zip(sizes, lengths, strict=True)]
 
 
+_guards = []  # (buffer, mask of its guard bands) of the running test: conftest.py looks at them when it is over
+
+
+def forget_guards():
+    _guards.clear()
+
+
+def assert_guards():
+    for buffer, mask in _guards:
+        assert bool((buffer[mask] == GUARD).all()), "an element outside the runs was written"
+
+
+def _banded(numel, dtype, offset=0):
+    """A buffer full of guards, and the stretch of it that a run or a scalar may have."""
+    buffer = torch.full((BAND + offset + numel + BAND,), GUARD, dtype=dtype)
+    mask = torch.ones(buffer.shape, dtype=torch.bool)
+    mask[BAND + offset : BAND + offset + numel] = False
+    _guards.append((buffer, mask))
+    return buffer, mask
+
+
+def guarded(values):
+    """The values in memory of their own, between guard bands: scalars, flags and filter norms."""
+    buffer, _ = _banded(values.numel(), values.dtype)
+    return buffer[BAND : BAND + values.numel()].copy_(values.reshape(-1)).view(values.shape)
+
+
 LAYOUTS = {
     **{f"numel-{n}": _lines(n) for n in (0, 1, 15, 16, 17, 65535, 65536, 65537)},
     "0-d": [Run(())],
@@ -83,7 +110,6 @@ class Bucket:
     scale: str = "plain"  # plain: T = 1; element: |theta| + xi; filter: rows; mixed: each in turn
     first_start: int = 0
     seed: int = 0
-    _guarded: list = field(default_factory=list)
 
     def __post_init__(self):
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -117,29 +143,25 @@ class Bucket:
     def norms(self):
         """Filter norms of arbitrary positive values, and T's constant: each op is tested on its own arguments."""
         dtype = ARITHMETIC.get(self.dtype, torch.float32)
-        return torch.empty(max(1, self.row_count), dtype=dtype).uniform_(0.1, 3.0, generator=self.generator)
+        return guarded(torch.empty(max(1, self.row_count), dtype=dtype).uniform_(0.1, 3.0, generator=self.generator))
 
     def give(self, values, form, dtype=None):
         """The values (None: NaN) as an argument: "list" (a tensor a run, as it lies) or "flat" (one padded buffer)."""
         dtype = dtype or self.dtype
         values = [torch.full((r.numel,), torch.nan) for r in self.runs] if values is None else values
         if form == "flat":
-            buffer = torch.full((BAND + self.total + BAND,), GUARD, dtype=dtype)
-            mask = torch.ones(buffer.shape, dtype=torch.bool)
+            buffer, mask = _banded(self.total, dtype)
+            mask[:] = True  # what pads the runs is nobody's either
             for value, (start, numel, *_) in zip(values, self.table.tolist(), strict=True):
                 buffer[BAND + start : BAND + start + numel] = value.to(dtype)
                 mask[BAND + start : BAND + start + numel] = False
-            self._guarded.append((buffer, mask))
             return [buffer[BAND : BAND + self.total]]
         return [self._tensor(run, value.to(dtype)) for run, value in zip(self.runs, values, strict=True)]
 
     def _tensor(self, run, value):
-        buffer = torch.full((BAND + run.offset + run.numel + BAND,), GUARD, dtype=value.dtype)
+        buffer, _ = _banded(run.numel, value.dtype, run.offset)
         begin = BAND + run.offset
         buffer[begin : begin + run.numel] = value
-        mask = torch.ones(buffer.shape, dtype=torch.bool)
-        mask[begin : begin + run.numel] = False
-        self._guarded.append((buffer, mask))
         order = run.order or tuple(range(len(run.shape)))
         strides, step = [0] * len(order), 1
         for dimension in reversed(order):
@@ -156,8 +178,7 @@ class Bucket:
         return [t.as_strided((t.numel(),), (1,), t.storage_offset()).clone() for t in argument]
 
     def assert_guards(self):
-        for buffer, mask in self._guarded:
-            assert bool((buffer[mask] == GUARD).all()), "an element outside the runs was written"
+        assert_guards()
 
 
 def assert_within(actual, expected, bound):

@@ -14,14 +14,14 @@ import torch
 import emulated
 import oracle
 from lets_kernels.ops import native
-from runs import U64, Bucket, Run, same_bits
+from runs import U64, Bucket, Run, guarded, same_bits
 
 TESTS = Path(__file__).parent
 FEW, MANY = 8, 352  # rows that one launch takes: kFew and kMany of csrc/cuda/batch.h
 
 
 def scalar(x):
-    return torch.tensor(x, dtype=torch.float64)
+    return guarded(torch.tensor(x, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("rows", [FEW, FEW + 1, MANY, MANY + 1, 2 * MANY + FEW + 1])
@@ -32,11 +32,11 @@ def test_rows_beyond_one_launch_go_into_the_next(rows):
     v = [x.abs() for x in v]
 
     def run(ops):
-        dirty, gate = torch.zeros((), dtype=torch.int64), scalar(1.0)
+        dirty, gate = guarded(torch.zeros((), dtype=torch.int64)), scalar(1.0)
         saved, *_ = bucket.give(None, "flat")
         params, grads = bucket.give(theta, "list"), bucket.give(g, "list")
         momenta, squares = bucket.give(m, "list"), bucket.give(v, "list")
-        steps = [torch.tensor(float(i % 3)) for i in range(rows)]
+        steps = [guarded(torch.tensor(float(i % 3))) for i in range(rows)]
         total = ops.grad_norm(grads, [], bucket.table, None, 0.0, 2.0)
         rho_grad = ops.rho_grad_secant(grads, momenta, squares, params, bucket.table)
         ops.perturb_(params, grads, saved, dirty, bucket.table, None, 0.0, 2.0, scalar(2.0), scalar(0.5))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import oracle
-from runs import DTYPES, LAYOUTS, U64, Bucket, Run, arithmetic, assert_within, same_bits
+from runs import DTYPES, LAYOUTS, U64, Bucket, Run, arithmetic, assert_within, guarded, same_bits
 
 pytestmark = pytest.mark.ops
 XI = 0.01
@@ -12,7 +12,7 @@ SCALES = ("plain", "element", "filter")
 
 
 def scalar(x):
-    return torch.tensor(x, dtype=torch.float64)
+    return guarded(torch.tensor(x, dtype=torch.float64))
 
 
 def norm_bound(dtype, q, numel):
@@ -139,7 +139,7 @@ def test_norms_are_the_same_bits_for_every_thread_count_and_form(backend, dtype,
 
 
 def test_all_finite_tells_on_the_device_and_counts(backend):
-    skipped = torch.zeros((), dtype=torch.int64)
+    skipped = guarded(torch.zeros((), dtype=torch.int64))
     assert backend.all_finite_([scalar(1.0), scalar(-1e300)], skipped).item() == 1.0 and skipped.item() == 0
     for bad in (torch.nan, torch.inf, -torch.inf):
         for values in ([scalar(bad), scalar(1.0)], [scalar(1.0), scalar(bad)], [scalar(bad)]):

@@ -5,14 +5,14 @@ import torch
 
 import emulated
 from lets_kernels.ops import native
-from runs import DTYPES, LAYOUTS, Bucket, same_bits
+from runs import DTYPES, LAYOUTS, Bucket, guarded, same_bits
 
 KERNELS = {"cpu": native, "emulated": emulated}
 ANCHOR = torch.zeros((), dtype=torch.int64)
 
 
 def scalar(x):
-    return torch.tensor(x, dtype=torch.float64)
+    return guarded(torch.tensor(x, dtype=torch.float64))
 
 
 def a_step(ops, dtype, packed):
@@ -20,8 +20,8 @@ def a_step(ops, dtype, packed):
     bucket = Bucket(LAYOUTS["several"], dtype, "mixed")
     theta, g, m, v, h = (bucket.give(bucket.values(), "list") for _ in range(5))
     v = [x.abs_() for x in v]
-    steps = [torch.zeros(()) for _ in bucket.runs]
-    saved, dirty, norms = bucket.give(None, "flat")[0], torch.zeros((), dtype=torch.int64), bucket.norms()
+    steps = [guarded(torch.zeros(())) for _ in bucket.runs]
+    saved, dirty, norms = bucket.give(None, "flat")[0], guarded(torch.zeros((), dtype=torch.int64)), bucket.norms()
     table, gate = bucket.table, scalar(1.0)
     form = (lambda x: native.pack(x, ANCHOR)) if packed else (lambda x: x)
     assert not packed or [t.dtype for t in form(theta)] == [torch.int64] * 2

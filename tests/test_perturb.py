@@ -5,7 +5,7 @@ import torch
 
 import oracle
 from backends import Backend
-from runs import DTYPES, LAYOUTS, Bucket, Run, arithmetic, assert_within, same_bits, storage
+from runs import DTYPES, LAYOUTS, Bucket, Run, arithmetic, assert_within, guarded, same_bits, storage
 
 XI, RHO = 0.01, 0.7
 SCALES = ("plain", "element", "filter")
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.ops
 
 
 def scalar(x):
-    return torch.tensor(x, dtype=torch.float64)
+    return guarded(torch.tensor(x, dtype=torch.float64))
 
 
 def flag(x=0):
-    return torch.tensor(x, dtype=torch.int64)
+    return guarded(torch.tensor(x, dtype=torch.int64))
 
 
 class Call:

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from backends import Backend
-from runs import DTYPES, LAYOUTS, Bucket, Run, arithmetic, assert_within, same_bits, storage
+from runs import DTYPES, LAYOUTS, Bucket, Run, arithmetic, assert_within, guarded, same_bits, storage
 
 pytestmark = pytest.mark.ops
 FORMS = {"runs": ("list",) * 3, "flat-state": ("list", "list", "flat"), "flat": ("flat",) * 3}
 
 
 def scalar(x):
-    return torch.tensor(x, dtype=torch.float64)
+    return guarded(torch.tensor(x, dtype=torch.float64))
 
 
 class Step:
@@ -28,8 +28,8 @@ class Step:
         self.grads = bucket.give(self.vectors, forms[1])
         self.buffers = [bucket.give(s, forms[2]) for s in self.states]
         (self.saved,) = bucket.give(self.thetas if dirty else None, "flat")
-        self.dirty = torch.tensor(dirty)
-        self.steps = [torch.tensor(float(3 + i % 2)) for i in range(len(bucket.runs))]
+        self.dirty = guarded(torch.tensor(dirty))
+        self.steps = [guarded(torch.tensor(float(3 + i % 2))) for i in range(len(bucket.runs))]
 
     def sgd(self, backend, gate=1.0, lr=0.1, momentum=0.9, weight_decay=0.05, nesterov=False, maximize=False):
         momenta = self.buffers[0] if self.buffers else []
