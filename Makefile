@@ -3,10 +3,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 WORKERS ?= 2
 READY := $(VENV)/.ready
-CSRC = $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC = $(shell find csrc tests/emulator tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz mutants bench wheel gpu-check lint format clean
+.PHONY: help build demo test fuzz mutants sanitize trust bench wheel gpu-check lint format clean
 
 help:    ## these targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
@@ -28,6 +28,9 @@ mutants: build    ## take the formulas apart one by one: does a test go red each
 
 bench: build    ## the benchmarks; ARGS="--save-results --wait 20" writes benchmarks/results
 	$(PY) -m pytest benchmarks -q $(ARGS)
+
+sanitize: $(READY)    ## the C++ kernels under sanitizers, at length; writes tests/results/sanitize.json
+	$(PY) tests/sanitized.py
 
 wheel: $(READY)    ## dist/*.whl with the CPU kernels and, where there is nvcc, the CUDA kernels
 	@$(PY) -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .

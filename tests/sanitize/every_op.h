@@ -1,0 +1,332 @@
+// Every op once on a random layout, against a plain loop over all elements: no blocks, chunks, threads or vectors.
+//
+// What an op writes must be the loop's bits, since both use the formulas of csrc/math.h (which the op tests in Python
+// hold against float64); a sum must be the loop's to the rounding of a sum in double.
+#pragma once
+
+#include <cmath>
+
+#include "cases.h"
+
+namespace sanitize {
+
+struct Counts {
+  int64_t layouts = 0, ops = 0, elements = 0;
+};
+
+class EveryOp {
+ public:
+  EveryOp(Random& random, const Layout& layout, Counts& counts)
+      : random_(random),
+        layout_(layout),
+        counts_(counts),
+        table_(layout.table()),
+        q_(one_of(random, {1.0, 2.0, 2.0, 1.5, 3.0})),
+        xi_(one_of(random, {0.0, 0.01})) {
+    const bool wide = layout.dtype == Dtype::float64;
+    Layout norms;  // one run of arbitrary positive values: every op is tested on its own arguments
+    norms.runs = {{0, layout.rows + up_to(random, 3), -1, 0, 0}};
+    norms.offset = {up_to(random, 3)};
+    norms_dtype_ = wide ? Dtype::float64 : Dtype::float32;
+    norms_layout_ = norms;
+    norms_.emplace(random, norms_layout_, Form::list, Values::positive, norms_dtype_);
+    if (layout.rows > 0) norms_argument_ = norms_->tensors[0];
+  }
+
+  void run() {
+    filter_norms();
+    with_type(layout_.dtype, [&](auto type) {
+      using T = decltype(type);
+      grad_norm<T>();
+      perturb_and_restore<T>();
+      sgd<T>();
+      adamw<T>();
+      diagonal<T>();
+      secant<T>();
+    });
+    all_finite();
+    norms_->verify("the filter norms that were given");
+    ++counts_.layouts;
+  }
+
+ private:
+  using MaybeTensor = std::optional<Tensor>;
+  template <class T>
+  using Arithmetic = typename lets::ArithmeticOf<T>::type;
+
+  // An op on no runs has but one form: none of its lists says a dtype.
+  Form form() { return layout_.runs.empty() ? Form::list : one_of(random_, {Form::list, Form::flat, Form::packed}); }
+  List some(Values values = Values::any) { return List(random_, layout_, form(), values, layout_.dtype); }
+  List flat(Values values) { return List(random_, layout_, Form::flat, values, layout_.dtype); }
+  void count(int lists) {
+    ++counts_.ops;
+    for (const Run& run : layout_.runs) counts_.elements += lists * run.numel;
+  }
+
+  template <class T>
+  Arithmetic<T> scale(const Run& run, int64_t i, T theta) {
+    using C = Arithmetic<T>;
+    if (run.row_length < 0) return C(1);
+    const C xi = C(xi_);
+    if (run.row_length == 0) return lets::adaptive_scale(lets::absolute(lets::widen(theta)), xi);
+    return lets::adaptive_scale(norms_->expected<C>(0)[run.row_start + i / run.row_length % run.row_count], xi);
+  }
+  // f(run's number, element) for all elements.
+  template <class F>
+  void each(F f) {
+    for (size_t r = 0; r < layout_.runs.size(); ++r)
+      for (int64_t i = 0; i < layout_.runs[r].numel; ++i) f(r, i);
+  }
+  // A sum that an op returned, against that of term(run, element): every addition may round, in either sum.
+  template <class Term>
+  void check_sum(const char* what, const Tensor& actual, Term term) {
+    double sum = 0, size = 0, terms = 1;
+    each([&](size_t r, int64_t i) {
+      const double x = term(r, i);
+      sum += x, size += std::fabs(x), ++terms;
+    });
+    const double found = actual.memory()->at(0);
+    check(std::fabs(found - sum) <= 2 * terms * 0x1p-53 * size,
+          std::string(what) + " returned " + std::to_string(found) + ", the plain loop " + std::to_string(sum));
+  }
+
+  void filter_norms() {
+    const Dtype dtype = layout_.dtype;
+    List theta = some();
+    List out(random_, norms_layout_, Form::list, Values::unwritten, norms_dtype_);
+    standin::op<void(const Tensors&, const Tensor&, const Tensor&)>("filter_norms")(theta.tensors, table_,
+                                                                                    out.tensors[0]);
+    with_type(dtype, [&](auto type) {
+      using T = decltype(type);
+      using C = Arithmetic<T>;
+      for (size_t r = 0; r < layout_.runs.size(); ++r) {
+        const Run& run = layout_.runs[r];
+        std::vector<double> squares(size_t(run.row_length > 0 ? run.row_count : 0));
+        for (int64_t i = 0; run.row_length > 0 && i < run.numel; ++i) {
+          const double x = double(lets::widen(theta.expected<T>(r)[i]));
+          squares[size_t(i / run.row_length % run.row_count)] += x * x;
+        }
+        for (size_t row = 0; row < squares.size(); ++row) {
+          const C found = static_cast<const C*>(out.tensors[0].data_ptr())[run.row_start + int64_t(row)];
+          const double exact = std::sqrt(squares[row]);
+          check(std::fabs(double(found) - exact) <= (sizeof(C) == 8 ? double(run.numel) * 0x1p-52 : 0x1p-23) * exact,
+                "filter_norms: a norm is not the plain loop's");
+          out.expected<C>(0)[run.row_start + int64_t(row)] = found;
+        }
+      }
+    });
+    theta.verify("filter_norms: params");
+    out.verify("filter_norms: out");
+    count(1);
+  }
+
+  template <class T>
+  void grad_norm() {
+    using C = Arithmetic<T>;
+    List v = some(), theta = some();
+    const bool given = layout_.element_wise || often(random_, 50);
+    using Op = Tensor(const Tensors&, const Tensors&, const Tensor&, const MaybeTensor&, double, double);
+    const Tensor sum =
+        standin::op<Op>("grad_norm")(v.tensors, given ? theta.tensors : Tensors{}, table_, norms_argument_, xi_, q_);
+    v.verify("grad_norm: vectors");
+    theta.verify("grad_norm: params");
+    check_sum("grad_norm", sum, [&](size_t r, int64_t i) {
+      const C x = scale(layout_.runs[r], i, theta.expected<T>(r)[i]) * C(lets::widen(v.expected<T>(r)[i]));
+      return q_ == 2 ? double(x) * double(x) : q_ == 1 ? std::fabs(double(x)) : std::pow(std::fabs(double(x)), q_);
+    });
+    count(2);
+  }
+
+  template <class T>
+  void perturb_and_restore() {
+    using C = Arithmetic<T>;
+    List theta = some(), v = some(), saved = flat(Values::unwritten);
+    auto dirty = flag(0);
+    auto total = number(often(random_, 10) ? 0.0 : 3.0), rho = number(0.7);
+    using Perturb = void(const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&,
+                         const MaybeTensor&, double, double, const Tensor&, const Tensor&);
+    standin::op<Perturb>("perturb_")(theta.tensors, v.tensors, saved.tensors[0], dirty.tensor, table_, norms_argument_,
+                                     xi_, q_, total.tensor, rho.tensor);
+    const auto [factor, shrink] = lets::perturbation_scale<C>(total.expected(), rho.expected(), q_);
+    each([&, factor = factor, shrink = shrink](size_t r, int64_t i) {
+      T& weight = theta.expected<T>(r)[i];
+      saved.expected<T>(r)[i] = weight;
+      if (factor == 0) return;
+      const C w = lets::widen(weight), x = lets::widen(v.expected<T>(r)[i]), t = scale(layout_.runs[r], i, weight);
+      lets::narrow(w + factor * (t * lets::dual(shrink * (t * x), C(q_))), weight);
+    });
+    dirty.expected() = 1;
+    for (const char* when : {"perturb_", "restore_"}) {
+      const std::string what(when);
+      theta.verify((what + ": params").c_str());
+      v.verify((what + ": vectors").c_str());
+      saved.verify((what + ": saved").c_str());
+      dirty.verify((what + ": dirty").c_str());
+      if (what == "restore_") break;
+      using Restore = void(const Tensors&, const Tensor&, const Tensor&, const Tensor&);
+      standin::op<Restore>("restore_")(theta.tensors, saved.tensors[0], dirty.tensor, table_);
+      each([&](size_t r, int64_t i) { theta.expected<T>(r)[i] = saved.expected<T>(r)[i]; });
+      dirty.expected() = 0;
+    }
+    total.verify("perturb_: total");
+    rho.verify("perturb_: rho");
+    count(3);
+    count(2);
+  }
+
+  template <class T>
+  void sgd() {
+    using C = Arithmetic<T>;
+    const bool with_momentum = often(random_, 70);
+    List theta = some(), g = some(), m = some(), saved = flat(Values::any);
+    auto dirty = flag(often(random_, 70));
+    auto gate = number(often(random_, 80) ? 1.0 : 0.0);
+    const lets::SgdOptions options{0.1, with_momentum ? 0.9 : 0.0, often(random_, 50) ? 0.05 : 0.0, often(random_, 50),
+                                   often(random_, 50)};
+    using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&, double, double, double, bool, bool);
+    standin::op<Op>("restore_sgd_")(theta.tensors, g.tensors, with_momentum ? m.tensors : Tensors{}, saved.tensors[0],
+                                    dirty.tensor, table_, gate.tensor, options.lr, options.momentum,
+                                    options.weight_decay, options.nesterov, options.maximize);
+    const lets::Sgd<C> sgd = lets::sgd_of<C>(options);
+    each([&](size_t r, int64_t i) {
+      T& weight = theta.expected<T>(r)[i];
+      if (dirty.expected() != 0) weight = saved.expected<T>(r)[i];
+      if (gate.expected() == 0) return;
+      C next = lets::widen(m.expected<T>(r)[i]);
+      const C w = lets::widen(weight), x = lets::widen(g.expected<T>(r)[i]);
+      lets::narrow(lets::Sgd<C>::step(sgd, w, x, with_momentum ? &next : nullptr), weight);
+      if (with_momentum) lets::narrow(next, m.expected<T>(r)[i]);
+    });
+    dirty.expected() = 0;
+    theta.verify("restore_sgd_: params");
+    g.verify("restore_sgd_: grads");
+    m.verify("restore_sgd_: momenta");
+    saved.verify("restore_sgd_: saved");
+    dirty.verify("restore_sgd_: dirty");
+    gate.verify("restore_sgd_: gate");
+    count(4);
+  }
+
+  template <class T>
+  void adamw() {
+    using C = Arithmetic<T>;
+    List theta = some(), g = some(), m = some(), v = some(Values::positive), saved = flat(Values::any);
+    Layout singles;  // a step count a run, each in memory of its own
+    for (size_t i = 0; i < layout_.runs.size(); ++i) singles.runs.push_back({0, 1, -1, 0, 0});
+    singles.offset.resize(layout_.runs.size());
+    List steps(random_, singles, often(random_, 50) ? Form::list : Form::packed, Values::positive, Dtype::float32);
+    auto dirty = flag(often(random_, 70));
+    auto gate = number(often(random_, 80) ? 1.0 : 0.0);
+    const lets::AdamOptions options{0.01, 0.9, 0.99, 1e-8, 0.05, often(random_, 50), often(random_, 50)};
+    using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensor&,
+                    const Tensor&, const Tensor&, const Tensor&, double, double, double, double, double, bool, bool);
+    standin::op<Op>("restore_adamw_")(theta.tensors, g.tensors, m.tensors, v.tensors, steps.tensors, saved.tensors[0],
+                                      dirty.tensor, table_, gate.tensor, options.lr, options.beta1, options.beta2,
+                                      options.eps, options.weight_decay, options.decoupled, options.maximize);
+    for (size_t r = 0; r < layout_.runs.size(); ++r) {
+      float& step = *steps.expected<float>(r);
+      if (gate.expected() != 0) step += 1;
+      const auto adam = lets::adam_of<C>(options, lets::bias_correction(options.beta1, double(step)),
+                                         lets::bias_correction(options.beta2, double(step)));
+      for (int64_t i = 0; i < layout_.runs[r].numel; ++i) {
+        T& weight = theta.expected<T>(r)[i];
+        if (dirty.expected() != 0) weight = saved.expected<T>(r)[i];
+        if (gate.expected() == 0) continue;
+        C first = lets::widen(m.expected<T>(r)[i]), second = lets::widen(v.expected<T>(r)[i]);
+        const C w = lets::widen(weight), x = lets::widen(g.expected<T>(r)[i]);
+        lets::narrow(lets::Adam<C>::step(adam, w, x, first, second), weight);
+        lets::narrow(first, m.expected<T>(r)[i]);
+        lets::narrow(second, v.expected<T>(r)[i]);
+      }
+    }
+    dirty.expected() = 0;
+    theta.verify("restore_adamw_: params");
+    g.verify("restore_adamw_: grads");
+    m.verify("restore_adamw_: exp_avgs");
+    v.verify("restore_adamw_: exp_avg_sqs");
+    saved.verify("restore_adamw_: saved");
+    steps.verify("restore_adamw_: steps");
+    dirty.verify("restore_adamw_: dirty");
+    gate.verify("restore_adamw_: gate");
+    count(5);
+  }
+
+  // The four lists that both radius gradients read, and the difference that both begin with.
+  struct Gradients {
+    explicit Gradients(EveryOp& of)
+        : val(of.some()), train(of.some()), g_hat(of.some()), v(of.some()), with_train(often(of.random_, 70)) {}
+    template <class T>
+    double outer(size_t r, int64_t i) {
+      const double a = double(lets::widen(val.expected<T>(r)[i]));
+      return with_train ? a - double(lets::widen(train.expected<T>(r)[i])) : a;
+    }
+    void verify(const std::string& op) {
+      val.verify((op + ": val").c_str());
+      train.verify((op + ": train").c_str());
+      g_hat.verify((op + ": perturbed").c_str());
+      v.verify((op + ": vectors").c_str());
+    }
+    List val, train, g_hat, v;
+    bool with_train;
+  };
+
+  template <class T>
+  void diagonal() {
+    using C = Arithmetic<T>;
+    Gradients of(*this);
+    List theta = some();
+    const bool given = layout_.element_wise || often(random_, 50);
+    using Op = Tensor(const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensor&,
+                      const MaybeTensor&, double, double);
+    const Tensor sum = standin::op<Op>("rho_grad_diagonal")(
+        of.val.tensors, of.with_train ? of.train.tensors : Tensors{}, of.g_hat.tensors, of.v.tensors,
+        given ? theta.tensors : Tensors{}, table_, norms_argument_, xi_, q_);
+    of.verify("rho_grad_diagonal");
+    theta.verify("rho_grad_diagonal: params");
+    const bool plain = q_ == 1 || q_ == 2;
+    check_sum("rho_grad_diagonal", sum, [&](size_t r, int64_t i) {
+      const C t = scale(layout_.runs[r], i, theta.expected<T>(r)[i]), x = lets::widen(of.v.expected<T>(r)[i]);
+      const double unit = plain ? double(t * lets::dual(t * x, C(q_))) : double(t) * lets::dual(double(t * x), q_);
+      return lets::diagonal_share(of.outer<T>(r, i), double(lets::widen(of.g_hat.expected<T>(r)[i])), unit);
+    });
+    count(5);
+  }
+
+  template <class T>
+  void secant() {
+    Gradients of(*this);
+    using Op = Tensor(const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensor&);
+    const Tensor sum = standin::op<Op>("rho_grad_secant")(of.val.tensors, of.with_train ? of.train.tensors : Tensors{},
+                                                          of.g_hat.tensors, of.v.tensors, table_);
+    of.verify("rho_grad_secant");
+    check_sum("rho_grad_secant", sum, [&](size_t r, int64_t i) {
+      return lets::secant_share(of.outer<T>(r, i), double(lets::widen(of.g_hat.expected<T>(r)[i])),
+                                double(lets::widen(of.v.expected<T>(r)[i])));
+    });
+    count(4);
+  }
+
+  void all_finite() {
+    auto a = number(1.0), b = number(often(random_, 50) ? 2.0 : INFINITY);
+    auto skipped = flag(3);
+    using Op = Tensor(const Tensors&, const Tensor&);
+    const Tensor finite = standin::op<Op>("all_finite_")({a.tensor, b.tensor}, skipped.tensor);
+    check(finite.memory()->at(0) == (b.expected() == 2.0 ? 1 : 0), "all_finite_ is wrong");
+    skipped.expected() += b.expected() == 2.0 ? 0 : 1;
+    skipped.verify("all_finite_: skipped");
+    ++counts_.ops;
+  }
+
+  Random& random_;
+  const Layout& layout_;
+  Counts& counts_;
+  const Tensor table_;
+  const double q_, xi_;
+  Dtype norms_dtype_;
+  Layout norms_layout_;
+  std::optional<List> norms_;
+  MaybeTensor norms_argument_;
+};
+
+}  // namespace sanitize
