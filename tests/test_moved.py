@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lets_kernels as lk
+from nets import Task
 from runs import same_bits
 
 
@@ -118,3 +119,62 @@ def test_a_waiting_hypergradient_of_another_model_is_dropped(backend):
         other.step(closure(params, 1.0), closure(params, 2.0))
         learned.append(bool(other.rho != before))
     assert learned == [True, False]
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("move", ["first_step", "restore", "second_step", "context"])
+def test_autograd_notices_weights_that_moved_between_forward_and_backward(backend, move, flatten):
+    """In every parameter, wherever the ops write it: as one of a list, or within the one buffer."""
+    for which in range(6):
+        _, params = bands()
+        opt = lk.SAM(params, torch.optim.SGD, backend=backend.name, flatten=flatten, lr=0.1, momentum=0.9)
+        one_step(opt, params)
+        if move in ("restore", "second_step"):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            opt.first_step()
+        loss = (params[which] ** 2).sum()
+        if move == "context":
+            with opt.perturbed():
+                pass
+        else:
+            getattr(opt, move)()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        opt.restore()
+
+
+@pytest.fixture
+def swapping():
+    """torch's other way to convert and to load a module: a parameter stays who it is and exchanges its memory."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("change", ["to", "channels_last", "load", "assign"])
+def test_a_parameter_that_is_swapped_is_noticed(backend, swapping, change, flatten):
+    """As a fresh optimizer on the changed net would go on."""
+    ends = []
+    for fresh in (False, True):
+        task = Task(torch.float32, steps=4)
+        net, make = task.net, {"rho": 0.3, "backend": backend.name, "flatten": flatten, "lr": 0.1}
+        opt = lk.SAM(net.parameters(), torch.optim.SGD, **make)
+        task.run(opt, task.batches[:2])
+        opt.zero_grad()
+        before = [id(p) for p in net.parameters()]
+        if change == "to":
+            net.to(torch.float64)
+            task.batches = [[(x.double(), y) for x, y in pair] for pair in task.batches]
+        elif change == "channels_last":
+            net.to(memory_format=torch.channels_last)
+        else:
+            halves = {name: value.clone() * 0.5 for name, value in net.state_dict().items()}
+            net.load_state_dict(halves, assign=change == "assign")
+        assert before == [id(p) for p in net.parameters()]
+        if fresh:
+            opt = lk.SAM(net.parameters(), torch.optim.SGD, **make)
+        task.run(opt, task.batches[2:])
+        ends.append([p.detach().clone() for p in net.parameters()])
+    assert same_bits(*ends)
