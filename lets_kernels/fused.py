@@ -207,6 +207,16 @@ class OwnStep:
             runs.write_back()
         optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
 
+    def make_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the state that the first step would, which begins at zero, where the ops take that step."""
+        if refusal(optimizer) is not None:
+            return
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                memory = [p.detach()]
+                runs = Runs(self._bucket(p, "reference"), (0,), memory, memory)
+                FUSED[type(optimizer)].prepare(runs, group, optimizer.state)
+
     def _bucket(self, p: Tensor, backend: str) -> Bucket:
         found = self._buckets.get(id(p))
         if found is None or found.backend != backend or not found.is_current():

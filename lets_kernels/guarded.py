@@ -43,6 +43,28 @@ def step_and_undo(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
                 t.copy_(torch.where(closed[t.device], old, t))
 
 
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer whose parameters have no gradients make its state, where it has none and needs some.
+
+    By the step that torch.distributed.checkpoint takes for this: along zeros and with lr = 0, so no parameter moves.
+    """
+    if all(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]):
+        return
+    before = [group.get("lr") for group in optimizer.param_groups]
+    for group, lr in zip(optimizer.param_groups, before, strict=True):
+        if lr is not None:
+            group["lr"] = torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    try:
+        optimizer.step()
+    finally:
+        for group, lr in zip(optimizer.param_groups, before, strict=True):
+            if lr is not None:
+                group["lr"] = lr
+        optimizer.zero_grad()
+
+
 def _devices(optimizer: torch.optim.Optimizer) -> set[torch.device]:
     return {p.device for group in optimizer.param_groups for p in group["params"]}
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lets_kernels.distributed import Replicas
-from lets_kernels.fused import OwnStep
-from lets_kernels.guarded import check_steps_alone
+from lets_kernels.fused import OwnStep, refusal
+from lets_kernels.guarded import check_steps_alone, make_state
 from lets_kernels.hypergradient import Gradients, Trial, fit, placed
 from lets_kernels.layout import Bucket
 from lets_kernels.radius import Radius, check_rho
@@ -106,6 +106,8 @@ class LearnedRadius(Radius):
             else:
                 self.optimizer.add_param_group({"params": [nu]})
             self.nu.append(nu)
+        if self.optimizer is not None:
+            self._step_nu.make_state(self.optimizer)
         self._publish(groups)
 
     def _on(self, device: torch.device) -> dict[str, bool]:
@@ -283,6 +285,11 @@ class LearnedRadius(Radius):
             "pending": pending,
         }
 
+    def make_state(self) -> None:
+        assert self.optimizer is not None
+        if refusal(self.optimizer) is not None:  # else made when ν was
+            make_state(self.optimizer)
+
     def check_state_dict(self, state: dict[str, Any]) -> None:
         super().check_state_dict(state)
         found = len(state["nu"])
@@ -308,6 +315,7 @@ class LearnedRadius(Radius):
         for nu, own in self.optimizer.state.items():
             if wanted.get("capturable") and "step" in own:
                 own["step"] = own["step"].to(nu.device)
+        self._step_nu.make_state(self.optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: a waiting step goes along as data, without the buckets it came from."""

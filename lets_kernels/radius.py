@@ -119,6 +119,9 @@ class Radius:
 
     # State.
 
+    def make_state(self) -> None:
+        """What ``state_dict`` holds only after a first step is to be there now, for tools that load key by key."""
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

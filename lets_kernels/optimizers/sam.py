@@ -332,6 +332,7 @@ class SAM(Wrapper):
         if all(float(group.get("lr", 1.0)) == 0 for group in self.param_groups):
             if not self.state:
                 self.base_optimizer.step()  # makes the state, moves nothing
+            self.radius.make_state()
         elif any(map(torch.any, grads)):
             raise RuntimeError(
                 "step() without a perturbation before it: call step(closure), or first_step() and second_step(), or "
