@@ -22,7 +22,7 @@ class Descent:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a descent carries from step to step."""
+        """What a descent carries from step to step, under the same keys at any time."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

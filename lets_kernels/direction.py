@@ -102,7 +102,10 @@ class Direction:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a direction carries from step to step; nothing for one that looks at the gradient alone."""
+        """What a direction carries from step to step, under the same keys at any time.
+
+        Nothing for one that looks at the gradient alone.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

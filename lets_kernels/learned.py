@@ -15,6 +15,7 @@ from lets_kernels.guarded import check_steps_alone, make_state
 from lets_kernels.hypergradient import Gradients, Trial, fit, placed
 from lets_kernels.layout import Bucket
 from lets_kernels.radius import Radius, check_rho
+from lets_kernels.saved import check_learned
 
 METRICS = ("squared_gap", "gap", "validation_loss")
 CURVATURES = ("diagonal", "secant")
@@ -291,10 +292,9 @@ class LearnedRadius(Radius):
             make_state(self.optimizer)
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
+        assert self.optimizer is not None
         super().check_state_dict(state)
-        found = len(state["nu"])
-        if found != len(self.nu):
-            raise ValueError(f"the state holds {found} learned radii, this optimizer has {len(self.nu)}")
+        check_learned(state, self.nu, self.optimizer)
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         assert self.optimizer is not None

@@ -127,7 +127,7 @@ class Radius:
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` if ``load_state_dict`` could not take this state; changes nothing."""
-        if state.keys() != self.state_dict().keys():
+        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
             raise ValueError(f"the state is that of another kind of radius than {type(self).__name__}")
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None: ...

@@ -14,7 +14,10 @@ class Schedule:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a schedule carries from step to step; the step number itself is kept by the optimizer."""
+        """What a schedule carries from step to step, under the same keys at any time.
+
+        The step number itself is kept by the optimizer.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -17,6 +17,7 @@ from lets_kernels.optimizers.frameworks import stand_aside
 from lets_kernels.publication import Publication
 from lets_kernels.radius import Radius, check_rho
 from lets_kernels.runs import check_parameter
+from lets_kernels.saved import check_count, check_keys, check_scalar
 from lets_kernels.schedule import Schedule
 from lets_kernels.shards import version
 
@@ -200,13 +201,23 @@ class Wrapper(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and groups, and beside them the radius and the counters.
 
+        Between a step and its ``radius_step`` there is nothing yet to save of that learning: who resumes from such a
+        state goes on with the next step, and ρ does not learn from the one before.
+
         Raises:
             RuntimeError: while the weights are perturbed.
         """
         self._refuse_while_perturbed("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        own = {
+        state_dict = {**self.base_optimizer.state_dict(), KEY: self._own_state()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
             "direction": self.direction.state_dict(),
             "schedule": self.schedule.state_dict(),
             "descent": self.descent.state_dict(),
@@ -214,27 +225,35 @@ class Wrapper(torch.optim.Optimizer):
             "step": self._step_number,
             "skipped": self.skipped.clone(),
         }
-        state_dict = {**self.base_optimizer.state_dict(), KEY: own}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = post_hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        return state_dict
+
+    def _check_own(self, own: Any, groups: Sequence[dict[str, Any]]) -> None:
+        """Refuse a damaged entry of a saved state, before anything of the state is loaded."""
+        check_keys(own, ("direction", "schedule", "descent", "radius", "step", "skipped"), f"state[{KEY!r}]")
+        for part in ("direction", "schedule", "descent"):
+            check_keys(own[part], getattr(self, part).state_dict(), f"the {part}")
+        check_count(own["step"], "the step number")
+        check_scalar(own["skipped"], "the number of skipped steps")
+        self.radius.check_state_dict(own["radius"])
+        for group in groups:
+            check_rho(group.get("rho", 0.0))
+            check_xi(group.get("xi", 0.0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state; that of the bare base optimizer will do, and leaves the radius as it is.
 
         Raises:
             RuntimeError: while the weights are perturbed.
-            ValueError: the groups, or the number of learned radii, do not match.
+            ValueError: the groups, or the number of learned radii, do not match, or the state is damaged. Nothing has
+                been loaded then.
         """
         self._refuse_while_perturbed("load_state_dict()")
         state_dict = dict(state_dict)  # what hooks put in or take out of it stays among them
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        own = state_dict.get(KEY)
+        own, groups = state_dict.get(KEY), state_dict["param_groups"]
         if own is not None:
-            self.radius.check_state_dict(own["radius"])
+            self._check_own(own, groups)
         before = [{name: group[name] for name in self._own} for group in self.param_groups]
         self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != KEY})
         for group, values in zip(self.param_groups, before, strict=True):

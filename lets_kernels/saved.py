@@ -1,0 +1,136 @@
+"""Whether a saved state can be loaded, asked before any of it is: a state that is damaged changes nothing.
+
+Every function raises ``ValueError``, or returns None and has changed nothing.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.fused import refusal
+from lets_kernels.hypergradient import Trial
+
+_ASCENT = {"bucket", "indices", "group", "places", "vectors", "xi", "q", "saved", "filter_norms"}
+_TRIAL = {field.name for field in fields(Trial)} - {"captured"}
+
+
+def _refuse(what: str, found: str) -> None:
+    raise ValueError(
+        f"the saved state does not fit, and nothing of it was loaded: {what} {found}. Build the optimizer as the one "
+        "that was saved; if it is so built, the state is damaged: load another copy"
+    )
+
+
+def check_keys(entry: Any, keys: Iterable[str], what: str) -> None:
+    """The entry is a dict with these keys."""
+    if not isinstance(entry, Mapping):
+        _refuse(what, f"is a {type(entry).__name__}, not a dict")
+    keys = set(keys)
+    if entry.keys() != keys:
+        lacks, beside = (sorted(map(str, some)) for some in (keys - entry.keys(), entry.keys() - keys))
+        found = [f"{verb} {', '.join(some)}" for verb, some in (("lacks", lacks), ("has an unknown", beside)) if some]
+        _refuse(what, " and ".join(found))
+
+
+def check_count(value: Any, what: str) -> None:
+    """A whole number, not negative."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        _refuse(what, f"is {value!r}, not a count")
+
+
+def check_scalar(value: Any, what: str) -> None:
+    """A 0-d tensor of a finite number."""
+    if not isinstance(value, Tensor) or value.dim() != 0 or not bool(torch.isfinite(value)):
+        _refuse(what, f"is {value!r}, not a 0-d tensor of a finite number")
+
+
+def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
+    """The state is one that this optimizer, whose parameters are few and small, can load and go on from."""
+    check_keys(state, ("state", "param_groups"), what)
+    made = refusal(optimizer) is None  # its state is there from the beginning; that of others may come with a step
+    trial = copy.deepcopy(optimizer)
+    try:
+        trial.load_state_dict(copy.deepcopy(dict(state)))
+    except Exception as error:
+        _refuse(what, f"is none that {type(optimizer).__name__} can load ({error})")
+    for mine, loaded in zip(optimizer.param_groups, trial.param_groups, strict=True):
+        for name in mine.keys() - {"params"}:
+            if name not in loaded or not _alike(loaded[name], mine[name]):
+                _refuse(f"{what}['param_groups']", f"has no usable {name}")
+        for p, q in zip(mine["params"], loaded["params"], strict=True):
+            present, found = optimizer.state.get(p, {}), trial.state.get(q, {})
+            if not isinstance(found, Mapping):
+                _refuse(f"{what}['state']", f"holds a {type(found).__name__}, not a dict")
+            for name in present if found or made else ():
+                if name not in found or not _alike(found[name], present[name]):
+                    _refuse(f"{what}['state']", f"has no usable {name}")
+
+
+def _alike(value: Any, present: Any) -> bool:
+    """True if one value can stand in the place of the other; of options that are None anything may have been saved."""
+    if isinstance(present, bool):
+        return isinstance(value, bool)
+    if isinstance(present, Tensor) or isinstance(value, Tensor):
+        shape = present.shape if isinstance(present, Tensor) else torch.Size(())
+        return (isinstance(value, Tensor) and value.shape == shape) or (isinstance(value, Real) and not shape)
+    if isinstance(present, Real):
+        return isinstance(value, Real)
+    if isinstance(present, (list, tuple)):
+        return isinstance(value, (list, tuple)) and len(value) == len(present) and all(map(_alike, value, present))
+    return True
+
+
+def check_learned(state: Mapping[str, Any], nus: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """The state of a learned radius: as many ν as there are, an optimizer for them, and perhaps a step that waits."""
+    found = len(state["nu"]) if _is_list(state["nu"]) else "no list of"
+    if found != len(nus):
+        raise ValueError(f"the state holds {found} learned radii, this optimizer has {len(nus)}")
+    for nu in state["nu"]:
+        check_scalar(nu, "log rho")
+    check_optimizer(state["optimizer"], optimizer, "the radius's optimizer")
+    _check_waiting(state["pending"], "the step that waits")
+
+
+def _check_waiting(pending: Any, what: str) -> None:
+    """None, or a packed trial; whether it goes with the parameters is seen when it is unpacked."""
+    if pending is None:
+        return
+    check_keys(pending, ("trial", "val", "val_loss"), what)
+    trial = pending["trial"]
+    check_keys(trial, _TRIAL, f"{what}['trial']")
+    tensors = [pending["val_loss"], trial["total"], trial["gate"]]
+    lists = {"val": pending["val"], **{name: trial[name] for name in ("first", "perturbed", "stepped", "lr", "rho")}}
+    counts = set()
+    for name, entries in lists.items():
+        if not _is_list(entries):
+            _refuse(f"{what}: {name}", f"is a {type(entries).__name__}, not a list")
+        counts.add(len(entries))
+        if name == "rho":
+            tensors += entries
+        elif name != "lr":
+            for each in entries:
+                if not isinstance(each, Mapping) or not all(isinstance(i, int) and i >= 0 for i in each):
+                    _refuse(f"{what}: {name}", "does not hold gradients by their places")
+                tensors += each.values()
+    if len(counts) != 1:
+        _refuse(what, "has lists of different lengths")
+    if not _is_list(trial["ascents"]):
+        _refuse(f"{what}: ascents", f"is a {type(trial['ascents']).__name__}, not a list")
+    for ascent in trial["ascents"]:
+        check_keys(ascent, _ASCENT, f"{what}: an ascent")
+        check_count(ascent["bucket"], f"{what}: an ascent's bucket")
+        indices, vectors = ascent["indices"], ascent["vectors"]
+        if not (_is_list(indices) and _is_list(vectors) and len(indices) == len(vectors)):
+            _refuse(f"{what}: an ascent", "has not one vector for every index")
+        tensors += [*vectors, *(ascent[name] for name in ("saved", "filter_norms") if ascent[name] is not None)]
+    if not all(isinstance(t, Tensor) for t in tensors):
+        _refuse(what, "holds something else where tensors belong")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

@@ -1,0 +1,193 @@
+"""A saved state that is damaged is refused before anything of it is loaded, whatever in it is wrong."""
+
+import copy
+
+import pytest
+import torch
+
+import lets_kernels as lk
+from nets import Task
+from runs import same_bits
+from toys import snapshot
+
+
+def lets(net, **options):
+    radius = lk.LearnedRadius(0.1, curvature="secant", lr=0.05, reuse_train_gradient=True, **options)
+    return lk.LETSSAM(net.parameters(), torch.optim.AdamW, radius, lr=0.02)
+
+
+def run(make, steps):
+    task = Task(torch.float32, steps=4)
+    opt = make(task.net)
+    task.run(opt, task.batches[:steps], opt.radius.learns)
+    return task, opt
+
+
+@pytest.fixture(scope="module")
+def saved():
+    """The state of a run with everything in it: averages, a learned radius, a step that waits."""
+    state = run(lets, 2)[1].state_dict()
+    assert state["lets_kernels"]["radius"]["pending"] is not None
+    state["state"][0]["exp_avg"].fill_(3.0)  # would show
+    state["param_groups"][0]["lr"] = 7.0
+    return state
+
+
+def paths(entry, path=()):
+    """Every key and index within an entry, and so every value."""
+    items = entry.items() if isinstance(entry, dict) else enumerate(entry) if isinstance(entry, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from paths(value, (*path, key))
+
+
+def parent(state, path):
+    for key in path[:-1]:
+        state = state[key]
+    return state
+
+
+def everything(opt):
+    """Weights, states, radii and the numbers beside them; identities too, since nothing may be replaced."""
+    waiting = opt.radius._pending if opt.radius.learns else None
+    numbers = {**opt.param_groups[0], "params": None, "rho": None, "step": opt._step_number, "waiting": id(waiting)}
+    return numbers, [*snapshot(opt), opt.skipped.clone()]
+
+
+def assert_refused(opt, state, what):
+    before = everything(opt)
+    try:
+        opt.load_state_dict(state)
+    except (ValueError, TypeError):
+        pass
+    else:
+        pytest.fail(f"loaded, with {what}")
+    after = everything(opt)
+    assert before[0] == after[0] and same_bits(before[1], after[1]), what
+
+
+def damaged(saved, path, damage):
+    """The state with one value of the entry gone, or something else."""
+    state = copy.deepcopy(saved)
+    home = parent(state["lets_kernels"], path)
+    if damage == "gone":
+        del home[path[-1]]
+    else:
+        home[path[-1]] = damage
+    return state
+
+
+# Options that torch's Adam has got in the course of its versions; it gives them to states that lack them.
+LATER = {"amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "foreach", "fused"}
+
+
+@pytest.mark.parametrize("damage", ["gone", "a word"])
+def test_every_value_that_is_gone_or_of_another_kind_is_noticed(saved, damage):
+    """One at a time, the whole entry through, but for the step that waits."""
+    _, opt = run(lets, 1)
+    own = saved["lets_kernels"]
+    found = [path for path in paths(own) if "pending" not in path and parent(own, path)[path[-1]] is not None]
+    found = [path for path in found if damage != "gone" or path[-1] not in LATER]
+    assert len(found) >= 20
+    for path in found:
+        assert_refused(opt, damaged(saved, path, damage), f"{damage} at {path}")
+    opt.load_state_dict(copy.deepcopy(saved))  # which in itself is fine
+    assert opt.param_groups[0]["lr"] == 7.0 and opt.radius.waits
+
+
+@pytest.mark.parametrize("damage", ["gone", "a word"])
+def test_a_damaged_step_that_waits_is_noticed(saved, damage):
+    """Every key of its dicts; every tensor in its lists. Places and sizes are compared when it is unpacked."""
+    _, opt = run(lets, 1)
+    own, places = saved["lets_kernels"], ("group", "places", "xi", "q")
+    found = [path for path in paths(own) if "pending" in path and not {"places", "lr"} & {*path[:-1]}]
+    if damage == "gone":
+        found = [path for path in found if isinstance(path[-1], str)]
+    else:
+        found = [path for path in found if path[-1] not in places and path[-2] != "indices"]
+        found = [path for path in found if parent(own, path)[path[-1]] is not None]
+    assert len(found) >= 20
+    for path in found:
+        assert_refused(opt, damaged(saved, path, damage), f"{damage} at {path}")
+
+
+WRONG = {
+    "no-dict": lambda own: [own],
+    "a-negative-step": lambda own: {**own, "step": -1},
+    "a-fractional-step": lambda own: {**own, "step": 1.5},
+    "a-step-of-true": lambda own: {**own, "step": True},
+    "many-skipped": lambda own: {**own, "skipped": torch.zeros(2, dtype=torch.int64)},
+    "an-unknown-part": lambda own: {**own, "memory": {}},
+    "a-direction-with-averages": lambda own: {**own, "direction": {"average": torch.zeros(3)}},
+    "two-radii": lambda own: {**own, "radius": {**own["radius"], "nu": own["radius"]["nu"] * 2}},
+    "no-radius-at-all": lambda own: {**own, "radius": {}},
+    "a-radius-that-is-not-a-number": lambda own: {**own, "radius": {**own["radius"], "nu": [torch.tensor(torch.nan)]}},
+    "a-radius-of-two-numbers": lambda own: {**own, "radius": {**own["radius"], "nu": [torch.zeros(2)]}},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_counts_and_kinds_are_looked_at(saved, wrong):
+    _, opt = run(lets, 1)
+    state = copy.deepcopy(saved)
+    state["lets_kernels"] = WRONG[wrong](state["lets_kernels"])
+    assert_refused(opt, state, wrong)
+
+
+@pytest.mark.parametrize("wrong", ["average-of-two", "two-groups", "no-average", "another-optimizer"])
+def test_the_state_of_the_optimizer_of_nu_is_looked_at(saved, wrong):
+    _, opt = run(lets, 1)
+    state = copy.deepcopy(saved)
+    nu = state["lets_kernels"]["radius"]["optimizer"]
+    if wrong == "average-of-two":
+        nu["state"][0]["exp_avg"] = torch.zeros(2)
+    elif wrong == "two-groups":
+        nu["param_groups"] *= 2
+    elif wrong == "no-average":
+        del nu["state"][0]["exp_avg_sq"]
+    else:
+        nu.update(torch.optim.SGD([torch.zeros(())]).state_dict())
+    assert_refused(opt, state, wrong)
+
+
+@pytest.mark.parametrize("name, value", [("rho", -1.0), ("rho", "far"), ("rho", None), ("xi", float("nan"))])
+def test_what_the_groups_say_is_looked_at(name, value):
+    make = {"rho": 0.5, "lr": 0.02}
+    _, other = run(lambda net: lk.ASAM(net.parameters(), torch.optim.AdamW, **make), 2)
+    _, opt = run(lambda net: lk.ASAM(net.parameters(), torch.optim.AdamW, **make), 1)
+    state = copy.deepcopy(other.state_dict())
+    state["param_groups"][0][name] = value
+    assert_refused(opt, state, name)
+
+
+def test_a_state_saved_between_a_step_and_its_radius_step_holds_the_step_alone(backend):
+    """The original learns from it all the same; who resumes from the state goes on with the next step."""
+
+    def make(net):
+        radius = lk.LearnedRadius(0.1, curvature="secant", lr=0.05)
+        return lk.LETSSAM(net.parameters(), torch.optim.SGD, radius, backend=backend.name, lr=0.1, momentum=0.9)
+
+    task, opt = run(make, 1)
+    (batch, val_batch), rho = task.batches[1], opt.rho
+    closure, val_closure = task.closure(batch), task.closure(val_batch)
+    closure()
+    opt.first_step(zero_grad=True)
+    closure()
+    opt.second_step()
+    net, state = copy.deepcopy(task.net.state_dict()), copy.deepcopy(opt.state_dict())
+    opt.radius_step(closure, val_closure)
+    assert opt.rho != rho
+
+    ends = []
+    for _ in range(2):
+        other = Task(torch.float32, steps=4)
+        resumed = make(other.net)
+        other.net.load_state_dict(net)
+        resumed.load_state_dict(copy.deepcopy(state))
+        assert same_bits(resumed.rho, rho) and resumed._step_number == 2
+        if not ends:  # a try that changes nothing
+            with pytest.raises(RuntimeError, match="once a step"):
+                resumed.radius_step(other.closure(batch), other.closure(val_batch))
+        other.run(resumed, task.batches[2:], learned=True)
+        ends.append(snapshot(resumed))
+    assert same_bits(*ends) and not same_bits(ends[0][0], rho)
