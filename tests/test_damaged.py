@@ -160,6 +160,17 @@ def test_what_the_groups_say_is_looked_at(name, value):
     assert_refused(opt, state, name)
 
 
+@pytest.mark.parametrize("carried", ["a word", {"step": 3}, {"step": 1.5, "skipped": torch.tensor(0)}])
+def test_carried_numbers_are_looked_at_too(carried):
+    make = {"rho": 0.5, "lr": 0.02}
+    _, other = run(lambda net: lk.SAM(net.parameters(), torch.optim.AdamW, **make), 2)
+    _, opt = run(lambda net: lk.SAM(net.parameters(), torch.optim.AdamW, **make), 1)
+    state = copy.deepcopy(other.state_dict())
+    del state["lets_kernels"]
+    state["param_groups"][0]["lets_kernels"] = carried
+    assert_refused(opt, state, carried)
+
+
 def test_a_state_saved_between_a_step_and_its_radius_step_holds_the_step_alone(backend):
     """The original learns from it all the same; who resumes from the state goes on with the next step."""
 

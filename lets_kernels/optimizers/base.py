@@ -13,6 +13,7 @@ from lets_kernels.direction import Direction, check_xi
 from lets_kernels.guarded import check_steps_alone
 from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import ParameterSpace
+from lets_kernels.optimizers import carried
 from lets_kernels.optimizers.frameworks import stand_aside
 from lets_kernels.publication import Publication
 from lets_kernels.radius import Radius, check_rho
@@ -65,6 +66,8 @@ class Wrapper(torch.optim.Optimizer):
         kwargs: dict[str, Any],
     ) -> None:
         self._reset()
+        # Tools that load a saved state key by key must find the key at which the first group carries numbers.
+        self._own = {**self._own, KEY: None}
         if self.radius.learns and self.radius.bound:
             raise ValueError("this learned radius belongs to another optimizer; give each its own")
         is_class = isinstance(base, type) and issubclass(base, torch.optim.Optimizer)
@@ -201,6 +204,11 @@ class Wrapper(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and groups, and beside them the radius and the counters.
 
+        The first group carries the same numbers once more, for ``torch.distributed.checkpoint.state_dict``, which
+        keeps state and groups only. What is lost there is the step that waits under ``reuse_train_gradient``: ρ does
+        not learn from that one. The state of an optimizer for ν other than SGD without dampening, Adam and AdamW
+        without amsgrad is there only after that tool's own first call on an optimizer without state, or after a step.
+
         Between a step and its ``radius_step`` there is nothing yet to save of that learning: who resumes from such a
         state goes on with the next step, and ρ does not learn from the one before.
 
@@ -210,7 +218,9 @@ class Wrapper(torch.optim.Optimizer):
         self._refuse_while_perturbed("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = {**self.base_optimizer.state_dict(), KEY: self._own_state()}
+        state_dict, own = dict(self.base_optimizer.state_dict()), self._own_state()
+        first, *others = state_dict["param_groups"]
+        state_dict.update(param_groups=[{**first, KEY: carried.numbers(own)}, *others], **{KEY: own})
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -252,10 +262,15 @@ class Wrapper(torch.optim.Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         own, groups = state_dict.get(KEY), state_dict["param_groups"]
+        numbers = next((group[KEY] for group in groups if group.get(KEY) is not None), None)
+        if own is None and numbers is not None:
+            own = carried.filled(self._own_state(), numbers)
         if own is not None:
             self._check_own(own, groups)
+        groups = [{name: value for name, value in group.items() if name != KEY} for group in groups]
         before = [{name: group[name] for name in self._own} for group in self.param_groups]
-        self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != KEY})
+        rest = {name: value for name, value in state_dict.items() if name != KEY}
+        self.base_optimizer.load_state_dict({**rest, "param_groups": groups})
         for group, values in zip(self.param_groups, before, strict=True):
             for name, value in values.items():
                 if own is None or name not in group:
