@@ -91,6 +91,7 @@ def assert_goes_on_alike(whole, resumed, steps=3):
     assert counters(whole[1]) == counters(resumed[1]) == (2 * steps, 0)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CASES = [(method, base) for method in METHODS for base in ("momentum", "adamw")]
 
 

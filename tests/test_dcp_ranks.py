@@ -22,6 +22,7 @@ import lets_kernels as lk
 from lets_kernels.shards import local
 from runs import same_bits
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 3
 METHODS = {
     "sam": lambda rho: (lk.SAM, rho),
