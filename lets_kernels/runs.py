@@ -25,8 +25,8 @@ def is_dense(t: Tensor) -> bool:
 
 
 def is_lent(grad: Tensor) -> bool:
-    """True for a gradient that does not fill its memory: something else, and its owner, lies there too."""
-    return grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+    """True for a gradient in memory that has another owner, who may write there: autograd's own are no views."""
+    return grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
 
 
 def check_parameter(p: Tensor, where: str) -> None:

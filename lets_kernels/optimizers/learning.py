@@ -45,7 +45,7 @@ def learn(o: "SAM", train_closure: Closure | None, val_closure: Closure | None, 
             train = [by_index(b.gather(own=True)) for b in buckets]
         o._drop_gradients()
         val_loss = as_loss(o._call(val_closure, scaler), "val_closure")
-        val = [by_index(b.gather()) for b in buckets]
+        val = [by_index(b.gather(own=train is None)) for b in buckets]  # the radius may wait for the next pass
     except BaseException:
         o._scaling.give_up()
         raise
