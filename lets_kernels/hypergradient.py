@@ -98,7 +98,7 @@ class Trial:
         if along is not None:
             ascents = [self._redirect(a, along[a.bucket.index]) for a in ascents]
             parts = [a.total(saved=True).to(total.device) for a in ascents]
-            total = replicas.mean(torch.stack(parts).sum())
+            total = replicas.mean(torch.stack(parts).sum() if parts else torch.zeros_like(total))
         out = []
         for a in ascents:
             k, runs = a.bucket.index, self._common(a)

@@ -178,24 +178,27 @@ class Bucket:
             and (self.flat is None or [p.data_ptr() for p in memory] == self._addresses)
         )
 
-    def gather(self, own: bool = False) -> Runs:
+    def gather(self, own: bool = False, whole: bool = False) -> Runs:
         """The runs of the parameters that have a gradient.
 
         Args:
             own: the gradients are kept beyond the next backward: those that lie in memory which that may write again,
                 as views of the buckets of DistributedDataParallel do, are copied.
+            whole: a gradient that is not there stands for zero.
 
         Raises:
             TypeError: a sparse gradient.
         """
-        runs = self._gather()
+        runs = self._gather(whole)
         # What is written to a DTensor does not count as a version of its part, so nobody would notice.
         if own and (self.spread or any(map(is_lent, runs.grads))):
             runs.grads = [g.clone() if self.spread or is_lent(g) else g for g in runs.grads]
         return runs
 
-    def _gather(self) -> Runs:
+    def _gather(self, whole: bool) -> Runs:
         grads, memory = [p.grad for p in self.params], self.memory
+        if whole:
+            grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)]
         if self.spread:
             pairs = zip(grads, self.params, strict=True)
             grads = [g if g is None else local_gradient(g, p) for g, p in pairs]

@@ -78,7 +78,9 @@ class Step:
         self.perturbs = o.schedule.perturbs(o._step_number)
         self.buckets: list[Bucket] = o._space().buckets
         self._holds = self._observed or o.descent.holds_first
-        first = [b.gather(own=self._holds and not keep) for b in self.buckets]
+        # What one rank's own pass does not reach has gradient zero in the mean over ranks that the radius learns from.
+        whole = self._observed and self.perturbs and not o.network.sync_perturbation
+        first = [b.gather(own=self._holds and not keep, whole=whole) for b in self.buckets]
         if radius.waits:
             if radius.needs_train_loss and loss is None:
                 raise RuntimeError(
