@@ -182,13 +182,13 @@ class Network:
                 "static_graph=False, or sync_perturbation=True"
             )
         forwards = []
-        hook = model.register_forward_pre_hook(lambda *_: forwards.append(1))
+        hook = model.register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
         try:
             with model.no_sync():
                 yield
         finally:
             hook.remove()
-        if not forwards:
+        if not any(forwards):
             raise RuntimeError(
                 "no forward pass inside first_pass(): with sync_perturbation=False both forward and backward of the "
                 "first pass belong inside, or its gradients are synchronised all the same"
