@@ -11,7 +11,7 @@ from lets_kernels import ops
 from lets_kernels.amp import LossScaling, Scaler, handed_over, unscale_by
 from lets_kernels.descent import Descent, Perturbed
 from lets_kernels.direction import Adaptive, Direction
-from lets_kernels.distributed import Replicas
+from lets_kernels.distributed import ALONE, Replicas
 from lets_kernels.layout import Bucket, ParameterSpace
 from lets_kernels.network import Network
 from lets_kernels.optimizers.base import Wrapper, untraced
@@ -98,6 +98,8 @@ class SAM(Wrapper):
         self.check_finite, self.replicas = check_finite, Replicas(process_group)
         self.network, self._scaling = Network(model, sync_perturbation, same_rng), LossScaling()
         self.radius.check_passes(sync_perturbation)
+        if not sync_perturbation and process_group == ALONE:
+            raise ValueError("sync_perturbation=False: a step that one rank skips all must skip; leave 'alone' out")
         self._own = {"rho": self.radius.rho, "adaptive": False, **direction.defaults}
         super().__init__(params, base_optimizer, kwargs)
 
