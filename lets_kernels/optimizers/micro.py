@@ -1,6 +1,6 @@
 """One step over micro-batches, each perturbed along its own gradient: m-sharpness in one process."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
     if o.radius.learns or o.descent.holds_first:
         what = type(o.radius if o.radius.learns else o.descent).__name__
         raise ValueError(f"{what} compares the two gradients of one step: give step() one closure, not a list")
-    losses, totals, sums = [], [], dict[Tensor, Tensor]()
+    losses, perturbed, totals, sums = [], list[Tensor | None](), [], dict[Tensor, Tensor]()
     try:
         for closure in closures:
             o._drop_gradients()
@@ -38,12 +38,14 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
                 step.return_gradients()
             with torch.no_grad():
                 step.restore()
+            perturbed.append(step.perturbed_loss)
             totals.append(step.total)
             _add(sums, o)
         for p, total in sums.items():
             p.grad = total.div_(len(closures))
         assert o._step is not None
         o._step.totals = totals
+        o._step.loss, o._step.perturbed_loss = _mean(map(as_scalar, losses)), _mean(perturbed)
         o._finish()
     except BaseException:
         o.restore()
@@ -51,6 +53,12 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
         o._mark_gradients()
         raise
     return losses
+
+
+def _mean(losses: Iterable[Tensor | None]) -> Tensor | None:
+    """The mean of the losses that are known."""
+    known = [loss for loss in losses if loss is not None]
+    return torch.stack(known).mean() if known else None
 
 
 @torch.no_grad()

@@ -111,7 +111,8 @@ class SAM(Wrapper):
         """Around forward and backward of a step's first pass, for ``sync_perturbation=False`` and ``same_rng=True``.
 
         Those need to know where the pass begins and ends; otherwise it does nothing. ``step(closure)`` sees to it by
-        itself.
+        itself. Under DistributedDataParallel a forward goes with the backward after it: of two forwards in a row it
+        synchronises one.
 
         Raises:
             RuntimeError: with ``sync_perturbation=False``, no forward inside, or a model with ``static_graph=True``.
@@ -386,8 +387,9 @@ class SAM(Wrapper):
     def metrics(self) -> dict[str, Tensor]:
         """What the last step saw, as tensors on the device; nothing waits for them.
 
-        ``grad_norm`` is ‖Tg‖ in the dual norm (over all parameters), ``perturbed_grad_norm`` ‖ĝ‖ (with
-        ``check_finite``), ``rho`` the present radius, ``skipped_steps`` a count; ``loss``, ``perturbed_loss`` and
+        ``grad_norm`` is ‖Tg‖ in the dual norm (over all parameters; the power mean of several where ranks or
+        micro-batches are perturbed one by one), ``perturbed_grad_norm`` ‖ĝ‖ (with ``check_finite``), ``rho`` the
+        present radius, ``skipped_steps`` a count; ``loss``, ``perturbed_loss`` and
         ``loss_gap`` where the optimizer saw the losses; and what the radius reports: ``rho_grad`` = ∂F/∂ρ,
         ``val_loss``, ``train_loss``. With 16-bit weights, from the first step and then from every hundredth:
         ``perturbation_cosine`` between ε and what rounding left of it, ``perturbation_length``, the ratio of their

@@ -216,10 +216,12 @@ class Step:
                 overflow = self.overflow.to(self.total.device, torch.float64).reshape(())
                 sums.append(torch.where(overflow != 0, torch.inf, torch.zeros_like(overflow)))
             alone = [] if o.network.sync_perturbation else self.totals  # no rank has heard of the others' yet
-            flags = o.replicas.means([self._sum(sums), *alone])
-            self.hats = flags[:1] if reads else []
-            flags += self.totals if not alone else []
-        if flags:
+            means = o.replicas.means([self._sum(sums), *alone])
+            self.hats = means[:1] if reads else []
+            if alone:
+                self.totals = means[1:]
+            flags = [*means[:1], *self.totals]
+        if flags and self.buckets:
             self.gate, self.gated = self.buckets[0].ops.all_finite_(flags, o.skipped), True
 
     def _record(self, hats: list[Gradients], stepped: list[Gradients]) -> Trial:
@@ -230,7 +232,8 @@ class Step:
 
     def metrics(self) -> dict[str, Tensor]:
         """For :meth:`SAM.metrics`."""
-        found = {"grad_norm": self.total.pow(1 / self.optimizer.direction.q)}
+        total = self.totals[0] if len(self.totals) == 1 else torch.stack(self.totals).mean()
+        found = {"grad_norm": total.pow(1 / self.optimizer.direction.q)}
         if self.hats:
             found["perturbed_grad_norm"] = self.hats[0].sqrt()
         if self.loss is not None:
