@@ -8,6 +8,7 @@ import torch
 
 import runs
 from backends import Backend, targets
+from standing import Ranks
 
 # Thousands of small ops: a second thread costs more than it brings, and far more where the cores are shared. The tests
 # that are about threads ask for the `threads` fixture.
@@ -68,3 +69,11 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Two processes over gloo, started when the first test needs them."""
+    pool = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()

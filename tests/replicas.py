@@ -1,0 +1,102 @@
+"""What the ranks of the DistributedDataParallel tests run: a net, its batches, and the methods on it."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lets_kernels as lk
+from lets_kernels import LearnedRadius
+
+# name: (class, arguments made anew for every optimizer)
+METHODS = {
+    "sam": (lk.SAM, lambda: {"rho": 0.05}),
+    "asam": (lk.ASAM, lambda: {"rho": 0.5, "filterwise": True}),
+    "lets-sam": (lk.LETSSAM, lambda: {"rho": LearnedRadius(0.05, curvature="secant", lr=0.05)}),
+    "lets-asam": (lk.LETSASAM, lambda: {"rho": LearnedRadius(0.5, curvature="diagonal", lr=0.05)}),
+}
+BASES = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "adam": (torch.optim.Adam, {"lr": 0.01}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.003}),
+}
+VALIDATION = 10_000  # the number of a step's validation batch, from that of the step
+
+
+def net(dtype=torch.float32):
+    """Filters, a matrix and biases."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        layers = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+    return layers.to(dtype)
+
+
+def batch(rank, step, dtype=torch.float32):
+    """Inputs of one rank at one step, and their classes."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    x = torch.randn(4, 2, 4, 4, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randint(3, (4,), generator=generator)
+
+
+def joined(step, dtype=torch.float32):
+    """What two ranks see together."""
+    return tuple(torch.cat(parts) for parts in zip(batch(0, step, dtype), batch(1, step, dtype), strict=True))
+
+
+def closure(model, data, factor=1.0):
+    """torch's convention; ``factor`` may be a list, with one for each call."""
+    factors = iter(factor) if isinstance(factor, list) else None
+
+    def run():
+        model.zero_grad()
+        loss = nn.functional.cross_entropy(model(data[0]), data[1]) * (factor if factors is None else next(factors))
+        loss.backward()
+        return loss
+
+    return run
+
+
+def optimizer(model, /, method="sam", base="momentum", **options):
+    cls, arguments = METHODS[method]
+    kind, settings = BASES[base]
+    return cls(model.parameters(), kind, **{"model": model, **arguments(), **options}, **settings)
+
+
+def train(opt, model, batches, steps, start=0, take=None):
+    """Steps with closures; ``batches(step)`` gives the batch, ``take`` is one of the call shapes below."""
+    for step in range(start, start + steps):
+        closures = [closure(model, batches(step))]
+        if opt.radius.learns:
+            closures.append(closure(model, batches(step + VALIDATION)))
+        (take or by_closure)(opt, *closures)
+
+
+def by_closure(opt, *closures):
+    opt.step(*closures)
+
+
+def by_two_steps(opt, first, val=None):
+    with opt.first_pass():
+        loss = first()
+    opt.first_step(zero_grad=True, loss=loss)
+    first()
+    opt.second_step(zero_grad=True)
+    if val is not None:
+        opt.radius_step(first, val)
+
+
+def by_context(opt, first, val=None):
+    with opt.first_pass():
+        loss = first()
+    with opt.perturbed(loss=loss):
+        first()
+    opt.step()
+    if val is not None:
+        opt.radius_step(first, val)
+
+
+SHAPES = {"closure": by_closure, "two-steps": by_two_steps, "context": by_context}
+
+
+def replica(dtype=torch.float32, layers=None, **options):
+    return DistributedDataParallel(net(dtype) if layers is None else layers, **options)
