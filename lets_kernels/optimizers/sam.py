@@ -185,19 +185,20 @@ class SAM(Wrapper):
             raise RuntimeError("the step is taken after `with opt.perturbed():`, not inside; leave the context first")
         try:
             check_same_graph(step.captured, "second_step()", "first_step()")
-            if self._scaling.first_only and step.overflow is None:
-                raise RuntimeError(
-                    "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
-                    "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so). The weights "
-                    "were restored, the step is given up"
-                )
-            self.fused, self.fused_reason = step.descend()
-            if not self.network.sync_perturbation:
-                self._scaling.tell(step.gate)
-            self._trial, self._step, self._radius_waits = step.trial, None, self.radius.learns
+            scaled = self._scaling.first_only and step.overflow is None
+            if not scaled:
+                self.fused, self.fused_reason = step.descend()
+                if not self.network.sync_perturbation:
+                    self._scaling.tell(step.gate)
+                self._trial, self._step, self._radius_waits = step.trial, None, self.radius.learns
         except BaseException:  # an interrupt after the base optimizer's step too: it must not be taken again
             self.restore()
             raise
+        if scaled:
+            raise RuntimeError(
+                "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
+                "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so)"
+            )
         self._scaling.end()
         self._last, self._step_number = step.metrics(), self._step_number + 1
         for optimizer in (self, self.base_optimizer):
