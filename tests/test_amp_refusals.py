@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import lets_kernels as lk
+from lets_kernels.amp import handed_over
 from nets import Task
 from passes import SHAPES, Passes, run
 from runs import same_bits
@@ -162,6 +163,35 @@ def test_passes_of_the_radius_that_fail_do_not_stand_in_the_way_of_the_next_step
     rho = opt.rho
     run("closure", opt, task, slice(1, 2), scaler)
     assert opt.rho != rho
+
+
+@pytest.mark.parametrize("micro_batches", [False, True])
+def test_gradients_that_are_refused_do_not_stand_in_the_way_of_the_next_step(micro_batches):
+    """Unscaled already, and then not taken."""
+    table, scaler = torch.nn.Embedding(4, 2, sparse=True), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    opt = lk.SAM(table.parameters(), torch.optim.SGD, lr=0.1)
+
+    def closure():
+        opt.zero_grad()
+        loss = table(torch.tensor([1])).square().sum()
+        scaler.scale(loss).backward()
+        return loss
+
+    before = table.weight.detach().clone()
+    with pytest.raises(TypeError, match="sparse=False"):
+        opt.step([closure] if micro_batches else closure, scaler=scaler)
+    assert same_bits(table.weight.detach(), before)
+    table.sparse = False
+    opt.step([closure] if micro_batches else closure, scaler=scaler)
+    assert not same_bits(table.weight.detach(), before)
+
+
+def test_a_scaler_that_saw_no_gradients_says_so_with_a_number():
+    """The sum of no flags is Python's 0; what it hands over is a tensor all the same."""
+    _, opt, _, _ = built()
+    opt.found_inf = 0
+    with handed_over(opt) as (scale, overflow):
+        assert scale is None and torch.equal(overflow, torch.tensor(0))
 
 
 def test_a_second_pass_without_gradients_is_no_overflow():
