@@ -32,7 +32,7 @@ METHODS = {
     "lets-asam-per-group": lambda rho: (lk.LETSASAM, secant(rho, per_group=True), {"groups": True}),
     "nu-by-sgd": lambda rho: (lk.LETSSAM, secant(rho, optimizer=torch.optim.SGD, momentum=0.9), {}),
     "nu-by-rmsprop": lambda rho: (lk.LETSSAM, secant(rho, optimizer=torch.optim.RMSprop), {}),
-    "nu-by-amsgrad": lambda rho: (lk.LETSSAM, secant(rho, amsgrad=True), {}),
+    "nu-by-amsgrad": lambda rho: (lk.LETSSAM, secant(rho, optimizer=torch.optim.AdamW, amsgrad=True), {}),
 }
 
 
@@ -142,7 +142,7 @@ def test_a_full_state_goes_through_a_file_that_holds_no_code(method, flat):
 
 
 @pytest.mark.parametrize("base", ["sgd", "momentum", "adamw", "rmsprop"])
-@pytest.mark.parametrize("method", ["sam", "lets-sam", "nu-by-rmsprop"])
+@pytest.mark.parametrize("method", ["sam", "lets-sam", "nu-by-rmsprop", "nu-by-amsgrad"])
 def test_the_call_that_makes_state_moves_nothing(method, base):
     """step(closure=None) with zero gradients and lr = 0, on an optimizer without state; asked twice."""
     task = Task(torch.float32, steps=2)
@@ -155,8 +155,11 @@ def test_the_call_that_makes_state_moves_nothing(method, base):
     assert same_bits(nu, [n.detach() for n in getattr(opt.radius, "nu", [])])
     assert all(p.grad is None for p in task.net.parameters())
     assert counters(opt) == (0, 0)
+    carried = saved["param_groups"][0]["lets_kernels"]
+    averages = {path: value for path, value in carried.items() if "optimizer.state" in path and "step" not in path}
+    assert bool(averages) == (method != "sam") and not any(map(bool, averages.values()))
     assert bool(saved["state"]) == (base != "sgd")
-    if base == "sgd" and method != "nu-by-rmsprop":  # nothing there is that this could have changed
+    if base == "sgd" and method in ("sam", "lets-sam"):  # nothing there is that this could have changed
         untouched = Task(torch.float32, steps=2)
         other = build(method, base, untouched.net)
         for each, optimizer in ((task, opt), (untouched, other)):
@@ -197,6 +200,7 @@ def test_the_step_that_waits_is_dropped_and_nothing_else(tmp_path, metric):
     task.run(opt, task.batches[:3], learned=True)
     assert opt.radius.waits
     saved = {"model": get_model_state_dict(task.net), "optim": get_optimizer_state_dict(task.net, opt)}
+    assert not any("pending" in path for path in saved["optim"]["param_groups"][0]["lets_kernels"])
     dcp.save(saved, checkpoint_id=tmp_path)
     other = Task(torch.float32, steps=6, net=Task(torch.float32, seed=9).net)
     resumed = make(other.net, 0.7)
