@@ -2,22 +2,24 @@
 
 import datetime
 import pickle
+import time
 import traceback
 import uuid
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 120  # for one case on all ranks; one takes a second or two
+SECONDS = 300  # for one case on all ranks; one takes a second or two where cores are free
+PATIENCE = 20  # for the others, once a rank has failed
 
 
 def serve(rank: int, count: int, store: str, pipe: Connection) -> None:
     """What each process does: run what is sent, send back whether it worked and what came of it."""
     torch.set_num_threads(1 + rank)  # ranks that split their sums differently
-    patience = datetime.timedelta(seconds=SECONDS / 2)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)
+    longest = datetime.timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=longest)
     while True:
         case, arguments = pickle.loads(pipe.recv_bytes())
         try:
@@ -41,12 +43,17 @@ class Ranks:
             self.start()
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((case, arguments)))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(SECONDS):
-                self.stop()
-                raise AssertionError(f"rank {rank} hangs in {case.__name__}{arguments}")
-            answers.append(pickle.loads(pipe.recv_bytes()))
+        answers = [(False, f"no answer from {case.__name__}{arguments}")] * self.count
+        waiting, end = dict(zip(self.pipes, range(self.count), strict=True)), time.monotonic() + SECONDS
+        while waiting and (ready := wait(waiting, timeout=end - time.monotonic())):
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    answers[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    answers[rank] = False, f"the process died in {case.__name__}{arguments}"
+                if not answers[rank][0]:
+                    end = min(end, time.monotonic() + PATIENCE)
         wrong = [f"rank {rank}:\n{what}" for rank, (fine, what) in enumerate(answers) if not fine]
         if wrong:
             self.stop()  # the ranks may be at different collectives

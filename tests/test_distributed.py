@@ -5,7 +5,6 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import lets_kernels
 from lets_kernels.distributed import Replicas
@@ -41,25 +40,17 @@ def train(model, forward, batches, group, infinite_at=None):
     return flat, float(opt.rho), int(opt.metrics()["skipped_steps"])
 
 
-def worker(rank, file, results, spoil):
-    torch.set_num_threads(1 + rank)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        model = net()
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-        spoiled = 2 if spoil and rank == 1 else None
-        results[rank] = train(model, parallel, lambda s: batch(rank, s), dist.group.WORLD, spoiled)
-    finally:
-        dist.destroy_process_group()
+def worker(rank, spoil):
+    model = net()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    spoiled = 2 if spoil and rank == 1 else None
+    return train(model, parallel, lambda s: batch(rank, s), dist.group.WORLD, spoiled)
 
 
 @pytest.mark.parametrize("spoil", [False, True], ids=["finite", "inf-on-one-rank"])
-def test_two_ranks_take_the_same_step_as_one_process_on_the_joined_batch(tmp_path, spoil):
+def test_two_ranks_take_the_same_step_as_one_process_on_the_joined_batch(ranks, spoil):
     """Weights, radius and skipped steps: equal to the bit between ranks, and to 1e-5 those of a single process."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(worker, (str(tmp_path / "store"), results, spoil), nprocs=2)
-        (first, rho, skipped), (second, other_rho, other_skipped) = results[0], results[1]
+    (first, rho, skipped), (second, other_rho, other_skipped) = ranks.run(worker, spoil)
     assert torch.equal(first, second)
     assert (rho, skipped) == (other_rho, other_skipped)
     assert skipped == int(spoil)
