@@ -20,6 +20,15 @@ BASES = {
     "adam": (torch.optim.Adam, {"lr": 0.01}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.003}),
 }
+LEARNERS = {
+    "secant": {"curvature": "secant"},
+    "diagonal": {"curvature": "diagonal"},
+    "algorithm1": {"curvature": "diagonal", "direction": "algorithm1"},
+    "reuse": {"curvature": "secant", "reuse_train_gradient": True},
+}
+KINDS = ["sam", *LEARNERS]
+SYNC = {"one-perturbation": True, "one-a-rank": False}
+
 VALIDATION = 10_000  # the number of a step's validation batch, from that of the step
 
 
@@ -60,6 +69,14 @@ def optimizer(model, /, method="sam", base="momentum", **options):
     cls, arguments = METHODS[method]
     kind, settings = BASES[base]
     return cls(model.parameters(), kind, **{"model": model, **arguments(), **options}, **settings)
+
+
+def build(model, /, kind, sync=True, **options):
+    """SAM, or ASAM with one of the learners, on SGD without weight decay."""
+    if kind == "sam":
+        return optimizer(model, "sam", "sgd", sync_perturbation=sync, **options)
+    radius = LearnedRadius(0.3, lr=0.05, **LEARNERS[kind])
+    return optimizer(model, "lets-asam", "sgd", rho=radius, sync_perturbation=sync, **options)
 
 
 def train(opt, model, batches, steps, start=0, take=None):

@@ -9,28 +9,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.functional import cross_entropy
 
-from lets_kernels import LearnedRadius
-from replicas import SHAPES, VALIDATION, batch, closure, net, optimizer, replica, train
+from replicas import KINDS, SHAPES, SYNC, VALIDATION, batch, build, net, replica, train
 from runs import same_bits
 from toys import snapshot
-
-LEARNERS = {
-    "secant": {"curvature": "secant"},
-    "diagonal": {"curvature": "diagonal"},
-    "algorithm1": {"curvature": "diagonal", "direction": "algorithm1"},
-    "reuse": {"curvature": "secant", "reuse_train_gradient": True},
-}
-KINDS = ["sam", *LEARNERS]
-SYNC = {"one-perturbation": True, "one-a-rank": False}
-
-
-def build(model, kind, sync=True, **options):
-    """SAM, or ASAM with one of the learners, on SGD without weight decay."""
-    if kind == "sam":
-        return optimizer(model, "sam", "sgd", sync_perturbation=sync, **options)
-    radius = LearnedRadius(0.3, lr=0.05, **LEARNERS[kind])
-    return optimizer(model, "lets-asam", "sgd", rho=radius, sync_perturbation=sync, **options)
-
 
 # ---- call shapes and gradients that lie in buckets -----------------------------------------------------------------
 
@@ -206,78 +187,3 @@ def test_a_pass_costs_one_collective_of_a_few_numbers(ranks, kind, sync, count):
     for calls, numbers in ranks.run(counted, kind, sync):
         assert calls == count
         assert numbers <= 4
-
-
-# ---- parameters without a gradient ---------------------------------------------------------------------------------
-
-
-class Branches(nn.Module):
-    """Rank r goes through branch r; nobody through the last. ``missing`` leaves the others out, else they count 0."""
-
-    def __init__(self, missing):
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        self.missing = missing
-        self.stem = nn.Parameter(torch.randn(4, 32, generator=generator, dtype=torch.float64) / 4)
-        self.arms = nn.ParameterList(torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(3))
-
-    def forward(self, inputs):
-        x, arm = inputs
-        x = torch.tanh(x.flatten(1) @ self.stem.t())
-        if self.missing:
-            return x @ self.arms[arm].t()
-        return sum((k == arm) * (x @ each.t()) for k, each in enumerate(self.arms))
-
-
-def branching(rank, kind, sync, missing):
-    model = replica(layers=Branches(missing), find_unused_parameters=missing)
-    opt = build(model, kind, sync)
-
-    def batches(step):
-        x, y = batch(rank, step, torch.float64)
-        return (x, rank), y
-
-    train(opt, model, batches, 4)
-    return [opt.rho, *(p.detach() for p in model.parameters()), opt.metrics()["grad_norm"]]
-
-
-@pytest.mark.parametrize("sync", SYNC.values(), ids=SYNC)
-@pytest.mark.parametrize("kind", ["sam", "secant", "diagonal", "algorithm1"])
-def test_a_gradient_that_a_rank_does_not_have_stands_for_zero(ranks, kind, sync):
-    """As if the branches that a rank leaves out had been multiplied by zero, to rounding; and nobody hangs."""
-    found, other = ranks.run(branching, kind, sync, True)
-    assert same_bits(found, other)
-    expected, _ = ranks.run(branching, kind, sync, False)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
-
-
-def empty_handed(rank, kind):
-    """The second rank has no examples in its first passes, and calls no backward."""
-    model = replica()
-    opt = build(model, kind, sync=False)
-    for step in range(3):
-        data, calls = batch(rank, step), []
-
-        def run(data=data, calls=calls):
-            calls.append(1)
-            model.zero_grad()
-            loss = cross_entropy(model(data[0]), data[1])
-            if rank == 0 or len(calls) > 1:
-                loss.backward()
-            return loss
-
-        opt.step(run, *([closure(model, batch(rank, step + VALIDATION))] if opt.radius.learns else []))
-    return snapshot(opt)
-
-
-@pytest.mark.parametrize("kind", ["sam", "secant", "diagonal", "algorithm1"])
-def test_a_rank_without_any_first_gradient_does_not_hold_up_the_others(ranks, kind):
-    found, other = ranks.run(empty_handed, kind)
-    assert same_bits(found, other)
-    if kind == "sam":
-        alone = net()
-        opt = build(alone, kind)
-        for step in range(3):
-            silent = closure(alone, batch(1, step), [0.0, 1.0])
-            opt.step([closure(alone, batch(0, step)), silent])
-        torch.testing.assert_close(found, snapshot(opt), rtol=1e-5, atol=1e-6)
