@@ -162,8 +162,10 @@ class Adaptive(Direction):
         bias = p.dim() <= 1 if name is None else "weight" not in name
         if not group["adaptive"] or (bias and not self.scale_bias):
             return UNSCALED, 0
+        if not self.filterwise or p.dim() < 3:
+            return ELEMENT_WISE, 0
         dim, p = self.filter_dim(p), local(p)
-        if not self.filterwise or p.dim() < 3 or p.shape[dim] == 0:
+        if p.shape[dim] == 0:
             return ELEMENT_WISE, 0
         if p.numel() == 0:
             return 1, p.shape[dim]

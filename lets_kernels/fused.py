@@ -48,7 +48,7 @@ def _state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
         own = state[b.params[i]]
         if own.get(name) is None:
             refuse_while_capturing(f"the optimizer's {name}")
-            like = b.params[i] if b.spread else p
+            like = b.params[i] if b.apart else p
             own[name] = torch.zeros_like(like, memory_format=torch.preserve_format, requires_grad=False)
         tensors.append(local(own[name]))
     if not _fit(tensors, runs.params):

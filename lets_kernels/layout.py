@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lets_kernels import ops
 from lets_kernels.runs import Runs, capturing, check_parameter, is_dense, is_lent, refuse_while_capturing
-from lets_kernels.shards import filter_groups, is_spread, local, local_gradient, parts
+from lets_kernels.shards import filter_groups, is_apart, is_spread, local, local_gradient, parts
 
 PADDING = 16
 _TABLES = 64
@@ -41,9 +41,10 @@ class Bucket:
         flatten: bool,
     ) -> None:
         refuse_while_capturing("the tables of the parameters")
-        #: The user's parameters; of DTensors the kernels see the local parts, see :attr:`memory`.
+        #: The user's parameters; the kernels see local parts and real pairs of them, see :attr:`memory`.
         self.params = list(params)
         self.spread, self.parts = any(map(is_spread, params)), parts(params[0])
+        self.apart = any(map(is_apart, params))
         memory = self.memory
         self.index, self.group = index, group
         #: Where the parameters stand in their group.
@@ -83,8 +84,8 @@ class Bucket:
 
         self._all = tuple(range(len(self.params)))
         self._all_dense = all(map(is_dense, memory))
-        if flatten and self.spread:
-            raise ValueError("flatten=True would move DTensor parameters out of their shards; leave it out")
+        if flatten and self.apart:
+            raise ValueError("flatten=True goes with real parameters that are no DTensors; leave it out")
         if flatten and self._all_dense:
             self._flatten()
             memory = self.memory
@@ -103,7 +104,7 @@ class Bucket:
     @property
     def memory(self) -> list[Tensor]:
         """The parameters where they lie on this rank; looked up anew, since sharding may move them."""
-        return [local(p) for p in self.params] if self.spread else self.params
+        return [local(p) for p in self.params] if self.apart else self.params
 
     def split_filters(self, filter_dim: Callable[[Tensor], int]) -> None:
         """Find the filters that are cut over ranks; ``filter_dim`` gives the dimension along which filters lie."""
@@ -199,7 +200,7 @@ class Bucket:
         grads, memory = [p.grad for p in self.params], self.memory
         if whole:
             grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)]
-        if self.spread:
+        if self.apart:
             pairs = zip(grads, self.params, strict=True)
             grads = [g if g is None else local_gradient(g, p) for g, p in pairs]
         if self._all_dense and not any(map(operator.is_, grads, repeat(None))):

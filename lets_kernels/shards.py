@@ -1,4 +1,7 @@
-"""What this rank holds of a parameter that is spread over ranks (``torch.distributed.tensor.DTensor``).
+"""The real numbers in memory that kernels work on, where they are not the parameter itself.
+
+A complex parameter is pairs of real numbers, here as in torch's optimizers. Of a parameter that is spread over ranks
+(``torch.distributed.tensor.DTensor``) this rank holds a part.
 
 Kernels work on local shards. A sum over elements becomes global by one rule, whatever the mesh: each rank's share
 counts once for every part that the tensor is cut into, and the mean over all ranks is taken. A replicated tensor is
@@ -23,13 +26,21 @@ def is_spread(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
+def is_apart(t: Tensor) -> bool:
+    """True for a tensor that is not itself what kernels can take."""
+    return t.is_complex() or is_spread(t)
+
+
 def local(t: Tensor) -> Tensor:
-    """This rank's part: the memory itself, outside of autograd. A tensor that is not spread is its own part."""
-    if not is_spread(t):
-        return t
-    with torch.no_grad():
-        part: Tensor = t.to_local()  # type: ignore[attr-defined]
-    return part.detach()
+    """The memory itself, outside of autograd: this rank's part, complex numbers as pairs along a last dimension of 2.
+
+    A tensor that is neither spread nor complex is its own memory.
+    """
+    part = t
+    if is_spread(t):
+        with torch.no_grad():
+            part = t.to_local().detach()  # type: ignore[attr-defined]
+    return torch.view_as_real(part.detach().resolve_conj()) if part.is_complex() else part
 
 
 def version(t: Tensor) -> tuple[int, int]:
@@ -40,7 +51,7 @@ def version(t: Tensor) -> tuple[int, int]:
 def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
     """This rank's part of a gradient, cut as its parameter is; a partial sum is reduced first."""
     if not is_spread(grad):
-        return grad
+        return local(grad)
     spread: DTensor = grad  # type: ignore[assignment]
     wanted = p.placements  # type: ignore[attr-defined]
     if spread.placements != wanted:
@@ -51,6 +62,8 @@ def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
 
 def whole_gradient(part: Tensor, p: Tensor) -> Tensor:
     """The gradient that a parameter takes, of which ``part`` is this rank's."""
+    if p.is_complex():
+        part = torch.view_as_complex(part)
     if not is_spread(p):
         return part
     from torch.distributed.tensor import DTensor

@@ -80,7 +80,7 @@ def errors(method, of_base, device, dtype):
         ([p], {"maximize": True}, ValueError, "minimised"),
         ([p], {"differentiable": True}, ValueError, "leave it out"),
         ([p], {"backend": "none"}, ValueError, "choose one of"),
-        ([torch.nn.Parameter(p.detach().to(torch.complex64))], {}, TypeError, "real and imaginary"),
+        ([torch.nn.Parameter(p.detach().to(torch.complex32))], {}, TypeError, "make it complex64"),
         ([whole], {}, TypeError, "keep it out"),
         ([torch.nn.Parameter(p.detach()[:, :1].expand(2, 3))], {}, ValueError, "clone"),
         ([{"params": []}], {}, ValueError, "no parameters"),
@@ -112,7 +112,7 @@ def entry(method, base):
         has_capturable_arg=theirs.has_capturable_arg,
         # A perturbation is of all weights, also of those that a sparse gradient leaves out.
         supports_sparse=False,
-        supports_complex=False,
+        supports_complex=True,
         step_requires_closure=False,
         supports_param_groups=True,
         supports_multiple_devices=True,

@@ -18,7 +18,8 @@ ANSWERED = {
     "test_param_groups_lr": "test_groups_and_schedulers_are_the_base_optimizers",
     "test_param_groups_weight_decay": "test_groups_and_schedulers_are_the_base_optimizers",
     "test_tensor_lr": "test_a_learning_rate_may_be_a_tensor",
-    "test_complex": "test_what_cannot_work_is_refused",
+    "test_complex": "test_complex.py::test_steps_are_those_of_the_real_pairs",
+    "test_complex_2d": "test_complex.py::test_steps_are_those_of_the_real_pairs",
     "test_rosenbrock_sparse": "test_sparse_gradients_are_refused_and_dense_ones_lead_to_the_minimum",
     "test_foreach_matches_forloop": "test_the_base_optimizers_implementations_change_no_step",
     "test_fused_matches_forloop": "test_the_base_optimizers_implementations_change_no_step",
@@ -60,7 +61,6 @@ ANSWERED = {
 
 #: torch's tests that ask for something that is not there, and why it is not.
 NOT_APPLICABLE = {
-    "test_complex_2d": "complex parameters are refused: no kernel has a complex modulus, and T of ASAM would need one",
     "test_defaults_changed_to_foreach": "foreach is not a way of this package; the base optimizer's default is its own",
     "test_foreach_large_tensor": "there is no foreach path; long tensors are a matter of the ops' 64-bit offsets",
     "test_fused_large_tensor": "its 2^31 elements are for a GPU's memory; offsets are tested in the ops' own chunks",

@@ -74,10 +74,10 @@ CONSTRUCTION = {
         TypeError,
         "int64.*keep it out",
     ),
-    "complex-parameters": (
-        lambda p: lk.SAM([torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))], SGD, lr=0.1),
+    "complex32-parameters": (
+        lambda p: lk.SAM([torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).to(torch.complex32))], SGD, lr=0.1),
         TypeError,
-        "complex64.*two parameters",
+        "complex32.*complex64",
     ),
     "expanded-parameters": (lambda p: lk.SAM([*p, expanded()], SGD, lr=0.1), ValueError, "clone"),
     "a-base-that-is-none": (lambda p: lk.SAM(p, "SGD", lr=0.1), TypeError, "base_optimizer must be"),
