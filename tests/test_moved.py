@@ -160,7 +160,8 @@ def test_a_parameter_that_is_swapped_is_noticed(backend, swapping, change, flatt
     for fresh in (False, True):
         task = Task(torch.float32, steps=4)
         net, make = task.net, {"rho": 0.3, "backend": backend.name, "flatten": flatten, "lr": 0.1}
-        opt = lk.SAM(net.parameters(), torch.optim.SGD, **make)
+        make |= {"filterwise": True, "model": net}  # filters of a transposed convolution lie otherwise in channels_last
+        opt = lk.ASAM(net.parameters(), torch.optim.SGD, **make)
         task.run(opt, task.batches[:2])
         opt.zero_grad()
         before = [id(p) for p in net.parameters()]
@@ -174,7 +175,7 @@ def test_a_parameter_that_is_swapped_is_noticed(backend, swapping, change, flatt
             net.load_state_dict(halves, assign=change == "assign")
         assert before == [id(p) for p in net.parameters()]
         if fresh:
-            opt = lk.SAM(net.parameters(), torch.optim.SGD, **make)
+            opt = lk.ASAM(net.parameters(), torch.optim.SGD, **make)
         task.run(opt, task.batches[2:])
         ends.append([p.detach().clone() for p in net.parameters()])
     assert same_bits(*ends)
