@@ -82,6 +82,12 @@ CONSTRUCTION = {
     "expanded-parameters": (lambda p: lk.SAM([*p, expanded()], SGD, lr=0.1), ValueError, "clone"),
     "a-base-that-is-none": (lambda p: lk.SAM(p, "SGD", lr=0.1), TypeError, "base_optimizer must be"),
     "a-base-that-is-a-function": (lambda p: lk.SAM(p, lambda p: SGD(p, lr=0.1)), TypeError, "base_optimizer must be"),
+    "a-base-with-a-rho-of-its-own": (lambda p: lk.SAM(p, torch.optim.Adadelta), ValueError, "option called rho"),
+    "an-instance-with-a-rho-of-its-own": (
+        lambda p: lk.SAM(p, torch.optim.Adadelta(p)),
+        ValueError,
+        "option called rho",
+    ),
     "an-instance-and-arguments": (
         lambda p: lk.SAM(p, SGD(p, lr=0.1), momentum=0.9),
         ValueError,

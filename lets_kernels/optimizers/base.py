@@ -78,10 +78,12 @@ class Wrapper(torch.optim.Optimizer):
         if not any(group["params"] for group in self.param_groups):
             raise ValueError("no parameters: every group is empty")
         if isinstance(base, torch.optim.Optimizer):
+            self._check_names(base)
             self._adopt(base, kwargs)
         else:
             self._check_groups(self.param_groups)
             base = base(self.param_groups, **kwargs)
+            self._check_names(base)
         _check_options(base.param_groups)
         self.base_optimizer = base
         del self.__dict__["_early_groups"], self.__dict__["_early_state"]
@@ -111,6 +113,15 @@ class Wrapper(torch.optim.Optimizer):
         self.fused, self.fused_reason = False, "no step yet"
 
     # ---- groups and state --------------------------------------------------------------------------------------------
+
+    def _check_names(self, base: torch.optim.Optimizer) -> None:
+        """``ValueError`` if the base optimizer calls an option of its own as a group calls ours (Adadelta's rho)."""
+        shared = sorted(self._own.keys() & base.defaults.keys())
+        if shared:
+            raise ValueError(
+                f"{type(base).__name__} has an option called {', '.join(shared)} too, and a group can hold only one of "
+                "that name; take another base optimizer"
+            )
 
     def _adopt(self, base: torch.optim.Optimizer, kwargs: dict[str, Any]) -> None:
         """Check that an instance was built on the parameters given here, and give its groups what they lack."""
