@@ -13,12 +13,10 @@ from lets_kernels.direction import Direction, check_xi
 from lets_kernels.guarded import check_steps_alone
 from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import ParameterSpace
-from lets_kernels.optimizers import carried
 from lets_kernels.optimizers.frameworks import stand_aside
 from lets_kernels.publication import Publication
 from lets_kernels.radius import Radius, check_rho
 from lets_kernels.runs import check_parameter
-from lets_kernels.saved import check_count, check_keys, check_scalar
 from lets_kernels.schedule import Schedule
 from lets_kernels.shards import version
 
@@ -203,108 +201,12 @@ class Wrapper(torch.optim.Optimizer):
         else:
             base.state = state
 
-    # ---- saving --------------------------------------------------------------------------------------------------
-
     def _refuse_while_perturbed(self, what: str) -> None:
         if self._step is not None and self._step.is_perturbed:
             raise RuntimeError(
                 f"{what} while the weights are perturbed: call second_step() after the second backward first, or "
                 "restore() to give the perturbation up"
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and groups, and beside them the radius and the counters.
-
-        The first group carries the same numbers once more, for ``torch.distributed.checkpoint.state_dict``, which
-        keeps state and groups only. What is lost there is the step that waits under ``reuse_train_gradient``: ρ does
-        not learn from that one. The state of an optimizer for ν other than SGD without dampening, Adam and AdamW
-        without amsgrad is there only after that tool's own first call on an optimizer without state, or after a step.
-
-        Between a step and its ``radius_step`` there is nothing yet to save of that learning: who resumes from such a
-        state goes on with the next step, and ρ does not learn from the one before.
-
-        Raises:
-            RuntimeError: while the weights are perturbed.
-        """
-        self._refuse_while_perturbed("state_dict()")
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict, own = dict(self.base_optimizer.state_dict()), self._own_state()
-        first, *others = state_dict["param_groups"]
-        state_dict.update(param_groups=[{**first, KEY: carried.numbers(own)}, *others], **{KEY: own})
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = post_hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        return state_dict
-
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "direction": self.direction.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "descent": self.descent.state_dict(),
-            "radius": self.radius.state_dict(),
-            "step": self._step_number,
-            "skipped": self.skipped.clone(),
-        }
-
-    def _check_own(self, own: Any, groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse a damaged entry of a saved state, before anything of the state is loaded."""
-        check_keys(own, ("direction", "schedule", "descent", "radius", "step", "skipped"), f"state[{KEY!r}]")
-        for part in ("direction", "schedule", "descent"):
-            check_keys(own[part], getattr(self, part).state_dict(), f"the {part}")
-        check_count(own["step"], "the step number")
-        check_scalar(own["skipped"], "the number of skipped steps")
-        self.radius.check_state_dict(own["radius"])
-        for group in groups:
-            check_rho(group.get("rho", 0.0))
-            check_xi(group.get("xi", 0.0))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state; that of the bare base optimizer will do, and leaves the radius as it is.
-
-        Raises:
-            RuntimeError: while the weights are perturbed.
-            ValueError: the groups, or the number of learned radii, do not match, or the state is damaged. Nothing has
-                been loaded then.
-        """
-        self._refuse_while_perturbed("load_state_dict()")
-        state_dict = dict(state_dict)  # what hooks put in or take out of it stays among them
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        own, groups = state_dict.get(KEY), state_dict["param_groups"]
-        numbers = next((group[KEY] for group in groups if group.get(KEY) is not None), None)
-        if own is None and numbers is not None:
-            own = carried.filled(self._own_state(), numbers)
-        if own is not None:
-            self._check_own(own, groups)
-        groups = [{name: value for name, value in group.items() if name != KEY} for group in groups]
-        before = [{name: group[name] for name in self._own} for group in self.param_groups]
-        rest = {name: value for name, value in state_dict.items() if name != KEY}
-        self.base_optimizer.load_state_dict({**rest, "param_groups": groups})
-        for group, values in zip(self.param_groups, before, strict=True):
-            for name, value in values.items():
-                if own is None or name not in group:
-                    group[name] = value
-        self._reset()
-        self._mark_gradients()  # they are from before the load
-        if own is not None:
-            self.direction.load_state_dict(own["direction"])
-            self.schedule.load_state_dict(own["schedule"])
-            self.descent.load_state_dict(own["descent"])
-            self.radius.load_state_dict(own["radius"], self.param_groups)
-            self._step_number = int(own["step"])
-            self.skipped.copy_(own["skipped"])
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._refuse_while_perturbed("copying or pickling the optimizer")
-        return {name: value for name, value in self.__dict__.items() if name not in _TRANSIENT}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._reset()
-        super().__setstate__(state)
 
     # ---- gradients: which are new, which the last step has seen ------------------------------------------------------
 
@@ -330,10 +232,3 @@ class Wrapper(torch.optim.Optimizer):
     def _drop_gradients(self) -> None:
         for p in (p for group in self.param_groups for p in group["params"]):
             p.grad = None
-
-
-_HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "state_dict_pre", "state_dict_post")}
-_HOOKS |= {"_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
-_STEP = {"_step", "_trial", "_radius_waits", "_caller_begins", "_last", "_precision", "fused", "fused_reason"}
-# `step` is there if an LR scheduler has wrapped it; the copy has its own.
-_TRANSIENT = frozenset({"step", "_buckets", "_captured", "_publication", *_HOOKS, *_STEP})

@@ -1,0 +1,107 @@
+"""What an optimizer of this package is around its steps: tables of its parameters, ranks, and what a user reads."""
+
+import torch
+from torch import Tensor
+
+from lets_kernels.amp import LossScaling
+from lets_kernels.distributed import Replicas
+from lets_kernels.layout import Bucket, ParameterSpace
+from lets_kernels.network import Network
+from lets_kernels.optimizers.saving import Saved
+from lets_kernels.precision import warn_of_narrow
+from lets_kernels.radius import radii
+
+
+class Engine(Saved):
+    """All of :class:`SAM` but its steps."""
+
+    network: Network
+    replicas: Replicas
+    check_finite: bool
+    _scaling: LossScaling
+    _backend: str
+    _flatten: bool
+
+    # ---- what a user reads -------------------------------------------------------------------------------------------
+
+    @property
+    def rho(self) -> Tensor:
+        """The radius: 0-d if all groups share one, else one value a group. Nothing waits for the device."""
+        groups = self.param_groups[:1] if self.radius.shared else self.param_groups
+        values = radii([self.radius.present(i, group) for i, group in enumerate(groups)])
+        return values[0].clone() if len(values) == 1 else torch.stack(values)
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The module that was given as ``model=``."""
+        return self.network.model
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs, by name; several, separated by commas, where parameters lie on several devices."""
+        return ", ".join(sorted({b.backend for b in self._space().buckets}))
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What the last step saw, as tensors on the device; nothing waits for them.
+
+        ``grad_norm`` is ‖Tg‖ in the dual norm (over all parameters; the power mean of several where ranks or
+        micro-batches are perturbed one by one), ``perturbed_grad_norm`` ‖ĝ‖ (with ``check_finite``), ``rho`` the
+        present radius, ``skipped_steps`` a count; ``loss``, ``perturbed_loss`` and
+        ``loss_gap`` where the optimizer saw the losses; and what the radius reports: ``rho_grad`` = ∂F/∂ρ,
+        ``val_loss``, ``train_loss``. With 16-bit weights, from the first step and then from every hundredth:
+        ``perturbation_cosine`` between ε and what rounding left of it, ``perturbation_length``, the ratio of their
+        lengths, and ``perturbed_fraction``, the share of weights that moved at all.
+        """
+        counted = {"rho": self.rho, "skipped_steps": self.skipped.clone()}
+        return {**self._last, **self._precision, **counted, **self.radius.metrics()}
+
+    # ---- within ----------------------------------------------------------------------------------------------------
+
+    def _space(self) -> ParameterSpace:
+        """The buckets, built anew where the groups or the parameters have changed."""
+        if self._buckets is None or not self._buckets.is_current(self.param_groups):
+            self._take_in_new_groups()
+            self.network.bind()
+            self.network.weights_move()  # parameters are found, and stand in their modules, in one piece a rank
+            self.direction.bind(self.model)
+            self._publication.cover(self.model)
+            direction, names = self.direction, self.network.names()
+            space = ParameterSpace(
+                self.param_groups, names, direction.geometry, self._backend, self._flatten, direction.filter_dim
+            )
+            self._check_ranks(space)
+            warn_of_narrow(space.buckets)
+            self._buckets, self._precision = space, {}
+            self._move_scalars(self._buckets.buckets)
+        return self._buckets
+
+    def _check_ranks(self, space: ParameterSpace) -> None:
+        """Find the ranks that take part, and refuse what would go wrong among them in silence."""
+        params = [p for b in space.buckets for p in b.params]
+        if self.model is None and any(b.spread for b in space.buckets):
+            raise ValueError(
+                "DTensor parameters need model=, the sharded module: its unsharded copies of the weights have to be "
+                "dropped whenever the weights move"
+            )
+        self.replicas.find(self.model, params)
+        if self.replicas.unclear and self.radius.learns:
+            raise ValueError(
+                "several ranks are there, and a learned radius must be the same on all that train one model: pass "
+                "model=, the DistributedDataParallel module, or process_group=; process_group='alone' if each rank "
+                "trains a model of its own"
+            )
+
+    def _move_scalars(self, buckets: list[Bucket]) -> None:
+        """What is counted and learned lies beside the first parameters, also where those have been moved."""
+        if buckets and buckets[0].device != self.skipped.device:
+            self.skipped = self.skipped.to(buckets[0].device)
+            self.radius.to(self.skipped.device)
+
+    def keep_for_graphs(self) -> None:
+        """Keep what the CUDA graph that is being captured refers to, as long as this optimizer lives.
+
+        Later steps may replace it here (``load_state_dict`` does), but not in the graph.
+        """
+        state = [t for entry in self.base_optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+        radii = [g["rho"] for g in self.param_groups if isinstance(g["rho"], Tensor)]
+        self._captured.append((self._space(), state, radii))
