@@ -133,17 +133,29 @@ def facts():
     }
 
 
-def report(rows):
+def report(begun, rows):
     killed = sum(row["killed"] for row in rows)
-    return {**facts(), "total": len(rows), "killed": killed, "mutants": rows}
+    return {**begun, "total": len(rows), "killed": killed, "mutants": rows}
+
+
+def known():
+    """The rows of the results file, by what was mutated and what had to go red."""
+    rows = json.loads(RESULTS.read_text())["mutants"] if RESULTS.exists() else []
+    return {(row["file"], row["text"], row["replacement"], row["tests"]): row for row in rows}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--only", metavar="TEXT", help="mutations whose file or text has TEXT; nothing is written")
-    only = parser.parse_args().only
+    parser.add_argument("--missing", action="store_true", help="mutations that the results file does not have")
+    arguments = parser.parse_args()
+    only, old = arguments.only, known() if arguments.missing else {}
+    keys = {(m.file, m.text, m.replacement, m.tests) for m in MUTANTS}
+    rows = [row for key, row in old.items() if key in keys]
     mutants = [m for m in MUTANTS if only is None or only in m.file or only in m.text]
-    rows = []
+    mutants = [m for m in mutants if (m.file, m.text, m.replacement, m.tests) not in old]
+    begun = facts()
+    done = report(begun, rows)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Copy(folder)
         baseline(copy, mutants)
@@ -151,17 +163,18 @@ def main():
             begin = time.perf_counter()
             killed = not copy.survives(mutant)
             row = {"file": mutant.file, "text": mutant.text, "replacement": mutant.replacement, "tests": mutant.tests}
-            rows.append({**row, "killed": killed, "seconds": round(time.perf_counter() - begin, 1)})
+            seconds = round(time.perf_counter() - begin, 1)
+            rows.append({**row, "killed": killed, "seconds": seconds, "commit": begun["commit"]})
             print(
                 f"{n:3}/{len(mutants)} {'killed  ' if killed else 'SURVIVED'} {mutant.file}: "
                 f"{mutant.text!r} -> {mutant.replacement!r}",
                 flush=True,
             )
-    done = report(rows)
+            done = report(begun, rows)
+            if only is None:  # after each, so that a run that is cut short can go on with --missing
+                RESULTS.parent.mkdir(exist_ok=True)
+                RESULTS.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n")
     print(f"{done['killed']} of {done['total']} killed")
-    if only is None:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n")
     return int(done["killed"] < done["total"])
 
 

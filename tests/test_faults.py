@@ -209,3 +209,41 @@ def test_weights_written_between_the_context_and_the_step_are_stepped_from(backe
         opt.step()
         ends.append(snapshot(opt))
     assert same_bits(*ends)
+
+
+@pytest.mark.parametrize("entry", ["first_step", "perturbed", "restore"])
+def test_an_interrupt_within_the_restoring_is_healed_at_the_next_entry(backend, monkeypatch, entry):
+    """Two groups are two buckets: one interrupt comes at the second's perturbation, another while that is undone."""
+    toy = Toy()
+    groups = [{"params": toy.params[:2]}, {"params": toy.params[2:]}]
+    opt = lk.SAM(groups, torch.optim.SGD, rho=3.0, backend=backend.name, lr=0.1)
+    toy.steps(opt, 1)
+    before = weights(toy)
+    module = importlib.import_module(MODULES[backend.name])
+    perturb, calls = module.perturb_, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return perturb(*args)
+
+    def again(*args):
+        raise KeyboardInterrupt
+
+    toy.set_grads(toy.grads(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "perturb_", interrupted)
+        patch.setattr(module, "restore_", again)
+        with pytest.raises(KeyboardInterrupt):
+            opt.first_step()
+    assert not same_bits(weights(toy), before)
+    if entry == "restore":
+        opt.restore()
+    elif entry == "first_step":
+        opt.first_step()
+        opt.restore()
+    else:
+        with opt.perturbed():
+            pass
+    assert same_bits(weights(toy), before)

@@ -181,3 +181,15 @@ def test_the_defaults_are_the_papers(backend):
     assert lets.rho.item() == pytest.approx(0.5) and type(lets.radius.optimizer) is torch.optim.Adam
     assert lets.radius.optimizer.param_groups[0]["lr"] == 0.01
     assert weights(params()) and lk.Gradient().p == 2.0
+
+
+@pytest.mark.parametrize(("p", "norm"), [(2.0, 5.0), (3.0, (3**1.5 + 4**1.5) ** (1 / 1.5)), (math.inf, 7.0)])
+def test_the_norm_in_the_metrics_is_the_dual_one(backend, p, norm):
+    """‖g‖ in the q-norm, 1/p + 1/q = 1 (Foret et al., Eq. 2), of g = (3, −4)."""
+    theta = torch.nn.Parameter(torch.zeros(2))
+    opt = lk.SAM([theta], torch.optim.SGD, rho=0.1, direction=lk.Gradient(p), lr=0.1, backend=backend.name)
+    theta.grad = torch.tensor([3.0, -4.0])
+    opt.first_step()
+    opt.second_step()
+    # Powers of float32 numbers, 4 ulp each.
+    assert opt.metrics()["grad_norm"].item() == pytest.approx(norm, rel=1e-6)
