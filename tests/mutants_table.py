@@ -188,7 +188,7 @@ GROUPS = [
         [
             ("else p / (p - 1)", "else p"),
             ("return [self.bucket.saved] if saved else self.runs.weights", "return self.runs.weights"),
-            ("dim = 1 if id(p) in self._transposed else 0", "dim = 0"),
+            ("return 1 if id(p) in self._transposed else 0", "return 0"),
             (
                 'bias = p.dim() <= 1 if name is None else "weight" not in name',
                 "bias = p.dim() <= 1",
