@@ -32,6 +32,8 @@ bench: build    ## the benchmarks; ARGS="--save-results --wait 20" writes benchm
 sanitize: $(READY)    ## the C++ kernels under sanitizers, at length; writes tests/results/sanitize.json
 	$(PY) tests/sanitized.py
 
+trust: sanitize mutants fuzz    ## the long versions of what docs/trust.md promises; about an hour on two cores
+
 wheel: $(READY)    ## dist/*.whl with the CPU kernels and, where there is nvcc, the CUDA kernels
 	@$(PY) -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
 	@ls -l dist/*.whl

@@ -177,7 +177,7 @@ def base_alone(info, params, kwargs):
 
 def bare(groups):
     """Groups without parameters and without the package's own keys."""
-    left_out = ("params", "xi", *OWN)
+    left_out = ("params", "xi", "lets_kernels", *OWN)
     return [{k: v for k, v in group.items() if k not in left_out} for group in groups]
 
 
