@@ -162,12 +162,12 @@ class Adaptive(Direction):
         bias = p.dim() <= 1 if name is None else "weight" not in name
         if not group["adaptive"] or (bias and not self.scale_bias):
             return UNSCALED, 0
-        if not self.filterwise or p.dim() < 3:
+        if not self.filterwise or p.dim() < 3 or p.numel() == 0:
             return ELEMENT_WISE, 0
         dim, p = self.filter_dim(p), local(p)
         if p.shape[dim] == 0:
             return ELEMENT_WISE, 0
-        if p.numel() == 0:
+        if p.numel() == 0:  # filters whose elements all lie on other ranks
             return 1, p.shape[dim]
         # In the memory of a dense tensor the index along a dimension is (offset / stride) mod size.
         stride = p.stride(dim) if is_dense(p) else math.prod(p.shape[dim + 1 :])

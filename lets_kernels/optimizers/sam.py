@@ -182,10 +182,10 @@ class SAM(Engine):
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
         if step.in_context:
             raise RuntimeError("the step is taken after `with opt.perturbed():`, not inside; leave the context first")
+        refused: RuntimeError | None = None
         try:
-            check_same_graph(step.captured, "second_step()", "first_step()")
-            scaled = self._scaling.first_only and step.overflow is None
-            if not scaled:
+            refused = self._refuses_to_finish(step)
+            if refused is None:
                 self.fused, self.fused_reason = step.descend()
                 if not self.network.sync_perturbation:
                     self._scaling.tell(step.gate)
@@ -193,11 +193,8 @@ class SAM(Engine):
         except BaseException:  # an interrupt after the base optimizer's step too: it must not be taken again
             self.restore()
             raise
-        if scaled:
-            raise RuntimeError(
-                "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
-                "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so)"
-            )
+        if refused is not None:
+            raise refused
         self._scaling.end()
         self._last, self._step_number = step.metrics(), self._step_number + 1
         for optimizer in (self, self.base_optimizer):
@@ -206,6 +203,19 @@ class SAM(Engine):
             self.zero_grad()
         else:
             self._mark_gradients()
+
+    def _refuses_to_finish(self, step: Step) -> RuntimeError | None:
+        """What stands against the second part of a step that may still be taken otherwise, or None."""
+        try:
+            check_same_graph(step.captured, "second_step()", "first_step()")
+        except RuntimeError as error:
+            return error
+        if self._scaling.first_only and step.overflow is None:
+            return RuntimeError(
+                "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
+                "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so)"
+            )
+        return None
 
     @untraced
     def perturbed(self, *, loss: Any = None) -> PerturbedContext:
