@@ -29,17 +29,17 @@ class RunningStatistics:
     """
 
     def __init__(self) -> None:
-        self._modules: list[_NormBase] = []
+        self._model: torch.nn.Module | None = None
         self._copies: list[Tensor] = []
         self._held: list[tuple[Tensor, Tensor]] = []
 
     def bind(self, model: torch.nn.Module | None) -> None:
-        """Look for the modules that keep statistics."""
-        modules = model.modules() if model is not None else ()
-        self._modules = [m for m in modules if isinstance(m, _NormBase)]
+        """Guard the statistics of this model: of the modules that it has at every ``hold``."""
+        self._model = model
 
     def _buffers(self) -> list[Tensor]:
-        buffers = [b for m in self._modules for b in (m.running_mean, m.running_var, m.num_batches_tracked)]
+        modules = [m for m in self._model.modules() if isinstance(m, _NormBase)] if self._model is not None else []
+        buffers = [b for m in modules for b in (m.running_mean, m.running_var, m.num_batches_tracked)]
         return [b for b in buffers if b is not None]
 
     def hold(self) -> None:
@@ -164,6 +164,7 @@ class Network:
         Raises:
             RuntimeError: the model cannot leave a pass unsynchronised, or the forward was not inside.
         """
+        self._passed = False
         if self.same_rng:
             self.numbers.record(devices)
         with ExitStack() as stack:
@@ -192,6 +193,22 @@ class Network:
             raise RuntimeError(
                 "no forward pass inside first_pass(): with sync_perturbation=False both forward and backward of the "
                 "first pass belong inside, or its gradients are synchronised all the same"
+            )
+
+    def forget_pass(self) -> None:
+        """The gradients of a first pass that has ended are dropped: no step may be taken from it."""
+        if self._passed:
+            self._passed = False
+            self.numbers.forget()
+
+    def check_parameters(self, params: Iterable[Tensor]) -> None:
+        """After a pass that left none of these a gradient: ``RuntimeError`` if none is the model's any more."""
+        self.weights_move()  # else FSDP may have others in their place
+        known = {id(p) for p in self.model.parameters()} if self.model is not None else set()
+        if known and not any(id(p) in known for p in params):
+            raise RuntimeError(
+                "the model has other parameters than this optimizer by now, so none of them would be trained: call "
+                "model.load_state_dict() without assign=True, or build the optimizer after it"
             )
 
     def check_first_pass(self) -> None:

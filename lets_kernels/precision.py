@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lets_kernels.direction import Ascent
-from lets_kernels.distributed import Replicas
 from lets_kernels.layout import Bucket
 from lets_kernels.ops import reference
 
@@ -37,12 +36,12 @@ def warn_of_narrow(buckets: Sequence[Bucket]) -> None:
         )
 
 
-def measure(ascents: Sequence[Ascent], total: Tensor, rho: Sequence[Tensor], replicas: Replicas) -> dict[str, Tensor]:
+def measure(ascents: Sequence[Ascent], total: Tensor, rho: Sequence[Tensor]) -> dict[str, Tensor]:
     """What became of ε in weights of 16 bits, right after they were perturbed: 0-d float64 tensors, no wait.
 
     ``perturbation_cosine`` between the perturbation and ε, ``perturbation_length`` the ratio of their lengths, and
     ``perturbed_fraction`` the share of weights that moved; NaN where ε is zero. One parameter at a time is computed in
-    float64. Empty without such weights; one all-reduce where there are several ranks.
+    float64. Empty without such weights. Of what this rank holds: ranks need not agree on when to look.
     """
     narrow = [a for a in ascents if a.bucket.dtype in NARROW]
     if not narrow:
@@ -51,8 +50,8 @@ def measure(ascents: Sequence[Ascent], total: Tensor, rho: Sequence[Tensor], rep
     sums = torch.zeros(5, dtype=torch.float64, device=home)
     for a in narrow:
         share = _sums(a, total.to(a.bucket.device), rho[a.bucket.index])
-        sums += share.to(home) * a.bucket.parts
-    dot, moved_length, length, moved, count = replicas.mean(sums).unbind()
+        sums += share.to(home)
+    dot, moved_length, length, moved, count = sums.unbind()
     return {
         "perturbation_cosine": dot / (moved_length * length).sqrt(),
         "perturbation_length": (moved_length / length).sqrt(),
@@ -70,12 +69,12 @@ def _sums(a: Ascent, total: Tensor, rho: Tensor) -> Tensor:
             continue
         before = b.saved[start : start + numel].double()
         exact, flag = before.clone(), torch.zeros_like(b.dirty)
-        table = torch.tensor([[0, numel, *scaling]], dtype=torch.int64)
+        table = torch.tensor([[0, numel, *scaling]], dtype=torch.int64, device="cpu")
         flat = vector.as_strided((numel,), (1,)).double()
         scratch = torch.empty_like(exact)
         reference.perturb_([exact], [flat], scratch, flag, table, b.filter_norms, a.xi, a.q, total, rho)
         wanted, got = exact - before, weights.detach().as_strided((numel,), (1,)).double() - before
         out += torch.stack(
-            [(got * wanted).sum(), got.square().sum(), wanted.square().sum(), (got != 0).sum(), got.new_tensor(numel)]
+            [(got * wanted).sum(), got.square().sum(), wanted.square().sum(), (got != 0).sum(), got.new_full((), numel)]
         )
     return out

@@ -34,13 +34,15 @@ def check_parameter(p: Tensor, where: str) -> None:
 
     Raises:
         TypeError: the dtype has no gradient, or no kernels (8-bit, complex32); the message names the way out.
-        ValueError: elements share memory (an expanded tensor).
+        ValueError: elements share memory (an expanded tensor), or their memory does not say what they are.
     """
     if p.dtype not in (*ops.DTYPES, torch.complex64, torch.complex128):
         what = "make it complex64" if p.is_complex() else "keep it out of the groups"
         raise TypeError(f"{where}: a parameter of dtype {p.dtype} cannot be perturbed; {what}")
     if p.numel() and any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
         raise ValueError(f"{where}: an expanded parameter shares memory between elements; pass p.clone()")
+    if p.is_conj() or p.is_neg():
+        raise ValueError(f"{where}: a lazily conjugated or negated parameter; pass p.resolve_conj().resolve_neg()")
     check_spread(p, where)
 
 

@@ -236,3 +236,33 @@ def test_the_scalers_of_all_ranks_back_off_where_the_own_pass_of_one_overflows(t
             (scale, skipped, mine), (other_scale, other_skipped, other) = results[shape, 0], results[shape, 1]
             assert scale == other_scale == 2.0**15 and skipped == other_skipped == 1
             assert same_bits(mine, other)
+
+
+@pytest.mark.parametrize("how", ["dropped", "refused"])
+def test_a_first_pass_that_no_step_followed_leaves_nothing_behind(how):
+    """A batch is dropped after unscale_first(), or first_step() refuses its gradients: the next is as any other."""
+    theta = torch.nn.Parameter(torch.ones(3))
+    opt = lk.SAM([theta], torch.optim.SGD, rho=0.1, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(theta.square().sum()).backward()
+    opt.unscale_first(scaler)
+    if how == "dropped":
+        opt.zero_grad()
+        scaler.update()
+        theta.square().sum().backward()
+        opt.first_step(zero_grad=True)
+        theta.square().sum().backward()
+        opt.second_step()
+    else:
+        theta.grad = torch.ones(3).to_sparse()
+        with pytest.raises(TypeError, match="layout"):
+            opt.first_step()
+        theta.grad = None
+        scaler.scale(theta.square().sum()).backward()
+        opt.unscale_first(scaler)
+        opt.first_step(zero_grad=True)
+        scaler.scale(theta.square().sum()).backward()
+        scaler.step(opt)
+        scaler.update()
+    # θ + ε = 1 + 0.1/√3 in each, then θ − 0.1 · 2(θ + ε); float32.
+    torch.testing.assert_close(theta.detach(), torch.full((3,), 1 - 0.2 * (1 + 0.1 / 3**0.5)), rtol=1e-6, atol=0)

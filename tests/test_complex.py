@@ -156,3 +156,9 @@ def test_one_buffer_for_complex_parameters_is_refused():
     with pytest.raises(ValueError, match="flatten=True goes with real parameters"):
         opt.first_step()
     assert w.eq(0).all()
+
+
+def test_a_lazily_conjugated_parameter_is_refused():
+    """Its memory holds other numbers than it stands for, and kernels write to memory."""
+    with pytest.raises(ValueError, match="resolve_conj"):
+        lk.SAM([torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).conj())], torch.optim.SGD, lr=0.1)

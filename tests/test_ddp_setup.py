@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-from lets_kernels import LearnedRadius
+from lets_kernels import LearnedRadius, Schedule
 from replicas import batch, by_two_steps, closure, net, optimizer, replica, train
 from runs import same_bits
 from toys import snapshot, weights
@@ -79,6 +79,11 @@ def test_passes_that_would_go_wrong_in_silence_raise_and_move_nothing(ranks, set
     assert same_bits(end, other_end)
 
 
+class Sometimes(Schedule):
+    def perturbs(self, step):
+        return step % 2 == 1
+
+
 def refused(rank, setting):
     """The same for settings; with the radius after a step where there is nothing wrong."""
     model = replica()
@@ -92,6 +97,7 @@ def refused(rank, setting):
         "alone": {"model": None, "process_group": "alone"},
         "group": {"model": None, "process_group": dist.group.WORLD},
         "FSDP": {"sync_perturbation": False},
+        "a schedule that skips steps": {"sync_perturbation": False, "schedule": Sometimes()},
     }[setting]
     if setting == "FSDP":
         from torch.distributed.device_mesh import init_device_mesh
@@ -116,6 +122,7 @@ def refused(rank, setting):
         ("no model", "process_group='alone' if each rank"),
         ("the module inside", "model=, the DistributedDataParallel module"),
         ("FSDP", "a list of closures"),
+        ("a schedule that skips steps", "perturb at every step"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(ranks, setting, way_out):

@@ -242,3 +242,29 @@ def test_what_compares_two_gradients_of_one_step_is_refused():
     with pytest.raises(ValueError, match="for a learned radius"):
         plain.step(closures(task, 0), task.closure(task.batches[1][0]))
     assert same_bits(before, snapshot(opt))
+
+
+class Counting(lk.Schedule):
+    """Perturbs at every second step, and counts how often it is asked."""
+
+    asked = 0
+
+    def perturbs(self, step):
+        self.asked += 1
+        return step % 2 == 1
+
+
+def test_a_schedule_is_asked_once_a_step():
+    theta = torch.nn.Parameter(torch.ones(3))
+    schedule = Counting()
+    opt = lk.SAM([theta], torch.optim.SGD, schedule=schedule, lr=0.1)
+
+    def closure():
+        opt.zero_grad()
+        loss = theta.square().sum()
+        loss.backward()
+        return loss
+
+    for count in (1, 2):
+        opt.step([closure, closure, closure])
+        assert schedule.asked == count

@@ -179,3 +179,28 @@ def test_a_parameter_that_is_swapped_is_noticed(backend, swapping, change, flatt
         task.run(opt, task.batches[2:])
         ends.append([p.detach().clone() for p in net.parameters()])
     assert same_bits(*ends)
+
+
+def test_a_model_that_was_given_other_parameters_is_noticed(backend):
+    """``load_state_dict(assign=True)`` replaces a module's parameters; ours would get no gradient and train nothing."""
+    net = torch.nn.Linear(3, 2)
+    opt = lk.SAM(net.parameters(), torch.optim.SGD, model=net, backend=backend.name, lr=0.1)
+
+    def closure():
+        opt.zero_grad()
+        loss = net(torch.ones(4, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    net.load_state_dict({name: t.clone() for name, t in net.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match="without assign=True"):
+        opt.step(closure)
+
+
+def test_a_pass_without_any_gradient_is_no_error_while_the_parameters_are_the_models(backend):
+    net = torch.nn.Linear(3, 2)
+    opt = lk.SAM(net.parameters(), torch.optim.SGD, model=net, backend=backend.name, lr=0.1)
+    before = [p.detach().clone() for p in net.parameters()]
+    opt.step(lambda: torch.zeros(()))
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))

@@ -166,3 +166,13 @@ def test_one_parameter_at_a_time_is_widened(monkeypatch):
     opt = lk.SAM(toy.params, SGD, backend="cpu", lr=0.1)
     toy.steps(opt, 2)
     assert sizes == [[p.numel()] for p in toy.params if p.numel()]
+
+
+def test_it_is_measured_under_another_default_device(backend):
+    theta = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    opt = lk.SAM([theta], torch.optim.SGD, rho=1.0, lr=0.1, backend=backend.name)
+    theta.grad = torch.ones_like(theta)
+    with torch.device("meta"):
+        opt.first_step()
+    assert opt.restore() is None
+    assert 0 < float(opt.metrics()["perturbed_fraction"]) <= 1

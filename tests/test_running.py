@@ -246,3 +246,24 @@ def test_buffers_that_were_made_anew_between_steps_are_held_as_well():
     plain.see(task.batches[1][0])
     run("closure", opt, task, slice(1, 2))
     assert plain.agrees() and task.net[1].running_mean.dtype == torch.float64
+
+
+@pytest.mark.parametrize("same_weights", [True, False], ids=["keeps-its-weights", "has-none"])
+def test_a_layer_that_came_between_two_steps_counts_once_a_step(same_weights):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+    opt = lk.SAM(net.parameters(), torch.optim.SGD, model=net, lr=0.1)
+
+    def closure():
+        opt.zero_grad()
+        loss = net(torch.randn(8, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    fresh = torch.nn.BatchNorm1d(4, affine=same_weights)
+    if same_weights:
+        fresh.weight, fresh.bias = net[1].weight, net[1].bias
+    net[1] = fresh
+    for count in (1, 2):
+        opt.step(closure)
+        assert int(fresh.num_batches_tracked) == count

@@ -172,3 +172,14 @@ def test_generators_of_devices_are_set_back_each_on_its_own(monkeypatch):
     states[devices[0]] = torch.tensor([5])
     numbers.replay()  # nothing is left to replay
     assert states[devices[0]] == 5
+
+
+def test_a_first_pass_whose_gradients_were_dropped_is_no_first_pass():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    opt = lk.SAM(net.parameters(), torch.optim.SGD, same_rng=True, lr=0.1)
+    with opt.first_pass():
+        net(torch.randn(4, 3)).sum().backward()
+    opt.zero_grad()
+    net(torch.randn(4, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="first_pass"):
+        opt.first_step()

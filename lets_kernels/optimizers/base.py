@@ -107,6 +107,8 @@ class Wrapper(torch.optim.Optimizer):
         self._caller_begins: bool | None = None
         self._last: dict[str, Tensor] = {}
         self._precision: dict[str, Tensor] = {}
+        #: What the schedule said of a step, and of which: it is asked once.
+        self._decision: tuple[int, bool] | None = None
         #: Whether the last step was fused with the restore, and if not, why.
         self.fused, self.fused_reason = False, "no step yet"
 
@@ -211,10 +213,15 @@ class Wrapper(torch.optim.Optimizer):
     # ---- gradients: which are new, which the last step has seen ------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As :meth:`torch.optim.Optimizer.zero_grad`."""
+        """As :meth:`torch.optim.Optimizer.zero_grad`; a first pass that no step followed is then forgotten."""
+        if self._step is None:
+            self._forget_pass()
         super().zero_grad(set_to_none)
         if not set_to_none:
             self._mark_gradients()
+
+    def _forget_pass(self) -> None:
+        """The gradients of a pass that was made for a step are dropped without it."""
 
     def _gradients(self) -> list[Tensor]:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]

@@ -99,6 +99,11 @@ class SAM(Engine):
         self.radius.check_passes(sync_perturbation)
         if not sync_perturbation and process_group == ALONE:
             raise ValueError("sync_perturbation=False: a step that one rank skips all must skip; leave 'alone' out")
+        if not sync_perturbation and not self.schedule.capturable:
+            raise ValueError(
+                f"sync_perturbation=False with {type(self.schedule).__name__}: a step that does not perturb would go "
+                "along each rank's own gradient; perturb at every step (schedule=Always()), or leave it out"
+            )
         self._own = {"rho": self.radius.rho, "adaptive": False, **direction.defaults}
         super().__init__(params, base_optimizer, kwargs)
 
@@ -151,7 +156,11 @@ class SAM(Engine):
         """
         self.refuse_another_step("first_step()")
         self._step = None
-        self._step = step = Step(self, as_scalar(loss), keep=not zero_grad)
+        try:
+            self._step = step = Step(self, as_scalar(loss), keep=not zero_grad)
+        except BaseException:
+            self._scaling.give_up()
+            raise
         try:
             if zero_grad:
                 self.zero_grad()
@@ -376,6 +385,16 @@ class SAM(Engine):
         learn(self, train_closure, val_closure, scaler)
 
     # ---- within ----------------------------------------------------------------------------------------------------
+
+    def _perturbs(self) -> bool:
+        if self._decision is None or self._decision[0] != self._step_number:
+            self._decision = self._step_number, self.schedule.perturbs(self._step_number)
+        return self._decision[1]
+
+    def _forget_pass(self) -> None:
+        self.network.forget_pass()
+        if self._scaling.first_only:
+            self._scaling.give_up()
 
     def _call(self, closure: Closure, scaler: Scaler | None = None) -> Any:
         try:

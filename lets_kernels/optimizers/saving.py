@@ -110,6 +110,16 @@ class Saved(Wrapper):
 
 _HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "state_dict_pre", "state_dict_post")}
 _HOOKS |= {"_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
-_STEP = {"_step", "_trial", "_radius_waits", "_caller_begins", "_last", "_precision", "fused", "fused_reason"}
+_STEP = {
+    "_step",
+    "_trial",
+    "_radius_waits",
+    "_caller_begins",
+    "_last",
+    "_precision",
+    "_decision",
+    "fused",
+    "fused_reason",
+}
 # `step` is there if an LR scheduler has wrapped it; the copy has its own.
 _TRANSIENT = frozenset({"step", "_buckets", "_captured", "_publication", *_HOOKS, *_STEP})

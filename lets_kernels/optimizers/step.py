@@ -75,12 +75,14 @@ class Step:
         self.captured = check_capture(optimizer)
         o, radius = optimizer, optimizer.radius
         self._observed = radius.due(o._step_number)
-        self.perturbs = o.schedule.perturbs(o._step_number)
+        self.perturbs = o._perturbs()
         self.buckets: list[Bucket] = o._space().buckets
         self._holds = self._observed or o.descent.holds_first
         # What one rank's own pass does not reach has gradient zero in the mean over ranks that the radius learns from.
         whole = self._observed and self.perturbs and not o.network.sync_perturbation
         first = [b.gather(own=self._holds and not keep, whole=whole) for b in self.buckets]
+        if not any(runs.indices for runs in first):
+            o.network.check_parameters(p for b in self.buckets for p in b.params)
         if radius.waits:
             if radius.needs_train_loss and loss is None:
                 raise RuntimeError(
@@ -140,7 +142,7 @@ class Step:
         o = self.optimizer
         if self.captured or (o._precision and o._step_number % INTERVAL):
             return
-        o._precision = measure(self.ascents, self.total, self.rho, o.replicas)
+        o._precision = measure(self.ascents, self.total, self.rho)
 
     def restore(self) -> None:
         """θ + ε → θ, to the bit, wherever the weights are perturbed."""
