@@ -113,7 +113,7 @@ def test_table(demo, capsys):
 
 def test_ctrl_c_keeps_the_runs_that_ended_and_leaves_no_process(tmp_path, monkeypatch, capsys):
     (tmp_path / "results.json").write_text("an earlier result")
-    wait = processes.wait
+    wait, others = processes.wait, set(multiprocessing.active_children())
 
     def press_ctrl_c_after_the_first_run(pending, **kwargs):
         if len(pending) < 3:
@@ -128,7 +128,7 @@ def test_ctrl_c_keeps_the_runs_that_ended_and_leaves_no_process(tmp_path, monkey
     assert [run["method"] for run in kept["runs"]] == ["sgd"] * len(kept["runs"])
     assert 1 <= len(kept["runs"]) < 3
     assert (tmp_path / "results.json").read_text() == "an earlier result"
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= others
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.4, 1.0])
