@@ -89,6 +89,11 @@ CONSTRUCTION = {
     ),
     "an-instance-on-others": (lambda p: lk.SAM(p, SGD([parameter()], lr=0.1)), ValueError, "other parameters"),
     "an-unknown-argument": (lambda p: lk.SAM(p, SGD, lr=0.1, mementum=0.9), TypeError, "mementum"),
+    "differentiable": (
+        lambda p: lk.SAM(p, SGD, lr=0.1, differentiable=True),
+        ValueError,
+        "differentiable=True.*leave it out",
+    ),
     "an-unknown-backend": (lambda p: lk.SAM(p, SGD, backend="gpu", lr=0.1), ValueError, "choose one of.*reference"),
     "a-backend-that-cannot-run": (lambda p: lk.SAM(p, SGD, backend="cuda", lr=0.1), RuntimeError, "does not run here"),
 }

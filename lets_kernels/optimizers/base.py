@@ -26,9 +26,13 @@ untraced = _disable_dynamo
 _SEEN = "_lets_kernels_seen"
 
 
-def _check_minimises(groups: Sequence[dict[str, Any]]) -> None:
+def _check_options(groups: Sequence[dict[str, Any]]) -> None:
     if any(group.get("maximize") for group in groups):
         raise ValueError("maximize=True: sharpness is of a loss that is minimised; minimise the negative instead")
+    if any(group.get("differentiable") for group in groups):
+        raise ValueError(
+            "differentiable=True: the step is taken in place, and no gradient leads through it; leave it out"
+        )
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -66,7 +70,7 @@ class Wrapper(torch.optim.Optimizer):
         else:
             self._check_groups(self.param_groups)
             base = base(self.param_groups, **kwargs)
-        _check_minimises(base.param_groups)
+        _check_options(base.param_groups)
         self.base_optimizer = base
         del self.__dict__["_early_groups"], self.__dict__["_early_state"]
         self.defaults = {**base.defaults, **self._own}
@@ -133,7 +137,7 @@ class Wrapper(torch.optim.Optimizer):
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         self._check_groups([{**group, "params": [p[1] if isinstance(p, tuple) else p for p in group["params"]]}])
         whole = {**self.defaults, **group}
-        _check_minimises([whole])
+        _check_options([whole])
         self.radius.check_groups([*self.param_groups, whole])
         self.base_optimizer.add_param_group(group)
         self.radius.bind(self.param_groups, self.skipped.device)
@@ -190,6 +194,8 @@ class Wrapper(torch.optim.Optimizer):
             RuntimeError: while the weights are perturbed.
         """
         self._refuse_while_perturbed("state_dict()")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
         own = {
             "direction": self.direction.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -198,7 +204,11 @@ class Wrapper(torch.optim.Optimizer):
             "step": self._step_number,
             "skipped": self.skipped.clone(),
         }
-        return {**super().state_dict(), KEY: own}
+        state_dict = {**self.base_optimizer.state_dict(), KEY: own}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state; that of the bare base optimizer will do, and leaves the radius as it is.
@@ -208,6 +218,7 @@ class Wrapper(torch.optim.Optimizer):
             ValueError: the groups, or the number of learned radii, do not match.
         """
         self._refuse_while_perturbed("load_state_dict()")
+        state_dict = dict(state_dict)  # what hooks put in or take out of it stays among them
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced

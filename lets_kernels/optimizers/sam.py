@@ -107,14 +107,21 @@ class SAM(Wrapper):
         self._step.perturb()
 
     @untraced
-    @torch.no_grad()
+    @torch.optim.Optimizer.profile_hook_step
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and take the base optimizer's step, along the gradients of the second backward.
+
+        Step hooks run around it, as they do around :meth:`step`: once a step, in whatever shape it is taken.
 
         Raises:
             RuntimeError: without a ``first_step`` before it, or inside ``perturbed()``.
             TypeError: sparse gradients. The weights are restored and the step is given up then.
         """
+        self._finish(zero_grad)
+
+    @torch.no_grad()
+    def _finish(self, zero_grad: bool = False) -> None:
+        """What :meth:`second_step` does, without the hooks, which around :meth:`step` have run."""
         self._heal()
         step, self._trial = self._step, None
         if step is None:
@@ -191,7 +198,7 @@ class SAM(Wrapper):
             if val_closure is not None:
                 raise ValueError("step(None, val_closure): use radius_step(train_closure, val_closure) after step()")
             if self._step is not None:
-                self.second_step()
+                self._finish()
             else:
                 self._step_alone()
             return None
@@ -216,7 +223,7 @@ class SAM(Wrapper):
                 self._step.perturbed_loss = as_scalar(self._call(closure))
             else:
                 self._step.return_gradients()
-            self.second_step()
+            self._finish()
         except BaseException:
             self.restore()
             self._mark_gradients()  # of a pass that failed: no step may start from them
