@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lets_kernels.fused import OwnStep
 from lets_kernels.guarded import check_steps_alone
 from lets_kernels.hypergradient import Gradients, Trial, fit, placed
 from lets_kernels.layout import Bucket
-from lets_kernels.radius import Radius
+from lets_kernels.radius import Radius, check_rho
 
 METRICS = ("squared_gap", "gap", "validation_loss")
 CURVATURES = ("diagonal", "secant")
@@ -307,9 +308,9 @@ class LearnedRadius(Radius):
 
 
 def _check_learned(rho: float) -> float:
-    if not (math.isfinite(rho) and rho > 0):
+    if isinstance(rho, (Real, Tensor)) and not (math.isfinite(rho) and rho > 0):
         raise ValueError(f"a learned radius starts at a finite rho > 0 (rho = exp(nu)), not {rho}")
-    return float(rho)
+    return check_rho(rho)
 
 
 def _one_or_all(values: list[Tensor]) -> Tensor:

@@ -186,7 +186,7 @@ class Step:
 
     def _record(self, hats: list[Gradients], stepped: list[Gradients]) -> Trial:
         groups = [self.optimizer.param_groups[b.group] for b in self.buckets]
-        lr = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+        lr = [g["lr"].clone().reshape(()) if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
         first = [by_index(r) for r in self.first]
         return Trial(self.ascents, first, hats, stepped, self.total, lr, self.rho, self.gate, self.captured)
 
