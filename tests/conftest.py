@@ -13,9 +13,17 @@ from backends import Backend, targets
 torch.set_num_threads(1)
 
 
-# `make gpu-check` needs no more than torch and the test tools; `make test` installs what the demo needs.
-DEMO = ("sklearn", "matplotlib", "rich")
-collect_ignore = ["test_demo.py"] if any(importlib.util.find_spec(name) is None for name in DEMO) else []
+# What some files need beyond torch and pytest: `make gpu-check` does without, `make test` installs it all.
+NEEDS = {
+    "test_demo.py": ("sklearn", "matplotlib", "rich"),
+    "test_conformance.py": ("expecttest",),
+    "test_conformance_state.py": ("expecttest",),
+    "test_conformance_table.py": ("expecttest",),
+    "test_hypothesis.py": ("hypothesis",),
+}
+collect_ignore = [
+    file for file, names in NEEDS.items() if any(importlib.util.find_spec(name) is None for name in names)
+]
 
 
 def pytest_generate_tests(metafunc):
