@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import lets_kernels as lk
 from lets_kernels.ops import triton as ops
 from runs import DTYPES, LAYOUTS, same_bits
-from test_opcheck import WRITES, arguments, overload, scalar
+from test_opcheck import WRITES, arguments, overload, registered, scalar
 from toys import Toy, snapshot
 
 
@@ -25,6 +25,10 @@ def tensors(*values):
 # ---- the operators
 
 
+def test_every_registered_operator_is_one_of_these():
+    assert registered("lets_kernels_triton") == set(WRITES)
+
+
 @pytest.mark.parametrize("op", WRITES)
 def test_schemas_are_those_of_the_compiled_ops(op):
     assert str(operator(op)._schema).replace("lets_kernels_triton::", "lets_kernels::") == str(overload(op)._schema)
@@ -33,6 +37,11 @@ def test_schemas_are_those_of_the_compiled_ops(op):
 @pytest.mark.parametrize("op, dtype", [(op, DTYPES[i % 4]) for i, op in enumerate(WRITES)])
 def test_opcheck(op, dtype):
     torch.library.opcheck(operator(op), arguments(op, dtype))
+
+
+@pytest.mark.parametrize("op", WRITES)
+def test_opcheck_without_what_may_be_left_out(op):
+    torch.library.opcheck(operator(op), arguments(op, torch.float32, whole=False))
 
 
 @pytest.mark.parametrize("op", WRITES)

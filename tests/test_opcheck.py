@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+import emulated
 import lets_kernels as lk
 from backends import Backend
 from lets_kernels.ops import native, reference
@@ -28,32 +29,44 @@ def scalar(x):
     return torch.tensor(x, dtype=torch.float64)
 
 
-def arguments(op, dtype):
-    """Arguments of one op on several runs; params, gradients and state as lists, `saved` flat."""
-    bucket = Bucket(LAYOUTS["several"], dtype, "mixed")
+def arguments(op, dtype, whole=True):
+    """Arguments of one op on several runs; params, gradients and state as lists, `saved` flat.
+
+    Not ``whole``: without the lists and tensors that may be left out.
+    """
+    bucket = Bucket(LAYOUTS["several"], dtype, "mixed" if whole else "plain")
 
     def tensors():
         return bucket.give(bucket.positive(0.1, 1.0), "list")
 
+    def optional():
+        return tensors() if whole else []
+
     (saved,) = bucket.give(bucket.positive(0.1, 1.0), "flat")
     saved, norms, table, dirty = saved.clone(), bucket.norms(), bucket.table, torch.tensor(1)
-    scaling = table, norms, 0.01, 2.0
+    scaling = table, norms if whole else None, 0.01, 2.0
     return {
-        "grad_norm": lambda: (tensors(), tensors(), *scaling),
+        "grad_norm": lambda: (tensors(), optional(), *scaling),
         "filter_norms": lambda: (tensors(), table, norms),
         "perturb_": lambda: (tensors(), tensors(), saved, dirty, *scaling, scalar(2.0), scalar(0.1)),
         "restore_": lambda: (tensors(), saved, dirty, table),
         "restore_sgd_": lambda: (
-            *(tensors() for _ in range(3)), saved, dirty, table, scalar(1.0), 0.1, 0.9, 0.01, True, False,
+            tensors(), tensors(), optional(), saved, dirty, table, scalar(1.0), 0.1, 0.9 * whole, 0.01, whole, False,
         ),
         "restore_adamw_": lambda: (
             *(tensors() for _ in range(4)), [torch.tensor(1.0) for _ in table], saved, dirty, table, scalar(1.0),
             0.1, 0.9, 0.99, 1e-8, 0.01, True, False,
         ),
-        "rho_grad_diagonal": lambda: (*(tensors() for _ in range(5)), *scaling),
-        "rho_grad_secant": lambda: (*(tensors() for _ in range(4)), table),
+        "rho_grad_diagonal": lambda: (tensors(), optional(), tensors(), tensors(), optional(), *scaling),
+        "rho_grad_secant": lambda: (tensors(), optional(), tensors(), tensors(), table),
         "all_finite_": lambda: ([scalar(1.0), scalar(torch.nan)], torch.tensor(3)),
     }[op]()  # fmt: skip
+
+
+def registered(namespace):
+    """Every op of a namespace that the dispatcher knows, overloads and all."""
+    names = torch._C._dispatch_get_all_op_names()
+    return {n.removeprefix(f"{namespace}::") for n in names if n.startswith(f"{namespace}::")}
 
 
 def overload(op):
@@ -62,9 +75,7 @@ def overload(op):
 
 def test_the_extension_is_there_and_registers_exactly_these_ops():
     assert lk.backends()["cpu"].startswith("available")
-    names = torch._C._dispatch_get_all_op_names()
-    registered = {n.removeprefix("lets_kernels::") for n in names if n.startswith("lets_kernels::")}
-    assert registered == set(WRITES)
+    assert registered("lets_kernels") == set(WRITES) == {op.__name__.split(".")[0] for op in native.OPS}
 
 
 @pytest.mark.parametrize("op", WRITES)
@@ -89,6 +100,23 @@ def test_the_schema_says_what_is_written(op):
 @pytest.mark.parametrize("op", WRITES)
 def test_opcheck(op, dtype):
     torch.library.opcheck(overload(op), arguments(op, dtype))
+
+
+@pytest.mark.parametrize("op", WRITES)
+def test_opcheck_without_what_may_be_left_out(op):
+    torch.library.opcheck(overload(op), arguments(op, torch.float32, whole=False))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("op", WRITES)
+def test_the_cuda_kernels_write_what_their_schema_says(op, whole):
+    """Through the emulator, whose library registers every op of the CUDA library, with the same schema list; fakes
+    belong to the ops on the CPU and on GPUs alike, and have been checked above."""
+    emulated.load()
+    assert registered("lets_kernels_emulated") == set(WRITES)
+    there = getattr(torch.ops.lets_kernels_emulated, op).default
+    assert str(there._schema).replace("lets_kernels_emulated::", "lets_kernels::") == str(overload(op)._schema)
+    torch.library.opcheck(there, arguments(op, torch.float32, whole), test_utils="test_schema")
 
 
 @pytest.mark.parametrize("op", WRITES)
