@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 CSRC = $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench wheel gpu-check lint format clean
+.PHONY: help build demo test fuzz mutants bench wheel gpu-check lint format clean
 
 help:    ## these targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
@@ -18,6 +18,12 @@ demo: build    ## train on real data; options in ARGS: make demo ARGS="--help"
 
 test: build    ## the tests; options for pytest in ARGS
 	$(PY) -m pytest $(ARGS)
+
+fuzz: build    ## thousands of random parameters for tests/test_hypothesis.py, new ones each time; EXAMPLES=n for n
+	LETS_KERNELS_EXAMPLES=$(or $(EXAMPLES),5000) $(PY) -m pytest tests/test_hypothesis.py $(ARGS)
+
+mutants: build    ## take the formulas apart one by one: does a test go red each time? Writes tests/results/mutants.json
+	$(PY) tests/mutants.py $(ARGS)
 
 bench: build    ## the benchmarks; ARGS="--save-results --wait 20" writes benchmarks/results
 	$(PY) -m pytest benchmarks -q $(ARGS)
