@@ -145,6 +145,14 @@ def test_adamw_of_every_kind(backend, decoupled, weight_decay, maximize, forms, 
     check_adamw(step, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eps_is_added_after_the_bias_correction(backend, dtype):
+    """eps / sqrt(1 - beta2^t) would be ten times as much at t = 1; only an eps of the size of sqrt(v) tells."""
+    step = Step(Bucket(LAYOUTS["several"], dtype), states=2)
+    step.adamw(backend, eps=0.5)
+    check_adamw(step, eps=0.5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_one_run_that_does_not_start_at_zero(backend, kind, form):
