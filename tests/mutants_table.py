@@ -31,7 +31,7 @@ TWO_BYTES = "tests/test_perturb.py -k 'two_bytes and not emulated'"
 EPS = "tests/test_step.py -k 'eps_is_added and not emulated'"
 ALL_FINITE = "tests/test_norm.py -k 'all_finite and not emulated'"
 LEARNED = "tests/test_hypergradient.py tests/test_methods.py -k 'reference and (rounding or lets and secant)'"
-DIRECTED = "tests/test_methods.py -k 'reference and (papers_ten_steps and sgd or diagonal and lets_takes)'"
+DIRECTED = "tests/test_methods.py -k 'reference and (every_method or diagonal and lets_takes)'"
 RHO = "tests/test_rho.py -k '{} and (every_q or secant_of) and float64'"
 
 #: file, tests, and pairs of text and replacement; a pair may have tests of its own.

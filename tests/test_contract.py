@@ -293,6 +293,17 @@ def test_parameters_of_several_dtypes_share_one_norm(backend):
     assert same_bits(weights([*params, frozen]), before)
 
 
+@pytest.mark.parametrize("p", [1.5, 3.0, math.inf])
+def test_the_gradient_norm_that_is_reported_is_the_dual_one(backend, p):
+    """‖Tg‖_q, 1/p + 1/q = 1: what the perturbation was divided by, each term good to some roundings to the power q."""
+    toy = Toy()
+    opt = lk.SAM(toy.params, torch.optim.SGD, direction=lk.Gradient(p), backend=backend.name, lr=0.1)
+    toy.steps(opt, 1)
+    q = 1.0 if p == math.inf else p / (p - 1)
+    expected = sum(float((g.double().abs() ** q).sum()) for g in toy.grads(0)) ** (1 / q)
+    assert opt.metrics()["grad_norm"].item() == pytest.approx(expected, rel=(3 * q + 4) * unit_roundoff(torch.float32))
+
+
 def test_what_a_user_reads_is_tensors(backend):
     task = Task(torch.float32, steps=2)
     opt = lk.LETSSAM(task.net.parameters(), torch.optim.SGD, 0.1, backend=backend.name, lr=0.1)

@@ -58,6 +58,7 @@ CONSTRUCTION = {
     ),
     "interval-of-zero": (lambda p: lk.LearnedRadius(interval=0), ValueError, "interval must be at least 1"),
     "negative-xi": (lambda p: lk.ASAM(p, SGD, xi=-0.1, lr=0.1), ValueError, "xi must be"),
+    "infinite-xi": (lambda p: lk.ASAM(p, SGD, xi=math.inf, lr=0.1), ValueError, "xi must be"),
     "nan-xi": (lambda p: lk.ASAM(p, SGD, xi=math.nan, lr=0.1), ValueError, "xi must be"),
     "negative-xi-of-a-group": (lambda p: lk.ASAM([{"params": p, "xi": -1.0}], SGD, lr=0.1), ValueError, "xi must be"),
     "p-of-one": (lambda p: lk.Gradient(p=1.0), ValueError, r"\(1, inf\]"),

@@ -99,7 +99,7 @@ def test_an_exception_inside_the_context_restores_to_the_bit(backend, error, dty
     assert same_bits(weights(toy), weights(other))
 
 
-@pytest.mark.parametrize("entry", ["step", "restore"])
+@pytest.mark.parametrize("entry", ["step", "restore", "first_step", "perturbed"])
 @pytest.mark.parametrize("after", [False, True], ids=["before-the-op", "after-the-op"])
 @pytest.mark.parametrize("op", ["grad_norm", "perturb_", "restore_", "restore_sgd_"])
 def test_an_interrupt_between_two_buckets_is_healed_at_the_next_entry(backend, monkeypatch, op, after, entry):
@@ -133,6 +133,14 @@ def test_an_interrupt_between_two_buckets_is_healed_at_the_next_entry(backend, m
     seen = []
     if entry == "restore":
         opt.restore()
+    elif entry == "first_step":
+        toy.set_grads(toy.grads(12))
+        opt.first_step()
+        opt.restore()
+    elif entry == "perturbed":
+        toy.set_grads(toy.grads(12))
+        with opt.perturbed():
+            pass
     else:
         opt.zero_grad()
         with pytest.raises(ZeroDivisionError):

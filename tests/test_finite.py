@@ -79,6 +79,32 @@ def test_a_learned_radius_stays_where_a_gradient_is_not_finite(backend, curvatur
     assert all(bool(x.isfinite().all()) for x in weights(task))
 
 
+@pytest.mark.parametrize("curvature", ["secant", "diagonal"])
+def test_a_learned_radius_stays_where_what_is_not_finite_is_no_part_of_its_own_gradient(backend, curvature):
+    """A parameter that only the second pass reaches was not perturbed, so the hypergradient leaves it out; the step is
+    skipped all the same, and a step that was not taken teaches nothing."""
+    used, late = (torch.nn.Parameter(torch.randn(5)) for _ in range(2))
+    radius = lk.LearnedRadius(0.1, curvature=curvature, metric="gap")
+    opt = lk.LETSSAM([used, late], torch.optim.SGD, radius, backend=backend.name, lr=0.1)
+    calls = []
+
+    def closure(scale):
+        opt.zero_grad()
+        loss = (scale * used).square().sum()
+        loss.backward()
+        calls.append(scale)
+        if bad and len(calls) == 2:
+            late.grad = torch.full_like(late, torch.nan)
+        return loss
+
+    for bad in (True, False):
+        calls.clear()
+        before = snapshot(opt)
+        opt.step(lambda: closure(1.0), lambda: closure(2.0))
+        assert len(calls) == 4 and same_bits(snapshot(opt)[: len(before)], before) is bad
+        assert opt.metrics()["skipped_steps"].item() == 1
+
+
 def test_check_finite_costs_one_read_of_the_second_gradient_and_can_be_switched_off():
     counts = []
     for check in (True, False):
