@@ -78,6 +78,7 @@ class TestConformanceState(Conformance):
             before = weights(params)
 
             def closure():
+                assert same_bits(weights(params), before)  # in the second pass as well
                 opt.zero_grad()
                 loss = sum((p * 0.0).sum() for p in params)
                 loss.backward()

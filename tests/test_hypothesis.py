@@ -5,7 +5,7 @@ The same examples at every run; LETS_KERNELS_EXAMPLES=n takes n new ones (`make 
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -236,6 +236,22 @@ def test_the_compiled_kernels_are_the_reference(case):
             assert_near(old, ours, theirs, 16)
         else:
             assert same_bits(ours, theirs)
+
+
+@SETTINGS
+@given(case=cases)
+def test_how_parameters_and_gradients_lie_in_memory_changes_no_perturbation(case):
+    """The same values in plain tensors are perturbed in the same way, to the roundings that the sums' order leaves."""
+    dense = [replace(spec, strides="contiguous", grad_strides="same") for spec in case.found]
+    ends = []
+    for each in (case, replace(case, found=dense)):
+        opt = each.build("auto", lr=0.1)
+        start = [p.detach().clone() for p in each.params]
+        each.give(0)
+        with opt.perturbed():
+            ends.append([p.detach().clone() for p in each.params])
+    for old, ours, theirs in zip(start, *ends, strict=True):
+        assert_near(old, ours, theirs, 24)
 
 
 def assert_near(old, ours, theirs, roundings):
