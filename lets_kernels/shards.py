@@ -45,6 +45,8 @@ def local(t: Tensor) -> Tensor:
 
 def version(t: Tensor) -> tuple[int, int]:
     """What a write in place changes. Of a DTensor it may count on the whole (``zero_()``) or the part (FSDP adds)."""
+    if type(t) is Tensor:  # as most gradients are, and there are many
+        return t._version, 0
     return t._version, local(t)._version if is_spread(t) else 0
 
 
