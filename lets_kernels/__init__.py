@@ -6,6 +6,7 @@ from lets_kernels.direction import Adaptive, Direction, Gradient
 from lets_kernels.learned import LearnedRadius
 from lets_kernels.ops import backends
 from lets_kernels.optimizers import ASAM, LETSASAM, LETSSAM, SAM
+from lets_kernels.precision import PrecisionWarning
 from lets_kernels.radius import ConstantRadius, Radius, ScheduledRadius
 from lets_kernels.schedule import Always, Schedule
 
@@ -22,6 +23,7 @@ __all__ = [
     "Gradient",
     "LearnedRadius",
     "Perturbed",
+    "PrecisionWarning",
     "Radius",
     "Schedule",
     "ScheduledRadius",

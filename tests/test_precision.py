@@ -8,8 +8,9 @@ import torch
 
 import lets_kernels as lk
 import oracle
+from lets_kernels import PrecisionWarning
 from lets_kernels.ops import reference
-from lets_kernels.precision import INTERVAL, PrecisionWarning
+from lets_kernels.precision import INTERVAL
 from toys import Toy
 
 SGD = torch.optim.SGD
