@@ -116,6 +116,12 @@ LETS_FN C adaptive_scale(C magnitude, C xi) {
   return magnitude + xi;
 }
 
+// T of the diagonal Fisher information f = v^2 (Kim et al., 2022): T^2 = 1 / (1 + xi f).
+template <class C>
+LETS_FN C fisher_scale(C v, C xi) {
+  return C(1) / square_root(C(1) + xi * (v * v));
+}
+
 // sign(x) |x|^(q-1), the gradient of |x|^q / q: how the dual norm's exponent shapes the perturbation.
 template <class C>
 LETS_FN C dual(C x, C q) {
@@ -212,6 +218,36 @@ LETS_FN Adam<C> adam_of(const AdamOptions& o, double bias1, double bias2) {
           C(o.eps),
           o.maximize};
 }
+
+// Variational SAM (Moellenhoff & Khan, 2023, Algorithm 1), its step: s is the precision, m the average.
+template <class C>
+struct Bsam {
+  C lr, beta1, one_minus_beta1, weight_decay;
+
+  LETS_FN C step(const Bsam& o, C theta, C g, C& m, C s) {
+    m = o.beta1 * m + o.one_minus_beta1 * (g + o.weight_decay * theta);
+    return o.lr == 0 ? theta : theta - o.lr * (m / s);
+  }
+};
+
+// ---- vectors: moving averages, combinations, keys
+
+template <class C>
+LETS_FN C combined(C a, C x, C b, C y) {
+  return a * x + b * y;
+}
+
+// The precision after a gradient, of Variational SAM.
+template <class C>
+LETS_FN C precision_after(C s, C g, C beta2, C one_minus_beta2, C damping) {
+  return beta2 * s + one_minus_beta2 * (square_root(s) * absolute(g) + damping);
+}
+
+// What elements are ranked by: |v| as float32, and below it a random word, which decides between equal values.
+LETS_FN int64_t key_of(float v, uint32_t word) {
+  return int64_t(bit_cast<uint32_t>(absolute(v))) << 32 | int64_t(word);
+}
+LETS_FN int64_t key_of(uint32_t word) { return int64_t(word) << 31; }
 
 // ---- the gradient in the radius: LETS (Wang et al., 2024), one element's share
 

@@ -23,6 +23,31 @@ void define(Library& m) {
       "rho_grad_diagonal(Tensor[] val, Tensor[] train, Tensor[] perturbed, Tensor[] vectors, Tensor[] params, "
       "Tensor table, Tensor? filter_norms, float xi, float q) -> Tensor");
   m.def("rho_grad_secant(Tensor[] val, Tensor[] train, Tensor[] perturbed, Tensor[] first, Tensor table) -> Tensor");
+  m.def("dots(Tensor[] x, Tensor[] y, Tensor table) -> Tensor");
+  m.def("combine_(Tensor(a!)[] out, Tensor[] x, Tensor[] y, Tensor table, Tensor coefficients, Tensor gate) -> ()");
+  m.def(
+      "average_(Tensor(a!)[] averages, Tensor[] vectors, Tensor(b!)[] out, Tensor(c!) updates, Tensor table, "
+      "Tensor gate, float decay, float a, float b) -> Tensor");
+  m.def(
+      "posterior_ascent_(Tensor(a!)[] out, Tensor(b!)[] precisions, Tensor[] grads, Tensor table, Tensor gate, "
+      "float beta2, float damping) -> ()");
+  m.def(
+      "restore_bsam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor[] precisions, Tensor saved, "
+      "Tensor(c!) dirty, Tensor table, Tensor gate, float lr, float beta1, float weight_decay) -> ()");
+  m.def(
+      "noise_(Tensor(a!)[] out, Tensor[] vectors, Tensor[] precisions, Tensor table, Tensor? filter_norms, "
+      "Tensor random, int stream, float a, float std) -> Tensor");
+  m.def(
+      "masked_(Tensor(a!)[] out, Tensor[] vectors, Tensor? mask, Tensor table, Tensor random, int stream, float share) "
+      "-> Tensor");
+  m.def(
+      "count_above(Tensor[] vectors, Tensor mask, Tensor table, Tensor threshold, Tensor random, int stream, "
+      "int member) -> Tensor");
+  m.def(
+      "select_(Tensor(a!) mask, Tensor[] vectors, Tensor table, Tensor threshold, Tensor random, int stream, "
+      "int member, int value) -> ()");
+  m.def("largest(Tensor[] vectors, Tensor table) -> Tensor");
+  m.def("peaks_(Tensor(a!)[] out, Tensor[] vectors, Tensor table, Tensor largest) -> Tensor");
   m.def("all_finite_(Tensor[] values, Tensor(a!) skipped) -> Tensor");
 }
 

@@ -18,11 +18,11 @@ class Mutant(NamedTuple):
         return self.file.startswith("csrc/")
 
 
-REFERENCE = "lets_kernels/ops/reference.py"
+REFERENCE = "lets_kernels/ops/reference/"
 MATH = "csrc/math.h"
 FROM_SAVED = "old = torch.where(from_saved, old, theta)\n        "
-SIGNED = "weights, step = _wide(old), -_wide(g) if maximize else _wide(g)\n        if weight_decay:"
-SAVING = "old in zip(thetas, _runs([saved], table), strict=True):\n        old.copy_(theta)"
+SIGNED = "weights, step = wide(old), -wide(g) if maximize else wide(g)\n        if weight_decay:"
+SAVING = "old in zip(thetas, runs([saved], table), strict=True):\n        old.copy_(theta)"
 RESTORING = "            if self.is_perturbed:\n                a.bucket.restore(a.runs)\n        self"
 NORM = "tests/test_norm.py -k '{} and several and float32'"
 PERTURB = "tests/test_perturb.py -k '{} and (every_q and float32 or zero or restore or powers or element-several)'"
@@ -37,11 +37,11 @@ RHO = "tests/test_rho.py -k '{} and (every_q or secant_of) and float64'"
 #: file, tests, and pairs of text and replacement; a pair may have tests of its own.
 GROUPS = [
     (
-        REFERENCE,
+        REFERENCE + "norm.py",
         NORM.format("reference"),
         [
-            ("return _wide(theta).abs() + xi", "return _wide(theta).abs()"),
-            ("return _wide(theta).abs() + xi", "return _wide(theta) + xi"),
+            ("return wide(theta).abs() + xi", "return wide(theta).abs()"),
+            ("return wide(theta).abs() + xi", "return wide(theta) + xi"),
             ("return filter_norms[row_start + index] + xi", "return filter_norms[row_start + index]"),
             ('.div(row_length, rounding_mode="floor") % row_count', " % row_count"),
             (
@@ -58,15 +58,15 @@ GROUPS = [
         ],
     ),
     (
-        REFERENCE,
+        REFERENCE + "perturb.py",
         PERTURB.format("reference"),
         [
             ("x.sign() * x.abs().pow(q - 1)", "x.abs().pow(q - 1)"),
             ("x.sign() * x.abs().pow(q - 1)", "x.sign() * x.abs().pow(q)"),
             ("length = rho / total.sqrt() if q == 2", "length = rho / total if q == 2"),
             ("shrink = total.pow(-1 / q) if", "shrink = total.pow(-1 / 2) if"),
-            ("_wide(theta) + factor * (t * _dual(scaled, q))", "_wide(theta) - factor * (t * _dual(scaled, q))"),
-            ("_wide(theta) + factor * (t * _dual(scaled, q))", "_wide(theta) + factor * _dual(scaled, q)"),
+            ("wide(theta) + factor * (t * dual(scaled, q))", "wide(theta) - factor * (t * dual(scaled, q))"),
+            ("wide(theta) + factor * (t * dual(scaled, q))", "wide(theta) + factor * dual(scaled, q)"),
             ("usable = torch.isfinite(total) & (total > 0)", "usable = torch.isfinite(total)"),
             ("usable = torch.isfinite(total) & (total > 0)", "usable = total > 0"),
             ("& factor.isfinite() & inner.isfinite()", ""),
@@ -75,12 +75,12 @@ GROUPS = [
         ],
     ),
     (
-        REFERENCE,
+        REFERENCE + "step.py",
         STEP.format("reference"),
         [
-            (SIGNED, SIGNED.replace("-_wide(g) if maximize else ", "")),
+            (SIGNED, SIGNED.replace("-wide(g) if maximize else ", "")),
             (FROM_SAVED + SIGNED, SIGNED),
-            ("average = momentum * _wide(m) + step", "average = momentum * (_wide(m) + step)"),
+            ("average = momentum * wide(m) + step", "average = momentum * (wide(m) + step)"),
             ("step + momentum * average if nesterov else average", "average"),
             ("new = weights - lr * step if lr else weights", "new = weights + lr * step if lr else weights"),
             ("new = weights - lr * step if lr else weights", "new = weights - lr * step"),
@@ -89,8 +89,8 @@ GROUPS = [
                 "m.copy_(average.to(m.dtype))\n        new",
             ),
             ("weights * (1 - lr * weight_decay)", "weights * (1 - weight_decay)"),
-            ("_wide(m) + (1 - beta1) * (step - _wide(m))", "_wide(m) + beta1 * (step - _wide(m))"),
-            ("beta2 * _wide(v) + (1 - beta2) * (step * step)", "beta2 * _wide(v) + step * step"),
+            ("wide(m) + (1 - beta1) * (step - wide(m))", "wide(m) + beta1 * (step - wide(m))"),
+            ("beta2 * wide(v) + (1 - beta2) * (step * step)", "beta2 * wide(v) + step * step"),
             ("(lr / (1 - beta1**count)).to", "(lr * count**0).to"),
             ("(1 - beta2**count).sqrt().to", "(1 - beta2**count).to"),
             ("square.sqrt() / root_bias + eps", "(square.sqrt() + eps) / root_bias", EPS),
@@ -99,12 +99,12 @@ GROUPS = [
         ],
     ),
     (
-        REFERENCE,
+        REFERENCE + "rho.py",
         RHO.format("reference"),
         [
             ("h.double().square() * unit", "h.double() * unit"),
-            ("t * _dual(scaled.double(), q))", "_dual(scaled.double(), q))"),
-            ("(t * _dual(scaled, q)).double()", "_dual(scaled, q).double()"),
+            ("t * dual(scaled.double(), q))", "dual(scaled.double(), q))"),
+            ("(t * dual(scaled, q)).double()", "dual(scaled, q).double()"),
             ("h.double() - g.double()", "h.double() + g.double()"),
             ("a.double() - b.double()", "b.double() - a.double()"),
         ],

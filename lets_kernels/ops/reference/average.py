@@ -1,0 +1,56 @@
+"""Moving averages of gradients, and what a perturbation makes of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lets_kernels.ops.reference.shared import root, runs, wide
+
+
+def average_(
+    averages: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    out: Sequence[Tensor],
+    updates: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    decay: float,
+    a: float,
+    b: float,
+) -> Tensor:
+    """m <- decay m + (1 - decay) x, then v = a x + b m; Σ v², of v as it is stored.
+
+    Where ``updates`` is zero the average begins: m and v are x. Where the gate is closed m stays as it is, and v is
+    made of that; else ``updates`` counts one more. ``out`` takes v, unless it is empty.
+    """
+    begins, go = updates == 0, gate != 0
+    total = torch.zeros((), dtype=torch.float64, device=updates.device)
+    targets = runs(out, table) if len(out) else [None] * len(table)
+    for m, x, to in zip(runs(averages, table), runs(vectors, table), targets, strict=True):
+        moved = torch.where(begins, wide(x), decay * wide(m) + (1 - decay) * wide(x)).to(m.dtype)
+        m.copy_(torch.where(go, moved, m))
+        v = torch.where(begins, wide(x), a * wide(x) + b * wide(m)).to(m.dtype)
+        total += v.double().square().sum()
+        if to is not None:
+            to.copy_(v)
+    updates.add_(go.to(updates.dtype))
+    return total
+
+
+def posterior_ascent_(
+    out: Sequence[Tensor],
+    precisions: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    table: Tensor,
+    gate: Tensor,
+    beta2: float,
+    damping: float,
+) -> None:
+    """out <- g/s, then s <- beta2 s + (1 - beta2)(√s |g| + damping) (Moellenhoff & Khan, 2023, Algorithm 1)."""
+    go = gate != 0
+    for to, s, g in zip(runs(out, table), runs(precisions, table), runs(grads, table), strict=True):
+        before = wide(s)
+        to.copy_((wide(g) / before).to(to.dtype))
+        after = beta2 * before + (1 - beta2) * (root(before) * wide(g).abs() + damping)
+        s.copy_(torch.where(go, after.to(s.dtype), s))

@@ -1,0 +1,92 @@
+"""Masks: of the elements that a perturbation moves, kept or drawn, and the selection of those with the highest keys.
+
+A mask is a flat uint8 buffer of the bucket, 1 where an element takes part. The **key** of an element is a number of 63
+bits: those of |v| as float32, and below them a random word, which decides between equal values; without vectors it is
+the word alone, moved up by 31 bits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lets_kernels.ops.reference.noise import words
+from lets_kernels.ops.reference.shared import runs, wide
+
+
+def masked_(
+    out: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    mask: Tensor | None,
+    table: Tensor,
+    random: Tensor,
+    stream: int,
+    share: float,
+) -> Tensor:
+    """out <- v where the mask is set, else 0; Σ v² of all elements.
+
+    Without a mask each element is kept with probability ``share`` (the word is below share · 2^32) and divided by it.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=random.device)
+    masks = [None] * len(table) if mask is None else runs([mask], table)
+    for to, v, keep, (start, numel, *_) in zip(
+        runs(out, table), runs(vectors, table), masks, table.tolist(), strict=True
+    ):
+        total += v.double().square().sum()
+        if keep is None:
+            below = words(start, numel, random, stream) < int(share * 2**32)
+            to.copy_(torch.where(below, (wide(v) * (1 / share)).to(to.dtype), torch.zeros_like(v)))
+        else:
+            to.copy_(torch.where(keep != 0, v, torch.zeros_like(v)))
+    return total
+
+
+def _above(
+    vectors: Sequence[Tensor],
+    mask: Tensor,
+    table: Tensor,
+    threshold: Tensor,
+    random: Tensor,
+    stream: int,
+    member: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """The mask of each run, and where its elements have keys above the threshold and a mask of ``member``."""
+    found = []
+    vs = runs(vectors, table) if len(vectors) else [None] * len(table)
+    for v, own, (start, numel, *_) in zip(vs, runs([mask], table), table.tolist(), strict=True):
+        key = words(start, numel, random, stream)
+        key = key << 31 if v is None else (v.float().abs().view(torch.int32).long() << 32) | key
+        above = key > threshold
+        found.append((own, above if member < 0 else above & (own == member)))
+    return found
+
+
+def count_above(
+    vectors: Sequence[Tensor],
+    mask: Tensor,
+    table: Tensor,
+    threshold: Tensor,
+    random: Tensor,
+    stream: int,
+    member: int,
+) -> Tensor:
+    """How many elements, of those whose mask is ``member`` (-1: of all), have keys above the threshold: 0-d float64."""
+    total = torch.zeros((), dtype=torch.float64, device=mask.device)
+    for _, above in _above(vectors, mask, table, threshold, random, stream, member):
+        total += above.sum()
+    return total
+
+
+def select_(
+    mask: Tensor,
+    vectors: Sequence[Tensor],
+    table: Tensor,
+    threshold: Tensor,
+    random: Tensor,
+    stream: int,
+    member: int,
+    value: int,
+) -> None:
+    """Set the mask to ``value`` for the elements that :func:`count_above` counts."""
+    for own, above in _above(vectors, mask, table, threshold, random, stream, member):
+        own.masked_fill_(above, value)

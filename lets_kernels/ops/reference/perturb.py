@@ -1,0 +1,44 @@
+"""Perturb and restore."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lets_kernels.ops.reference.shared import dual, runs, scaling, wide
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    saved: Tensor,
+    dirty: Tensor,
+    table: Tensor,
+    filter_norms: Tensor | None,
+    xi: float,
+    q: float,
+    total: Tensor,
+    rho: Tensor,
+) -> None:
+    thetas, swapped = runs(params, table), not len(vectors)
+    directions = [v.clone() for v in runs([saved], table)] if swapped else runs(vectors, table)
+    for theta, old in zip(thetas, runs([saved], table), strict=True):
+        old.copy_(theta)
+    dirty.fill_(1)
+    usable = torch.isfinite(total) & (total > 0)
+    # For q other than 2 and 1 the norm divides before the power is taken, which could underflow.
+    length = rho / total.sqrt() if q == 2 else rho
+    shrink = total.pow(-1 / q) if q not in (1, 2) else torch.ones_like(total)
+    for theta, v, row in zip(thetas, directions, table.tolist(), strict=True):
+        t = scaling(theta, filter_norms, row, xi, v)
+        factor, inner = length.to(wide(v).dtype), shrink.to(wide(v).dtype)
+        scaled = t * wide(v) if q in (1, 2) else inner * (t * wide(v))
+        ascended = wide(theta) + factor * (t * dual(scaled, q))
+        moves = usable & (factor != 0) & factor.isfinite() & inner.isfinite()
+        theta.copy_(torch.where(moves, ascended.to(theta.dtype), theta))
+
+
+def restore_(params: Sequence[Tensor], saved: Tensor, dirty: Tensor, table: Tensor) -> None:
+    for theta, old in zip(runs(params, table), runs([saved], table), strict=True):
+        theta.copy_(torch.where(dirty != 0, old, theta))
+    dirty.fill_(0)

@@ -1,0 +1,46 @@
+"""The gradient in the radius (LETS)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lets_kernels.ops.reference.shared import dual, runs, scaling, wide
+
+
+def rho_grad_diagonal(
+    val: Sequence[Tensor],
+    train: Sequence[Tensor],
+    perturbed: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    params: Sequence[Tensor],
+    table: Tensor,
+    filter_norms: Tensor | None,
+    xi: float,
+    q: float,
+) -> Tensor:
+    thetas = runs(params, table) if len(params) else [None] * len(table)
+    units = []
+    for v, theta, row in zip(runs(vectors, table), thetas, table.tolist(), strict=True):
+        t = scaling(theta, filter_norms, row, xi, v)
+        scaled = t * wide(v)
+        units.append((t * dual(scaled, q)).double() if q in (1, 2) else t * dual(scaled.double(), q))
+    curved = [h.double().square() * unit for h, unit in zip(runs(perturbed, table), units, strict=True)]
+    return _outer_product(val, train, curved, table)
+
+
+def rho_grad_secant(
+    val: Sequence[Tensor], train: Sequence[Tensor], perturbed: Sequence[Tensor], first: Sequence[Tensor], table: Tensor
+) -> Tensor:
+    pairs = zip(runs(perturbed, table), runs(first, table), strict=True)
+    return _outer_product(val, train, [h.double() - g.double() for h, g in pairs], table)
+
+
+def _outer_product(val: Sequence[Tensor], train: Sequence[Tensor], inner: list[Tensor], table: Tensor) -> Tensor:
+    """(val - train)^T inner over all runs, in float64; no `train` stands for zero."""
+    trains = runs(train, table) if len(train) else [None] * len(table)
+    total = torch.zeros((), dtype=torch.float64, device=val[0].device if len(val) else None)
+    for a, b, x in zip(runs(val, table), trains, inner, strict=True):
+        outer = a.double() if b is None else a.double() - b.double()
+        total += (outer * x).sum()
+    return total

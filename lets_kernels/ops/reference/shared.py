@@ -1,0 +1,53 @@
+"""What the formulas share: views of runs, the arithmetic type, T of ASAM, powers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def runs(tensors: Sequence[Tensor], table: Tensor) -> list[Tensor]:
+    """One 1-d view a row of the table, in memory order, of a list of dense tensors or of one flat buffer."""
+    rows = table.tolist()
+    if len(tensors) == 1 and (len(rows) != 1 or tensors[0].numel() != rows[0][1]):
+        return [tensors[0][start : start + numel] for start, numel, *_ in rows]
+    return [t.as_strided((t.numel(),), (1,)) for t in tensors]
+
+
+def wide(x: Tensor) -> Tensor:
+    """The values in the arithmetic type: float64 stays, everything else is computed in float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root, correctly rounded, which torch's own on the CPU is not always in float32."""
+    return x.double().sqrt().to(x.dtype)
+
+
+def scaling(
+    theta: Tensor | None, filter_norms: Tensor | None, row: Sequence[int], xi: float, vector: Tensor
+) -> Tensor | float:
+    """T of ASAM for one run (Kwon et al., 2021; LETS Eq. 7), or of the Fisher information (Kim et al., 2022)."""
+    row_length = row[2]
+    if row_length == -2:
+        v = wide(vector)
+        return root(1 + xi * (v * v)).reciprocal()
+    if row_length < 0:
+        return 1.0
+    if row_length == 0:
+        assert theta is not None
+        return wide(theta).abs() + xi
+    assert filter_norms is not None
+    return filter_norms[filter_of(row, vector.device)] + xi
+
+
+def dual(x: Tensor, q: float) -> Tensor:
+    """sign(x) |x|^(q-1), the gradient of |x|^q / q (Foret et al., 2021, Eq. 2)."""
+    return x if q == 2 else x.sign() * x.abs().pow(q - 1)
+
+
+def filter_of(row: Sequence[int], device: torch.device) -> Tensor:
+    """Where in the filter norms the filter of each element of a run stands."""
+    _, numel, row_length, row_count, row_start = row
+    elements = torch.arange(numel, device=device)
+    return row_start + elements.div(row_length, rounding_mode="floor") % row_count

@@ -1,0 +1,104 @@
+"""Restore fused with the step of a base optimizer."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lets_kernels.ops.reference.shared import runs, wide
+
+
+def restore_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    saved: Tensor,
+    dirty: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    go, from_saved = gate != 0, dirty != 0
+    buffers = runs(momenta, table) if momentum else [None] * len(table)
+    for theta, g, m, old in zip(runs(params, table), runs(grads, table), buffers, runs([saved], table), strict=True):
+        old = torch.where(from_saved, old, theta)
+        weights, step = wide(old), -wide(g) if maximize else wide(g)
+        if weight_decay:
+            step = step + weight_decay * weights
+        if m is not None:
+            average = momentum * wide(m) + step
+            step = step + momentum * average if nesterov else average
+            m.copy_(torch.where(go, average.to(m.dtype), m))
+        new = weights - lr * step if lr else weights
+        theta.copy_(torch.where(go, new.to(theta.dtype), old))
+    dirty.fill_(0)
+
+
+def restore_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    saved: Tensor,
+    dirty: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+) -> None:
+    go, from_saved = gate != 0, dirty != 0
+    lists = (params, grads, exp_avgs, exp_avg_sqs, [saved])
+    for theta, g, m, v, old, t in zip(*(runs(x, table) for x in lists), steps, strict=True):
+        t.add_(go.to(t.dtype))
+        old = torch.where(from_saved, old, theta)
+        weights, step = wide(old), -wide(g) if maximize else wide(g)
+        if decoupled:
+            weights = weights * (1 - lr * weight_decay)
+        elif weight_decay:
+            step = step + weight_decay * weights
+        average = wide(m) + (1 - beta1) * (step - wide(m))
+        square = beta2 * wide(v) + (1 - beta2) * (step * step)
+        count = t.double()
+        step_size = (lr / (1 - beta1**count)).to(weights.dtype)
+        root_bias = (1 - beta2**count).sqrt().to(weights.dtype)
+        new = weights - step_size * (average / (square.sqrt() / root_bias + eps)) if lr else weights
+        m.copy_(torch.where(go, average.to(m.dtype), m))
+        v.copy_(torch.where(go, square.to(v.dtype), v))
+        theta.copy_(torch.where(go, new.to(theta.dtype), old))
+    dirty.fill_(0)
+
+
+def restore_bsam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    precisions: Sequence[Tensor],
+    saved: Tensor,
+    dirty: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    lr: float,
+    beta1: float,
+    weight_decay: float,
+) -> None:
+    """m <- beta1 m + (1 - beta1)(g + delta w), w <- w - lr m/s (Moellenhoff & Khan, 2023, Algorithm 1)."""
+    go, from_saved = gate != 0, dirty != 0
+    lists = (params, grads, exp_avgs, precisions, [saved])
+    for theta, g, m, s, old in zip(*(runs(x, table) for x in lists), strict=True):
+        old = torch.where(from_saved, old, theta)
+        weights = wide(old)
+        average = beta1 * wide(m) + (1 - beta1) * (wide(g) + weight_decay * weights)
+        new = weights - lr * (average / wide(s)) if lr else weights
+        m.copy_(torch.where(go, average.to(m.dtype), m))
+        theta.copy_(torch.where(go, new.to(theta.dtype), old))
+    dirty.fill_(0)
