@@ -13,7 +13,8 @@ constexpr int64_t size_of(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype
 struct Run {
   int64_t start;       // offset in the flat buffers of the bucket, a multiple of 16
   int64_t numel;       //
-  int64_t row_length;  // -1: T = 1; 0: T = |theta| + xi; else T of filter (element / row_length) % row_count
+  int64_t row_length;  // -2: T of the Fisher information; -1: T = 1; 0: T = |theta| + xi; else T of filter
+                       // (element / row_length) % row_count
   int64_t row_count;   //
   int64_t row_start;   // the run's first entry among the filter norms
 };

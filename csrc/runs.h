@@ -74,7 +74,7 @@ class Table {
     size_ = t.size(0);
     for (int64_t i = 0; i < size_; ++i) {
       const Run& run = runs_[i];
-      STD_TORCH_CHECK(within(run.start) && within(run.numel) && run.row_length >= -1, "run table: row ", i,
+      STD_TORCH_CHECK(within(run.start) && within(run.numel) && run.row_length >= -2, "run table: row ", i,
                       " is not valid");
       if (run.row_length > 0) {
         STD_TORCH_CHECK(within(run.row_count) && run.row_count >= 1 && within(run.row_start) &&
@@ -186,8 +186,12 @@ class Scalings {
  public:
   Scalings(const Table& table, const Tensors& params, const std::optional<Tensor>& norms, Dtype dtype, double xi,
            Where where)
-      : table_(table), xi_(xi), item_(dtype == Dtype::float64 ? 8 : 4) {
+      : Scalings(table, norms, dtype, xi, where) {
     STD_TORCH_CHECK(!table.element_wise() || !params.empty(), "params must be given where T = |theta| + xi");
+  }
+  // For ops that look at filters alone.
+  Scalings(const Table& table, const std::optional<Tensor>& norms, Dtype dtype, double xi, Where where)
+      : table_(table), xi_(xi), item_(dtype == Dtype::float64 ? 8 : 4) {
     if (table.rows() == 0) return;
     STD_TORCH_CHECK(norms.has_value(), "filter_norms must be given where the run table has filters");
     norms_ = filter_norms_of(*norms, table, dtype, where, "filter_norms");
@@ -225,6 +229,27 @@ inline double* scalar(const Tensor& t, Where where, const char* what) {
 }
 inline int64_t* counter(const Tensor& t, Where where, const char* what) {
   return static_cast<int64_t*>(element(t, torch::headeronly::ScalarType::Long, "int64", where, what));
+}
+// A mask of the bucket: one byte an element, addressed by Run::start.
+inline uint8_t* mask_of(const Tensor& t, const Table& table, Where where) {
+  STD_TORCH_CHECK(where.has(t) && t.is_contiguous() && t.numel() >= table.end() &&
+                      t.scalar_type() == torch::headeronly::ScalarType::Byte,
+                  "mask must be a flat uint8 tensor with one element for each of the bucket, on ", where.name());
+  return static_cast<uint8_t*>(t.data_ptr());
+}
+// The address of two numbers that stand side by side: those of a random draw, or of a combination.
+inline void* two_elements(const Tensor& t, torch::headeronly::ScalarType type, const char* type_name, Where where,
+                          const char* what) {
+  STD_TORCH_CHECK(where.has(t) && t.is_contiguous() && t.numel() == 2 && t.scalar_type() == type, what, " must be a ",
+                  type_name, " tensor with two elements on ", where.name());
+  return t.data_ptr();
+}
+inline const int64_t* random_of(const Tensor& t, Where where) {
+  return static_cast<const int64_t*>(two_elements(t, torch::headeronly::ScalarType::Long, "int64", where, "random"));
+}
+inline const double* coefficients_of(const Tensor& t, Where where) {
+  return static_cast<const double*>(
+      two_elements(t, torch::headeronly::ScalarType::Double, "float64", where, "coefficients"));
 }
 inline std::vector<float*> step_counts(const Tensors& steps, const Table& table, Where where) {
   const Runs packed(is_packed(steps) ? steps : Tensors{}, table, Dtype::float32, where, "steps", Need::optional);

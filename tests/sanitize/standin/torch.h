@@ -77,7 +77,7 @@ inline std::atomic<int> threads{1};
   static void implement_##name##_##key(standin::Library& m)
 
 namespace torch::headeronly {
-enum class ScalarType { Float, Double, BFloat16, Half, Long, Int };
+enum class ScalarType { Float, Double, BFloat16, Half, Long, Int, Byte };
 }
 
 // A new scalar, or a new vector of doubles, that the op returns.
