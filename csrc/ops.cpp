@@ -1,49 +1,16 @@
-// Every op's schema in one list, the CPU registration, and the Python module _C.
+// Every op's schema in one list, the CPU registration of those that take a step, and the Python module _C.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 
+#include "chunks.h"
 #include "isa.h"
 #include "math.h"
-#include "runs.h"
 #include "schemas.h"
 
 namespace lets {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-constexpr Where kCpu;
-
-Tensor make_scalar(double value) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float64(),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor out(handle);
-  *static_cast<double*>(out.mutable_data_ptr()) = value;
-  return out;
-}
-
-// One partial sum a chunk, added in the order of the chunks.
-template <class F>
-Tensor sum_over_chunks(const Table& table, const F& f) {
-  const auto chunks = table.chunks();
-  std::vector<double> partial(chunks.size());
-  for_each(int64_t(chunks.size()), table.total(), [&](int64_t i) { partial[size_t(i)] = f(chunks[size_t(i)]); });
-  double total = 0;
-  for (double p : partial) total += p;
-  return make_scalar(total);
-}
-
-template <class F>
-void over_chunks(const Table& table, const F& f) {
-  const auto chunks = table.chunks();
-  for_each(int64_t(chunks.size()), table.total(), [&](int64_t i) { f(chunks[size_t(i)]); });
-}
-
-// What the op does not read back may be written around the caches.
-bool streams(const Table& table, Dtype dtype) { return table.total() * size_of(dtype) >= kStreamBytes; }
 
 Tensor grad_norm(const Tensors& vectors, const Tensors& params, const Tensor& runs,
                  const std::optional<Tensor>& filter_norms, double xi, double q) {
@@ -96,7 +63,7 @@ void perturb_(const Tensors& params, const Tensors& vectors, const Tensor& saved
   STD_TORCH_CHECK(q >= 1, "q must be at least 1, not ", q);
   const Table table(runs);
   const Dtype dtype = dtype_of_list(params, "params");
-  const Runs theta(params, table, dtype, kCpu, "params"), v(vectors, table, dtype, kCpu, "vectors"),
+  const Runs theta(params, table, dtype, kCpu, "params"), v(vectors, table, dtype, kCpu, "vectors", Need::optional),
       to(Tensors{saved}, table, dtype, kCpu, "saved");
   const Scalings scaling(table, params, filter_norms, dtype, xi, kCpu);
   const double sum = *scalar(total, kCpu, "total"), radius = *scalar(rho, kCpu, "rho");
@@ -172,6 +139,28 @@ void restore_adamw_(const Tensors& params, const Tensors& grads, const Tensors& 
   flag = 0;
 }
 
+void restore_bsam_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& precisions,
+                   const Tensor& saved, const Tensor& dirty, const Tensor& runs, const Tensor& gate, double lr,
+                   double beta1, double weight_decay) {
+  const Table table(runs);
+  const Dtype dtype = dtype_of_list(params, "params");
+  const Runs theta(params, table, dtype, kCpu, "params"), g(grads, table, dtype, kCpu, "grads"),
+      m(exp_avgs, table, dtype, kCpu, "exp_avgs"), s(precisions, table, dtype, kCpu, "precisions"),
+      before(Tensors{saved}, table, dtype, kCpu, "saved");
+  int64_t& flag = *counter(dirty, kCpu, "dirty");
+  const Runs& from = flag != 0 ? before : theta;
+  if (*scalar(gate, kCpu, "gate") == 0) {
+    if (flag != 0) copy_back(table, theta, from, dtype);
+  } else {
+    const bool stream = streams(table, dtype);
+    over_chunks(table, [&](const Chunk& c) {
+      cpu::kernels().bsam(dtype, theta.at(c), g.at(c), m.at(c), s.at(c), from.at(c), c.numel, lr, beta1, weight_decay,
+                          stream);
+    });
+  }
+  flag = 0;
+}
+
 Tensor rho_grad_diagonal(const Tensors& val, const Tensors& train, const Tensors& perturbed, const Tensors& vectors,
                          const Tensors& params, const Tensor& runs, const std::optional<Tensor>& filter_norms,
                          double xi, double q) {
@@ -218,6 +207,7 @@ STABLE_TORCH_LIBRARY_IMPL(lets_kernels, CPU, m) {
   m.impl("restore_", TORCH_BOX(&lets::restore_));
   m.impl("restore_sgd_", TORCH_BOX(&lets::restore_sgd_));
   m.impl("restore_adamw_", TORCH_BOX(&lets::restore_adamw_));
+  m.impl("restore_bsam_", TORCH_BOX(&lets::restore_bsam_));
   m.impl("rho_grad_diagonal", TORCH_BOX(&lets::rho_grad_diagonal));
   m.impl("rho_grad_secant", TORCH_BOX(&lets::rho_grad_secant));
   m.impl("all_finite_", TORCH_BOX(&lets::all_finite_));

@@ -190,16 +190,17 @@ class Scalings {
     STD_TORCH_CHECK(!table.element_wise() || !params.empty(), "params must be given where T = |theta| + xi");
   }
   // For ops that look at filters alone.
-  Scalings(const Table& table, const std::optional<Tensor>& norms, Dtype dtype, double xi, Where where)
+  Scalings(const Table& table, const std::optional<Tensor>& norms, Dtype dtype, double xi, Where where,
+           Need need = Need::required)
       : table_(table), xi_(xi), item_(dtype == Dtype::float64 ? 8 : 4) {
-    if (table.rows() == 0) return;
+    if (table.rows() == 0 || (need == Need::optional && !norms.has_value())) return;
     STD_TORCH_CHECK(norms.has_value(), "filter_norms must be given where the run table has filters");
     norms_ = filter_norms_of(*norms, table, dtype, where, "filter_norms");
   }
   Scaling at(const Chunk& chunk) const {
     const Run& run = table_[chunk.run];
-    return {run.row_length, run.row_count, run.row_length > 0 ? norms_ + run.row_start * item_ : nullptr, xi_,
-            chunk.begin};
+    const char* norms = run.row_length > 0 && norms_ ? norms_ + run.row_start * item_ : nullptr;
+    return {run.row_length, run.row_count, norms, xi_, chunk.begin};
   }
   // The address of one norm a filter, float (double for float64).
   static char* filter_norms_of(const Tensor& t, const Table& table, Dtype dtype, Where where, const char* what) {
@@ -236,6 +237,9 @@ inline uint8_t* mask_of(const Tensor& t, const Table& table, Where where) {
                       t.scalar_type() == torch::headeronly::ScalarType::Byte,
                   "mask must be a flat uint8 tensor with one element for each of the bucket, on ", where.name());
   return static_cast<uint8_t*>(t.data_ptr());
+}
+inline void check_mask_value(int64_t value, int64_t least, const char* what) {
+  STD_TORCH_CHECK(value >= least && value <= 255, what, " must be of ", least, " to 255, not ", value);
 }
 // The address of two numbers that stand side by side: those of a random draw, or of a combination.
 inline void* two_elements(const Tensor& t, torch::headeronly::ScalarType type, const char* type_name, Where where,

@@ -104,15 +104,22 @@ LETS_FN void store(T* to, const C* from, T* buffer, int64_t n, bool stream) {
   }
 }
 
-// T of a block, or null where T = 1. `theta` may be null unless the scaling is element-wise.
-template <class C>
-LETS_FN const C* scales(const Scaling& s, const C* theta, int64_t begin, C* buffer, int64_t n) {
-  if (s.row_length < 0) return nullptr;
-  const C xi = C(s.xi);
-  if (s.row_length == 0) {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = adaptive_scale(absolute(theta[i]), xi);
-    return buffer;
+// Stores a block of results as `store` does, and gives them back as they are stored. `to` may be null: not stored.
+template <class C, class T>
+LETS_FN const C* keep(T* to, C* values, T* buffer, int64_t n, bool stream) {
+  if constexpr (sizeof(T) == sizeof(C)) {
+    if (to && stream) stream_copy(to, values, n * int64_t(sizeof(T)));
+  } else {
+    for (int64_t i = 0; i < n; ++i) narrow(values[i], buffer[i]);
+    for (int64_t i = 0; i < n; ++i) values[i] = widen(buffer[i]);
+    if (to) copy(to, buffer, n * int64_t(sizeof(T)), stream);
   }
+  return values;
+}
+
+// The norm of each element's filter, plus `xi`.
+template <class C>
+LETS_FN void filter_scales(const Scaling& s, int64_t begin, C xi, C* buffer, int64_t n) {
   const auto* norms = static_cast<const C*>(s.norms);
   const int64_t element = s.offset + begin;
   int64_t row = (element / s.row_length) % s.row_count, left = s.row_length - element % s.row_length;
@@ -123,6 +130,22 @@ LETS_FN const C* scales(const Scaling& s, const C* theta, int64_t begin, C* buff
     left = s.row_length;
     row = row + 1 == s.row_count ? 0 : row + 1;
   }
+}
+
+// T of a block, or null where T = 1. `theta` may be null unless the scaling is element-wise.
+template <class C>
+LETS_FN const C* scales(const Scaling& s, const C* theta, const C* v, int64_t begin, C* buffer, int64_t n) {
+  if (s.row_length == -1) return nullptr;
+  const C xi = C(s.xi);
+  if (s.row_length == -2) {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = fisher_scale(v[i], xi);
+    return buffer;
+  }
+  if (s.row_length == 0) {
+    for (int64_t i = 0; i < n; ++i) buffer[i] = adaptive_scale(absolute(theta[i]), xi);
+    return buffer;
+  }
+  filter_scales(s, begin, xi, buffer, n);
   return buffer;
 }
 

@@ -1,4 +1,5 @@
-// Perturb and restore one chunk. perturb: reads theta, v; writes theta, saved. restore: reads saved; writes theta.
+// Perturb and restore one chunk. perturb: reads theta, v (from saved where v is null); writes theta, saved. restore:
+// reads saved; writes theta.
 #include "block.h"
 
 namespace lets::cpu::LETS_ISA {
@@ -11,13 +12,19 @@ void perturb_of(T* theta, const T* v, T* saved, int64_t numel, const Scaling& s,
   C theta_buffer[kBlock], v_buffer[kBlock], t_buffer[kBlock];
   const auto [factor, shrink] = perturbation_scale<C>(total, rho, q);
   const C exponent = C(q);
+  if (!v) stream = false;  // what stands in `saved` is read first
   for (int64_t b = 0; b < numel; b += kBlock) {
     const int64_t n = smaller(kBlock, numel - b);
+    const C* x = v_buffer;
+    if (v) {
+      x = load<C>(v + b, v_buffer, n);
+    } else {
+      for (int64_t i = 0; i < n; ++i) v_buffer[i] = widen(saved[b + i]);
+    }
     copy(saved + b, theta + b, n * int64_t(sizeof(T)), stream);
     if (factor == 0) continue;
     const C* weights = load<C>(theta + b, theta_buffer, n);
-    const C* x = load<C>(v + b, v_buffer, n);
-    const C* t = scales<C>(s, weights, b, t_buffer, n);
+    const C* t = scales<C>(s, weights, x, b, t_buffer, n);
     C* out = result<C>(theta + b, theta_buffer, false);
     if (exponent != 1 && exponent != 2) {
       for (int64_t i = 0; i < n; ++i) {

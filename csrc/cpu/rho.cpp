@@ -36,7 +36,7 @@ double diagonal_of(const T* val, const T* train, const T* g_hat, const T* v, con
   auto powers = [&](int64_t b, int64_t n) -> const double* {
     const C* x = load<C>(v + b, v_buffer, n);
     const C* weights = s.row_length == 0 ? load<C>(theta + b, theta_buffer, n) : nullptr;
-    const C* t = scales<C>(s, weights, b, t_buffer, n);
+    const C* t = scales<C>(s, weights, x, b, t_buffer, n);
     for (int64_t i = 0; i < n; ++i) {
       const C scale = t ? t[i] : C(1);
       power_buffer[i] = double(scale) * dual(double(scale * x[i]), q);
@@ -46,7 +46,7 @@ double diagonal_of(const T* val, const T* train, const T* g_hat, const T* v, con
   auto unit = [&](int64_t b, int64_t n) -> const C* {
     const C* x = load<C>(v + b, v_buffer, n);
     const C* weights = s.row_length == 0 ? load<C>(theta + b, theta_buffer, n) : nullptr;
-    const C* t = scales<C>(s, weights, b, t_buffer, n);
+    const C* t = scales<C>(s, weights, x, b, t_buffer, n);
     if (t) {
       for (int64_t i = 0; i < n; ++i) t_buffer[i] = t[i] * dual(t[i] * x[i], exponent);
       return t_buffer;

@@ -1,5 +1,6 @@
 // The base optimizer's step from the saved weights, one chunk.
-// SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v.
+// SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v. bSAM: reads saved,
+// g, m, s; writes theta, m.
 #include "block.h"
 
 namespace lets::cpu::LETS_ISA {
@@ -65,6 +66,33 @@ void adam_chunk(T* theta, const T* g, T* m, T* v, const T* saved, int64_t numel,
   finish(stream);
 }
 
+template <class T>
+void bsam_chunk(T* theta, const T* g, T* m, const T* s, const T* saved, int64_t numel, double lr, double beta1,
+                double weight_decay, bool stream) {
+  using C = typename ArithmeticOf<T>::type;
+  C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], s_buffer[kBlock], out_buffer[kBlock];
+  T narrow_buffer[kBlock];
+  const Bsam<C> bsam{C(lr), C(beta1), C(1 - beta1), C(weight_decay)};
+  for (int64_t b = 0; b < numel; b += kBlock) {
+    const int64_t n = smaller(kBlock, numel - b);
+    const C* weights = load<C>(saved + b, saved_buffer, n);
+    const C* gradient = load<C>(g + b, g_buffer, n);
+    const C* old = load<C>(m + b, m_buffer, n);
+    const C* precision = load<C>(s + b, s_buffer, n);
+    C* average = result<C>(m + b, m_buffer, false);
+    C* out = result<C>(theta + b, out_buffer, stream);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      C next = old[i];
+      out[i] = Bsam<C>::step(bsam, weights[i], gradient[i], next, precision[i]);
+      average[i] = next;
+    }
+    store<C>(m + b, average, static_cast<T*>(nullptr), n, false);
+    store<C>(theta + b, out, narrow_buffer, n, stream);
+  }
+  finish(stream);
+}
+
 }  // namespace
 
 void sgd(Dtype dtype, void* theta, const void* g, void* m, const void* saved, int64_t numel, const SgdOptions& options,
@@ -82,6 +110,15 @@ void adam(Dtype dtype, void* theta, const void* g, void* m, void* v, const void*
     using T = decltype(type);
     adam_chunk(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<T*>(v),
                static_cast<const T*>(saved), numel, step, options, stream);
+  });
+}
+
+void bsam(Dtype dtype, void* theta, const void* g, void* m, const void* precision, const void* saved, int64_t numel,
+          double lr, double beta1, double weight_decay, bool stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    bsam_chunk(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<const T*>(precision),
+               static_cast<const T*>(saved), numel, lr, beta1, weight_decay, stream);
   });
 }
 

@@ -24,8 +24,19 @@ perturb_ = _ops.perturb_.default
 restore_ = _ops.restore_.default
 restore_sgd_ = _ops.restore_sgd_.default
 restore_adamw_ = _ops.restore_adamw_.default
+restore_bsam_ = _ops.restore_bsam_.default
 rho_grad_diagonal = _ops.rho_grad_diagonal.default
 rho_grad_secant = _ops.rho_grad_secant.default
+dots = _ops.dots.default
+combine_ = _ops.combine_.default
+average_ = _ops.average_.default
+posterior_ascent_ = _ops.posterior_ascent_.default
+noise_ = _ops.noise_.default
+masked_ = _ops.masked_.default
+count_above = _ops.count_above.default
+select_ = _ops.select_.default
+largest = _ops.largest.default
+peaks_ = _ops.peaks_.default
 all_finite_ = _ops.all_finite_.default
 
 OPS = (
@@ -35,8 +46,19 @@ OPS = (
     restore_,
     restore_sgd_,
     restore_adamw_,
+    restore_bsam_,
     rho_grad_diagonal,
     rho_grad_secant,
+    dots,
+    combine_,
+    average_,
+    posterior_ascent_,
+    noise_,
+    masked_,
+    count_above,
+    select_,
+    largest,
+    peaks_,
     all_finite_,
 )
 
@@ -65,8 +87,12 @@ def _table(number: int, addresses: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(array("q", (number, *addresses)), dtype=torch.int64)
 
 
-def _fake_scalar(tensors: list[Tensor], *_: object, **__: object) -> Tensor:
-    return torch.empty((), dtype=torch.float64, device=tensors[-1].device if tensors else "cpu")
+def _fake_numbers(shape: tuple[int, ...], *args: object, **kwargs: object) -> Tensor:
+    """New float64 numbers where the tensors of the call are; the table, its one matrix, is always on the CPU."""
+    given = (*args, *kwargs.values())
+    tensors = [x[-1] for x in given if isinstance(x, list | tuple) and x]
+    tensors += [x for x in given if isinstance(x, Tensor) and x.ndim != 2]
+    return torch.empty(shape, dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
 
 
 def _fake_nothing(*_: object, **__: object) -> None:
@@ -74,8 +100,8 @@ def _fake_nothing(*_: object, **__: object) -> None:
 
 
 for _op in OPS:
-    _returns = _op._schema.returns
-    torch.library.register_fake(_op.name(), _fake_scalar if _returns else _fake_nothing)
+    _fake = functools.partial(_fake_numbers, (3,) if _op is dots else ()) if _op._schema.returns else _fake_nothing
+    torch.library.register_fake(_op.name(), _fake)
 
 if os.environ.get("LETS_KERNELS_CPU_ISA"):
     _C.use_cpu_isa(os.environ["LETS_KERNELS_CPU_ISA"])
