@@ -20,8 +20,18 @@ def wide(x: Tensor) -> Tensor:
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, correctly rounded, which torch's own on the CPU is not always in float32."""
-    return x.double().sqrt().to(x.dtype)
+    """The square root, correctly rounded, which torch's own on the CPU is not always."""
+    r = x.double().sqrt()
+    if x.dtype != torch.float64:
+        return r.to(x.dtype)
+    # x - r^2 without rounding, by the halves of r (Dekker, 1971), says what r lacks.
+    shifted = r * 134217729.0
+    high = shifted - (shifted - r)
+    low = r - high
+    square = r * r
+    error = ((high * high - square) + 2 * high * low) + low * low
+    lacks = ((x - square) - error) / (2 * r)
+    return torch.where(lacks.isfinite(), r + lacks, r)
 
 
 def scaling(
