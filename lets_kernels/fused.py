@@ -17,6 +17,7 @@ from lets_kernels.guarded import guarded_step
 from lets_kernels.layout import UNSCALED, Bucket
 from lets_kernels.runs import Runs, refuse_while_capturing
 from lets_kernels.shards import local
+from lets_kernels.variational import VariationalSGD
 
 Group = Mapping[str, Any]
 State = Mapping[Tensor, dict[str, Any]]
@@ -32,7 +33,7 @@ def _not_plain(group: Group, names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
+def state_of(runs: Runs, state: State, name: str) -> list[Tensor] | None:
     """One state tensor a run, made of zeros (which is how SGD's and Adam's averages begin) where there is none.
 
     None if one of them lies otherwise in memory than its parameter. Looking the parameters up is slow in Python, so the
@@ -94,7 +95,7 @@ class FusedSGD:
 
     @staticmethod
     def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        momenta = _state(runs, state, "momentum_buffer") if group["momentum"] else []
+        momenta = state_of(runs, state, "momentum_buffer") if group["momentum"] else []
         if momenta is None or runs.copies:
             return None
         b, momentum, nesterov = runs.bucket, float(group["momentum"]), bool(group["nesterov"])
@@ -135,7 +136,7 @@ class FusedAdam:
 
     @staticmethod
     def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        averages, squares = _state(runs, state, "exp_avg"), _state(runs, state, "exp_avg_sq")
+        averages, squares = state_of(runs, state, "exp_avg"), state_of(runs, state, "exp_avg_sq")
         steps = _steps(runs, state)
         if averages is None or squares is None or steps is None or runs.copies:
             return None
@@ -156,10 +157,33 @@ class FusedAdam:
         return step
 
 
+class FusedVariational:
+    """The step of Variational SAM."""
+
+    @staticmethod
+    def refuses(group: Group) -> str | None:
+        return _not_plain(group, ())
+
+    @staticmethod
+    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
+        averages, precisions = state_of(runs, state, "exp_avg"), state_of(runs, state, "precision")
+        if averages is None or precisions is None or runs.copies:
+            return None
+        b = runs.bucket
+        options = (float(group["lr"]), float(group["beta1"]), float(group["weight_decay"]))
+
+        def step(gate: Tensor) -> None:
+            lists = (runs.pack(runs.grads), b.pack(averages), b.pack(precisions))
+            b.ops.restore_bsam_(runs.weights, *lists, b.saved, b.dirty, runs.table, gate, *options)
+
+        return step
+
+
 FUSED: dict[type, type[FusedStep]] = {
     torch.optim.SGD: FusedSGD,
     torch.optim.Adam: FusedAdam,
     torch.optim.AdamW: FusedAdam,
+    VariationalSGD: FusedVariational,
 }
 
 

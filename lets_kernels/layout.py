@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lets_kernels import ops
 from lets_kernels.runs import Runs, capturing, check_parameter, is_dense, is_lent, refuse_while_capturing
-from lets_kernels.shards import filter_groups, is_apart, is_spread, local, local_gradient, parts
+from lets_kernels.shards import cuts, filter_groups, is_apart, is_spread, local, local_gradient, part_of, parts
 
 PADDING = 16
 _TABLES = 64
-UNSCALED, ELEMENT_WISE = -1, 0
+FISHER, UNSCALED, ELEMENT_WISE = -2, -1, 0
 
 # (row_length, row_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
 Geometry = Callable[[Tensor, str | None, dict[str, Any]], tuple[int, int]]
@@ -43,7 +43,7 @@ class Bucket:
         refuse_while_capturing("the tables of the parameters")
         #: The user's parameters; the kernels see local parts and real pairs of them, see :attr:`memory`.
         self.params = list(params)
-        self.spread, self.parts = any(map(is_spread, params)), parts(params[0])
+        self.spread, self.parts, self.part = any(map(is_spread, params)), parts(params[0]), part_of(params[0])
         self.apart = any(map(is_apart, params))
         memory = self.memory
         self.index, self.group = index, group
@@ -58,6 +58,8 @@ class Bucket:
         self._scalar: tuple[float, Tensor] | None = None
         #: The optimizer's state tensors of these parameters, as the fused steps found them (fused.py).
         self.found_state: dict[str, tuple[tuple[int, ...], list[Tensor | None], list[Tensor]]] = {}
+        #: Flat buffers of the parts' own state, and the views of them that the state holds (passes.py).
+        self.flats: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
         rows: list[tuple[int, ...]] = []
         self.size = self.filters = 0
@@ -240,6 +242,27 @@ class Bucket:
         runs.indices = tuple(indices)
         return runs
 
+    def all_runs(self) -> Runs:
+        """The runs of all parameters, without gradients."""
+        runs, memory = Runs(self, self._all, self.memory, []), self.memory
+        if not self._all_dense:
+            runs.params = [
+                p if is_dense(p) else p.detach().clone(memory_format=torch.contiguous_format) for p in memory
+            ]
+            pairs = zip(memory, runs.params, strict=True)
+            runs.copies = [(p.detach(), dense) for p, dense in pairs if dense is not p]
+        return runs
+
+    def views(self, flat: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """The parameters' stretches of a flat buffer, each in the shape and the order of memory of its parameter."""
+        memory, starts = self.memory, self._rows[:, 0].tolist()
+        found = []
+        for i in self._all if indices is None else indices:
+            p = memory[i]
+            like = p if is_dense(p) else torch.empty(p.shape, device="meta")
+            found.append(flat.as_strided(p.shape, like.stride(), starts[i]))
+        return found
+
     def restore(self, runs: Runs) -> None:
         """Bring back the saved weights of these runs, if they are perturbed. Bit-exact; waits for nothing."""
         self.ops.restore_(runs.weights, self.saved, self.dirty, runs.table)
@@ -261,11 +284,11 @@ class ParameterSpace:
         self._key = self._signature(groups)
         self.buckets: list[Bucket] = []
         for index, group in enumerate(groups):
-            kinds: dict[tuple[torch.device, torch.dtype, bool, int], list[Tensor]] = {}
+            kinds: dict[tuple[torch.device, torch.dtype, bool, int, tuple[int, ...]], list[Tensor]] = {}
             for p in group["params"]:
                 check_parameter(p, f"param_groups[{index}]")
                 if p.requires_grad:
-                    kinds.setdefault((p.device, p.dtype, is_spread(p), parts(p)), []).append(p)
+                    kinds.setdefault((p.device, p.dtype, is_spread(p), parts(p), cuts(p)), []).append(p)
             own = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
             for members in kinds.values():
                 labels = [own.get(id(p), names.get(id(p))) for p in members]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lets_kernels.distributed import Replicas
-from lets_kernels.hypergradient import Gradients, Trial
+from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import Bucket
+from lets_kernels.passes import Gradients
 
 
 def check_rho(rho: Any) -> float:
@@ -66,8 +67,8 @@ class Radius:
         """Why a step with this radius cannot be captured in a CUDA graph, in words; None where it can."""
         return f"{type(self).__name__} may give another rho at every step, and a graph keeps the first"
 
-    def check_passes(self, sync_perturbation: bool) -> None:
-        """Raise ``ValueError`` where the radius cannot use first gradients that are not synchronised."""
+    def check_passes(self, sync_perturbation: bool, needs_gradient: bool) -> None:
+        """Raise ``ValueError`` where the radius cannot use first gradients that are not synchronised, or not there."""
 
     def to(self, device: torch.device) -> None:
         """The parameters have moved: so must what the radius keeps beside them."""
@@ -82,6 +83,8 @@ class Radius:
 
     # For a radius that learns; the engine calls these only where `learns` is True.
 
+    #: `observe` needs the vectors of the perturbation.
+    needs_vectors = False
     #: A step is still to be learned from, once the next first gradient is there.
     waits = False
     #: `complete` needs the loss that goes with that gradient.
@@ -190,6 +193,69 @@ class ScheduledRadius(Radius):
     def cosine(cls, start: float, end: float, steps: int) -> "ScheduledRadius":
         """From ``start`` to ``end`` along half a cosine over ``steps`` steps, ``end`` from then on."""
         return cls(_Ramp(check_rho(start), check_rho(end), steps, cosine=True))
+
+
+class LearningRateRadius(Radius):
+    """ρ linear in the learning rate η: ρ_min + (ρ_max − ρ_min)(η − η_min)/(η_max − η_min) (GSAM: Zhuang et al., 2022).
+
+    Each group goes by its own ``lr``, which a scheduler of the base optimizer moves; between the bounds, that is: a
+    learning rate beyond them gives the ρ of the nearer one.
+
+    Args:
+        rho_max: ρ at the learning rate ``lr_max``.
+        rho_min: ρ at ``lr_min``.
+        lr_max: None takes each group's learning rate when the optimizer is built, or its ``initial_lr``.
+        lr_min: the smallest learning rate.
+
+    Raises:
+        ValueError: a bound is negative or not finite, or ``lr_max`` is not above ``lr_min``.
+    """
+
+    def __init__(
+        self, rho_max: float = 0.05, rho_min: float = 0.0, *, lr_max: float | None = None, lr_min: float = 0.0
+    ) -> None:
+        self.rho_max, self.rho_min = check_rho(rho_max), check_rho(rho_min)
+        self.lr_max, self.lr_min, self.rho = lr_max, float(lr_min), self.rho_max
+        self._highest: list[float] = []
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().check_groups(groups)
+        for group in groups:
+            if "lr" not in group:
+                raise ValueError("LearningRateRadius needs the learning rate: the base optimizer's groups have no 'lr'")
+
+    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+        super().bind(groups, device)
+        for group in groups[len(self._highest) :]:
+            top = float(group.get("initial_lr", group["lr"]) if self.lr_max is None else self.lr_max)
+            if top <= self.lr_min:
+                raise ValueError(f"lr_max must be above lr_min, but is {top}, and lr_min is {self.lr_min}")
+            self._highest.append(top)
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        lr, top = group["lr"], self._highest[index]
+        done: float | Tensor
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            done = ((lr.detach().double().reshape(()) - self.lr_min) / (top - self.lr_min)).clamp(0.0, 1.0)
+        else:
+            done = min(max((float(lr) - self.lr_min) / (top - self.lr_min), 0.0), 1.0)
+        group["rho"] = self.rho_min + (self.rho_max - self.rho_min) * done
+        return group["rho"]
+
+    def not_capturable(self) -> str | None:
+        return "LearningRateRadius computes rho from the learning rate on the host; write it into group['rho'] instead"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lr_max": list(self._highest)}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        super().check_state_dict(state)
+        found = state["lr_max"]
+        if not isinstance(found, (list, tuple)) or len(found) != len(self._highest):
+            raise ValueError(f"the state holds no lr_max for each of {len(self._highest)} groups")
+
+    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        self._highest = [float(value) for value in state["lr_max"]]
 
 
 class _Ramp:

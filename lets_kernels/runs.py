@@ -100,6 +100,13 @@ class Runs:
         """Before other code runs, which may move the tensors."""
         self._packed = None
 
+    def only(self, places: list[int]) -> "Runs":
+        """Some of these runs, by their places among them."""
+        params = [self.params[j] for j in places]
+        copies = [pair for pair in self.copies if any(pair[1] is p for p in params)]
+        indices, grads = tuple(self.indices[j] for j in places), [self.grads[j] for j in places]
+        return Runs(self.bucket, indices, params, grads, copies)
+
     def return_gradients(self) -> None:
         """Make these gradients those of the parameters, for a step along them."""
         for i, g in zip(self.indices, self.grads, strict=True):

@@ -95,6 +95,19 @@ def parts(p: Tensor) -> int:
     return count
 
 
+def cuts(p: Tensor) -> tuple[int, ...]:
+    """The dimensions of the mesh along which a parameter is cut; none if every rank holds all of it."""
+    return tuple(_cuts(p)) if is_spread(p) else ()
+
+
+def part_of(p: Tensor) -> int:
+    """Which of its ``parts`` this rank holds; ranks that hold the same one have the same number."""
+    index = 0
+    for i in cuts(p):
+        index = index * p.device_mesh.size(i) + p.device_mesh.get_local_rank(i)  # type: ignore[attr-defined]
+    return index
+
+
 def filter_groups(p: Tensor, dim: int) -> tuple["dist.ProcessGroup", ...]:
     """The groups of ranks whose parts make up one filter, for filters along ``dim``: those that cut another one."""
     if not is_spread(p):
