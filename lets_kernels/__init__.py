@@ -1,32 +1,100 @@
-"""Sharpness-aware training for PyTorch: SAM, ASAM and a radius that is learned (LETS), on fused kernels."""
+"""Sharpness-aware training for PyTorch: SAM and its family, and a radius that is learned (LETS), on fused kernels."""
 
 from lets_kernels._version import __version__
-from lets_kernels.descent import Descent, Perturbed
-from lets_kernels.direction import Adaptive, Direction, Gradient
+from lets_kernels.descent import Descent, NormPenalty, Perturbed, Reuse, SurrogateGap
+from lets_kernels.direction import (
+    Adaptive,
+    Direction,
+    Dropped,
+    Fisher,
+    Friendly,
+    Gaussian,
+    Gradient,
+    Masked,
+    Posterior,
+    RandomStart,
+    Smoothed,
+)
 from lets_kernels.learned import LearnedRadius
 from lets_kernels.ops import backends
-from lets_kernels.optimizers import ASAM, LETSASAM, LETSSAM, SAM
+from lets_kernels.optimizers import (
+    AESAM,
+    ASAM,
+    BSAM,
+    ESAM,
+    GSAM,
+    LETSASAM,
+    LETSSAM,
+    RGSAM,
+    RSAM,
+    RST,
+    SAM,
+    AELookSAM,
+    DeltaSAM,
+    FisherSAM,
+    FriendlySAM,
+    GradientNormPenalty,
+    LookSAM,
+    RandomSAM,
+    SparseSAM,
+    VaSSO,
+)
 from lets_kernels.precision import PrecisionWarning
-from lets_kernels.radius import ConstantRadius, Radius, ScheduledRadius
-from lets_kernels.schedule import Always, Schedule
+from lets_kernels.radius import ConstantRadius, LearningRateRadius, Radius, ScheduledRadius
+from lets_kernels.samples import Samples, SelectedSamples, WeightedSamples
+from lets_kernels.schedule import Always, Bernoulli, Every, NormThreshold, Schedule
 
 __all__ = [
+    "AESAM",
     "ASAM",
+    "BSAM",
+    "ESAM",
+    "GSAM",
     "LETSASAM",
     "LETSSAM",
+    "RGSAM",
+    "RSAM",
+    "RST",
     "SAM",
+    "AELookSAM",
     "Adaptive",
     "Always",
+    "Bernoulli",
     "ConstantRadius",
+    "DeltaSAM",
     "Descent",
     "Direction",
+    "Dropped",
+    "Every",
+    "Fisher",
+    "FisherSAM",
+    "Friendly",
+    "FriendlySAM",
+    "Gaussian",
     "Gradient",
+    "GradientNormPenalty",
     "LearnedRadius",
+    "LearningRateRadius",
+    "LookSAM",
+    "Masked",
+    "NormPenalty",
+    "NormThreshold",
     "Perturbed",
+    "Posterior",
     "PrecisionWarning",
     "Radius",
+    "RandomSAM",
+    "RandomStart",
+    "Reuse",
+    "Samples",
     "Schedule",
     "ScheduledRadius",
+    "SelectedSamples",
+    "Smoothed",
+    "SparseSAM",
+    "SurrogateGap",
+    "VaSSO",
+    "WeightedSamples",
     "__version__",
     "backends",
 ]

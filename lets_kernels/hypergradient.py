@@ -17,15 +17,8 @@ from torch import Tensor
 from lets_kernels.direction import Ascent
 from lets_kernels.distributed import Replicas
 from lets_kernels.layout import Bucket
+from lets_kernels.passes import Gradients
 from lets_kernels.runs import Runs, is_dense
-
-#: One bucket's gradients by parameter index.
-Gradients = dict[int, Tensor]
-
-
-def by_index(runs: Runs) -> Gradients:
-    """The gradients of a pass, found by the parameter's place in its bucket."""
-    return dict(zip(runs.indices, runs.grads, strict=True))
 
 
 def placed(gradients: list[Gradients], buckets: list[Bucket]) -> list[Gradients]:
@@ -50,6 +43,9 @@ def _alike(gradients: Gradients, bucket: Bucket) -> bool:
     )
 
 
+_LISTS = ("first", "perturbed", "stepped")
+
+
 @dataclass
 class Trial:
     """One step's perturbation and the gradients around it.
@@ -65,6 +61,7 @@ class Trial:
     lr: list[Any]
     rho: list[Tensor]
     gate: Tensor
+    slope: float = 1.0  # of what the base optimizer stepped along, in the second gradient
     captured: bool = False  # the step is part of a CUDA graph
 
     def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Tensor]:
@@ -104,11 +101,11 @@ class Trial:
             k, runs = a.bucket.index, self._common(a)
             lists = self._aligned(runs, val[k], None if train is None else train[k])
             vectors = dict(zip(a.runs.indices, a.vectors, strict=True))
-            part = Ascent(runs, [vectors[i] for i in runs.indices], a.xi, a.q)
+            part = replace(a, runs=runs, vectors=[vectors[i] for i in runs.indices])
             share = part.rho_grad(*lists, [self.perturbed[k][i] for i in runs.indices])
             near = total.to(a.bucket.device)
             length = torch.where(near > 0, self.rho[k] / near.pow((a.q - 1) / a.q), 0.0)
-            out.append(-self.lr[k] * length * share)
+            out.append(-self.lr[k] * self.slope * length * share)
         return out
 
     def _common(self, a: Ascent) -> Runs:
@@ -121,23 +118,22 @@ class Trial:
             runs.bucket,
             tuple(runs.indices[j] for j in keep),
             [runs.params[j] for j in keep],
-            [runs.grads[j] for j in keep],
+            [runs.grads[j] for j in keep] if runs.grads else [],
         )
 
     @staticmethod
     def _aligned(runs: Runs, val: Gradients, train: Gradients | None) -> tuple[list[Tensor], list[Tensor]]:
         """Lists in the order of the runs; a parameter without a gradient has gradient zero."""
-        pairs = list(zip(runs.indices, runs.grads, strict=True))
-        vals = [val[i] if i in val else torch.zeros_like(g) for i, g in pairs]
+        pairs = list(zip(runs.indices, runs.params, strict=True))
+        vals = [val[i] if i in val else torch.zeros_like(p) for i, p in pairs]
         if train is None:
             return vals, []
-        return vals, [train[i] if i in train else torch.zeros_like(g) for i, g in pairs]
+        return vals, [train[i] if i in train else torch.zeros_like(p) for i, p in pairs]
 
     @staticmethod
     def _redirect(a: Ascent, along: Gradients) -> Ascent:
-        pairs = zip(a.runs.indices, a.vectors, strict=True)
-        vectors = [along[i] if i in along else torch.zeros_like(v) for i, v in pairs]
-        return Ascent(a.runs, vectors, a.xi, a.q)
+        pairs = zip(a.runs.indices, a.runs.params, strict=True)
+        return replace(a, vectors=[along[i] if i in along else torch.zeros_like(p) for i, p in pairs])
 
     def detached(self) -> "Trial":
         """A trial whose gradients are nobody else's: those after the step are the user's, who may change them."""
@@ -159,7 +155,7 @@ class Trial:
             bucket = buckets[entry["bucket"]]
             if (bucket.group, bucket.places) != (entry["group"], entry["places"]):
                 return False
-            vectors = dict(zip(entry["indices"], entry["vectors"], strict=True))
+            vectors = dict(zip(entry["indices"], entry["vectors"], strict=False))  # none are needed for a secant
             if not _alike(vectors, bucket):
                 return False
         lists = (state["first"], state["perturbed"], state["stepped"])
@@ -176,12 +172,13 @@ class Trial:
                 "vectors": a.vectors,
                 "xi": a.xi,
                 "q": a.q,
+                "scaled": a.scaled,
                 "saved": a.bucket.saved.clone() if a.bucket.element_wise else None,
                 "filter_norms": None if a.bucket.filter_norms is None else a.bucket.filter_norms.clone(),
             }
             for a in self.ascents
         ]
-        rest = {name: getattr(self, name) for name in ("first", "perturbed", "stepped", "total", "lr", "rho", "gate")}
+        rest = {name: getattr(self, name) for name in (*_LISTS, "total", "lr", "rho", "gate", "slope")}
         return {"ascents": ascents, **rest}
 
     @classmethod
@@ -195,7 +192,7 @@ class Trial:
             bucket, indices = buckets[entry["bucket"]], tuple(entry["indices"])
             vectors, memory = [v.to(bucket.device) for v in entry["vectors"]], bucket.memory
             runs = Runs(bucket, indices, [memory[i] for i in indices], vectors)
-            ascents.append(Ascent(runs, vectors, entry["xi"], entry["q"]))
+            ascents.append(Ascent(runs, vectors, entry["xi"], entry["q"], entry["scaled"]))
             if entry["saved"] is not None:
                 bucket.saved.copy_(entry["saved"])
             if bucket.filter_norms is not None:
@@ -209,4 +206,5 @@ class Trial:
             lr=state["lr"],
             rho=[rho.to(bucket.device) for rho, bucket in zip(state["rho"], buckets, strict=True)],
             gate=state["gate"].to(buckets[0].device),
+            slope=float(state["slope"]),
         )

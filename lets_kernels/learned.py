@@ -12,8 +12,9 @@ from torch import Tensor
 from lets_kernels.distributed import Replicas
 from lets_kernels.fused import OwnStep, refusal
 from lets_kernels.guarded import check_steps_alone, make_state
-from lets_kernels.hypergradient import Gradients, Trial, fit, placed
+from lets_kernels.hypergradient import Trial, fit, placed
 from lets_kernels.layout import Bucket
+from lets_kernels.passes import Gradients
 from lets_kernels.radius import Radius, check_rho
 from lets_kernels.saved import check_learned
 
@@ -117,7 +118,10 @@ class LearnedRadius(Radius):
             return {}
         return {"capturable": self._optimizer_kwargs.get("capturable", device.type in ("cuda", "xpu"))}
 
-    def check_passes(self, sync_perturbation: bool) -> None:
+    def check_passes(self, sync_perturbation: bool, needs_gradient: bool) -> None:
+        if not needs_gradient and (self.curvature == "secant" or self.reuse_train_gradient):
+            what = "curvature='secant'" if self.curvature == "secant" else "reuse_train_gradient=True"
+            raise ValueError(f"{what} needs a first gradient, and this direction takes none: leave it out")
         if not sync_perturbation and self.reuse_train_gradient:
             raise ValueError(
                 "reuse_train_gradient=True takes a first gradient for that of the whole batch, and with "
@@ -180,6 +184,10 @@ class LearnedRadius(Radius):
     def needs_train_gradient(self) -> bool:
         """True if ∂F/∂ν holds ḡ_tr."""
         return self.metric != "validation_loss" or (self.curvature, self.direction) == ("diagonal", "algorithm1")
+
+    @property
+    def needs_vectors(self) -> bool:  # type: ignore[override]
+        return (self.curvature, self.direction) == ("diagonal", "epsilon")
 
     @property
     def needs_train_closure(self) -> bool:  # type: ignore[override]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lets_kernels.fused import refusal
 from lets_kernels.hypergradient import Trial
+from lets_kernels.shards import local as real
 
-_ASCENT = {"bucket", "indices", "group", "places", "vectors", "xi", "q", "saved", "filter_norms"}
+_ASCENT = {"bucket", "indices", "group", "places", "vectors", "xi", "q", "scaled", "saved", "filter_norms"}
 _TRIAL = {field.name for field in fields(Trial)} - {"captured"}
 
 
@@ -69,6 +70,19 @@ def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> 
             for name in present if found or made else ():
                 if name not in found or not _alike(found[name], present[name]):
                     _refuse(f"{what}['state']", f"has no usable {name}")
+
+
+def check_held(held: Mapping[Any, Mapping[str, Any]], params: Sequence[Tensor], names: Iterable[str]) -> None:
+    """What parts keep for parameters: tensors of their sizes, under names that these parts have."""
+    names = set(names)
+    for key, own in held.items():
+        if not isinstance(key, int) or not 0 <= key < len(params):
+            _refuse(f"the state of parameter {key!r}", "goes with no parameter here")
+        for name, value in own.items():
+            if name not in names:
+                _refuse(f"the state of parameter {key}", f"has a {name}, which no part of this optimizer keeps")
+            if not isinstance(value, Tensor) or value.numel() not in (params[key].numel(), real(params[key]).numel()):
+                _refuse(f"the {name} of parameter {key}", "has not as many elements as the parameter")
 
 
 def _alike(value: Any, present: Any) -> bool:
@@ -125,7 +139,7 @@ def _check_waiting(pending: Any, what: str) -> None:
         check_keys(ascent, _ASCENT, f"{what}: an ascent")
         check_count(ascent["bucket"], f"{what}: an ascent's bucket")
         indices, vectors = ascent["indices"], ascent["vectors"]
-        if not (_is_list(indices) and _is_list(vectors) and len(indices) == len(vectors)):
+        if not (_is_list(indices) and _is_list(vectors) and len(vectors) in (0, len(indices))):
             _refuse(f"{what}: an ascent", "has not one vector for every index")
         tensors += [*vectors, *(ascent[name] for name in ("saved", "filter_norms") if ascent[name] is not None)]
     if not all(isinstance(t, Tensor) for t in tensors):

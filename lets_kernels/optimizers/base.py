@@ -14,13 +14,16 @@ from lets_kernels.guarded import check_steps_alone
 from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import ParameterSpace
 from lets_kernels.optimizers.frameworks import stand_aside
+from lets_kernels.passes import Held
 from lets_kernels.publication import Publication
 from lets_kernels.radius import Radius, check_rho
+from lets_kernels.randomness import Randomness
 from lets_kernels.runs import check_parameter
 from lets_kernels.schedule import Schedule
 from lets_kernels.shards import version
 
 if TYPE_CHECKING:
+    from lets_kernels.optimizers.start import Start
     from lets_kernels.optimizers.step import Step
 
 
@@ -51,6 +54,8 @@ class Wrapper(torch.optim.Optimizer):
     schedule: Schedule
     descent: Descent
     radius: Radius
+    random: Randomness
+    held: Held
     _own: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -91,7 +96,8 @@ class Wrapper(torch.optim.Optimizer):
         self.radius.bound = True
         #: Skipped steps, on the device where all scalars of a step meet: that of the first bucket.
         self.skipped = torch.zeros((), dtype=torch.int64, device=first.device)
-        self._step_number = 0
+        self._step_number = self._passes = 0
+        self.held = Held()
         self._mark_gradients()  # whatever they are from, no backward of this optimizer's made them
 
     def _reset(self) -> None:
@@ -101,6 +107,9 @@ class Wrapper(torch.optim.Optimizer):
         #: What captured CUDA graphs read and write; replays must find it, whatever has replaced it here.
         self._captured: list[Any] = self.__dict__.get("_captured", [])
         self._step: Step | None = None
+        #: The weights are moved for a first pass; and a first pass was made that way.
+        self._start: Start | None = None
+        self._started = False
         self._trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
         self._radius_waits = False
         #: Whether the caller does the first backward and the closure the others; the first `step(closure)` shows.
@@ -204,6 +213,11 @@ class Wrapper(torch.optim.Optimizer):
             base.state = state
 
     def _refuse_while_perturbed(self, what: str) -> None:
+        if self._start is not None:
+            raise RuntimeError(
+                f"{what} while the weights are beside themselves for the first pass: leave `with opt.first_pass():` "
+                "first, or call restore() to give the pass up"
+            )
         if self._step is not None and self._step.is_perturbed:
             raise RuntimeError(
                 f"{what} while the weights are perturbed: call second_step() after the second backward first, or "

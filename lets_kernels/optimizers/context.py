@@ -22,10 +22,10 @@ class PerturbedContext:
     def __init__(self, optimizer: "SAM", loss: Any) -> None:
         self._optimizer, self._loss = optimizer, loss
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> bool:
         self._optimizer.refuse_another_step("perturbed()")
         try:
-            _enter(self._optimizer, self._loss)
+            return _enter(self._optimizer, self._loss)
         except BaseException:
             self._optimizer.restore()
             raise
@@ -41,10 +41,11 @@ class PerturbedContext:
 
 
 @untraced
-def _enter(optimizer: "SAM", loss: Any) -> None:
-    optimizer.first_step(loss=loss)
+def _enter(optimizer: "SAM", loss: Any) -> bool:
+    needed = optimizer.first_step(loss=loss)
     assert optimizer._step is not None
     optimizer._step.in_context = True
+    return needed
 
 
 @untraced

@@ -45,14 +45,16 @@ class Engine(Saved):
         """What the last step saw, as tensors on the device; nothing waits for them.
 
         ``grad_norm`` is ‖Tg‖ in the dual norm (over all parameters; the power mean of several where ranks or
-        micro-batches are perturbed one by one), ``perturbed_grad_norm`` ‖ĝ‖ (with ``check_finite``), ``rho`` the
-        present radius, ``skipped_steps`` a count; ``loss``, ``perturbed_loss`` and
+        micro-batches are perturbed one by one; ‖g‖ on a step that does not perturb), ``perturbed_grad_norm`` ‖ĝ‖ (with
+        ``check_finite``), ``rho`` the present radius, ``skipped_steps`` and ``gradients``, the gradients that all steps
+        have taken, two counts; ``loss``, ``perturbed_loss`` and
         ``loss_gap`` where the optimizer saw the losses; and what the radius reports: ``rho_grad`` = ∂F/∂ρ,
         ``val_loss``, ``train_loss``. With 16-bit weights, from the first step and then from every hundredth:
         ``perturbation_cosine`` between ε and what rounding left of it, ``perturbation_length``, the ratio of their
         lengths, and ``perturbed_fraction``, the share of weights that moved at all.
         """
-        counted = {"rho": self.rho, "skipped_steps": self.skipped.clone()}
+        gradients = torch.full((), self._passes, dtype=torch.int64, device=self.skipped.device)
+        counted = {"rho": self.rho, "skipped_steps": self.skipped.clone(), "gradients": gradients}
         return {**self._last, **self._precision, **counted, **self.radius.metrics()}
 
     # ---- within ----------------------------------------------------------------------------------------------------
@@ -84,17 +86,20 @@ class Engine(Saved):
                 "dropped whenever the weights move"
             )
         self.replicas.find(self.model, params)
-        if self.replicas.unclear and self.radius.learns:
+        what = "a learned radius" if self.radius.learns else "random decisions"
+        if self.replicas.unclear and (self.radius.learns or (self.random.used and not self.random.given)):
             raise ValueError(
-                "several ranks are there, and a learned radius must be the same on all that train one model: pass "
-                "model=, the DistributedDataParallel module, or process_group=; process_group='alone' if each rank "
-                "trains a model of its own"
+                f"several ranks are there, and {what} must be the same on all that train one model: pass model=, the "
+                "DistributedDataParallel module, or process_group=; process_group='alone' if each rank trains a model "
+                "of its own"
             )
+        self.random.agree(self.replicas)
 
     def _move_scalars(self, buckets: list[Bucket]) -> None:
         """What is counted and learned lies beside the first parameters, also where those have been moved."""
         if buckets and buckets[0].device != self.skipped.device:
             self.skipped = self.skipped.to(buckets[0].device)
+            self.random.to(self.skipped.device)
             self.radius.to(self.skipped.device)
 
     def keep_for_graphs(self) -> None:
@@ -104,4 +109,5 @@ class Engine(Saved):
         """
         state = [t for entry in self.base_optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
         radii = [g["rho"] for g in self.param_groups if isinstance(g["rho"], Tensor)]
-        self._captured.append((self._space(), state, radii))
+        held = [t for entry in self.held.state.values() for t in entry.values()]
+        self._captured.append((self._space(), state, radii, held))

@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lets_kernels.amp import Scaler
-from lets_kernels.hypergradient import Gradients, by_index
 from lets_kernels.optimizers.step import Closure, as_loss, check_same_graph
+from lets_kernels.passes import Gradients, by_index
 
 if TYPE_CHECKING:
     from lets_kernels.optimizers.sam import SAM
@@ -41,10 +42,10 @@ def learn(o: "SAM", train_closure: Closure | None, val_closure: Closure | None, 
         if radius.needs_train_closure:
             assert train_closure is not None
             o._drop_gradients()
-            train_loss = as_loss(o._call(train_closure, scaler), "train_closure")
+            train_loss = _loss(o, train_closure, scaler, "train_closure")
             train = [by_index(b.gather(own=True)) for b in buckets]
         o._drop_gradients()
-        val_loss = as_loss(o._call(val_closure, scaler), "val_closure")
+        val_loss = _loss(o, val_closure, scaler, "val_closure")
         val = [by_index(b.gather(own=train is None)) for b in buckets]  # the radius may wait for the next pass
     except BaseException:
         o._scaling.give_up()
@@ -54,5 +55,10 @@ def learn(o: "SAM", train_closure: Closure | None, val_closure: Closure | None, 
         for p, grad in kept:
             p.grad = grad
         o._mark_gradients()
+    o._passes += 1 + (train is not None)
     with torch.no_grad():
         radius.observe(trial, val, val_loss, train, train_loss, o.param_groups, o.replicas)
+
+
+def _loss(o: "SAM", closure: Closure, scaler: Scaler | None, name: str) -> Tensor:
+    return as_loss(o.samples.loss(o.samples.whole(o._pass(scaler), closure)), name)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.amp import Scaler
+from lets_kernels.optimizers.combinations import check_micro_batches
 from lets_kernels.optimizers.step import Closure, as_scalar
 
 if TYPE_CHECKING:
@@ -21,10 +22,8 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
     """
     if not closures:
         raise ValueError("step([]): no closures, no gradients")
-    if o.radius.learns or o.descent.holds_first:
-        what = type(o.radius if o.radius.learns else o.descent).__name__
-        raise ValueError(f"{what} compares the two gradients of one step: give step() one closure, not a list")
-    losses, perturbed, totals, sums = [], list[Tensor | None](), [], dict[Tensor, Tensor]()
+    check_micro_batches(o)
+    losses, perturbed, totals, sums, passes = [], list[Tensor | None](), [], dict[Tensor, Tensor](), 0
     try:
         for closure in closures:
             o._drop_gradients()
@@ -34,17 +33,19 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
             assert step is not None
             if step.perturbs:
                 step.perturbed_loss = as_scalar(o._call(closure, scaler))
+                step.passes += 1
             else:
                 step.return_gradients()
             with torch.no_grad():
                 step.restore()
             perturbed.append(step.perturbed_loss)
+            passes += step.passes
             totals.append(step.total)
             _add(sums, o)
         for p, total in sums.items():
             p.grad = total.div_(len(closures))
         assert o._step is not None
-        o._step.totals = totals
+        o._step.totals, o._step.passes = totals, passes
         o._step.loss, o._step.perturbed_loss = _mean(map(as_scalar, losses)), _mean(perturbed)
         o._finish()
     except BaseException:

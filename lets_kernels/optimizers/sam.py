@@ -1,7 +1,6 @@
 """SAM, the engine of every method: it takes a direction, a schedule, a descent and a radius, and runs the step."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +10,22 @@ from lets_kernels import ops
 from lets_kernels.amp import LossScaling, Scaler, handed_over, unscale_by
 from lets_kernels.descent import Descent, Perturbed
 from lets_kernels.direction import Adaptive, Direction
-from lets_kernels.distributed import ALONE, Replicas
+from lets_kernels.distributed import Replicas
 from lets_kernels.network import Network
 from lets_kernels.optimizers.base import untraced
+from lets_kernels.optimizers.combinations import check_parts
 from lets_kernels.optimizers.context import PerturbedContext
 from lets_kernels.optimizers.engine import Engine
 from lets_kernels.optimizers.frameworks import unwrap
 from lets_kernels.optimizers.learning import learn
 from lets_kernels.optimizers.micro import micro_step
+from lets_kernels.optimizers.start import FirstPassContext, Start
 from lets_kernels.optimizers.step import Closure, Step, as_loss, as_scalar, check_capture, check_same_graph
+from lets_kernels.passes import FirstPass
 from lets_kernels.radius import ConstantRadius, Radius
-from lets_kernels.schedule import Always, Schedule
+from lets_kernels.randomness import Randomness
+from lets_kernels.samples import Pass, Samples
+from lets_kernels.schedule import Always, Moment, Schedule
 
 
 class SAM(Engine):
@@ -40,6 +44,9 @@ class SAM(Engine):
         adaptive: ASAM's T = |θ|, element-wise and with ξ = 0 unless a group has its own ``xi``.
         direction, schedule, descent: the other three parts of a method. Default: ``adaptive`` as above, ``Always()``,
             ``Perturbed()``.
+        samples: which samples of a batch each pass counts; default all. See :mod:`lets_kernels.samples`.
+        seed: of the method's random numbers, if it draws any. They are the same on all ranks, which take the first
+            one's seed, and a saved state goes on with them. Default: drawn from torch's generator.
         backend: ``"auto"``, or one of the names in :func:`lets_kernels.backends`.
         flatten: move the parameters of each bucket into one buffer, for the least work on the host. Other code must not
             hold on to the old storage.
@@ -76,6 +83,8 @@ class SAM(Engine):
         direction: Direction | None = None,
         schedule: Schedule | None = None,
         descent: Descent | None = None,
+        samples: Samples | None = None,
+        seed: int | None = None,
         backend: str = "auto",
         flatten: bool = False,
         check_finite: bool = True,
@@ -92,38 +101,46 @@ class SAM(Engine):
         elif adaptive and "adaptive" not in direction.defaults:
             raise ValueError(f"adaptive=True goes with an adaptive direction, not with {type(direction).__name__}")
         self.direction, self.schedule, self.descent = direction, schedule or Always(), descent or Perturbed()
+        self.samples = samples or Samples()
         self.radius = rho if isinstance(rho, Radius) else ConstantRadius(rho)
         self._backend, self._flatten = backend, flatten
         self.check_finite, self.replicas = check_finite, Replicas(process_group)
         self.network, self._scaling = Network(model, sync_perturbation, same_rng), LossScaling()
-        self.radius.check_passes(sync_perturbation)
-        if not sync_perturbation and process_group == ALONE:
-            raise ValueError("sync_perturbation=False: a step that one rank skips all must skip; leave 'alone' out")
-        if not sync_perturbation and not self.schedule.capturable:
-            raise ValueError(
-                f"sync_perturbation=False with {type(self.schedule).__name__}: a step that does not perturb would go "
-                "along each rank's own gradient; perturb at every step (schedule=Always()), or leave it out"
-            )
+        check_parts(self)
+        self.random = Randomness(seed, used=self.direction.draws or self.schedule.draws)
         self._own = {"rho": self.radius.rho, "adaptive": False, **direction.defaults}
         super().__init__(params, base_optimizer, kwargs)
 
     # ---- the three call shapes -------------------------------------------------------------------------------------
 
-    @untraced
-    @contextmanager
-    def first_pass(self) -> Iterator[None]:
-        """Around forward and backward of a step's first pass, for ``sync_perturbation=False`` and ``same_rng=True``.
+    def first_pass(self) -> FirstPassContext:
+        """Around forward and backward of a step's first pass, for what needs to know where that begins and ends.
 
-        Those need to know where the pass begins and ends; otherwise it does nothing. ``step(closure)`` sees to it by
-        itself. Under DistributedDataParallel a forward goes with the backward after it: of two forwards in a row it
-        synchronises one.
+        That is ``sync_perturbation=False``, ``same_rng=True``, and methods whose first gradients are taken beside θ
+        (R-SAM, bSAM): inside the weights are there, outside at θ to the bit, whatever happens. Otherwise it does
+        nothing. ``step(closure)`` sees to it by itself. Under DistributedDataParallel a forward goes with the backward
+        after it: of two forwards in a row it synchronises one.
 
         Raises:
-            RuntimeError: with ``sync_perturbation=False``, no forward inside, or a model with ``static_graph=True``.
+            RuntimeError: the weights are perturbed; with ``sync_perturbation=False``, no forward inside, or a model
+                with ``static_graph=True``.
         """
-        self.refuse_another_step("first_pass()")
-        with self.network.first_pass({p.device for group in self.param_groups for p in group["params"]}):
-            yield
+        return FirstPassContext(self)
+
+    def begin_start(self) -> None:
+        """Move the weights to where the first pass is made; what :meth:`first_pass` does on the way in."""
+        self._started = False
+        if self.direction.starts and self._perturbs(None):
+            self._start = Start(self)
+            self._start.move()
+
+    def end_start(self, failed: bool) -> None:
+        """Bring them back."""
+        if self._start is not None:
+            if failed:
+                self.network.pass_failed()
+            self._start.restore()
+            self._start, self._started = None, not failed
 
     @untraced
     def unscale_first(self, scaler: Scaler) -> None:
@@ -142,13 +159,19 @@ class SAM(Engine):
 
     @untraced
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False, *, loss: Any = None) -> None:
+    def first_step(self, zero_grad: bool = False, *, loss: Any = None) -> bool:
         """Move the weights to θ + ε, from the gradients that the first backward left.
+
+        On a step that the schedule does not perturb, nothing moves. Then the second pass may be left out:
+        ``second_step`` steps along the first gradients if it finds no others.
 
         Args:
             zero_grad: set the gradients to None afterwards, as the second backward needs it.
             loss: the loss at θ, for ``metrics()``; needed by a radius that reuses this gradient and learns from the
                 squared gap.
+
+        Returns:
+            True if a second pass is needed.
 
         Raises:
             RuntimeError: the weights are perturbed already.
@@ -168,6 +191,7 @@ class SAM(Engine):
         except BaseException:
             self.restore()
             raise
+        return step.perturbs or not self.direction.needs_gradient
 
     @untraced
     @torch.optim.Optimizer.profile_hook_step
@@ -195,6 +219,10 @@ class SAM(Engine):
         try:
             refused = self._refuses_to_finish(step)
             if refused is None:
+                if not step.perturbs and not self._gradients():
+                    step.return_gradients()
+                else:
+                    step.passes += not step.returned
                 self.fused, self.fused_reason = step.descend()
                 if not self.network.sync_perturbation:
                     self._scaling.tell(step.gate)
@@ -206,6 +234,8 @@ class SAM(Engine):
             raise refused
         self._scaling.end()
         self._last, self._step_number = step.metrics(), self._step_number + 1
+        self._passes += step.passes
+        self.random.advance()
         for optimizer in (self, self.base_optimizer):
             optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
         if zero_grad:
@@ -230,6 +260,8 @@ class SAM(Engine):
     def perturbed(self, *, loss: Any = None) -> PerturbedContext:
         """Weights at θ + ε inside, at θ to the bit outside, whatever happens; ``step()`` then takes the step.
 
+        ``with opt.perturbed() as needed:`` gets what :meth:`first_step` returns.
+
         Raises:
             RuntimeError, TypeError: as :meth:`first_step`, on the way in.
         """
@@ -242,6 +274,8 @@ class SAM(Engine):
         After an exception between ``first_step()`` and ``second_step()`` the weights stay perturbed until this is
         called, or ``step(closure)``, which does so first; a forward pass or ``zero_grad()`` notices nothing.
         """
+        if self._start is not None:
+            self.end_start(failed=True)
         step = self._step
         if step is not None:
             if step.is_perturbed:
@@ -303,20 +337,31 @@ class SAM(Engine):
             return micro_step(self, closure, scaler)
         if self._caller_begins is None:
             self._caller_begins = self._has_new_gradients()
+        passed = self._pass(scaler)
         loss = None
         try:
-            if not (self._caller_begins and self._has_new_gradients()):
+            if not self.direction.needs_gradient:
                 self._drop_gradients()
-                loss = self._call_first(closure, scaler)
+            elif not (self._caller_begins and self._has_new_gradients()):
+                self._drop_gradients()
+                with self.first_pass():
+                    loss = self.samples.first(passed, closure)
                 if self.radius.learns:
-                    as_loss(loss, "closure")
+                    as_loss(self.samples.loss(loss), "closure")
+            elif self.samples.per_sample:
+                raise RuntimeError(
+                    f"{type(self.samples).__name__} needs the loss of each sample from both passes, but there are "
+                    "gradients already: let step(closure) call the closure for the first pass too"
+                )
             elif scaler is not None:
                 self._scaling.unscale(scaler, self.param_groups)
-            self.first_step(zero_grad=True, loss=loss)
-            assert self._step is not None
-            if self._step.perturbs:
-                self._step.perturbed_loss = as_scalar(self._call(closure, scaler))
+            if self.first_step(zero_grad=True, loss=self.samples.loss(loss)):
+                returned = self.samples.second(passed, closure)
+                assert self._step is not None
+                self._step.perturbed_loss = as_scalar(self.samples.loss(returned))
+                loss = loss if self.direction.needs_gradient else returned
             else:
+                assert self._step is not None
                 self._step.return_gradients()
             self._finish()
         except BaseException:
@@ -334,7 +379,7 @@ class SAM(Engine):
         if step is None:
             self._step_alone()
             return
-        if overflow is not None and not self._scaling.first_only:
+        if overflow is not None and not self._scaling.first_only and self.direction.needs_gradient:
             self.restore()
             raise RuntimeError(
                 "scaler.step(opt) without opt.unscale_first(scaler): the first gradients are still scaled, and the "
@@ -386,13 +431,18 @@ class SAM(Engine):
 
     # ---- within ----------------------------------------------------------------------------------------------------
 
-    def _perturbs(self) -> bool:
+    def _perturbs(self, first: FirstPass | None) -> bool:
         if self._decision is None or self._decision[0] != self._step_number:
-            self._decision = self._step_number, self.schedule.perturbs(self._step_number)
+            moment = Moment(self._step_number, self.random, first)
+            self._decision = self._step_number, self.schedule.decide(moment)
         return self._decision[1]
+
+    def _pass(self, scaler: Scaler | None) -> Pass:
+        return Pass(lambda closure: self._call(closure, scaler), self._drop_gradients, scaler)
 
     def _forget_pass(self) -> None:
         self.network.forget_pass()
+        self._started = False
         if self._scaling.first_only:
             self._scaling.give_up()
 

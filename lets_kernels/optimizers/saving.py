@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lets_kernels.direction import check_xi
 from lets_kernels.optimizers import carried
 from lets_kernels.optimizers.base import KEY, Wrapper
+from lets_kernels.passes import Held
 from lets_kernels.radius import check_rho
-from lets_kernels.saved import check_count, check_keys, check_scalar
+from lets_kernels.saved import check_count, check_held, check_keys, check_scalar
 
 
 class Saved(Wrapper):
@@ -31,6 +34,9 @@ class Saved(Wrapper):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict, own = dict(self.base_optimizer.state_dict()), self._own_state()
+        state_dict["state"] = self.held.add_to(
+            state_dict["state"], {id(p): i for i, p in enumerate(self._all_params())}
+        )
         first, *others = state_dict["param_groups"]
         state_dict.update(param_groups=[{**first, KEY: carried.numbers(own)}, *others], **{KEY: own})
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -44,16 +50,22 @@ class Saved(Wrapper):
             "schedule": self.schedule.state_dict(),
             "descent": self.descent.state_dict(),
             "radius": self.radius.state_dict(),
+            "random": self.random.state_dict(),
             "step": self._step_number,
+            "gradients": self._passes,
             "skipped": self.skipped.clone(),
         }
 
     def _check_own(self, own: Any, groups: Sequence[dict[str, Any]]) -> None:
         """Refuse a damaged entry of a saved state, before anything of the state is loaded."""
-        check_keys(own, ("direction", "schedule", "descent", "radius", "step", "skipped"), f"state[{KEY!r}]")
+        check_keys(own, self._own_state(), f"state[{KEY!r}]")
         for part in ("direction", "schedule", "descent"):
             check_keys(own[part], getattr(self, part).state_dict(), f"the {part}")
+        check_keys(own["random"], self.random.state_dict(), "the random numbers")
+        check_count(own["random"]["seed"], "the seed")
+        check_scalar(own["random"]["count"], "the count of random steps")
         check_count(own["step"], "the step number")
+        check_count(own["gradients"], "the number of gradients")
         check_scalar(own["skipped"], "the number of skipped steps")
         self.radius.check_state_dict(own["radius"])
         for group in groups:
@@ -82,6 +94,9 @@ class Saved(Wrapper):
         groups = [{name: value for name, value in group.items() if name != KEY} for group in groups]
         before = [{name: group[name] for name in self._own} for group in self.param_groups]
         rest = {name: value for name, value in state_dict.items() if name != KEY}
+        rest["state"], held = Held.take_from(state_dict["state"])
+        params = self._all_params()
+        check_held(held, params, {*self.direction.held, *self.descent.held})
         self.base_optimizer.load_state_dict({**rest, "param_groups": groups})
         for group, values in zip(self.param_groups, before, strict=True):
             for name, value in values.items():
@@ -90,6 +105,9 @@ class Saved(Wrapper):
         self._reset()
         self._mark_gradients()  # they are from before the load
         if own is not None:
+            self.held.load(held, params)
+            self.random.load_state_dict(own["random"])
+            self._passes = int(own["gradients"])
             self.direction.load_state_dict(own["direction"])
             self.schedule.load_state_dict(own["schedule"])
             self.descent.load_state_dict(own["descent"])
@@ -98,6 +116,10 @@ class Saved(Wrapper):
             self.skipped.copy_(own["skipped"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _all_params(self) -> list[Tensor]:
+        """In the order in which a saved state numbers them."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling the optimizer")
@@ -112,6 +134,8 @@ _HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "stat
 _HOOKS |= {"_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
 _STEP = {
     "_step",
+    "_start",
+    "_started",
     "_trial",
     "_radius_waits",
     "_caller_begins",

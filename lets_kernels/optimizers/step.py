@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lets_kernels.direction import Perturbation
 from lets_kernels.fused import FUSED, refusal
 from lets_kernels.guarded import guarded_step
-from lets_kernels.hypergradient import Gradients, Trial, by_index
+from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import Bucket
-from lets_kernels.precision import INTERVAL, measure
+from lets_kernels.passes import FirstPass, Gradients, SecondPass, add_up, by_index, squared
+from lets_kernels.precision import INTERVAL, NARROW, measure
 from lets_kernels.runs import Runs, capturing
 
 if TYPE_CHECKING:
@@ -67,39 +69,48 @@ class Step:
     """
 
     def __init__(self, optimizer: "SAM", loss: Tensor | None, keep: bool) -> None:
-        optimizer.network.check_first_pass()
-        self.optimizer, self.loss = optimizer, loss
+        o = self.optimizer = optimizer
+        self.loss = loss
         self.perturbed_loss: Tensor | None = None
         self.trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
-        self.is_perturbed = self.torn = self.in_context = False
-        self.captured = check_capture(optimizer)
-        o, radius = optimizer, optimizer.radius
-        self._observed = radius.due(o._step_number)
-        self.perturbs = o._perturbs()
+        self.is_perturbed = self.torn = self.in_context = self.returned = False
+        #: Passes that this step has gone along so far.
+        self.passes = int(o.direction.needs_gradient)
+        self.captured = check_capture(o)
+        self._observed = o.radius.due(o._step_number)
         self.buckets: list[Bucket] = o._space().buckets
-        self._holds = self._observed or o.descent.holds_first
-        # What one rank's own pass does not reach has gradient zero in the mean over ranks that the radius learns from.
-        whole = self._observed and self.perturbs and not o.network.sync_perturbation
-        first = [b.gather(own=self._holds and not keep, whole=whole) for b in self.buckets]
-        if not any(runs.indices for runs in first):
-            o.network.check_parameters(p for b in self.buckets for p in b.params)
-        if radius.waits:
-            if radius.needs_train_loss and loss is None:
-                raise RuntimeError(
-                    "the radius learns from the last step and this one's first loss: pass it, first_step(loss=loss), "
-                    "or let step(closure, val_closure) call the closure for the first gradient too"
-                )
-            with torch.no_grad():
-                radius.complete([by_index(r) for r in first], loss, self.buckets, o.param_groups, o.replicas)
-        if keep and self._holds:
-            for runs in first:
+        self.first = self._gather(keep) if o.direction.needs_gradient else [b.all_runs() for b in self.buckets]
+        first = FirstPass(
+            [runs for runs in self.first if runs.indices],
+            o.param_groups,
+            o._step_number,
+            o.skipped.device,
+            o.replicas if o.network.sync_perturbation else None,
+            o.random,
+            o.held,
+            o.state,
+            self._keeps_vectors(),
+        )
+        self.perturbs = o._perturbs(first)
+        started, o._started = o._started, False
+        if o.direction.starts and self.perturbs and not started:
+            raise RuntimeError(
+                f"{type(o.direction).__name__} takes the first gradients beside the weights: put the first forward and "
+                "backward into `with opt.first_pass():`, or let step(closure) call the closure for both"
+            )
+        if keep and self.perturbs and self._holds:
+            for runs in self.first:
                 runs.grads = [g.clone() for g in runs.grads]
-        self.first = first
-        self.ascents = [o.direction.ascent(r, o.param_groups[r.bucket.group]) for r in first if r.indices]
-        self.total = self._sum([a.total() for a in self.ascents])
-        if o.network.sync_perturbation:
-            self.total = o.replicas.mean(self.total)
-        #: Of every first pass that this step goes along; several where micro-batches are perturbed one by one.
+        if self.perturbs:
+            found = o.direction.prepare(first)
+        elif o.direction.needs_gradient:
+            found = Perturbation([], first.squared_norm, first.squared_norm.sqrt())
+        else:
+            found = Perturbation([], torch.ones((), dtype=torch.float64, device=first.home))
+        self.ascents, self.total = found.ascents, found.total
+        self._norm = found.total.pow(1 / o.direction.q) if found.norm is None else found.norm
+        #: Of every first pass that this step goes along; several where micro-batches are perturbed one by one. Not
+        #: finite where one of its gradients is not.
         self.totals = [self.total]
         #: Not zero where a gradient scaler found an overflow.
         self.overflow: Tensor | None = None
@@ -107,14 +118,40 @@ class Step:
         self.hats: list[Tensor] = []
         self.gate, self.gated = torch.ones_like(self.total), False
 
-    def _sum(self, values: list[Tensor]) -> Tensor:
-        """The sum of 0-d tensors from several devices, on the first bucket's."""
-        home = self.optimizer.skipped.device
-        if not values:
-            return torch.zeros((), dtype=torch.float64, device=home)
-        if len(values) == 1:
-            return values[0].to(home)
-        return torch.stack([v.to(home) for v in values]).sum()
+    @property
+    def _holds(self) -> bool:
+        """The first gradients are asked for after the second pass."""
+        return self._observed or self.optimizer.descent.holds_first
+
+    def _gather(self, keep: bool) -> list[Runs]:
+        """The first gradients, from which a radius that waits for them learns."""
+        o, radius = self.optimizer, self.optimizer.radius
+        o.network.check_first_pass()
+        # What one rank's own pass does not reach has gradient zero in the mean over ranks that the radius learns from.
+        whole = self._observed and not o.network.sync_perturbation
+        first = [b.gather(own=self._holds and not keep, whole=whole) for b in self.buckets]
+        if not any(runs.indices for runs in first):
+            o.network.check_parameters(p for b in self.buckets for p in b.params)
+        if radius.waits:
+            if radius.needs_train_loss and self.loss is None:
+                raise RuntimeError(
+                    "the radius learns from the last step and this one's first loss: pass it, first_step(loss=loss), "
+                    "or let step(closure, val_closure) call the closure for the first gradient too"
+                )
+            with torch.no_grad():
+                radius.complete([by_index(r) for r in first], self.loss, self.buckets, o.param_groups, o.replicas)
+        return first
+
+    def _keeps_vectors(self) -> bool:
+        o = self.optimizer
+        learns = self._observed and o.radius.needs_vectors
+        return learns or (self._measures and any(b.dtype in NARROW for b in self.buckets))
+
+    @property
+    def _measures(self) -> bool:
+        """From time to time: how much of the perturbation is left in weights that round."""
+        o = self.optimizer
+        return not (self.captured or (o._precision and o._step_number % INTERVAL))
 
     def _radius(self, bucket: Bucket) -> Tensor:
         o, group = self.optimizer, self.optimizer.param_groups[bucket.group]
@@ -123,7 +160,8 @@ class Step:
     def perturb(self) -> None:
         """θ ← θ + ε, over all buckets with one norm; nothing on a step that does not perturb."""
         network = self.optimizer.network
-        network.statistics.hold()  # a second pass may follow, perturbed or not
+        if self.optimizer.direction.needs_gradient:
+            network.statistics.hold()  # a second pass may follow, perturbed or not
         if not self.perturbs:
             return
         self.is_perturbed = self.torn = True
@@ -131,18 +169,14 @@ class Step:
         for a in self.ascents:
             a.perturb(self.total.to(a.bucket.device), self.rho[a.bucket.index])
         network.perturbed()
-        self._measure()
+        if self._measures:
+            self.optimizer._precision = measure(self.ascents, self.total, self.rho)
         self.torn = False
         if not self._holds:  # nothing parameter-sized but the saved weights lives through the second pass
             for a in self.ascents:
                 a.vectors = a.runs.grads = []
-
-    def _measure(self) -> None:
-        """Of weights that round, from time to time: how much of the perturbation is left."""
-        o = self.optimizer
-        if self.captured or (o._precision and o._step_number % INTERVAL):
-            return
-        o._precision = measure(self.ascents, self.total, self.rho)
+            for runs in self.first:
+                runs.grads = []
 
     def restore(self) -> None:
         """θ + ε → θ, to the bit, wherever the weights are perturbed."""
@@ -156,7 +190,8 @@ class Step:
         self.is_perturbed = self.torn = False
 
     def return_gradients(self) -> None:
-        """Give back the first gradients that were taken, for a step along them."""
+        """Give back the first gradients that were taken, for a step along them: there is no second pass."""
+        self.returned = True
         for runs in self.first:
             runs.return_gradients()
 
@@ -166,11 +201,13 @@ class Step:
         o.network.weights_move()
         second = [b.gather(own=self._observed) for b in self.buckets]
         hats = [by_index(r) for r in second]
-        for runs, first in zip(second, self.first, strict=True):
-            if runs.indices:
-                runs.grads = o.descent.gradients(runs, by_index(first) if o.descent.holds_first else {})
         active = [r for r in second if r.indices]
-        self._close_gate(active)
+        held = [by_index(r) if self._holds and r.grads else {} for r in self.first]
+        keeps = self._observed and self.perturbs
+        passed = SecondPass(active, held, self.perturbs, o.skipped.device, o.replicas, o.held, keeps, self.gate)
+        self._close_gate(active, o.descent.look(passed))
+        passed.gate = self.gate
+        o.descent.choose(passed)
         fused, reason = [], refusal(o.base_optimizer)
         if reason is None:
             kind = FUSED[type(o.base_optimizer)]
@@ -200,42 +237,48 @@ class Step:
             else:
                 o.base_optimizer.step()
         if self._observed and self.perturbs and (self.ascents or o.replicas.groups):
-            held = [g for h in hats for g in h.values()]
-            self.trial = self._record(hats, [by_index(r) for r in second]), [(g, g._version) for g in held]
+            hat_list = [g for h in hats for g in h.values()]
+            self.trial = self._record(hats, [by_index(r) for r in second]), [(g, g._version) for g in hat_list]
         return reason is None, reason or ""
 
-    def _close_gate(self, active: list[Runs]) -> None:
-        """0 where a gradient is not finite, of any pass and on any rank; counted, and never read here."""
+    def _close_gate(self, active: list[Runs], squared_norm: Tensor | None) -> None:
+        """0 where a gradient is not finite, of any pass and on any rank; counted, and never read here.
+
+        ``squared_norm``: ‖ĝ‖² over all ranks, where the descent has it already.
+        """
         o = self.optimizer
         reads = o.check_finite or o._scaling.every_pass  # else nobody asks, or a gradient scaler has read them
         flags: list[Tensor] = []
         if (reads or self.overflow is not None) and (active or o.replicas.groups):
-            sums = []
-            if reads:
-                unscaled = [(r.bucket, r.pack(r.grads), r.bucket.unscaled_table(r.indices)) for r in active]
-                sums = [b.parts * b.ops.grad_norm(grads, [], table, None, 0.0, 2.0) for b, grads, table in unscaled]
+            sums = [squared(r) for r in active] if reads and squared_norm is None else []
             if self.overflow is not None:
                 overflow = self.overflow.to(self.total.device, torch.float64).reshape(())
                 sums.append(torch.where(overflow != 0, torch.inf, torch.zeros_like(overflow)))
             alone = [] if o.network.sync_perturbation else self.totals  # no rank has heard of the others' yet
-            means = o.replicas.means([self._sum(sums), *alone])
-            self.hats = means[:1] if reads else []
+            known = [] if squared_norm is None or not reads else [squared_norm]
+            sent = [add_up(sums, o.skipped.device), *alone]
+            means = sent[:0] if known and self.overflow is None and not alone else o.replicas.means(sent)
+            if reads:
+                self.hats = known or means[:1]
             if alone:
                 self.totals = means[1:]
-            flags = [*means[:1], *self.totals]
+            flags = [*known, *means[:1], *self.totals]
         if flags and self.buckets:
             self.gate, self.gated = self.buckets[0].ops.all_finite_(flags, o.skipped), True
 
     def _record(self, hats: list[Gradients], stepped: list[Gradients]) -> Trial:
         groups = [self.optimizer.param_groups[b.group] for b in self.buckets]
         lr = [g["lr"].clone().reshape(()) if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
-        first = [by_index(r) for r in self.first]
-        return Trial(self.ascents, first, hats, stepped, self.total, lr, self.rho, self.gate, self.captured)
+        first = [by_index(r) if r.grads else {} for r in self.first]
+        slope = self.optimizer.descent.slope
+        return Trial(self.ascents, first, hats, stepped, self.total, lr, self.rho, self.gate, slope, self.captured)
 
     def metrics(self) -> dict[str, Tensor]:
         """For :meth:`SAM.metrics`."""
-        total = self.totals[0] if len(self.totals) == 1 else torch.stack(self.totals).mean()
-        found = {"grad_norm": total.pow(1 / self.optimizer.direction.q)}
+        norm = self._norm
+        if len(self.totals) > 1 or self.totals[0] is not self.total:  # of several passes, or means over ranks
+            norm = torch.stack(self.totals).mean().pow(1 / self.optimizer.direction.q)
+        found = {"grad_norm": norm}
         if self.hats:
             found["perturbed_grad_norm"] = self.hats[0].sqrt()
         if self.loss is not None:
