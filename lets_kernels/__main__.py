@@ -1,4 +1,4 @@
-"""``python -m lets_kernels``: what runs here and why; ``python -m lets_kernels demo``: train on real data."""
+"""``python -m lets_kernels``: what runs here and why; ``methods``: all methods; ``demo``: train on real data."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ import sys
 import torch
 
 import lets_kernels
-from lets_kernels import ops
+from lets_kernels import catalogue, ops
 
 
 def _report() -> None:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m lets_kernels", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["backends", "demo"], default="backends")
+    parser.add_argument("command", nargs="?", choices=["backends", "methods", "demo"], default="backends")
     options = parser.parse_args(arguments[:1])
     if options.command == "demo":
         from lets_kernels.demo import cli
@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         return cli.main(arguments[1:])
     if arguments[1:]:
         parser.error(f"unrecognized arguments: {' '.join(arguments[1:])}")
-    _report()
+    if options.command == "methods":
+        print(catalogue.table())
+    else:
+        _report()
     return 0
 
 

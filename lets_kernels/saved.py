@@ -118,6 +118,8 @@ def _check_waiting(pending: Any, what: str) -> None:
     trial = pending["trial"]
     check_keys(trial, _TRIAL, f"{what}['trial']")
     tensors = [pending["val_loss"], trial["total"], trial["gate"]]
+    if isinstance(trial["slope"], bool) or not isinstance(trial["slope"], Real):
+        _refuse(f"{what}: slope", f"is {trial['slope']!r}, not a number")
     lists = {"val": pending["val"], **{name: trial[name] for name in ("first", "perturbed", "stepped", "lr", "rho")}}
     counts = set()
     for name, entries in lists.items():
@@ -138,6 +140,8 @@ def _check_waiting(pending: Any, what: str) -> None:
     for ascent in trial["ascents"]:
         check_keys(ascent, _ASCENT, f"{what}: an ascent")
         check_count(ascent["bucket"], f"{what}: an ascent's bucket")
+        if not isinstance(ascent["scaled"], bool):
+            _refuse(f"{what}: an ascent", f"has {ascent['scaled']!r} for a flag")
         indices, vectors = ascent["indices"], ascent["vectors"]
         if not (_is_list(indices) and _is_list(vectors) and len(vectors) in (0, len(indices))):
             _refuse(f"{what}: an ascent", "has not one vector for every index")

@@ -61,8 +61,8 @@ CONSTRUCTION = {
     "infinite-xi": (lambda p: lk.ASAM(p, SGD, xi=math.inf, lr=0.1), ValueError, "xi must be"),
     "nan-xi": (lambda p: lk.ASAM(p, SGD, xi=math.nan, lr=0.1), ValueError, "xi must be"),
     "negative-xi-of-a-group": (lambda p: lk.ASAM([{"params": p, "xi": -1.0}], SGD, lr=0.1), ValueError, "xi must be"),
-    "p-of-one": (lambda p: lk.Gradient(p=1.0), ValueError, r"\(1, inf\]"),
-    "p-of-nan": (lambda p: lk.Gradient(p=math.nan), ValueError, r"\(1, inf\]"),
+    "p-below-one": (lambda p: lk.Gradient(p=0.9), ValueError, r"\[1, inf\]"),
+    "p-of-nan": (lambda p: lk.Gradient(p=math.nan), ValueError, r"\[1, inf\]"),
     "adaptive-along-the-gradient": (
         lambda p: lk.SAM(p, SGD, adaptive=True, direction=lk.Gradient(), lr=0.1),
         ValueError,

@@ -32,8 +32,9 @@ class Half(lk.Descent):
 
     holds_first = True
 
-    def gradients(self, perturbed, first):
-        return [0.5 * (g + first[i]) for i, g in zip(perturbed.indices, perturbed.grads, strict=True)]
+    def choose(self, second):
+        if second.perturbed:
+            second.step_along([second.firsts(runs) for runs in second.runs], second.numbers(0.5, 0.5))
 
 
 class Harmonic(lk.Radius):
