@@ -180,7 +180,7 @@ class _Selection:
         low = torch.full((), -1, dtype=torch.int64, device=home)
         high = torch.full((), _MOST, dtype=torch.int64, device=home)
         for _ in range(64):
-            middle = low + (high - low) // 2
+            middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their mean; their difference would overflow
             found = self._first.total(
                 [
                     runs.bucket.parts

@@ -119,6 +119,9 @@ class Posterior(Direction):
         data_size: N, the number of training examples; infinity samples ω itself.
         beta2: β₂.
         damping: δ + γ.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     draws = True
@@ -126,7 +129,9 @@ class Posterior(Direction):
     def __init__(self, data_size: float, beta2: float, damping: float) -> None:
         if not data_size > 0:
             raise ValueError(f"data_size must be positive, not {data_size}: it is the number of training examples")
-        self.data_size, self.beta2, self.damping = float(data_size), float(beta2), float(damping)
+        if not 0 <= beta2 <= 1:
+            raise ValueError(f"beta2 must be in [0, 1], not {beta2}")
+        self.data_size, self.beta2, self.damping = float(data_size), float(beta2), _finite(damping, "damping")
 
     @property
     def starts(self) -> bool:  # type: ignore[override]
