@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lets_kernels as lk
+from lets_kernels.passes import DRAWS
 
 SGD = torch.optim.SGD
 RHO, LR, WARM = 0.05, 0.3, 3
@@ -149,3 +150,54 @@ def test_a_direction_without_a_first_gradient_has_no_secant():
     for options in ({"curvature": "secant"}, {"reuse_train_gradient": True}):
         with pytest.raises(ValueError, match="takes none"):
             lk.RandomSAM([torch.nn.Parameter(torch.ones(3))], SGD, lk.LearnedRadius(0.1, **options), lr=0.1)
+
+
+def unit(vectors, scales, q):
+    """T sign(Tv)|Tv|^(q-1) / (Σ|Tv|^q)^(1/p), over all tensors together."""
+    scaled = [t * v for t, v in zip(scales, vectors, strict=True)]
+    total = sum(x.abs().pow(q).sum() for x in scaled)
+    return [t * x.sign() * x.abs().pow(q - 1) / total ** ((q - 1) / q) for t, x in zip(scales, scaled, strict=True)]
+
+
+def scales_of(name, weights, along):
+    """T at θ_t, where a method has one; the Fisher information is that of the vector itself."""
+    if name == "fisher":
+        return [(1 + 2.0 * v * v) ** -0.5 for v in along]
+    if name.startswith("asam"):
+        wise = name == "asam-filterwise"
+        filters = [x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.dim() - 1)) if x.dim() > 2 else None for x in weights]
+        return [x.abs() + 0.1 if f is None or not wise else f + 0.1 for x, f in zip(weights, filters, strict=True)]
+    return [torch.ones_like(v) for v in along]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_along_the_training_gradient_as_algorithm_1_prints_it(name):
+    """ε̂ is then the direction of ḡ_tr, whatever the method perturbed along, over the tensors that were perturbed."""
+    learned = lk.LearnedRadius(RHO, direction="algorithm1", optimizer=SGD, lr=0.0)
+    problem = Problem("logarithm", METHODS[name][0], learned)
+    for _ in range(WARM):
+        problem.step()
+    weights = [p.detach().clone() for p in problem.params]
+    seen = []
+    call = problem.opt._call
+
+    def recording(closure, scaler=None):
+        result = call(closure, scaler)
+        seen.append([p.grad.clone() for p in problem.params])
+        return result
+
+    problem.opt._call = recording
+    problem.step()
+    hat, train, val = seen[-3:]
+    q = {"p=1.5": 3.0, "p=inf": 1.0}.get(name, 2.0)
+    if name == "esam-tensor":
+        chosen = [i for i, draw in enumerate(problem.opt.random.uniforms(WARM, len(SHAPES), DRAWS)) if draw < 0.8]
+        assert 0 < len(chosen) < len(SHAPES)
+        hat, train, val = ([each[i] for i in chosen] for each in (hat, train, val))
+    directions = unit(train, scales_of(name, weights, train), q)
+    with torch.no_grad():
+        gap = problem.loss("val") - problem.loss("train")
+    terms = zip(val, train, hat, directions, strict=True)
+    slope = 0.7 if name == "penalty" else 1.0
+    expected = -LR * slope * gap * sum(((v - t) * h * h * d).sum() for v, t, h, d in terms)
+    torch.testing.assert_close(problem.opt.metrics()["rho_grad"], expected, rtol=1e-12, atol=0)
