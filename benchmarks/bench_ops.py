@@ -333,8 +333,7 @@ def rho_grad_secant(w: Work) -> dict[str, Contender]:
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def copies() -> dict[str, Callable[[], object]]:
+def both_copies() -> dict[str, Callable[[], object]]:
     """A copy around the caches, and torch's: reads N, writes N."""
     source, target = torch.randn(NUMEL), torch.empty(NUMEL)
     dirty, one_run = torch.ones((), dtype=torch.int64), torch.tensor([[0, NUMEL, -1, 0, 0]])
@@ -347,6 +346,8 @@ def copies() -> dict[str, Callable[[], object]]:
     assert torch.equal(source, target)
     return {"streamed copy": streamed, "torch copy_": lambda: target.copy_(source)}
 
+
+copies = pytest.fixture(scope="module")(both_copies)
 
 PLAIN = [grad_norm, perturb_, restore_, restore_sgd_, restore_adamw_, rho_grad_diagonal, rho_grad_secant]
 SCALED = [grad_norm, perturb_, rho_grad_diagonal]
@@ -364,6 +365,11 @@ def name_of(value: Any) -> str:
 
 @pytest.mark.parametrize("op, direction, dtype", CASES, ids=name_of)
 def test_op(op, direction, dtype, benchmark, copies, rounds, report):
+    measure(op, direction, dtype, benchmark, copies, rounds, report, ("ops", "Each op"))
+
+
+def measure(op, direction, dtype, benchmark, copies, rounds, report, heading):
+    """Time one op and what eager code does instead, and add the row to the table of that name and title."""
     work = work_for(dtype, direction)
     with torch.no_grad():
         contenders = op(work)
@@ -407,7 +413,7 @@ def test_op(op, direction, dtype, benchmark, copies, rounds, report):
             return "-"
         return f"{ratios[name]:.1f}x" if name in ratios else f"wrong by {errors[name]:.0e}"
 
-    table: Report = report("ops", "Each op: ResNet-50's 161 tensors, 25.6 M elements")
+    table: Report = report(heading[0], f"{heading[1]}: ResNet-50's 161 tensors, 25.6 M elements")
     table.add(
         {
             "op": op.__name__,

@@ -72,11 +72,13 @@ class Floor:
     buffers: int
     element_wise: int = 0
     filter_wise: int = 0
+    mask: bool = False  # one byte an element more
 
     def bytes(self, table: Tensor, itemsize: int) -> int:
         numel, row_length = table[:, 1], table[:, 2]
         moved = self.buffers * numel + self.element_wise * numel * (row_length == 0)
-        return itemsize * int((moved + self.filter_wise * numel * (row_length > 0)).sum())
+        buffers = itemsize * int((moved + self.filter_wise * numel * (row_length > 0)).sum())
+        return buffers + self.mask * int(numel.sum())
 
 
 FLOORS = {
@@ -88,6 +90,11 @@ FLOORS = {
     "restore_adamw_": Floor(7),
     "rho_grad_diagonal": Floor(4, element_wise=1),
     "rho_grad_secant": Floor(4),
+    "dots": Floor(2),
+    "combine_": Floor(3),
+    "average_": Floor(3),  # without a vector of its own; 4 with one
+    "masked_": Floor(2, mask=True),
+    "noise_": Floor(1),  # its numbers are computed
 }
 
 

@@ -1,0 +1,152 @@
+"""The ops of the other methods, measured as in bench_ops.py: products, combinations, averages, masks, noise."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.bench_ops import Contender, Work, both_copies, flat, measure, name_of, native
+from benchmarks.common import CLOCK, SHAPES, normal
+from lets_kernels.ops import reference
+
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
+DECAY, SHARE, STD = 0.9, 0.5, 0.01
+copies = pytest.fixture(scope="module")(both_copies)
+
+
+def others(w: Work) -> list[Tensor]:
+    """A second vector, of which the first is a part."""
+    return [0.3 * g + y for g, y in zip(w.g, normal(SHAPES, 0.01, 7, w.dtype), strict=True)]
+
+
+def draws() -> Tensor:
+    return torch.tensor([3, 5])
+
+
+def dots(w: Work) -> dict[str, Contender]:
+    y = others(w)
+
+    def ours(module: Any) -> Contender:
+        return Contender(lambda: module.dots(w.g, y, w.table), lambda: list(module.dots(w.g, y, w.table).unbind()))
+
+    def products(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+        return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(xs, ys, strict=True)]).sum()
+
+    def loop() -> list[Tensor]:
+        return [products(w.g, w.g), products(w.g, y), products(y, y)]
+
+    def foreach() -> list[Tensor]:
+        squares = [torch.stack(torch._foreach_norm(x)).square().sum() for x in (w.g, y)]
+        return [squares[0], torch.stack([t.sum() for t in torch._foreach_mul(w.g, y)]).sum(), squares[1]]
+
+    rows = {"reference": ours(reference), "ours": ours(native)}
+    return {**rows, "loop": Contender(loop, loop), "foreach": Contender(foreach, foreach)}
+
+
+def combine_(w: Work) -> dict[str, Contender]:
+    y, a, b = others(w), 0.5, 0.25  # halves and quarters: repeated, the vector settles near y/2
+
+    def ours(module: Any) -> Contender:
+        x, coefficients = [g.clone() for g in w.g], torch.tensor([a, b], dtype=torch.float64)
+        return Contender(lambda: module.combine_(x, x, y, w.table, coefficients, w.gate), lambda: x)
+
+    own, each = [g.clone() for g in w.g], [g.clone() for g in w.g]
+
+    def loop() -> None:
+        for x, other in zip(own, y, strict=True):
+            x.mul_(a).add_(other, alpha=b)
+
+    def foreach() -> None:
+        torch._foreach_mul_(each, a)
+        torch._foreach_add_(each, y, alpha=b)
+
+    rows = {"reference": ours(reference), "ours": ours(native)}
+    return {**rows, "loop": Contender(loop, lambda: own), "foreach": Contender(foreach, lambda: each)}
+
+
+def average_(w: Work) -> dict[str, Contender]:
+    """VaSSO's: the average is the vector."""
+
+    def ours(module: Any) -> Contender:
+        m, updates = others(w), torch.ones((), dtype=torch.int64)
+        run = lambda: module.average_(m, w.g, [], updates, w.table, w.gate, DECAY, 0.0, 1.0)  # noqa: E731
+        return Contender(run, lambda: m)
+
+    own, each = others(w), others(w)
+
+    def loop() -> Tensor:
+        for m, g in zip(own, w.g, strict=True):
+            m.mul_(DECAY).add_(g, alpha=1 - DECAY)
+        return torch.stack([m.norm() for m in own]).norm()
+
+    def foreach() -> Tensor:
+        torch._foreach_lerp_(each, w.g, 1 - DECAY)
+        return torch.stack(torch._foreach_norm(each)).norm()
+
+    rows = {"reference": ours(reference), "ours": ours(native)}
+    return {**rows, "loop": Contender(loop, lambda: own), "foreach": Contender(foreach, lambda: each)}
+
+
+def masked_(w: Work) -> dict[str, Contender]:
+    generator = torch.Generator().manual_seed(9)
+    masks = [torch.rand(s, generator=generator) < SHARE for s in SHAPES]
+    mask = torch.zeros(w.bucket.size, dtype=torch.uint8)
+    for (start, numel, *_), own in zip(w.table.tolist(), masks, strict=True):
+        mask[start : start + numel] = own.flatten()
+
+    def ours(module: Any) -> Contender:
+        out = torch.zeros(w.bucket.size, dtype=w.dtype)
+        return Contender(lambda: module.masked_([out], w.g, mask, w.table, draws(), 1, 1.0), lambda: [out])
+
+    own, each = [torch.empty_like(g) for g in w.g], [torch.empty_like(g) for g in w.g]
+
+    def loop() -> Tensor:
+        for to, g, m in zip(own, w.g, masks, strict=True):
+            torch.mul(g, m, out=to)
+        return torch.stack([g.norm() for g in w.g]).norm()
+
+    def foreach() -> Tensor:
+        torch._foreach_copy_(each, w.g)
+        torch._foreach_mul_(each, masks)
+        return torch.stack(torch._foreach_norm(w.g)).norm()
+
+    return {
+        "reference": ours(reference),
+        "ours": ours(native),
+        "loop": Contender(loop, lambda: [flat(own, w)]),
+        "foreach": Contender(foreach, lambda: [flat(each, w)]),
+    }
+
+
+def noise_(w: Work) -> dict[str, Contender]:
+    """Against torch's own generator, whose numbers are others: its results are not compared."""
+
+    def ours(module: Any) -> Contender:
+        out = torch.zeros(w.bucket.size, dtype=w.dtype)
+        arguments = ([out], [], [], w.table, None, draws(), 0, 0.0, STD)
+        return Contender(lambda: module.noise_(*arguments), lambda: [out])
+
+    own = [torch.empty_like(g) for g in w.g]
+    same = ours(reference)
+
+    def loop() -> Tensor:
+        for to in own:
+            to.normal_(0, STD)
+        return torch.stack([to.norm() for to in own]).norm()
+
+    def result() -> list[Tensor]:
+        same.run()
+        return list(same.result())
+
+    return {"reference": ours(reference), "ours": ours(native), "loop": Contender(loop, result)}
+
+
+OPS: list[Callable[[Work], dict[str, Contender]]] = [dots, combine_, average_, masked_, noise_]
+CASES = [(op, dtype) for op in OPS for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("op, dtype", CASES, ids=name_of)
+def test_op(op, dtype, benchmark, copies, rounds, report):
+    measure(op, "plain", dtype, benchmark, copies, rounds, report, ("vectors", "The ops of the other methods"))
