@@ -36,7 +36,7 @@ double masked_of(T* out, const T* v, const uint8_t* mask, int64_t numel, const D
     } else {
       const uint32_t* word = words(draw, position + b, word_buffer, n);
       C* to = result<C>(out + b, out_buffer, stream);
-      for (int64_t i = 0; i < n; ++i) to[i] = kept(x[i] * factor, all || word[i] < below);
+      for (int64_t i = 0; i < n; ++i) to[i] = kept(x[i] * factor, all | (word[i] < below));
       store<C>(out + b, to, narrow_buffer, n, stream);
     }
   }
@@ -92,12 +92,14 @@ void select(Dtype dtype, uint8_t* mask, const void* v, int64_t numel, int64_t po
             uint8_t value) {
   const bool all = above.member < 0;
   const uint8_t member = uint8_t(above.member);
+  const int64_t threshold = above.threshold;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    each_keys(static_cast<const T*>(v), numel, above.draw, position, [&](int64_t b, const int64_t* keys, int64_t n) {
-      uint8_t* own = mask + b;
+    each_keys(static_cast<const T*>(v), numel, above.draw, position, [=](int64_t b, const int64_t* keys, int64_t n) {
+      uint8_t* own = mask + b;  // writing a byte may change whatever is captured by reference
+#pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        const bool chosen = (keys[i] > above.threshold) & (all | (own[i] == member));
+        const bool chosen = (keys[i] > threshold) & (all | (own[i] == member));
         own[i] = chosen ? value : own[i];
       }
     });

@@ -63,7 +63,7 @@ inline Layout random_layout(Random& random, Dtype dtype, bool long_runs) {
                                                                     : 1 + up_to(random, 5);
   int64_t start = 16 * up_to(random, 3);
   for (int64_t i = 0; i < count; ++i) {
-    int64_t length = one_of<int64_t>(random, {-1, 0, 1}), rows = 0, numel = 0;
+    int64_t length = one_of<int64_t>(random, {-2, -1, 0, 1}), rows = 0, numel = 0;
     if (length == 1) {  // filters divide their run: length * rows * repetitions
       const bool few = often(random, 15);
       length = few ? 1000 + up_to(random, 2000) : 1 + up_to(random, 20);
@@ -157,6 +157,45 @@ class Single {
     memory_.close();
   }
   T& expected() { return *reinterpret_cast<T*>(memory_.expected()); }
+  void verify(const char* what) { memory_.verify(what); }
+
+ private:
+  Memory memory_;
+
+ public:
+  const Tensor tensor;
+};
+// Two numbers between bands, as a tensor of two elements.
+template <class T>
+class Two {
+ public:
+  Two(ScalarType type, T first, T second)
+      : memory_(2 * sizeof(T), 0), tensor(memory_.data(), type, {2}, std::vector<int64_t>{1}) {
+    expected()[0] = first, expected()[1] = second;
+    memory_.claim(0, 2 * sizeof(T));
+    memory_.close();
+  }
+  T* expected() { return reinterpret_cast<T*>(memory_.expected()); }
+  void verify(const char* what) { memory_.verify(what); }
+
+ private:
+  Memory memory_;
+
+ public:
+  const Tensor tensor;
+};
+// A mask of the bucket: bytes of 0 to 2 where runs are.
+class Mask {
+ public:
+  Mask(Random& random, const Layout& layout)
+      : memory_(layout.end, up_to(random, 3)), tensor(memory_.data(), ScalarType::Byte, {layout.end}, {1}) {
+    for (const Run& run : layout.runs) {
+      for (int64_t i = 0; i < run.numel; ++i) expected()[run.start + i] = uint8_t(up_to(random, 2));
+      memory_.claim(run.start, run.numel);
+    }
+    memory_.close();
+  }
+  uint8_t* expected() { return reinterpret_cast<uint8_t*>(memory_.expected()); }
   void verify(const char* what) { memory_.verify(what); }
 
  private:

@@ -1,37 +1,17 @@
-// Every op once on a random layout, against a plain loop over all elements: no blocks, chunks, threads or vectors.
+// Every op of a step once on a random layout, against a plain loop over all elements: no blocks, chunks, threads or
+// vectors.
 //
 // What an op writes must be the loop's bits, since both use the formulas of csrc/math.h (which the op tests in Python
 // hold against float64); a sum must be the loop's to the rounding of a sum in double.
 #pragma once
 
-#include <cmath>
-
-#include "cases.h"
+#include "loops.h"
 
 namespace sanitize {
 
-struct Counts {
-  int64_t layouts = 0, ops = 0, elements = 0;
-};
-
-class EveryOp {
+class EveryOp : public Loops {
  public:
-  EveryOp(Random& random, const Layout& layout, Counts& counts)
-      : random_(random),
-        layout_(layout),
-        counts_(counts),
-        table_(layout.table()),
-        q_(one_of(random, {1.0, 2.0, 2.0, 1.5, 3.0})),
-        xi_(one_of(random, {0.0, 0.01})) {
-    const bool wide = layout.dtype == Dtype::float64;
-    Layout norms;  // one run of arbitrary positive values: every op is tested on its own arguments
-    norms.runs = {{0, layout.rows + up_to(random, 3), -1, 0, 0}};
-    norms.offset = {up_to(random, 3)};
-    norms_dtype_ = wide ? Dtype::float64 : Dtype::float32;
-    norms_layout_ = norms;
-    norms_.emplace(random, norms_layout_, Form::list, Values::positive, norms_dtype_);
-    if (layout.rows > 0) norms_argument_ = norms_->tensors[0];
-  }
+  using Loops::Loops;
 
   void run() {
     filter_norms();
@@ -41,6 +21,7 @@ class EveryOp {
       perturb_and_restore<T>();
       sgd<T>();
       adamw<T>();
+      bsam<T>();
       diagonal<T>();
       secant<T>();
     });
@@ -50,46 +31,6 @@ class EveryOp {
   }
 
  private:
-  using MaybeTensor = std::optional<Tensor>;
-  template <class T>
-  using Arithmetic = typename lets::ArithmeticOf<T>::type;
-
-  // An op on no runs has but one form: none of its lists says a dtype.
-  Form form() { return layout_.runs.empty() ? Form::list : one_of(random_, {Form::list, Form::flat, Form::packed}); }
-  List some(Values values = Values::any) { return List(random_, layout_, form(), values, layout_.dtype); }
-  List flat(Values values) { return List(random_, layout_, Form::flat, values, layout_.dtype); }
-  void count(int lists) {
-    ++counts_.ops;
-    for (const Run& run : layout_.runs) counts_.elements += lists * run.numel;
-  }
-
-  template <class T>
-  Arithmetic<T> scale(const Run& run, int64_t i, T theta) {
-    using C = Arithmetic<T>;
-    if (run.row_length < 0) return C(1);
-    const C xi = C(xi_);
-    if (run.row_length == 0) return lets::adaptive_scale(lets::absolute(lets::widen(theta)), xi);
-    return lets::adaptive_scale(norms_->expected<C>(0)[run.row_start + i / run.row_length % run.row_count], xi);
-  }
-  // f(run's number, element) for all elements.
-  template <class F>
-  void each(F f) {
-    for (size_t r = 0; r < layout_.runs.size(); ++r)
-      for (int64_t i = 0; i < layout_.runs[r].numel; ++i) f(r, i);
-  }
-  // A sum that an op returned, against that of term(run, element): every addition may round, in either sum.
-  template <class Term>
-  void check_sum(const char* what, const Tensor& actual, Term term) {
-    double sum = 0, size = 0, terms = 1;
-    each([&](size_t r, int64_t i) {
-      const double x = term(r, i);
-      sum += x, size += std::fabs(x), ++terms;
-    });
-    const double found = actual.memory()->at(0);
-    check(std::fabs(found - sum) <= 2 * terms * 0x1p-53 * size,
-          std::string(what) + " returned " + std::to_string(found) + ", the plain loop " + std::to_string(sum));
-  }
-
   void filter_norms() {
     const Dtype dtype = layout_.dtype;
     List theta = some();
@@ -131,7 +72,8 @@ class EveryOp {
     v.verify("grad_norm: vectors");
     theta.verify("grad_norm: params");
     check_sum("grad_norm", sum, [&](size_t r, int64_t i) {
-      const C x = scale(layout_.runs[r], i, theta.expected<T>(r)[i]) * C(lets::widen(v.expected<T>(r)[i]));
+      const T given_v = v.expected<T>(r)[i];
+      const C x = scale(layout_.runs[r], i, theta.expected<T>(r)[i], given_v) * C(lets::widen(given_v));
       return q_ == 2 ? double(x) * double(x) : q_ == 1 ? std::fabs(double(x)) : std::pow(std::fabs(double(x)), q_);
     });
     count(2);
@@ -140,19 +82,21 @@ class EveryOp {
   template <class T>
   void perturb_and_restore() {
     using C = Arithmetic<T>;
-    List theta = some(), v = some(), saved = flat(Values::unwritten);
+    const bool swapped = often(random_, 30);  // the vectors stand in `saved`
+    List theta = some(), v = some(), saved = flat(swapped ? Values::any : Values::unwritten);
     auto dirty = flag(0);
     auto total = number(often(random_, 10) ? 0.0 : 3.0), rho = number(0.7);
     using Perturb = void(const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&,
                          const MaybeTensor&, double, double, const Tensor&, const Tensor&);
-    standin::op<Perturb>("perturb_")(theta.tensors, v.tensors, saved.tensors[0], dirty.tensor, table_, norms_argument_,
-                                     xi_, q_, total.tensor, rho.tensor);
+    standin::op<Perturb>("perturb_")(theta.tensors, swapped ? Tensors{} : v.tensors, saved.tensors[0], dirty.tensor,
+                                     table_, norms_argument_, xi_, q_, total.tensor, rho.tensor);
     const auto [factor, shrink] = lets::perturbation_scale<C>(total.expected(), rho.expected(), q_);
     each([&, factor = factor, shrink = shrink](size_t r, int64_t i) {
       T& weight = theta.expected<T>(r)[i];
+      const T vector = swapped ? saved.expected<T>(r)[i] : v.expected<T>(r)[i];
       saved.expected<T>(r)[i] = weight;
       if (factor == 0) return;
-      const C w = lets::widen(weight), x = lets::widen(v.expected<T>(r)[i]), t = scale(layout_.runs[r], i, weight);
+      const C w = lets::widen(weight), x = lets::widen(vector), t = scale(layout_.runs[r], i, weight, vector);
       lets::narrow(w + factor * (t * lets::dual(shrink * (t * x), C(q_))), weight);
     });
     dirty.expected() = 1;
@@ -252,6 +196,38 @@ class EveryOp {
     count(5);
   }
 
+  template <class T>
+  void bsam() {
+    using C = Arithmetic<T>;
+    List theta = some(), g = some(), m = some(), s = some(Values::positive), saved = flat(Values::any);
+    auto dirty = flag(often(random_, 70));
+    auto gate = number(often(random_, 80) ? 1.0 : 0.0);
+    const double lr = 0.1, beta1 = 0.9, weight_decay = 0.05;
+    using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&,
+                    const Tensor&, const Tensor&, double, double, double);
+    standin::op<Op>("restore_bsam_")(theta.tensors, g.tensors, m.tensors, s.tensors, saved.tensors[0], dirty.tensor,
+                                     table_, gate.tensor, lr, beta1, weight_decay);
+    const lets::Bsam<C> bsam{C(lr), C(beta1), C(1 - beta1), C(weight_decay)};
+    each([&](size_t r, int64_t i) {
+      T& weight = theta.expected<T>(r)[i];
+      if (dirty.expected() != 0) weight = saved.expected<T>(r)[i];
+      if (gate.expected() == 0) return;
+      C next = lets::widen(m.expected<T>(r)[i]);
+      const C w = lets::widen(weight), x = lets::widen(g.expected<T>(r)[i]), p = lets::widen(s.expected<T>(r)[i]);
+      lets::narrow(lets::Bsam<C>::step(bsam, w, x, next, p), weight);
+      lets::narrow(next, m.expected<T>(r)[i]);
+    });
+    dirty.expected() = 0;
+    theta.verify("restore_bsam_: params");
+    g.verify("restore_bsam_: grads");
+    m.verify("restore_bsam_: exp_avgs");
+    s.verify("restore_bsam_: precisions");
+    saved.verify("restore_bsam_: saved");
+    dirty.verify("restore_bsam_: dirty");
+    gate.verify("restore_bsam_: gate");
+    count(5);
+  }
+
   // The four lists that both radius gradients read, and the difference that both begin with.
   struct Gradients {
     explicit Gradients(EveryOp& of)
@@ -286,7 +262,8 @@ class EveryOp {
     theta.verify("rho_grad_diagonal: params");
     const bool plain = q_ == 1 || q_ == 2;
     check_sum("rho_grad_diagonal", sum, [&](size_t r, int64_t i) {
-      const C t = scale(layout_.runs[r], i, theta.expected<T>(r)[i]), x = lets::widen(of.v.expected<T>(r)[i]);
+      const T vector = of.v.expected<T>(r)[i];
+      const C t = scale(layout_.runs[r], i, theta.expected<T>(r)[i], vector), x = lets::widen(vector);
       const double unit = plain ? double(t * lets::dual(t * x, C(q_))) : double(t) * lets::dual(double(t * x), q_);
       return lets::diagonal_share(of.outer<T>(r, i), double(lets::widen(of.g_hat.expected<T>(r)[i])), unit);
     });
@@ -317,16 +294,6 @@ class EveryOp {
     skipped.verify("all_finite_: skipped");
     ++counts_.ops;
   }
-
-  Random& random_;
-  const Layout& layout_;
-  Counts& counts_;
-  const Tensor table_;
-  const double q_, xi_;
-  Dtype norms_dtype_;
-  Layout norms_layout_;
-  std::optional<List> norms_;
-  MaybeTensor norms_argument_;
 };
 
 }  // namespace sanitize

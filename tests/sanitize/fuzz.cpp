@@ -38,7 +38,7 @@ class Bytes {
 constexpr int64_t kExtreme[] = {0,
                                 1,
                                 -1,
-                                -2,
+                                -3,
                                 15,
                                 int64_t(1) << 31,
                                 (int64_t(1) << 31) - 1,
@@ -62,7 +62,7 @@ struct Rows {
     const int64_t count = bytes.up_to(6);
     int64_t start = 16 * bytes.up_to(2), first = 0;
     for (int64_t i = 0; i < count; ++i) {
-      Run run{start, 0, bytes.up_to(2) - 1, 0, 0};
+      Run run{start, 0, bytes.up_to(3) - 2, 0, 0};
       if (run.row_length == 1) {
         run.row_length = 1 + bytes.up_to(9), run.row_count = 1 + bytes.up_to(6), run.row_start = first;
         run.numel = run.row_length * run.row_count * bytes.up_to(3);

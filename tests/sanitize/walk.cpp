@@ -8,6 +8,7 @@
 
 #include "every_op.h"
 #include "faults.h"
+#include "vector_ops.h"
 #if !defined(LETS_EMULATED)
 #include "../../csrc/isa.h"
 #endif
@@ -55,6 +56,7 @@ void walk(const Options& options, int64_t caller, sanitize::Counts& counts) {
     for (int dtype = 0; dtype < 4; ++dtype) {
       const auto layout = sanitize::random_layout(random, lets::Dtype(dtype), options.long_runs);
       sanitize::EveryOp(random, layout, counts).run();
+      sanitize::VectorOps(random, layout, counts).run();
     }
   }
 }
