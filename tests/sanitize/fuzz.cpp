@@ -3,206 +3,19 @@
 // below feeds it random inputs and mutations of those that got through:
 //
 //   fuzz [--inputs N] [--seed N]
-//
-// The addresses of a packed list cannot be checked, nor what is there: only an honest table gets one, of dense tensors
-// of the dtype that it names.
-#include <algorithm>
 #include <cstdio>
 
-#include "cases.h"
+#include "given.h"
 
 namespace {
 
 using namespace sanitize;
 
-// The input, read from the front; zeros once it is used up.
-class Bytes {
- public:
-  Bytes(const uint8_t* data, size_t size) : data_(data), left_(size) {}
-  template <class T = uint8_t>
-  T take() {
-    T value{};
-    const size_t n = std::min(left_, sizeof(T));
-    std::memcpy(&value, data_, n);
-    data_ += n, left_ -= n;
-    return value;
-  }
-  int64_t up_to(int64_t most) { return int64_t(take<uint16_t>()) % (most + 1); }
-  bool seldom() { return take() >= 0xf0; }
-
- private:
-  const uint8_t* data_;
-  size_t left_;
-};
-
-constexpr int64_t kExtreme[] = {0,
-                                1,
-                                -1,
-                                -3,
-                                15,
-                                int64_t(1) << 31,
-                                (int64_t(1) << 31) - 1,
-                                int64_t(1) << 32,
-                                int64_t(1) << 61,
-                                int64_t(1) << 62,
-                                INT64_MAX,
-                                INT64_MAX - 15,
-                                INT64_MIN};
-
-int64_t any(Bytes& bytes) {
-  const uint8_t kind = bytes.take();
-  return kind < 0xc0 ? kExtreme[kind % std::size(kExtreme)] : bytes.take<int64_t>();
-}
-
-constexpr int64_t kMostElements = 512;  // that a list of the fuzzer holds in one tensor
-
-// Rows that mean something, some fields replaced by any number.
-struct Rows {
-  explicit Rows(Bytes& bytes) {
-    const int64_t count = bytes.up_to(6);
-    int64_t start = 16 * bytes.up_to(2), first = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      Run run{start, 0, bytes.up_to(3) - 2, 0, 0};
-      if (run.row_length == 1) {
-        run.row_length = 1 + bytes.up_to(9), run.row_count = 1 + bytes.up_to(6), run.row_start = first;
-        run.numel = run.row_length * run.row_count * bytes.up_to(3);
-        first += run.row_count;
-      } else {
-        run.numel = bytes.up_to(200);
-      }
-      start += (run.numel + 15) / 16 * 16;
-      for (int64_t* field : {&run.start, &run.numel, &run.row_length, &run.row_count, &run.row_start}) {
-        if (!bytes.seldom()) continue;
-        *field = any(bytes);
-        honest = false;
-      }
-      runs.push_back(run);
-    }
-    if (bytes.seldom() && count > 0) {  // sums of many rows
-      runs.insert(runs.end(), 200, runs.back());
-      honest = false;
-    }
-    end = start, norms = first;
-  }
-  std::vector<Run> runs;
-  int64_t end, norms;
-  bool honest = true;
-};
-
-// Memory and a tensor over it, or the list forms of them, as the bytes say: most fit the table, some do not.
-class Given {
- public:
-  explicit Given(Bytes& bytes) : bytes_(bytes), dtype_(Dtype(bytes.take() % 4)) {}
-
-  Dtype dtype() { return bytes_.seldom() ? Dtype(bytes_.take() % 4) : dtype_; }
-  Tensor vector(Dtype dtype, int64_t numel) {
-    if (bytes_.seldom()) numel = bytes_.up_to(kMostElements);
-    numel = std::clamp<int64_t>(numel, 0, 2 * kMostElements);
-    std::vector<int64_t> sizes{numel}, strides{1};
-    int64_t rows = 1, columns = numel, pitch = numel;
-    if (bytes_.seldom()) {  // two dimensions, dense or with holes, in either order
-      columns = 1 + bytes_.up_to(4), rows = numel / columns, pitch = columns + bytes_.up_to(1);
-      sizes = {rows, columns}, strides = {pitch, 1};
-      if (bytes_.take() & 1) std::swap(sizes[0], sizes[1]), std::swap(strides[0], strides[1]);
-    }
-    const int64_t item = lets::size_of(dtype), span = rows * pitch;
-    memory_.push_back(std::make_unique<Memory>(span * item, bytes_.up_to(4) * item));
-    Memory& memory = *memory_.back();
-    const uint8_t value = bytes_.take();
-    for (int64_t row = 0; row < rows; ++row) {
-      std::memset(memory.expected() + row * pitch * item, value, size_t(columns * item));
-      memory.claim(row * pitch * item, columns * item);
-    }
-    memory.close();
-    return Tensor(memory.data(), scalar_type(dtype), sizes, strides);
-  }
-  Tensors list(const Rows& rows, bool may_be_missing = false) {
-    Tensors tensors;
-    const Dtype type = dtype();
-    const int64_t form = bytes_.up_to(9);
-    if (bytes_.seldom() || (may_be_missing && bytes_.take() % 2 == 0)) return tensors;
-    if (form < 4) return {vector(type, rows.end + bytes_.up_to(2))};
-    for (const Run& run : rows.runs) tensors.push_back(vector(type, run.numel));
-    if (bytes_.seldom() && !tensors.empty()) tensors.pop_back();
-    const bool fits =
-        rows.honest && tensors.size() == rows.runs.size() &&
-        std::equal(tensors.begin(), tensors.end(), rows.runs.begin(),
-                   [](const Tensor& t, const Run& run) { return t.dim() == 1 && t.numel() == run.numel; });
-    if (form > 6 && fits) return packed(tensors, type);
-    return tensors;
-  }
-  template <class T>
-  Tensor scalar(ScalarType type, T value) {
-    if (bytes_.seldom()) return vector(dtype(), bytes_.up_to(2));
-    memory_.push_back(std::make_unique<Memory>(sizeof(T), 0));
-    std::memcpy(memory_.back()->expected(), &value, sizeof(T));
-    memory_.back()->claim(0, sizeof(T));
-    memory_.back()->close();
-    return Tensor(memory_.back()->data(), type, {}, {});
-  }
-  Tensors step_counts(const Rows& rows) {
-    Tensors steps;
-    for (size_t i = 0; i < rows.runs.size(); ++i) steps.push_back(scalar(ScalarType::Float, 1.0f));
-    if (bytes_.seldom()) steps.push_back(scalar(ScalarType::Float, 1.0f));
-    return steps;
-  }
-  Tensor table(Rows& rows) {
-    auto* data = rows.runs.data();
-    const int64_t count = int64_t(rows.runs.size());
-    if (!bytes_.seldom()) return Tensor(data, ScalarType::Long, {count, lets::kColumns}, {lets::kColumns, 1});
-    switch (bytes_.take() % 4) {
-      case 0:
-        return Tensor(data, ScalarType::Long, {count * lets::kColumns}, {1});
-      case 1:
-        return Tensor(data, ScalarType::Double, {count, lets::kColumns}, {lets::kColumns, 1});
-      case 2:
-        return Tensor(data, ScalarType::Long, {lets::kColumns, count}, {1, lets::kColumns});
-      default:
-        return Tensor(data, ScalarType::Long, {count / 2, lets::kColumns}, {2 * lets::kColumns, 1});
-    }
-  }
-  std::optional<Tensor> norms(const Rows& rows) {
-    if (bytes_.seldom()) return std::nullopt;
-    return vector(bytes_.seldom()            ? dtype()
-                  : dtype_ == Dtype::float64 ? Dtype::float64
-                                             : Dtype::float32,
-                  rows.norms + bytes_.up_to(2));
-  }
-  // No byte outside what was claimed has changed.
-  void verify() {
-    for (auto& memory : memory_) {
-      memory->open();
-      memory->accept();
-      memory->verify("fuzz");
-    }
-  }
-
- private:
-  Tensors packed(const Tensors& tensors, Dtype type) {
-    auto addresses = std::make_unique<std::vector<int64_t>>();
-    const int64_t number = bytes_.seldom() ? any(bytes_) : int64_t(type);
-    addresses->push_back(number >= 0 && number < 4 ? int64_t(type) : number);
-    for (const Tensor& t : tensors) addresses->push_back(reinterpret_cast<int64_t>(t.data_ptr()));
-    if (bytes_.seldom()) addresses->pop_back();
-    addresses->shrink_to_fit();
-    addresses_.push_back(std::move(addresses));
-    auto& all = *addresses_.back();
-    return {Tensor(all.data(), ScalarType::Long, {int64_t(all.size())}, {1}),
-            Tensor(&anchor_, ScalarType::Long, {}, {})};
-  }
-
-  Bytes& bytes_;
-  Dtype dtype_;
-  std::vector<std::unique_ptr<Memory>> memory_;
-  std::vector<std::unique_ptr<std::vector<int64_t>>> addresses_;
-  int64_t anchor_ = 0;
-};
-
 // True if the op ran, false if it refused.
 bool one(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
   Given given(bytes);
-  const int op = bytes.take() % 7;
+  const int op = bytes.take() % 14;
   const double qs[] = {1, 1.5, 2, 2, 3, 0.5}, q = qs[bytes.take() % 6];
   Rows rows(bytes);
   rows.runs.shrink_to_fit();
@@ -212,6 +25,7 @@ bool one(const uint8_t* data, size_t size) {
   const auto list = [&] { return given.list(rows); };
   const auto maybe = [&] { return given.list(rows, true); };
   const auto flat = [&] { return given.vector(given.dtype(), rows.end); };
+  const auto random = [&] { return given.two(ScalarType::Long, bytes.take<int64_t>(), bytes.take<int64_t>()); };
   using Maybe = std::optional<Tensor>;
   using L = const Tensors&;
   using T = const Tensor&;
@@ -225,7 +39,7 @@ bool one(const uint8_t* data, size_t size) {
                                                                               0.1, q);
     } else if (op == 2) {
       standin::op<void(L, L, T, T, T, const Maybe&, double, double, T, T)>("perturb_")(
-          list(), list(), flat(), flag(), table, given.norms(rows), 0.1, q, number(2), number(0.5));
+          list(), maybe(), flat(), flag(), table, given.norms(rows), 0.1, q, number(2), number(0.5));
     } else if (op == 3) {
       standin::op<void(L, T, T, T)>("restore_")(list(), flat(), flag(), table);
     } else if (op == 4) {
@@ -236,6 +50,28 @@ bool one(const uint8_t* data, size_t size) {
       standin::op<void(L, L, L, L, L, T, T, T, T, double, double, double, double, double, bool, bool)>(
           "restore_adamw_")(list(), list(), list(), list(), given.step_counts(rows), flat(), flag(), table, number(1),
                             0.1, 0.9, 0.99, 1e-8, 0.01, true, false);
+    } else if (op == 6) {
+      standin::op<void(L, L, L, L, T, T, T, T, double, double, double)>("restore_bsam_")(
+          list(), list(), list(), list(), flat(), flag(), table, number(1), 0.1, 0.9, 0.01);
+    } else if (op == 7) {
+      standin::op<Tensor(L, L, L, T, const Maybe&, T, int64_t, double, double)>("noise_")(
+          list(), maybe(), maybe(), table, given.norms(rows), random(), 1, 0.9, 0.1);
+    } else if (op == 8) {
+      const Maybe mask = bytes.take() % 2 ? Maybe(given.mask(rows)) : Maybe();
+      const double share = bytes.seldom() ? 0.0 : 0.5;
+      standin::op<Tensor(L, L, const Maybe&, T, T, int64_t, double)>("masked_")(list(), list(), mask, table, random(),
+                                                                                1, share);
+    } else if (op == 9) {
+      standin::op<void(T, L, T, T, T, int64_t, int64_t, int64_t)>("select_")(
+          given.mask(rows), maybe(), table, flag(), random(), 1, bytes.up_to(2) - 1, bytes.up_to(260));
+    } else if (op == 10) {
+      standin::op<Tensor(L, L, L, T, T, T, double, double, double)>("average_")(list(), list(), maybe(), flag(), table,
+                                                                                number(1), 0.9, 1.0, 0.5);
+    } else if (op == 11) {
+      const Tensor both = given.two(ScalarType::Double, 0.3, 0.7);
+      standin::op<void(L, L, L, T, T, T)>("combine_")(list(), list(), list(), table, both, number(1));
+    } else if (op == 12) {
+      standin::op<Tensor(L, L, T, T)>("peaks_")(list(), list(), table, number(1));
     } else if (bytes.take() % 2) {
       standin::op<Tensor(L, L, L, L, L, T, const Maybe&, double, double)>("rho_grad_diagonal")(
           list(), maybe(), list(), list(), maybe(), table, given.norms(rows), 0.1, q);
