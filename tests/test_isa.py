@@ -35,8 +35,44 @@ def every_op(bucket):
         step = Step(bucket, states=states)
         getattr(step, kind)(cpu)
         results += bucket.read(step.params) + [x for buffer in step.buffers for x in bucket.read(buffer)]
+    results += vector_ops(cpu, bucket)
     bucket.assert_guards()
     return [*results, out]
+
+
+def vector_ops(cpu, bucket):
+    """The outputs of the ops that make and compare vectors; of rows of the Fisher information too."""
+    table, norms = bucket.table, bucket.norms()
+    fisher = table.clone()
+    fisher[:, 2] = -2
+    random, gate = torch.tensor([2**62 + 3, 2**33 + 5]), torch.tensor(1.0, dtype=torch.float64)
+    x, y, m = (bucket.give(bucket.values(), "list") for _ in range(3))
+    s = bucket.give(bucket.positive(0.1, 1.0), "list")
+    out, (saved,) = bucket.give(None, "list"), bucket.give(bucket.values(), "flat")
+    mask, threshold = torch.zeros(bucket.total, dtype=torch.uint8), torch.tensor(0x3F000000 << 32)
+    dirty, updates = torch.tensor(0), torch.tensor(0)
+    results = [cpu.dots(x, y, table), cpu.largest(x, table), cpu.grad_norm(x, [], fisher, None, 0.3, 2.0)]
+    written = []
+
+    def made(returned=None):
+        results.extend([] if returned is None else [returned])
+        written.extend(bucket.read(out))
+
+    for vectors, precisions in (([], []), (x, []), (x, s)):
+        made(cpu.noise_(out, vectors, precisions, table, norms, random, 3, 0.9, 0.1))
+    cpu.select_(mask, x, table, threshold, random, 4, 0, 1)
+    results += [cpu.count_above(v, mask, table, threshold, random, 5, 1) for v in (x, [])]
+    for own in (None, mask):
+        made(cpu.masked_(out, x, own, table, random, 6, 0.4))
+    for _ in range(2):
+        made(cpu.average_(m, x, out, updates, table, gate, 0.9, 1.2, -0.3))
+    made(cpu.combine_(out, x, y, table, torch.tensor([0.3, -1.7], dtype=torch.float64), gate))
+    made(cpu.posterior_ascent_(out, s, x, table, gate, 0.9, 0.1))
+    made(cpu.peaks_(out, x, table, results[1]))
+    cpu.perturb_(y, [], saved, dirty, fisher, None, 0.3, 2.0, results[2], gate)
+    written += bucket.read(y) + bucket.read([saved])
+    cpu.restore_bsam_(y, x, m, s, saved, dirty, table, gate, 0.1, 0.9, 0.01)
+    return [*results, *written, mask, *(v for one in (y, m, s) for v in bucket.read(one))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
