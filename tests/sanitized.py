@@ -76,7 +76,7 @@ def ninja_text(compiler, isas, optimization):
 
         standin = ["-I", str(HERE / "standin")]
         emulator = ["-I", str(HERE.parent / "emulator"), "-DLETS_EMULATED", "-Wno-unknown-pragmas"]
-        # Frames that outlive their functions are aligned to 32 bytes, on which gcc 12 stores registers of 64 as aligned.
+        # In a frame that outlives its function gcc 12 aligns variables to 32 bytes, and stores 64 to them as aligned.
         apart = {isa: ["--param=asan-use-after-return=0"] * (isa == "avx512") for isa in isas[sanitizer]}
         kernels = [
             compile(source, f"{source.stem}.{isa}", [f"-DLETS_ISA={isa}", *toolchain.ISA_FLAGS[isa], *apart[isa]])
