@@ -123,7 +123,7 @@ class Held:
                 if value.dtype == torch.uint8:  # a mask, of this rank's part
                     self.state[p][name] = value
                     continue
-                home = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=value.dtype, requires_grad=False)
+                home = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
                 self.state[p][name] = home.copy_(value)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lets_kernels.distributed import Replicas
 from lets_kernels.ops.reference.noise import words
-from lets_kernels.runs import capturing
 
 _LOW = 0xFFFFFFFF
 _HOST = 1 << 16  # streams of the host count down from the last one
@@ -88,11 +87,6 @@ class Randomness:
         """The step is over: the next one's numbers are others."""
         if self.used:
             self._state[1] += 1
-
-    def check_capture(self, optimizer: str) -> None:
-        """``RuntimeError`` where the count does not lie where a CUDA graph can count it."""
-        if self.used and capturing() and self._state.device.type == "cpu":
-            raise RuntimeError(f"{optimizer} draws random numbers: take a step before the capture")
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed, "count": self._state[1].clone()}
