@@ -93,5 +93,5 @@ def test_a_state_without_the_bounds_is_refused():
     for wrong in ({}, {"lr_max": 3}, {"lr_max": [0.1, 0.1]}):
         damaged = copy.deepcopy(state)
         damaged["lets_kernels"]["radius"] = wrong
-        with pytest.raises(ValueError, match="radius|lr_max"):
+        with pytest.raises(ValueError, match=r"radius|lr_max"):
             opt.load_state_dict(damaged)
