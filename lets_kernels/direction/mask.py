@@ -71,7 +71,7 @@ class Masked(Direction):
     The mask keeps a share 1 - s of all elements, exactly, over all tensors and ranks together; equal values are told
     apart by random numbers. It is selected on the device, in 64 passes over the gradient without other memory, before
     the first perturbation and then every ``interval`` steps. Such a step waits once for the device, to leave a gradient
-    that is not finite to the next one.
+    that is not finite to the next one. What it has selected stays if it is given up.
 
     - ``"fisher"``: the elements with the largest Fisher information, Σ g² over n samples. A step knows the gradient of
       its batch, whose square is taken; :meth:`SparseSAM.update_mask` takes n samples' gradients one by one, as the

@@ -1,0 +1,144 @@
+"""The three call shapes of every method, and how many passes each takes."""
+
+import copy
+
+import pytest
+import torch
+
+import family
+import lets_kernels as lk
+from family import BESIDE, FAMILY, SHAPES, assert_same, build, closure, held, take
+from nets import Task
+from test_family_limits import few
+
+# Passes of a step that perturbs, and of one that does not: (calls of the closure, gradients).
+CALLS = {lk.RandomSAM: ((1, 1), (1, 1)), lk.ESAM: ((3, 2), (1, 1))}
+TWO = ((2, 2), (1, 1))
+
+
+def perturbs(opt):
+    """Whether the step just taken was a perturbed one."""
+    return opt._decision[1]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_all_call_shapes_take_the_same_steps_to_the_bit(backend, name):
+    """Also where the user makes the second pass in any case, though the step does not perturb."""
+    ends = []
+    for shape, skip in [(shape, True) for shape in SHAPES] + [("two-steps", False), ("context", False)]:
+        if few(name, backend) == 1 and len(ends) > 2:
+            break
+        task = Task(steps=4)
+        opt = build(name, task, backend=backend.name)
+        family.run(opt, task, task.batches[: few(name, backend)], shape, skip)
+        ends.append(held(opt))
+    for end in ends[1:]:
+        assert_same(ends[0], end)
+
+
+@pytest.mark.parametrize("name", ["rst", "looksam", "aesam", "aelooksam"])
+def test_a_second_pass_that_is_not_needed_may_be_left_out_in_both_shapes(backend, name):
+    """With the same result; over ten steps, some of which perturb and some do not."""
+    ends, kinds = [], set()
+    for shape in ("two-steps", "context"):
+        for skip in (True, False):
+            task = Task()
+            opt = build(name, task, backend=backend.name)
+            for batch, _ in task.batches:
+                take(opt, task.net, batch, shape, skip)
+                kinds.add(perturbs(opt))
+            ends.append(held(opt))
+    assert kinds == {True, False}
+    for end in ends[1:]:
+        assert_same(ends[0], end)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_closure_is_called_as_often_as_needed_and_gradients_are_counted(name):
+    task, gradients = Task(), 0
+    opt = build(name, task)
+    for batch, _ in task.batches:
+        calls = []
+        opt.step(closure(opt, task.net, batch, calls))
+        expected, passes = CALLS.get(FAMILY[name].cls, TWO)[0 if perturbs(opt) else 1]
+        gradients += passes
+        assert len(calls) == expected
+        assert opt.metrics()["gradients"] == gradients
+    assert opt.metrics()["gradients"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.5, 1.0])
+def test_esams_second_gradient_is_of_a_share_of_the_samples(gamma):
+    """Of eight: three, four, all; at 1 without the forward pass that would choose them."""
+    task, calls = Task(steps=1), []
+    opt = build("esam", task, gamma=gamma)
+    opt.step(closure(opt, task.net, task.batches[0][0], calls))
+    assert calls[0] is None
+    if gamma == 1:
+        assert len(calls) == 2 and calls[1] is None
+    else:
+        assert calls[1] is None and calls[2].dtype == torch.int64
+        assert len(calls[2].unique()) == {0.3: 3, 0.5: 4}[gamma]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_first_pass_at_the_weights_themselves_is_refused(name):
+    """In the shapes in which the user makes it; and inside the context the weights are beside, outside to the bit."""
+    task = Task(steps=1)
+    opt = build(name, task)
+    batch, before = task.batches[0][0], task.bits()
+    task.closure(batch)()
+    with pytest.raises(RuntimeError, match="first_pass"):
+        opt.first_step()
+    opt.zero_grad()
+    with opt.first_pass():
+        assert not all(map(torch.equal, task.bits(), before))
+        task.closure(batch)()
+    assert all(map(torch.equal, task.bits(), before))
+    opt.first_step(zero_grad=True)
+    opt.restore()
+    assert all(map(torch.equal, task.bits(), before))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_step_that_is_given_up_is_taken_again_with_the_same_draws(name):
+    """An error in the second pass leaves the weights and the base optimizer as they were. Averages and precisions have
+    counted the gradient, and a mask has been selected by it, as their docstrings say; what has no such memory takes the
+    step as if nothing had been."""
+    task, twin = Task(steps=1), Task(steps=1)
+    opt, other = build(name, task), build(name, twin)
+    batch, before = task.batches[0][0], task.bits()
+    inner, count = closure(opt, task.net, batch), []
+
+    def failing(*subset):
+        count.append(1)
+        if len(count) == (1 if FAMILY[name].cls is lk.RandomSAM else 2):
+            raise KeyError("once")
+        return inner(*subset)
+
+    failed = False
+    try:
+        opt.step(failing)
+    except KeyError:
+        failed = True
+    perturbed = len(count) > 1 or FAMILY[name].cls is lk.RandomSAM
+    assert failed is perturbed
+    if not failed:
+        return
+    assert all(map(torch.equal, task.bits(), before))
+    opt.step(inner)
+    take(other, twin.net, batch)
+    if name not in ("friendly", "friendly-text", "vasso", "bsam", "sparse-interval", "sparse-dynamic"):
+        assert_same(held(opt), held(other))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_copy_goes_on_as_the_original_does(name):
+    task = Task(steps=4)
+    opt = build(name, task)
+    family.run(opt, task, task.batches[:2])
+    twin = copy.deepcopy({"net": task.net, "opt": opt})
+    other = Task(steps=4, net=twin["net"])
+    family.run(opt, task, task.batches[2:])
+    family.run(twin["opt"], other, task.batches[2:])
+    assert_same(held(opt), held(twin["opt"]))
