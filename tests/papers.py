@@ -1,7 +1,7 @@
 """The methods of the family as their papers print them, in float64, on dictionaries of weights.
 
 Nothing is taken from `lets_kernels` but the source of random numbers. Draws belong to an element's place in memory: the
-parameters one after the other, each from the next multiple of sixteen.
+parameters of a group one after the other, each from the next multiple of sixteen.
 """
 
 import math
@@ -15,14 +15,15 @@ from lets_kernels.ops.reference.noise import normals, words
 from lets_kernels.randomness import Randomness
 from oracle import dot
 
-NOISE, DRAWS, REGROWTH = 0, 1, 2  # the streams of the first bucket
+NOISE, DRAWS, REGROWTH, STREAMS = 0, 1, 2, 4  # of a group, and from one group to the next
 
 
 class Run:
     """Ten steps of a method: its weights, its batches, its base optimizer, and what it carries from step to step."""
 
-    def __init__(self, net, theta, batches, base, seed, lr=None):
-        self.net, self.theta, self.batches, self.base, self.seed, self.lr = net, theta, batches, base, seed, lr
+    def __init__(self, net, theta, batches, base, seed, groups=None):
+        self.net, self.theta, self.batches, self.base, self.seed = net, theta, batches, base, seed
+        self.groups = [list(theta)] if groups is None else groups  # names of parameters
         self.held = {}  # by name, a dictionary of tensors each
         self.perturbed = []  # whether each step was
 
@@ -45,7 +46,9 @@ class Run:
         return oracle.gradient(loss, self.theta if at is None else at, batch)[1]
 
     def moved(self, rho, eps):
-        return lin((1.0, self.theta), (rho, eps))
+        """theta + rho eps; rho may be a dictionary too, where groups have their own."""
+        radii = rho if isinstance(rho, dict) else dict.fromkeys(eps, rho)
+        return {k: x + radii[k] * eps[k] for k, x in self.theta.items()}
 
     def descend(self, d, perturbed=True):
         self.theta = self.base.step(self.theta, d)
@@ -53,10 +56,14 @@ class Run:
 
     def draw(self, function, t, stream):
         """Normal numbers or words for every element, in float64 (a word has 32 bits)."""
-        place, start, found = torch.tensor([self.seed, t]), 0, {}
-        for k, x in self.theta.items():
-            found[k] = function(start, x.numel(), place, stream).reshape(x.shape).double()
-            start += (x.numel() + 15) // 16 * 16
+        place, found = torch.tensor([self.seed, t]), {}
+        for index, names in enumerate(self.groups):
+            start = 0
+            for k in names:
+                x = self.theta[k]
+                drawn = function(start, x.numel(), place, STREAMS * index + stream)
+                found[k] = drawn.reshape(x.shape).double()
+                start += (x.numel() + 15) // 16 * 16
         return found
 
     def uniform(self, t):
@@ -196,7 +203,7 @@ def random_sam(run, rho):
     """Ujvary et al. 2022: eps ~ N(0, rho^2/d)."""
     d = sum(x.numel() for x in run.theta.values())
     for t, batch in run.steps():
-        run.descend(run.grad(batch, run.moved(rho / math.sqrt(d), run.draw(normals, t, NOISE))))
+        run.descend(run.grad(batch, run.moved(rho, lin((1 / math.sqrt(d), run.draw(normals, t, NOISE))))))
 
 
 def friendly(run, rho, sigma, decay, update_first=False):
@@ -224,7 +231,7 @@ def fisher_sam(run, rho, eta):
     for _, batch in run.steps():
         g = run.grad(batch)
         inverse = {k: x / (1 + eta * x**2) for k, x in g.items()}
-        run.descend(run.grad(batch, run.moved(rho / math.sqrt(dot(g, inverse)), inverse)))
+        run.descend(run.grad(batch, run.moved(rho, lin((1 / math.sqrt(dot(g, inverse)), inverse)))))
 
 
 def sparse(run, rho, sparsity=0.5, kind="fisher", interval=None, drop=0.5, steps=None):
@@ -266,7 +273,7 @@ def esam(run, rho, gamma, beta=0.5, granularity="element"):
             part = {k: float(u < beta) for k, u in zip(g, draws, strict=True)}
         else:
             part = {k: (w / 2.0**32 < beta).double() for k, w in run.draw(words, t, DRAWS).items()}
-        there = run.moved(rho / beta, {k: part[k] * x for k, x in eps.items()})
+        there = run.moved(rho, {k: part[k] * x / beta for k, x in eps.items()})
         with torch.no_grad():
             rise = run.losses(there, batch) - run.losses(run.theta, batch)
         chosen = sorted(sorted(range(len(rise)), key=lambda i: -rise[i])[: math.ceil(gamma * len(rise))])

@@ -37,11 +37,11 @@ OPS = {
 }
 
 
-def transcribe(name, task, base="momentum"):
+def transcribe(name, task, base="momentum", groups=None, **changes):
     """The paper's run of a method on the task, before the method itself has moved its net."""
     member, (_, transcription, options, _) = FAMILY[name], BASES[base]
-    run = papers.Run(copy.deepcopy(task.net), task.weights(), task.batches, transcription(**options), SEED)
-    member.paper(run, **member.arguments)
+    run = papers.Run(copy.deepcopy(task.net), task.weights(), task.batches, transcription(**options), SEED, groups)
+    member.paper(run, **{**member.arguments, **changes})
     return run
 
 
@@ -85,6 +85,21 @@ def test_every_method_takes_its_papers_ten_steps(backend, name):
 @pytest.mark.parametrize("name", [name for name in FAMILY if FAMILY[name].base])
 def test_and_with_adamw(name):
     check(Backend("cpu"), name, "adamw")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_groups_with_radii_of_their_own(name):
+    """Norms, products, draws and masks are over all groups; only the radius is a group's."""
+    task = Task(steps=4)
+    names = list(task.weights())
+    groups = [names[:3], names[3:]]
+    radii = {**dict.fromkeys(groups[0], 0.02), **dict.fromkeys(groups[1], 0.2)}
+    run = transcribe(name, task, groups=groups, rho=radii)
+    parameters = dict(task.net.named_parameters())
+    own = [{"params": [parameters[k] for k in group], "rho": radii[group[0]]} for group in groups]
+    opt = build(name, own, model=task.net)
+    family.run(opt, task)
+    assert_agrees(task, opt, run, own_base=not FAMILY[name].base)
 
 
 @pytest.mark.parametrize("name", ["aesam", "aelooksam"])
