@@ -21,7 +21,24 @@ WRITES = {
     "restore_adamw_": {"params", "exp_avgs", "exp_avg_sqs", "steps", "dirty"},
     "rho_grad_diagonal": set(),
     "rho_grad_secant": set(),
+    "dots": set(),
+    "combine_": {"out"},
+    "average_": {"averages", "out", "updates"},
+    "posterior_ascent_": {"out", "precisions"},
+    "restore_bsam_": {"params", "exp_avgs", "dirty"},
+    "noise_": {"out"},
+    "masked_": {"out"},
+    "count_above": set(),
+    "select_": {"mask"},
+    "largest": set(),
+    "peaks_": {"out"},
     "all_finite_": {"skipped"},
+}
+# What each op returns: its shape, in float64; nothing where it is not named.
+SHAPES = {
+    **dict.fromkeys(("grad_norm", "rho_grad_diagonal", "rho_grad_secant", "average_", "noise_", "masked_"), ()),
+    **dict.fromkeys(("count_above", "largest", "peaks_", "all_finite_"), ()),
+    "dots": (3,),
 }
 
 
@@ -45,10 +62,12 @@ def arguments(op, dtype, whole=True):
     (saved,) = bucket.give(bucket.positive(0.1, 1.0), "flat")
     saved, norms, table, dirty = saved.clone(), bucket.norms(), bucket.table, torch.tensor(1)
     scaling = table, norms if whole else None, 0.01, 2.0
+    mask = (torch.arange(bucket.total) % 3 == 0).to(torch.uint8)
+    threshold, random = torch.tensor(0x3F000000 << 32 if whole else 1 << 62), torch.tensor([17, 3])
     return {
         "grad_norm": lambda: (tensors(), optional(), *scaling),
         "filter_norms": lambda: (tensors(), table, norms),
-        "perturb_": lambda: (tensors(), tensors(), saved, dirty, *scaling, scalar(2.0), scalar(0.1)),
+        "perturb_": lambda: (tensors(), optional(), saved, dirty, *scaling, scalar(2.0), scalar(0.1)),
         "restore_": lambda: (tensors(), saved, dirty, table),
         "restore_sgd_": lambda: (
             tensors(), tensors(), optional(), saved, dirty, table, scalar(1.0), 0.1, 0.9 * whole, 0.01, whole, False,
@@ -59,6 +78,21 @@ def arguments(op, dtype, whole=True):
         ),
         "rho_grad_diagonal": lambda: (tensors(), optional(), tensors(), tensors(), optional(), *scaling),
         "rho_grad_secant": lambda: (tensors(), optional(), tensors(), tensors(), table),
+        "dots": lambda: (tensors(), tensors(), table),
+        "combine_": lambda: (tensors(), tensors(), tensors(), table, torch.tensor([0.3, -2.0]).double(), scalar(1.0)),
+        "average_": lambda: (
+            tensors(), tensors(), optional(), torch.tensor(2 * whole), table, scalar(1.0), 0.9, 1.0, -0.5,
+        ),
+        "posterior_ascent_": lambda: (tensors(), tensors(), tensors(), table, scalar(1.0), 0.9, 0.1),
+        "restore_bsam_": lambda: (
+            *(tensors() for _ in range(4)), saved, dirty, table, scalar(1.0), 0.1, 0.9, 0.01,
+        ),
+        "noise_": lambda: (tensors(), optional(), [], table, norms if whole else None, random, 1, 0.5, 0.1),
+        "masked_": lambda: (tensors(), tensors(), mask if whole else None, table, random, 2, 0.5),
+        "count_above": lambda: (optional(), mask, table, threshold, random, 3, -1),
+        "select_": lambda: (mask, optional(), table, threshold, random, 3, 0, 1),
+        "largest": lambda: (tensors(), table),
+        "peaks_": lambda: (tensors(), tensors(), table, scalar(1.0)),
         "all_finite_": lambda: ([scalar(1.0), scalar(torch.nan)], torch.tensor(3)),
     }[op]()  # fmt: skip
 
@@ -84,8 +118,8 @@ def test_every_op_is_in_both_backends_and_has_a_fake(op):
     given = arguments(op, torch.float32)
     with FakeTensorMode() as mode:
         result = overload(op)(*tree_map_only(torch.Tensor, mode.from_tensor, given))
-    if op in ("grad_norm", "rho_grad_diagonal", "rho_grad_secant", "all_finite_"):
-        assert result.shape == () and result.dtype == torch.float64
+    if op in SHAPES:
+        assert result.shape == SHAPES[op] and result.dtype == torch.float64
     else:
         assert result is None
 
