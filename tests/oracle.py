@@ -13,9 +13,14 @@ import torch
 # ------------------------------------------------------------------------------------------------------------ the ops
 
 
-def scale(theta, row, filter_norms, xi):
-    """T of one run: 1, |theta| + xi, or its filter's norm + xi.  row: (start, numel, row length, rows, first row)."""
+def scale(v, theta, row, filter_norms, xi):
+    """T of one run: 1, |theta| + xi, its filter's norm + xi, or the root of the Fisher information's 1 / (1 + xi v^2).
+
+    row: (start, numel, row length, rows, first row).
+    """
     _, numel, length, count, first = (int(x) for x in row)
+    if length == -2:
+        return (1 / (1 + xi * v**2)).sqrt()
     if length < 0:
         return torch.ones(numel, dtype=torch.float64)
     if length == 0:
@@ -25,7 +30,7 @@ def scale(theta, row, filter_norms, xi):
 
 def grad_norm(vectors, thetas, table, filter_norms, xi, q):
     """sum |T v|^q."""
-    terms = (scale(t, row, filter_norms, xi) * v for v, t, row in zip(vectors, thetas, table, strict=True))
+    terms = (scale(v, t, row, filter_norms, xi) * v for v, t, row in zip(vectors, thetas, table, strict=True))
     return math.fsum(float((x.abs() ** q).sum()) for x in terms)
 
 
@@ -44,7 +49,7 @@ def direction(vectors, thetas, table, filter_norms, xi, q):
     """T sign(v) |T v|^(q-1), before the division by the norm."""
     result = []
     for v, theta, row in zip(vectors, thetas, table, strict=True):
-        t = scale(theta, row, filter_norms, xi)
+        t = scale(v, theta, row, filter_norms, xi)
         result.append(t * v.sign() * (t * v).abs() ** (q - 1))
     return result
 

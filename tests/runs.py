@@ -101,19 +101,25 @@ LAYOUTS = {
 }
 
 
+# Scales by the row lengths of the run table; 1 stands for the run's own.
+KINDS = {"plain": [-1], "element": [0], "filter": [1], "mixed": [1, 0, -1], "fisher": [-2], "all": [1, -2, 0, -1]}
+
+
 @dataclass
 class Bucket:
     """The runs of one bucket, the table over them, and what allocates tensors for them in the two argument forms."""
 
     runs: list
     dtype: torch.dtype
-    scale: str = "plain"  # plain: T = 1; element: |theta| + xi; filter: rows; mixed: each in turn
+    scale: str = (
+        "plain"  # plain: T = 1; element: |theta| + xi; filter: rows; mixed: each in turn; fisher; all: all four
+    )
     first_start: int = 0
     seed: int = 0
 
     def __post_init__(self):
         self.generator = torch.Generator().manual_seed(self.seed)
-        kinds = {"plain": [-1], "element": [0], "filter": [1], "mixed": [1, 0, -1]}[self.scale]
+        kinds = KINDS[self.scale]
         rows, start, first_row = [], self.first_start, 0
         for i, run in enumerate(self.runs):
             kind = kinds[i % len(kinds)]
@@ -123,6 +129,12 @@ class Bucket:
             first_row += count
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
         self.total, self.row_count = start, first_row
+
+    @property
+    def roundings(self):
+        """Of T v, in units of u.  ASAM: xi, |theta| + xi, the product.  Fisher: xi, v^2, their product and the sum, of
+        which the root leaves half; root, reciprocal, the product."""
+        return 5 if -2 in KINDS[self.scale] else 3
 
     def values(self, spread=1.0, zeros=True):
         """Random values of every run, exact in the dtype, in memory order; each seventh is a zero (of either sign)."""

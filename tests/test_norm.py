@@ -15,10 +15,10 @@ def scalar(x):
     return guarded(torch.tensor(x, dtype=torch.float64))
 
 
-def norm_bound(dtype, q, numel):
-    """Relative, every term being non-negative.  xi, |theta| + xi and T v round once each, which the power multiplies by
-    q; the power itself is good to 4 u.  The sum is in float64: (numel - 1) roundings at worst."""
-    return (3 * q + 4) * arithmetic(dtype) + numel * U64
+def norm_bound(bucket, q):
+    """Relative, every term being non-negative.  The power multiplies the roundings of T v by q; the power itself is good
+    to 4 u.  The sum is in float64: (numel - 1) roundings at worst."""
+    return (bucket.roundings * q + 4) * arithmetic(bucket.dtype) + bucket.total * U64
 
 
 def check_norm(backend, bucket, q, form, scaled):
@@ -28,13 +28,13 @@ def check_norm(backend, bucket, q, form, scaled):
         bucket.give(vectors, form),
         bucket.give(thetas, form) if scaled else [],
         bucket.table,
-        norms if bucket.scale in ("filter", "mixed") else None,
+        norms if bucket.row_count else None,
         XI,
         q,
     )
     expected = oracle.grad_norm(vectors, thetas, bucket.table, norms.double(), XI, q)
     assert total.shape == () and total.dtype == torch.float64
-    bound = norm_bound(bucket.dtype, q, bucket.total) * expected
+    bound = norm_bound(bucket, q) * expected
     assert abs(total.item() - expected) <= bound, f"{total.item()!r} is not {expected!r} to {bound:.3g}"
     bucket.assert_guards()
     return total

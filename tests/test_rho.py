@@ -28,16 +28,16 @@ def check_diagonal(backend, bucket, q=2.0, form="list", with_train=True):
         bucket.give(train, form) if with_train else [],
         bucket.give(perturbed, form),
         bucket.give(vectors, form),
-        bucket.give(thetas, form) if bucket.scale != "plain" else [],
+        bucket.give(thetas, form) if bucket.scale not in ("plain", "fisher") else [],
         bucket.table,
-        norms if bucket.scale in ("filter", "mixed") else None,
+        norms if bucket.row_count else None,
         XI,
         q,
     )
     train = train if with_train else [torch.zeros_like(t) for t in train]
     terms = oracle.rho_grad_diagonal(val, train, perturbed, vectors, thetas, bucket.table, norms.double(), XI, q)
-    # xi, T, T v, its power (q - 1 times the error before, plus 4 u), T times it; square, difference, two products
-    close(actual, terms, 3 * q + 12, bucket.dtype, bucket.total)
+    # T v, its power (q - 1 times the error before, plus 4 u), T times it; square, difference, two products
+    close(actual, terms, bucket.roundings * q + 12, bucket.dtype, bucket.total)
     bucket.assert_guards()
     return actual
 
