@@ -16,8 +16,8 @@ def scalar(x):
 
 
 def norm_bound(bucket, q):
-    """Relative, every term being non-negative.  The power multiplies the roundings of T v by q; the power itself is good
-    to 4 u.  The sum is in float64: (numel - 1) roundings at worst."""
+    """Relative, every term being non-negative.  The power, good to 4 u itself, multiplies the roundings of T v by q.
+    The sum is in float64: (numel - 1) roundings at worst."""
     return (bucket.roundings * q + 4) * arithmetic(bucket.dtype) + bucket.total * U64
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from backends import Backend
 from runs import DTYPES, LAYOUTS, Bucket, Run, same_bits
 from test_perturb import RHO, Call
 
@@ -59,7 +60,7 @@ def test_a_zero_or_non_finite_total_leaves_the_weights_and_saves_them(backend, t
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vectors_in_saved_are_the_same_bits_for_every_thread_count_and_form(backend, dtype, threads):
     results, total = [], swapped(Bucket(LAYOUTS["several"], dtype, "all"), 1.5).total
-    for count, form in itertools.product((2, 1), ("list", "flat")):
+    for count, form in itertools.product((2, 1) if backend.name != "reference" else (1,), ("list", "flat")):
         threads(count)
         call = swapped(Bucket(LAYOUTS["several"], dtype, "all"), 1.5, form)
         call.perturb(backend, total, RHO)
@@ -68,12 +69,10 @@ def test_vectors_in_saved_are_the_same_bits_for_every_thread_count_and_form(back
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_vectors_in_buffers_too_large_for_the_caches(backend, dtype, threads):
-    """Above 8 MiB what is not read back may be written around the caches; here it is read before, element by element."""
-    if backend.name == "emulated":
-        pytest.skip("the emulator has no caches")
+def test_vectors_in_buffers_too_large_for_the_caches(dtype, threads):
+    """Above 8 MiB what is not read back may be written around the caches; here it has been read before."""
     threads(2)
     size = (9 << 20) // torch.finfo(dtype).bits * 8
     call = swapped(Bucket([Run((size + 3,), (1, size + 3), offset=1), Run((70001,), (1, 70001), offset=5)], dtype))
-    call.perturb(backend)
+    call.perturb(Backend("cpu"))
     call.check()
