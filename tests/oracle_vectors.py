@@ -54,6 +54,7 @@ def words(start, numel, draw, extra=0):
     return found[: numel + extra]
 
 
+@functools.cache
 def normals(start, numel, draw):
     """Box and Muller (1958) in float64, r cos and r sin of each pair of words, and the radius r of each.
 
