@@ -47,11 +47,10 @@ def _block(k, seed, count, stream):
     return philox((k % 2**32, k >> 32, count % 2**32, stream), (seed % 2**32, (seed >> 32) % 2**32))
 
 
-def words(start, numel, draw, extra=0):
+@functools.cache
+def words(start, numel, draw):
     """The words of the positions from ``start``, as Python integers; draw: (seed, count, stream)."""
-    last = start + numel + extra
-    found = [w for k in range(start // 4, -(-last // 4)) for w in _block(k, *draw)]
-    return found[: numel + extra]
+    return [w for k in range(start // 4, -(-(start + numel) // 4)) for w in _block(k, *draw)][:numel]
 
 
 @functools.cache
@@ -61,7 +60,7 @@ def normals(start, numel, draw):
     The first word is the square of the radius, the second the angle; which of the four right angles it is in is told by
     its upper two bits, and the quarter turns are centred on the axes.
     """
-    w = torch.tensor(words(start, numel, draw, extra=numel % 2), dtype=torch.float64).reshape(-1, 2)
+    w = torch.tensor(words(start, numel + numel % 2, draw), dtype=torch.float64).reshape(-1, 2)
     radius = (-2 * ((w[:, 0] + 0.5) / 2**32).log()).sqrt()
     angle = 2 * math.pi * w[:, 1] / 2**32 - math.pi / 4
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)

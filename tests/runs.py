@@ -55,14 +55,18 @@ def forget_guards():
     _guards.clear()
 
 
+def _guard(dtype):
+    return int(GUARD) % 256 if dtype is torch.uint8 else GUARD
+
+
 def assert_guards():
     for buffer, mask in _guards:
-        assert bool((buffer[mask] == GUARD).all()), "an element outside the runs was written"
+        assert bool((buffer[mask] == _guard(buffer.dtype)).all()), "an element outside the runs was written"
 
 
 def _banded(numel, dtype, offset=0):
     """A buffer full of guards, and the stretch of it that a run or a scalar may have."""
-    buffer = torch.full((BAND + offset + numel + BAND,), GUARD, dtype=dtype)
+    buffer = torch.full((BAND + offset + numel + BAND,), _guard(dtype), dtype=dtype)
     mask = torch.ones(buffer.shape, dtype=torch.bool)
     mask[BAND + offset : BAND + offset + numel] = False
     _guards.append((buffer, mask))

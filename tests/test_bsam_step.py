@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import oracle_vectors as oracle
-from backends import Backend
+from backends import plain
 from runs import DTYPES, LAYOUTS, Bucket, Run, arithmetic, assert_within, same_bits, storage
 from test_step import FORMS, Step, scalar
 
@@ -94,7 +94,7 @@ def test_bsam_bit_for_bit_as_plain_torch_does(backend, gate, dtype):
     for options in ({}, {"lr": 1 / 3, "beta1": 0.99, "weight_decay": 1e-3}, {"lr": 0.0}, {"weight_decay": 0.0}):
         ours, theirs = (
             written(bsam(step_of(Bucket(LAYOUTS["several"], dtype)), one, gate, **options))
-            for one in (backend, Backend("reference"))
+            for one in (backend, plain())
         )
         assert same_bits(ours, theirs)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracle
-from backends import Backend
+from backends import plain
 from runs import DTYPES, LAYOUTS, U64, Bucket, guarded, same_bits
 from test_norm import check_norm
 from test_perturb import Call
@@ -49,7 +49,7 @@ def test_fisher_beside_the_other_scales_at_every_q(backend, q, form, dtype):
 @pytest.mark.parametrize("q", [1.0, 2.0])
 def test_fisher_perturbs_bit_for_bit_as_plain_torch_does(backend, q, scale, dtype):
     results = []
-    for one in (backend, Backend("reference")):
+    for one in (backend, plain()):
         call = Call(Bucket(LAYOUTS["several"], dtype, scale), q)
         call.perturb(one, total=call.total)
         results.append(call.theta())

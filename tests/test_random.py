@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 import oracle_vectors as oracle
-from backends import BACKENDS, Backend
+from backends import BACKENDS, Backend, plain
 from lets_kernels.ops.reference.noise import words
 from runs import guarded, same_bits
 
@@ -175,7 +175,7 @@ def test_streams_counts_and_seeds_are_independent(normal):
     seed, count, stream = DRAW
     others = [(seed, count, stream + 1), (seed, count + 1, stream), (seed + 1, count, stream)]
     others += [(seed + 2**32, count, stream), (seed, stream, count)]
-    drawn = [normal[:size], *(numbers(Backend("reference"), *draw, numel=size).double() for draw in others)]
+    drawn = [normal[:size], *(numbers(plain(), *draw, numel=size).double() for draw in others)]
     for x, y in itertools.combinations(drawn, 2):
         assert abs(correlation(x, y)) < Z
         assert int((x == y).sum()) < 10  # float32 numbers: equal by chance about once in 10^7
