@@ -6,6 +6,9 @@ nothing, and one that computes the same is none.
 
 from typing import NamedTuple
 
+import mutants_kernels
+import mutants_reference
+
 
 class Mutant(NamedTuple):
     file: str
@@ -18,153 +21,14 @@ class Mutant(NamedTuple):
         return self.file.startswith("csrc/")
 
 
-REFERENCE = "lets_kernels/ops/reference/"
-MATH = "csrc/math.h"
-FROM_SAVED = "old = torch.where(from_saved, old, theta)\n        "
-SIGNED = "weights, step = wide(old), -wide(g) if maximize else wide(g)\n        if weight_decay:"
-SAVING = "old in zip(thetas, runs([saved], table), strict=True):\n        old.copy_(theta)"
 RESTORING = "            if self.is_perturbed:\n                a.bucket.restore(a.runs)\n        self"
-NORM = "tests/test_norm.py -k '{} and several and float32'"
-PERTURB = "tests/test_perturb.py -k '{} and (every_q and float32 or zero or restore or powers or element-several)'"
-STEP = "tests/test_step.py -k '{} and (every_kind and float32 or gate or size_zero or starts_from)'"
-TWO_BYTES = "tests/test_perturb.py -k 'two_bytes and not emulated'"
-EPS = "tests/test_step.py -k 'eps_is_added and not emulated'"
-ALL_FINITE = "tests/test_norm.py -k 'all_finite and not emulated'"
 LEARNED = "tests/test_hypergradient.py tests/test_methods.py -k 'reference and (rounding or lets and secant)'"
 DIRECTED = "tests/test_methods.py -k 'reference and (every_method or diagonal and lets_takes)'"
-RHO = "tests/test_rho.py -k '{} and (every_q or secant_of) and float64'"
 
 #: file, tests, and pairs of text and replacement; a pair may have tests of its own.
 GROUPS = [
-    (
-        REFERENCE + "norm.py",
-        NORM.format("reference"),
-        [
-            ("return wide(theta).abs() + xi", "return wide(theta).abs()"),
-            ("return wide(theta).abs() + xi", "return wide(theta) + xi"),
-            ("return filter_norms[row_start + index] + xi", "return filter_norms[row_start + index]"),
-            ('.div(row_length, rounding_mode="floor") % row_count', " % row_count"),
-            (
-                "scaled.double().abs().pow(q).sum()",
-                "scaled.double().abs().pow(2).sum()",
-                "tests/test_norm.py -k 'reference and every_q'",
-            ),
-            ("total += scaled.double()", "total += scaled.half().double()"),
-            ("filters.square().sum(dim=(0, 2)).sqrt()", "filters.square().sum(dim=(0, 2))"),
-            ("filters.square().sum(dim=(0, 2)).sqrt()", "filters.square().mean(dim=(0, 2)).sqrt()"),
-            ("return finite.double()", "return torch.ones_like(finite).double()", ALL_FINITE),
-            ("(~finite).to(skipped.dtype)", "finite.to(skipped.dtype)", ALL_FINITE),
-            ("for v in values]).all()", "for v in values]).any()", ALL_FINITE),
-        ],
-    ),
-    (
-        REFERENCE + "perturb.py",
-        PERTURB.format("reference"),
-        [
-            ("x.sign() * x.abs().pow(q - 1)", "x.abs().pow(q - 1)"),
-            ("x.sign() * x.abs().pow(q - 1)", "x.sign() * x.abs().pow(q)"),
-            ("length = rho / total.sqrt() if q == 2", "length = rho / total if q == 2"),
-            ("shrink = total.pow(-1 / q) if", "shrink = total.pow(-1 / 2) if"),
-            ("wide(theta) + factor * (t * dual(scaled, q))", "wide(theta) - factor * (t * dual(scaled, q))"),
-            ("wide(theta) + factor * (t * dual(scaled, q))", "wide(theta) + factor * dual(scaled, q)"),
-            ("usable = torch.isfinite(total) & (total > 0)", "usable = torch.isfinite(total)"),
-            ("usable = torch.isfinite(total) & (total > 0)", "usable = total > 0"),
-            ("& factor.isfinite() & inner.isfinite()", ""),
-            (SAVING + "\n    dirty.fill_(1)", SAVING),
-            ("theta.copy_(torch.where(dirty != 0, old, theta))", "theta.copy_(old)"),
-        ],
-    ),
-    (
-        REFERENCE + "step.py",
-        STEP.format("reference"),
-        [
-            (SIGNED, SIGNED.replace("-wide(g) if maximize else ", "")),
-            (FROM_SAVED + SIGNED, SIGNED),
-            ("average = momentum * wide(m) + step", "average = momentum * (wide(m) + step)"),
-            ("step + momentum * average if nesterov else average", "average"),
-            ("new = weights - lr * step if lr else weights", "new = weights + lr * step if lr else weights"),
-            ("new = weights - lr * step if lr else weights", "new = weights - lr * step"),
-            (
-                "m.copy_(torch.where(go, average.to(m.dtype), m))\n        new",
-                "m.copy_(average.to(m.dtype))\n        new",
-            ),
-            ("weights * (1 - lr * weight_decay)", "weights * (1 - weight_decay)"),
-            ("wide(m) + (1 - beta1) * (step - wide(m))", "wide(m) + beta1 * (step - wide(m))"),
-            ("beta2 * wide(v) + (1 - beta2) * (step * step)", "beta2 * wide(v) + step * step"),
-            ("(lr / (1 - beta1**count)).to", "(lr * count**0).to"),
-            ("(1 - beta2**count).sqrt().to", "(1 - beta2**count).to"),
-            ("square.sqrt() / root_bias + eps", "(square.sqrt() + eps) / root_bias", EPS),
-            ("t.add_(go.to(t.dtype))", "t.add_(1)"),
-            ("v.copy_(torch.where(go, square.to(v.dtype), v))", "v.copy_(square.to(v.dtype))"),
-        ],
-    ),
-    (
-        REFERENCE + "rho.py",
-        RHO.format("reference"),
-        [
-            ("h.double().square() * unit", "h.double() * unit"),
-            ("t * dual(scaled.double(), q))", "dual(scaled.double(), q))"),
-            ("(t * dual(scaled, q)).double()", "dual(scaled, q).double()"),
-            ("h.double() - g.double()", "h.double() + g.double()"),
-            ("a.double() - b.double()", "b.double() - a.double()"),
-        ],
-    ),
-    (
-        MATH,
-        NORM.format("cpu"),
-        [
-            ("return magnitude + xi;", "return magnitude;"),
-            ("magnitude < 0x400u ? subnormal", "magnitude < 0x1u ? subnormal", TWO_BYTES),
-        ],
-    ),
-    (
-        MATH,
-        PERTURB.format("cpu"),
-        [
-            ("return sign * power(absolute(x), q - C(1));", "return power(absolute(x), q - C(1));"),
-            ("if (q == C(1)) return sign;", "if (q == C(1)) return sign * sign;"),
-            ("C(q == 2 ? rho / square_root(total) : rho)", "C(q == 2 ? rho / total : rho)"),
-            ("C(1 / power(total, 1 / q))", "C(1 / square_root(total))"),
-            ("if (!(total > 0) || !is_finite(total))", "if (!is_finite(total))"),
-            ("if (!(total > 0) || !is_finite(total))", "if (!(total > 0))"),
-            ("if (!is_finite(double(length)) || !is_finite(double(shrink)))", "if (!is_finite(double(shrink)))"),
-            ("(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "(bits + 0x8000u) >> 16", TWO_BYTES),
-            ("0xfffu + ((magnitude >> 13) & 1u)", "0x1000u", TWO_BYTES),
-        ],
-    ),
-    (
-        MATH,
-        STEP.format("cpu"),
-        [
-            ("*m = o.momentum * *m + g;", "*m = o.momentum * (*m + g);"),
-            ("g = o.nesterov ? g + o.momentum * *m : *m;", "g = *m;"),
-            ("return o.lr == 0 ? theta : theta - o.lr * g;", "return theta - o.lr * g;"),
-            ("return o.lr == 0 ? theta : theta - o.lr * g;", "return o.lr == 0 ? theta : theta + o.lr * g;"),
-            ("theta = theta * o.shrink;", "theta = theta;"),
-            ("m = m + o.one_minus_beta1 * (g - m);", "m = m + o.beta1 * (g - m);"),
-            ("v = o.beta2 * v + o.one_minus_beta2 * (g * g);", "v = o.beta2 * v + o.one_minus_beta2 * g;"),
-            ("(square_root(v) / o.root_bias + o.eps)", "((square_root(v) + o.eps) / o.root_bias)", EPS),
-            ("return 1 - power(beta, step);", "return 1 - power(beta, step + 1);"),
-            ("C(square_root(bias2)),", "C(bias2),"),
-            ("C(1 - o.lr * o.weight_decay)", "C(1 - o.weight_decay)"),
-            ("o.decoupled ? C(0) : C(o.weight_decay)", "C(o.weight_decay)"),
-        ],
-    ),
-    (
-        MATH,
-        RHO.format("cpu"),
-        [
-            ("return outer * (g_hat * g_hat) * unit;", "return outer * g_hat * unit;"),
-            ("return outer * (g_hat - g);", "return outer * (g_hat + g);"),
-        ],
-    ),
-    (
-        "csrc/schemas.h",
-        "tests/test_opcheck.py -k 'restore_sgd_ and (opcheck or schema)'",
-        [
-            ("Tensor(b!)[] momenta, Tensor saved", "Tensor[] momenta, Tensor saved"),
-        ],
-    ),
+    *mutants_reference.GROUPS,
+    *mutants_kernels.GROUPS,
     (
         "lets_kernels/hypergradient.py",
         "tests/test_hypergradient.py -k 'reference and rounding'",

@@ -1,0 +1,116 @@
+"""The mutations of the kernels' formulas, for mutants_table.py: file, tests, and pairs of text and replacement."""
+
+from mutants_reference import AVERAGE, BSAM, COMBINE, EPS, FISHER, MASK, NOISE, NORM, PERTURB, RHO, STEP
+
+MATH = "csrc/math.h"
+TWO_BYTES = "tests/test_perturb.py -k 'two_bytes and not emulated'"
+
+GROUPS = [
+    (
+        MATH,
+        NORM.format("cpu"),
+        [
+            ("return magnitude + xi;", "return magnitude;"),
+            ("magnitude < 0x400u ? subnormal", "magnitude < 0x1u ? subnormal", TWO_BYTES),
+        ],
+    ),
+    (
+        MATH,
+        PERTURB.format("cpu"),
+        [
+            ("return sign * power(absolute(x), q - C(1));", "return power(absolute(x), q - C(1));"),
+            ("if (q == C(1)) return sign;", "if (q == C(1)) return sign * sign;"),
+            ("C(q == 2 ? rho / square_root(total) : rho)", "C(q == 2 ? rho / total : rho)"),
+            ("C(1 / power(total, 1 / q))", "C(1 / square_root(total))"),
+            ("if (!(total > 0) || !is_finite(total))", "if (!is_finite(total))"),
+            ("if (!(total > 0) || !is_finite(total))", "if (!(total > 0))"),
+            ("if (!is_finite(double(length)) || !is_finite(double(shrink)))", "if (!is_finite(double(shrink)))"),
+            ("(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "(bits + 0x8000u) >> 16", TWO_BYTES),
+            ("0xfffu + ((magnitude >> 13) & 1u)", "0x1000u", TWO_BYTES),
+        ],
+    ),
+    (
+        MATH,
+        STEP.format("cpu"),
+        [
+            ("*m = o.momentum * *m + g;", "*m = o.momentum * (*m + g);"),
+            ("g = o.nesterov ? g + o.momentum * *m : *m;", "g = *m;"),
+            ("return o.lr == 0 ? theta : theta - o.lr * g;", "return theta - o.lr * g;"),
+            ("return o.lr == 0 ? theta : theta - o.lr * g;", "return o.lr == 0 ? theta : theta + o.lr * g;"),
+            ("theta = theta * o.shrink;", "theta = theta;"),
+            ("m = m + o.one_minus_beta1 * (g - m);", "m = m + o.beta1 * (g - m);"),
+            ("v = o.beta2 * v + o.one_minus_beta2 * (g * g);", "v = o.beta2 * v + o.one_minus_beta2 * g;"),
+            ("(square_root(v) / o.root_bias + o.eps)", "((square_root(v) + o.eps) / o.root_bias)", EPS),
+            ("return 1 - power(beta, step);", "return 1 - power(beta, step + 1);"),
+            ("C(square_root(bias2)),", "C(bias2),"),
+            ("C(1 - o.lr * o.weight_decay)", "C(1 - o.weight_decay)"),
+            ("o.decoupled ? C(0) : C(o.weight_decay)", "C(o.weight_decay)"),
+        ],
+    ),
+    (
+        MATH,
+        RHO.format("cpu"),
+        [
+            ("return outer * (g_hat * g_hat) * unit;", "return outer * g_hat * unit;"),
+            ("return outer * (g_hat - g);", "return outer * (g_hat + g);"),
+        ],
+    ),
+    (
+        MATH,
+        FISHER.format("cpu"),
+        [
+            ("C(1) / square_root(C(1) + xi * (v * v))", "C(1) / square_root(C(1) + xi * v)"),
+            ("C(1) / square_root(C(1) + xi * (v * v))", "C(1) / (C(1) + xi * (v * v))"),
+        ],
+    ),
+    (
+        MATH,
+        BSAM.format("cpu"),
+        [
+            ("o.beta1 * m + o.one_minus_beta1 * (g + o.weight_decay * theta)", "o.beta1 * m + o.one_minus_beta1 * g"),
+            ("return o.lr == 0 ? theta : theta - o.lr * (m / s);", "return o.lr == 0 ? theta : theta - o.lr * m;"),
+            ("return o.lr == 0 ? theta : theta - o.lr * (m / s);", "return theta - o.lr * (m / s);"),
+        ],
+    ),
+    (
+        MATH,
+        COMBINE.format("cpu"),
+        [
+            ("return a * x + b * y;", "return a * x - b * y;"),
+            (
+                "one_minus_beta2 * (square_root(s) * absolute(g) + damping)",
+                "one_minus_beta2 * (s * absolute(g) + damping)",
+                AVERAGE.format("cpu"),
+            ),
+            ("beta2 * s + one_minus_beta2", "s + one_minus_beta2", AVERAGE.format("cpu")),
+            ("bit_cast<uint32_t>(absolute(v))", "bit_cast<uint32_t>(v)", MASK.format("cpu")),
+            ("<< 32 | int64_t(word)", "<< 32", MASK.format("cpu")),
+            ("return int64_t(word) << 31;", "return int64_t(word) << 30;", MASK.format("cpu")),
+        ],
+    ),
+    (
+        "csrc/random.h",
+        NOISE.format("cpu"),
+        [
+            ("round < 10;", "round < 9;"),
+            ("upper(p1) ^ c1 ^ k0", "upper(p1) ^ k0"),
+            ("k1 += 0xBB67AE85u;", "k1 += 0xBB67AE84u;"),
+            ("c1 = upper(k), c2", "c1 = 0, c2", "tests/test_noise.py -k 'cpu and 32_bits'"),
+            ("k1 = upper(draw.seed)", "k1 = 0"),
+            ("float(e) * float(0.6931471805599453)", "float(e) * 0.693147f"),
+            ("float(1. / 7)) * z", "float(1. / 7.01)) * z", "tests/test_noise.py -k 'cpu and bit_for_bit and float32'"),
+            ("* 0x1p-32f + 0x1p-33f", "* 0x1p-32f", "tests/test_random.py -k 'normal'"),
+            ("* 0x1p-30f - 0.5f", "* 0x1p-30f"),
+            ("swap ? -sine : cosine", "swap ? sine : cosine"),
+            ("flip = quadrant >= 2", "flip = quadrant > 2"),
+            ("probability * 4294967296.0", "probability * 4294967295.0", "tests/test_mask.py -k 'cpu and masked_bit'"),
+        ],
+    ),
+    (
+        "csrc/schemas.h",
+        "tests/test_opcheck.py -k 'restore_sgd_ and (opcheck or schema)'",
+        [
+            ("Tensor(b!)[] momenta, Tensor saved", "Tensor[] momenta, Tensor saved"),
+        ],
+    ),
+]
