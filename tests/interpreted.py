@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import lets_kernels as lk
+import refusals
 from lets_kernels.ops import triton as ops
 from runs import DTYPES, LAYOUTS, same_bits
 from test_opcheck import SHAPES, WRITES, arguments, overload, registered, scalar
@@ -122,6 +123,11 @@ def test_a_table_that_does_not_fit_is_refused_before_anything_is_written(op):
         with pytest.raises(RuntimeError, match=r"\w"):
             getattr(ops, op)(*given)
         assert same_bits(tensors(given), tensors(before))
+
+
+@pytest.mark.parametrize("op, name, wrong", refusals.cases())
+def test_a_wrong_argument_is_refused_before_anything_is_written(op, name, wrong):
+    refusals.check(ops, op, name, wrong)
 
 
 def test_lists_of_mixed_dtypes_tensors_with_holes_and_filters_that_do_not_divide_are_refused():

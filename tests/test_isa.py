@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from backends import Backend
+from backends import Backend, plain
 from runs import DTYPES, LAYOUTS, Bucket, Run, same_bits
+from test_average import Ascent, Average
+from test_bsam_step import bsam, step_of, written
+from test_bsam_step import check as check_bsam
+from test_combine import check_combine, check_dots, combine
+from test_mask import Masked
+from test_noise import KINDS, Noise
+from test_peaks import check as check_peaks
 from test_perturb import Call
 from test_step import Step, check_adamw, check_sgd
 
@@ -37,7 +44,25 @@ def every_op(bucket):
         results += bucket.read(step.params) + [x for buffer in step.buffers for x in bucket.read(buffer)]
     results += vector_ops(cpu, bucket)
     bucket.assert_guards()
-    return [*results, out]
+    return [*results, out, *every_vector_op(cpu, bucket)]
+
+
+def every_vector_op(cpu, bucket):
+    results = [
+        check_dots(cpu, bucket),
+        *combine(cpu, bucket)[-1],
+        *check_peaks(cpu, bucket),
+        *written(bsam(step_of(bucket), cpu)),
+    ]
+    average, ascent = Average(bucket).run(cpu), Ascent(bucket).run(cpu)
+    results += [average.total, *average.written(), *ascent.written()]
+    for kind in KINDS:
+        noise = Noise(bucket, kind if kind != "plain" or not bucket.row_count else "filter").run(cpu)
+        results += [noise.total, *noise.read()]
+    given = Masked(bucket)
+    given.select(cpu, 0x3F000000 << 32, 1, 9)
+    given.select(cpu, 1 << 61, 0, 8, vectors=False)
+    return [*results, *given.masked(cpu), *given.masked(cpu, 0.5), given.mask]
 
 
 def vector_ops(cpu, bucket):
@@ -83,7 +108,7 @@ def test_every_instruction_set_gives_the_same_bits(isas, dtype):
     for name in names:
         extension.use_cpu_isa(name)
         assert extension.cpu_isa() == name
-        results.append(every_op(Bucket(LAYOUTS["several"], dtype, "mixed")))
+        results.append(every_op(Bucket(LAYOUTS["several"], dtype, "all")))
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
@@ -111,3 +136,22 @@ def test_buckets_too_large_for_the_caches(dtype, threads):
         step = Step(bucket, states=states)
         getattr(step, kind)(cpu)
         check(step)
+    check_bsam(bsam(step_of(bucket), cpu))
+    Average(bucket).run(cpu).check()
+    Ascent(bucket).run(cpu).check()
+    for alias in (None, "x", "y"):
+        check_combine(cpu, bucket, alias=alias)
+    check_peaks(cpu, bucket)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_noise_and_masks_too_large_for_the_caches(dtype, threads):
+    """As above, against the reference, which has the numbers of millions of positions sooner than the oracle."""
+    threads(2)
+    size = (9 << 20) // torch.finfo(dtype).bits * 8
+    results = []
+    for ops in (Backend("cpu"), plain()):
+        bucket = Bucket([Run((size + 3,), offset=1), Run((70001,), offset=5)], dtype)
+        masked = Masked(bucket)
+        results.append([*Noise(bucket).run(ops).read(), *masked.masked(ops)[:-1], *masked.masked(ops, 0.5)[:-1]])
+    assert same_bits(*results)

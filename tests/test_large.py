@@ -81,6 +81,53 @@ def test_runs_that_start_past_2_31_elements(name, dtype):
     assert all(bool(x.isfinite().all()) for x in far[2]) and not same_bits(far[2][0], far[2][-12])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["reference", "cpu", "emulated"])
+def test_vectors_and_masks_past_2_31_elements(name, dtype):
+    """The ops on vectors, whose random numbers belong to the positions: the bits of tensors of their own that the same
+    table describes. Masks have one form only."""
+    ops, spans = Backend(name), [(0, 1000), (PAST - 48, PAST - 11), (PAST + 4096, PAST + 74_096)]
+    table = torch.tensor([(start, end - start, -1, 0, 0) for start, end in spans])
+
+    def inside(argument):
+        return [t.clone() for t in argument] if len(argument) > 1 else [argument[0][a:b].clone() for a, b in spans]
+
+    def results(form):
+        generator = torch.Generator().manual_seed(6)
+
+        def make():
+            values = [torch.randn(b - a, generator=generator).to(dtype) for a, b in spans]
+            if form == "list":
+                return values
+            flat = sparse(spans[-1][1], dtype)
+            for (a, b), value in zip(spans, values, strict=True):
+                flat[a:b] = value
+            return [flat]
+
+        x, y, out, s = (make() for _ in range(4))
+        for i, (a, b) in enumerate(spans):
+            (s[i] if form == "list" else s[0][a:b]).abs_().add_(0.1)
+        mask = sparse(spans[-1][1], torch.uint8)
+        random, updates = guarded(torch.tensor([1, 2])), guarded(torch.tensor(1))
+        coefficients, gate = guarded(torch.tensor([0.5, -0.25], dtype=torch.float64)), scalar(1.0)
+        threshold = guarded(torch.tensor(0x3F000000 << 32))
+        found = [ops.dots(x, y, table), ops.largest(x, table)]
+        ops.combine_(out, x, y, table, coefficients, gate)
+        found += [*inside(out), ops.average_(y, x, out, updates, table, gate, 0.9, 1.0, -0.5), *inside(out)]
+        ops.posterior_ascent_(out, s, y, table, gate, 0.9, 0.1)
+        found += [*inside(out), ops.noise_(out, x, s, table, None, random, 5, 0.5, 0.1), *inside(out)]
+        ops.select_(mask, x, table, threshold, random, 5, -1, 1)
+        found += [*inside([mask]), ops.count_above(x, mask, table, threshold, random, 5, 1)]
+        for given in (mask, None):
+            found += [ops.masked_(out, x, given, table, random, 5, 0.5), *inside(out)]
+        found += [ops.peaks_(out, x, table, found[1]), *inside(out), *inside(y), *inside(s)]
+        return found
+
+    flat, lists = results("flat"), results("list")
+    assert same_bits(flat, lists)
+    assert all(bool(x.isfinite().all()) for x in flat) and 1000 < sum(int(m.sum()) for m in flat[11:14]) < 71_000
+
+
 def test_one_run_of_more_than_2_31_elements(threads):
     """What only reads, over 4 GiB of zeros with a few numbers among them: none is missed, none is counted twice."""
     threads(2)

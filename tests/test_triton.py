@@ -16,6 +16,13 @@ CHOSEN = (
     "or several- and (float32 or bfloat16) or every_q and float32 and list or every_q and float32 and runs "
     "or every_kind and float32 and runs or non_finite or zero or gate or starts_from or restore_of)"
 )
+#: Of those of the ops on vectors, where the layout matters less: every dtype once, and each way an element can go.
+FEWER = (
+    "not same_bits and "
+    "(channels-last or unaligned-torch or several- and (float32 or bfloat16) or as_plain_torch and float32 "
+    "or every_kind and float32 and flat or members and float16 or bisection and 0.4 or nan and 719 or 32_bits "
+    "or first_vector or would_stand and float64 or closed_gate and float16 or no_runs or same_size)"
+)
 
 
 def run(*arguments, interpret=True):
@@ -50,6 +57,11 @@ def interpreter():
 def test_the_op_tests_pass_in_the_interpreter(interpreter):
     files = [f"tests/test_{stem}.py" for stem in ("norm", "perturb", "step", "rho")]
     assert interpreted_tests(*files, "-k", f"triton and {CHOSEN}") > 300
+
+
+def test_the_tests_of_the_ops_on_vectors_pass_in_the_interpreter(interpreter):
+    stems = ("combine", "average", "bsam_step", "fisher", "swapped", "noise", "mask", "peaks")
+    assert interpreted_tests(*(f"tests/test_{stem}.py" for stem in stems), "-k", f"triton and {FEWER}") > 100
 
 
 def test_what_is_tritons_own_passes_in_the_interpreter(interpreter):
