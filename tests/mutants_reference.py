@@ -143,7 +143,7 @@ GROUPS = [
             ("high1 ^ c[1] ^ k0, low1", "high1 ^ k0, low1"),
             ("(k1 + 0xBB67AE85)", "(k1 + 0xBB67AE84)"),
             ("c = [k & _LOW, k >> 32,", "c = [k & _LOW, 0 * k,", "tests/test_random.py -k 'words_are_those'"),
-            ("e.float() * 0.6931471805599453", "e.float() * 0.693147"),
+            ("e.float() * 0.6931471805599453", "e.float() * 0.69314"),
             ("1 / 3) * z + 1\n    return", "1 / 3) * z + 2\n    return"),
             ("torch.where(swap, -sine, cosine)", "torch.where(swap, sine, cosine)"),
             ("quadrant % 2 == 1, quadrant >= 2", "quadrant % 2 == 1, quadrant > 2"),
