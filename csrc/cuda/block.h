@@ -43,12 +43,16 @@ template <class C, int V, class T>
 LETS_DEVICE Values<C, V> fetch(const T* from, int i) {
   return widened<C>(read_only(&pack_at<V>(from, i)));
 }
-template <int V, class T, class C>
-LETS_DEVICE void store(T* to, int i, const Values<C, V>& values) {
+template <class T, class C, int V>
+LETS_DEVICE Pack<T, V> narrowed(const Values<C, V>& values) {
   Pack<T, V> pack;
 #pragma unroll
   for (int j = 0; j < V; ++j) narrow(values.value[j], pack.value[j]);
-  pack_at<V>(to, i) = pack;
+  return pack;
+}
+template <int V, class T, class C>
+LETS_DEVICE void store(T* to, int i, const Values<C, V>& values) {
+  pack_at<V>(to, i) = narrowed<T>(values);
 }
 
 LETS_DEVICE bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
@@ -84,7 +88,7 @@ LETS_DEVICE void over_in_order(int numel, bool all_aligned, F f) {
   for (int i = packed + int(threadIdx.x); i < numel; i += kThreads) f(Width<1>{}, i);
 }
 
-// T of ASAM for the elements of one chunk; kernels for runs without any T are compiled with Scaled = false.
+// T for the elements of one chunk; kernels for runs without any T are compiled with Scaled = false.
 template <class C, bool Scaled>
 struct Scale {
   int64_t row_length, row_count, first;  // first: the row of the chunk's first element
@@ -115,21 +119,33 @@ struct Scale {
     if (row >= s.row_count) row = s.row_count <= 0x7fffffff ? uint32_t(row) % uint32_t(s.row_count) : row % s.row_count;
     return row;
   }
-  // T of elements i … i + V - 1; `theta` is looked at where T = |theta| + xi.
+  // The norms of the filters of elements i … i + V - 1.
   template <int V>
-  LETS_DEVICE Values<C, V> at(const Scale& s, int i, const Values<C, V>& theta) {
+  LETS_DEVICE Values<C, V> filters(const Scale& s, int i) {
+    Values<C, V> norm;
+    const int64_t begin = row(s, i), end = row(s, i + V - 1);
+    const C all = s.norms[begin];
+#pragma unroll
+    for (int j = 0; j < V; ++j) norm.value[j] = begin == end ? all : s.norms[row(s, i + j)];
+    return norm;
+  }
+  // T of elements i … i + V - 1. `theta` is looked at where T = |theta| + xi, `v` where T is of the Fisher information.
+  template <int V>
+  LETS_DEVICE Values<C, V> at(const Scale& s, int i, const Values<C, V>& theta, const Values<C, V>& v) {
     Values<C, V> t;
     if (Scaled && s.row_length == 0) {
 #pragma unroll
       for (int j = 0; j < V; ++j) t.value[j] = adaptive_scale(absolute(theta.value[j]), s.xi);
+    } else if (Scaled && s.row_length == -2) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) t.value[j] = fisher_scale(v.value[j], s.xi);
     } else if (!Scaled || s.row_length < 0) {
 #pragma unroll
       for (int j = 0; j < V; ++j) t.value[j] = C(1);
     } else {
-      const int64_t begin = row(s, i), end = row(s, i + V - 1);
-      const C all = adaptive_scale(s.norms[begin], s.xi);
+      t = filters<V>(s, i);
 #pragma unroll
-      for (int j = 0; j < V; ++j) t.value[j] = begin == end ? all : adaptive_scale(s.norms[row(s, i + j)], s.xi);
+      for (int j = 0; j < V; ++j) t.value[j] = adaptive_scale(t.value[j], s.xi);
     }
     return t;
   }
@@ -137,12 +153,24 @@ struct Scale {
 
 // ---- sums: in double, each thread's in the order of its elements, the threads' by a tree, the blocks' in slots
 
-LETS_DEVICE double block_sum(double mine) {
+struct Sum {
+  LETS_DEVICE double join(double a, double b) { return a + b; }
+};
+// The larger of two, where nothing is larger than NaN.
+struct Largest {
+  template <class C>
+  LETS_DEVICE C join(C a, C b) {
+    return b > a || b != b ? b : a;
+  }
+};
+
+template <class Join>
+LETS_DEVICE double block_joined(double mine) {
   LETS_SHARED double part[kThreads];
   part[threadIdx.x] = mine;
   __syncthreads();
   for (int width = kThreads / 2; width > 0; width /= 2) {
-    if (int(threadIdx.x) < width) part[threadIdx.x] += part[threadIdx.x + width];
+    if (int(threadIdx.x) < width) part[threadIdx.x] = Join::join(part[threadIdx.x], part[threadIdx.x + width]);
     __syncthreads();
   }
   const double total = part[0];
@@ -150,25 +178,27 @@ LETS_DEVICE double block_sum(double mine) {
   return total;
 }
 
-// Adds the slots that were written, in their order, to sums[0].
-LETS_KERNEL add_slots(double* sums, int slots) {
+// Joins the slots that were written, in their order: a block's total goes to its place in front of all slots.
+template <class Join>
+LETS_KERNEL join_slots(double* sums, int slots) {
+  const double* slot = sums + gridDim.x + int64_t(blockIdx.x) * kSlots;
   double mine = 0;
-  for (int i = int(threadIdx.x); i < slots; i += kThreads) mine += sums[1 + i];
-  const double total = block_sum(mine);
-  if (threadIdx.x == 0) sums[0] = total;
+  for (int i = int(threadIdx.x); i < slots; i += kThreads) mine = Join::join(mine, slot[i]);
+  const double total = block_joined<Join>(mine);
+  if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
 
 // Calls f(bool_constant) with whether any run has a T.
 template <class F>
 void with_scaling(const Row* rows, int64_t count, F f) {
-  if (std::any_of(rows, rows + count, [](const Row& row) { return row.row_length >= 0; })) return f(std::true_type{});
+  if (std::any_of(rows, rows + count, [](const Row& row) { return row.row_length != -1; })) return f(std::true_type{});
   return f(std::false_type{});
 }
 
-// The launches of one sum: `one(batch, blocks, add)` launches the kernel on `blocks` blocks, which all write their own
-// slot, or add to it from the second batch on.
-template <class One>
-void sum_in_batches(const Row* rows, int64_t count, double* sums, void* stream, One one) {
+// The launches of one sum, or of several: `one(batch, chunks, blocks, add)` launches the kernel on `blocks` blocks,
+// which all write their own slots, or add to them from the second batch on.
+template <class Join = Sum, class One>
+void sum_in_batches(const Row* rows, int64_t count, double* sums, void* stream, One one, int totals = 1) {
   int slots = 0;
   in_batches(rows, count, pieces,
              [&](const auto&, int32_t chunks) { slots = std::max(slots, std::min(chunks, kSlots)); });
@@ -177,16 +207,24 @@ void sum_in_batches(const Row* rows, int64_t count, double* sums, void* stream, 
     one(batch, chunks, slots, add);
     add = true;
   });
-  launch(&add_slots, 1, kThreads, stream, sums, slots);
+  launch(&join_slots<Join>, totals, kThreads, stream, sums, slots);
 }
 
-// Writes a block's sum to its slot.
-LETS_DEVICE void keep(double* sums, double mine, bool add) {
-  const double total = block_sum(mine);
+// Writes a block's sum, of number `which` of `Totals`, to its slot.
+template <class Join = Sum, int Totals = 1>
+LETS_DEVICE void keep(double* sums, double mine, bool add, int which = 0) {
+  const double total = block_joined<Join>(mine);
   if (threadIdx.x == 0) {
-    double* slot = sums + 1 + blockIdx.x;
-    *slot = add ? *slot + total : total;
+    double* slot = sums + Totals + int64_t(which) * kSlots + blockIdx.x;
+    *slot = add ? Join::join(*slot, total) : total;
   }
+}
+// The same of elements as they are stored: the sum of their squares.
+template <class C, class T, int V>
+LETS_DEVICE void add_squares(double& sum, const Pack<T, V>& pack) {
+  const auto x = widened<C>(pack);
+#pragma unroll
+  for (int j = 0; j < V; ++j) sum += double(x.value[j]) * double(x.value[j]);
 }
 
 }  // namespace lets::cuda

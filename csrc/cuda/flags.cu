@@ -6,6 +6,8 @@ namespace {
 
 LETS_KERNEL set_kernel(int64_t* flag, int64_t value) { *flag = value; }
 
+LETS_KERNEL advance_kernel(int64_t* counter, const double* gate) { *counter += *gate != 0; }
+
 constexpr int kValues = 64;
 struct Addresses {
   const double* at[kValues];
@@ -24,6 +26,10 @@ LETS_KERNEL finite_kernel(LETS_PARAMETER Addresses values, int count, double* fi
 void select(int device) { set_device(device); }
 
 void set(int64_t* flag, int64_t value, void* stream) { launch(&set_kernel, 1, 1, stream, flag, value); }
+
+void advance(int64_t* counter, const double* gate, void* stream) {
+  launch(&advance_kernel, 1, 1, stream, counter, gate);
+}
 
 void all_finite(const double* const* values, int64_t count, double* finite, int64_t* skipped, void* stream) {
   int64_t begin = 0;

@@ -41,15 +41,17 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* st
 // What no thread writes while the kernel runs; the compiler may then move the load ahead of stores.
 template <class P>
 static __device__ __forceinline__ P read_only(const P* from) {
-  static_assert(sizeof(P) == 16 || sizeof(P) == 8 || sizeof(P) == 4 || sizeof(P) == 2);
+  static_assert(sizeof(P) == 16 || sizeof(P) == 8 || sizeof(P) == 4 || sizeof(P) == 2 || sizeof(P) == 1);
   if constexpr (sizeof(P) == 16) {
     return bit_cast<P>(__ldg(reinterpret_cast<const uint4*>(from)));
   } else if constexpr (sizeof(P) == 8) {
     return bit_cast<P>(__ldg(reinterpret_cast<const unsigned long long*>(from)));
   } else if constexpr (sizeof(P) == 4) {
     return bit_cast<P>(__ldg(reinterpret_cast<const unsigned int*>(from)));
-  } else {
+  } else if constexpr (sizeof(P) == 2) {
     return bit_cast<P>(__ldg(reinterpret_cast<const unsigned short*>(from)));
+  } else {
+    return bit_cast<P>(__ldg(reinterpret_cast<const unsigned char*>(from)));
   }
 }
 

@@ -27,7 +27,7 @@ norm_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double xi, dou
     over_in_order<T>(piece.numel, aligned(v) && aligned(theta), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const auto x = fetch<C, V>(v, i);
-      const auto t = Scale<C, Scaled>::at(scale, i, theta ? fetch<C, V>(theta, i) : x);
+      const auto t = Scale<C, Scaled>::at(scale, i, theta ? fetch<C, V>(theta, i) : x, x);
 #pragma unroll
       for (int j = 0; j < V; ++j) term(t.value[j] * x.value[j]);
     });

@@ -1,55 +1,11 @@
 // The CUDA registration of the ops: checks the arguments, gathers the addresses, enqueues the kernels.
 //
 // Compiled by the host's compiler alone; what needs nvcc is behind kernels.h. Nothing here waits for the device.
-#include <algorithm>
-
-#include "../runs.h"
 #include "../schemas.h"
-#include "kernels.h"
-#if defined(LETS_EMULATED)
-#include "emulated_device.h"  // tests/emulator: the same kernels on CPU tensors
-#else
-#include "device.h"
-#endif
+#include "rows.h"
 
 namespace lets {
 namespace {
-
-using cuda::Device;
-using cuda::Row;
-using torch::headeronly::ScalarType;
-
-Tensor empty_doubles(int64_t numel, const Device& device) {
-  const int64_t stride = 1;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &numel, &stride, aoti_torch_dtype_float64(), device.type(), device.index(), &handle));
-  return Tensor(handle);
-}
-
-// A 0-d view of the first element: a sum and its slots are one allocation.
-Tensor first_of(const Tensor& t) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 0, nullptr, nullptr, 0, &handle));
-  return Tensor(handle);
-}
-
-// The rows of a call: the runs' addresses in each of its lists, and their scaling.
-std::vector<Row> rows_of(const Table& table, std::initializer_list<const Runs*> lists,
-                         const Scalings* scalings = nullptr) {
-  std::vector<Row> rows(size_t(table.size()));
-  for (int64_t i = 0; i < table.size(); ++i) {
-    Row& row = rows[size_t(i)];
-    row = {{}, table[i].numel, -1, 0, nullptr};
-    int l = 0;
-    for (const Runs* list : lists) row.address[l++] = list->run(i);
-    if (scalings) {
-      const Scaling s = scalings->at({i, 0, 0});
-      row.row_length = s.row_length, row.row_count = s.row_count, row.norms = s.norms;
-    }
-  }
-  return rows;
-}
 
 Tensor grad_norm(const Tensors& vectors, const Tensors& params, const Tensor& runs,
                  const std::optional<Tensor>& filter_norms, double xi, double q) {
@@ -89,7 +45,8 @@ void perturb_(const Tensors& params, const Tensors& vectors, const Tensor& saved
   const Table table(runs);
   const Device device(params, {dirty});
   const Dtype dtype = dtype_of_list(params, "params");
-  const Runs theta(params, table, dtype, device.where, "params"), v(vectors, table, dtype, device.where, "vectors"),
+  const Runs theta(params, table, dtype, device.where, "params"),
+      v(vectors, table, dtype, device.where, "vectors", Need::optional),
       to(Tensors{saved}, table, dtype, device.where, "saved");
   const Scalings scaling(table, params, filter_norms, dtype, xi, device.where);
   const auto rows = rows_of(table, {&theta, &v, &to}, &scaling);
@@ -137,6 +94,20 @@ void restore_adamw_(const Tensors& params, const Tensors& grads, const Tensors& 
   for (size_t i = 0; i < rows.size(); ++i) rows[i].address[5] = reinterpret_cast<char*>(step[i]);
   cuda::adam(dtype, rows.data(), table.size(), {lr, beta1, beta2, eps, weight_decay, decoupled, maximize},
              scalar(gate, device.where, "gate"), counter(dirty, device.where, "dirty"), device.stream);
+}
+
+void restore_bsam_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& precisions,
+                   const Tensor& saved, const Tensor& dirty, const Tensor& runs, const Tensor& gate, double lr,
+                   double beta1, double weight_decay) {
+  const Table table(runs);
+  const Device device(params, {dirty});
+  const Dtype dtype = dtype_of_list(params, "params");
+  const Runs theta(params, table, dtype, device.where, "params"), g(grads, table, dtype, device.where, "grads"),
+      m(exp_avgs, table, dtype, device.where, "exp_avgs"), s(precisions, table, dtype, device.where, "precisions"),
+      before(Tensors{saved}, table, dtype, device.where, "saved");
+  const auto rows = rows_of(table, {&theta, &g, &m, &s, &before});
+  cuda::bsam(dtype, rows.data(), table.size(), lr, beta1, weight_decay, scalar(gate, device.where, "gate"),
+             counter(dirty, device.where, "dirty"), device.stream);
 }
 
 Tensor rho_grad_diagonal(const Tensors& val, const Tensors& train, const Tensors& perturbed, const Tensors& vectors,
@@ -194,6 +165,7 @@ STABLE_TORCH_LIBRARY_IMPL(lets_kernels, CUDA, m) {
   m.impl("restore_", TORCH_BOX(&lets::restore_));
   m.impl("restore_sgd_", TORCH_BOX(&lets::restore_sgd_));
   m.impl("restore_adamw_", TORCH_BOX(&lets::restore_adamw_));
+  m.impl("restore_bsam_", TORCH_BOX(&lets::restore_bsam_));
   m.impl("rho_grad_diagonal", TORCH_BOX(&lets::rho_grad_diagonal));
   m.impl("rho_grad_secant", TORCH_BOX(&lets::rho_grad_secant));
   m.impl("all_finite_", TORCH_BOX(&lets::all_finite_));

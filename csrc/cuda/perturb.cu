@@ -1,4 +1,5 @@
-// Perturb and restore. perturb: reads theta, v; writes theta, saved. restore: reads saved; writes theta.
+// Perturb and restore. perturb: reads theta, v (which may stand in saved); writes theta, saved. restore: reads saved;
+// writes theta.
 #include "block.h"
 
 namespace lets::cuda {
@@ -21,8 +22,9 @@ perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, double xi, double q, const 
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   const Row& row = batch.row[piece.row];
   T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-  const T* v = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
   T* saved = reinterpret_cast<T*>(row.address[2]) + piece.begin;
+  const bool swapped = row.address[1] == nullptr;  // v stands in `saved`, which takes the weights
+  const T* v = swapped ? saved : reinterpret_cast<const T*>(row.address[1]) + piece.begin;
   const auto scale = Scale<C, Scaled>::of(row, piece.begin, xi);
   const bool all_aligned = aligned(theta) && aligned(v) && aligned(saved);
   if (length == 0) {  // decided here, not in the loop, where the load of v would wait for that of theta
@@ -34,11 +36,11 @@ perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, double xi, double q, const 
   }
   over<T>(piece.numel, all_aligned, [&](auto width, int i) {
     constexpr int V = decltype(width)::value;
-    const auto x = fetch<C, V>(v, i);
+    const auto x = swapped ? load<C, V>(v, i) : fetch<C, V>(v, i);
     const Pack<T, V> old = pack_at<V>(theta, i);
     pack_at<V>(saved, i) = old;
     auto weights = widened<C>(old);
-    const auto t = Scale<C, Scaled>::at(scale, i, weights);
+    const auto t = Scale<C, Scaled>::at(scale, i, weights, x);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       // T = 1 multiplies exactly, so plain runs need no path of their own.

@@ -23,7 +23,7 @@ diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double xi,
       constexpr int V = decltype(width)::value;
       const auto a = fetch<C, V>(val, i), h = fetch<C, V>(g_hat, i), x = fetch<C, V>(v, i);
       const auto b = train ? fetch<C, V>(train, i) : Values<C, V>{};
-      const auto t = Scale<C, Scaled>::at(scale, i, theta ? fetch<C, V>(theta, i) : x);
+      const auto t = Scale<C, Scaled>::at(scale, i, theta ? fetch<C, V>(theta, i) : x, x);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const C scaled = t.value[j] * x.value[j];

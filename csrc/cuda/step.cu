@@ -1,5 +1,6 @@
 // The base optimizer's step from the saved weights, where they are perturbed, or from the weights as they are.
-// SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v.
+// SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v. Variational SAM:
+// reads saved, g, m, s; writes theta, m.
 #include "block.h"
 
 namespace lets::cuda {
@@ -84,6 +85,39 @@ adam_kernel(LETS_PARAMETER Batch<Capacity> batch, AdamOptions options, const dou
   });
 }
 
+template <class T, int Capacity>
+LETS_KERNEL_FOR(4)
+bsam_kernel(LETS_PARAMETER Batch<Capacity> batch, double lr, double beta1, double weight_decay, const double* gate,
+            const int64_t* dirty) {
+  using C = typename ArithmeticOf<T>::type;
+  const bool go = *gate != 0, perturbed = *dirty != 0;
+  if (!go && !perturbed) return;
+  const Bsam<C> bsam{C(lr), C(beta1), C(1 - beta1), C(weight_decay)};
+  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const Row& row = batch.row[piece.row];
+  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
+  const T* g = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+  T* m = reinterpret_cast<T*>(row.address[2]) + piece.begin;
+  const T* s = reinterpret_cast<const T*>(row.address[3]) + piece.begin;
+  const T* saved = reinterpret_cast<const T*>(row.address[4]) + piece.begin;
+  const T* from = perturbed ? saved : theta;
+  const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(s) && aligned(saved);
+  over<T>(piece.numel, all_aligned, [&](auto width, int i) {
+    constexpr int V = decltype(width)::value;
+    if (!go) {
+      pack_at<V>(theta, i) = pack_at<V>(saved, i);
+      return;
+    }
+    auto weights = load<C, V>(from, i), average = load<C, V>(m, i);
+    const auto gradient = fetch<C, V>(g, i), precision = fetch<C, V>(s, i);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      weights.value[j] = Bsam<C>::step(bsam, weights.value[j], gradient.value[j], average.value[j], precision.value[j]);
+    store<V>(m, i, average);
+    store<V>(theta, i, weights);
+  });
+}
+
 // Runs last, when nobody reads the counts any more.
 template <int Capacity>
 LETS_KERNEL count_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* gate) {
@@ -117,6 +151,18 @@ void adam(Dtype dtype, const Row* rows, int64_t count, const AdamOptions& option
   const auto once = [](const Row&) { return int64_t(1); };
   in_batches(rows, count, once, [&](const auto& batch, int32_t) {
     launch(&count_kernel<capacity_of<decltype(batch)>>, 1, kThreads, stream, batch, gate);
+  });
+  set(dirty, 0, stream);
+}
+
+void bsam(Dtype dtype, const Row* rows, int64_t count, double lr, double beta1, double weight_decay, const double* gate,
+          int64_t* dirty, void* stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&bsam_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch, lr, beta1, weight_decay,
+             gate, static_cast<const int64_t*>(dirty));
+    });
   });
   set(dirty, 0, stream);
 }

@@ -1,0 +1,78 @@
+// Two vectors. dots: reads x, y; writes nothing parameter-sized. combine: reads x, y; writes out, which may be one of
+// them, so nothing here counts as read-only.
+#include "block.h"
+
+namespace lets::cuda {
+namespace {
+
+template <class T, int Capacity>
+LETS_KERNEL_FOR(4)
+dots_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double* sums, bool add) {
+  using C = typename ArithmeticOf<T>::type;
+  double xx = 0, xy = 0, yy = 0;
+  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, c);
+    const Row& row = batch.row[piece.row];
+    const T* x = reinterpret_cast<const T*>(row.address[0]) + piece.begin;
+    const T* y = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+    over_in_order<T>(piece.numel, aligned(x) && aligned(y), [&](auto width, int i) {
+      constexpr int V = decltype(width)::value;
+      const auto u = fetch<C, V>(x, i), w = fetch<C, V>(y, i);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const double a = double(u.value[j]), b = double(w.value[j]);
+        xx += a * a;
+        xy += a * b;
+        yy += b * b;
+      }
+    });
+  }
+  keep<Sum, 3>(sums, xx, add, 0);
+  keep<Sum, 3>(sums, xy, add, 1);
+  keep<Sum, 3>(sums, yy, add, 2);
+}
+
+template <class T, int Capacity>
+LETS_KERNEL_FOR(4)
+combine_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* coefficients, const double* gate) {
+  using C = typename ArithmeticOf<T>::type;
+  if (*gate == 0) return;
+  const C a = C(coefficients[0]), b = C(coefficients[1]);
+  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const Row& row = batch.row[piece.row];
+  T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
+  const T* x = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+  const T* y = reinterpret_cast<const T*>(row.address[2]) + piece.begin;
+  over<T>(piece.numel, aligned(out) && aligned(x) && aligned(y), [&](auto width, int i) {
+    constexpr int V = decltype(width)::value;
+    auto u = load<C, V>(x, i);
+    const auto w = load<C, V>(y, i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) u.value[j] = combined(a, u.value[j], b, w.value[j]);
+    store<V>(out, i, u);
+  });
+}
+
+}  // namespace
+
+void dots(Dtype dtype, const Row* rows, int64_t count, double* sums, void* stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto one = [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+      launch(&dots_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch, chunks, sums, add);
+    };
+    sum_in_batches(rows, count, sums, stream, one, 3);
+  });
+}
+
+void combine(Dtype dtype, const Row* rows, int64_t count, const double* coefficients, const double* gate,
+             void* stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&combine_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch, coefficients, gate);
+    });
+  });
+}
+
+}  // namespace lets::cuda

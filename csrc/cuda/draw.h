@@ -1,0 +1,62 @@
+// Random numbers for the elements that a thread holds.
+#pragma once
+
+#include "../random.h"
+#include "block.h"
+
+namespace lets::cuda {
+
+// The position of a chunk's first element in its bucket.
+LETS_DEVICE int64_t position_of(const Row& row, const Piece& piece) {
+  return int64_t(reinterpret_cast<intptr_t>(row.address[kStart])) + piece.begin;
+}
+
+LETS_DEVICE Draw draw_of(const int64_t* random, uint32_t draws) {
+  return {uint64_t(random[0]), uint64_t(random[1]), draws};
+}
+
+// The words of V elements from a position on, a multiple of V: a pack of four has a call of Philox to itself.
+template <int V>
+LETS_DEVICE Values<uint32_t, V> words_at(const Draw& draw, int64_t position) {
+  Values<uint32_t, V> found;
+  if constexpr (V >= 4) {
+#pragma unroll
+    for (int j = 0; j < V; j += 4) {
+      const Words words = philox(draw, uint64_t(position + j) / 4);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) found.value[j + k] = words.word[k];
+    }
+  } else {
+    const Words words = philox(draw, uint64_t(position) / 4);
+    const bool second = position & 2;
+    const uint32_t low = second ? words.word[2] : words.word[0], high = second ? words.word[3] : words.word[1];
+    if constexpr (V == 2) {
+      found = {{low, high}};
+    } else {
+      found = {{position & 1 ? high : low}};
+    }
+  }
+  return found;
+}
+
+// The normal numbers of the same elements; two of them come from two words.
+template <int V>
+LETS_DEVICE Values<float, V> normals_at(const Draw& draw, int64_t position) {
+  Values<float, V> found;
+  constexpr int kWords = V < 2 ? 2 : V;
+  const auto words = words_at<kWords>(draw, position - position % kWords);
+  if constexpr (V < 2) {
+    const Pair pair = normal_pair(words.value[0], words.value[1]);
+    found = {{position & 1 ? pair.second : pair.first}};
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; j += 2) {
+      const Pair pair = normal_pair(words.value[j], words.value[j + 1]);
+      found.value[j] = pair.first;
+      found.value[j + 1] = pair.second;
+    }
+  }
+  return found;
+}
+
+}  // namespace lets::cuda
