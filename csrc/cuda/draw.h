@@ -15,6 +15,13 @@ LETS_DEVICE Draw draw_of(const int64_t* random, uint32_t draws) {
   return {uint64_t(random[0]), uint64_t(random[1]), draws};
 }
 
+// The word of one position, by choices: an index that is not known when compiled would put the words into memory.
+LETS_DEVICE uint32_t word_at(const Words& words, int64_t position) {
+  const uint32_t even = position & 2 ? words.word[2] : words.word[0];
+  const uint32_t odd = position & 2 ? words.word[3] : words.word[1];
+  return position & 1 ? odd : even;
+}
+
 // The words of V elements from a position on, a multiple of V: a pack of four has a call of Philox to itself.
 template <int V>
 LETS_DEVICE Values<uint32_t, V> words_at(const Draw& draw, int64_t position) {
@@ -28,13 +35,8 @@ LETS_DEVICE Values<uint32_t, V> words_at(const Draw& draw, int64_t position) {
     }
   } else {
     const Words words = philox(draw, uint64_t(position) / 4);
-    const bool second = position & 2;
-    const uint32_t low = second ? words.word[2] : words.word[0], high = second ? words.word[3] : words.word[1];
-    if constexpr (V == 2) {
-      found = {{low, high}};
-    } else {
-      found = {{position & 1 ? high : low}};
-    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) found.value[j] = word_at(words, position + j);
   }
   return found;
 }
@@ -44,7 +46,7 @@ template <int V>
 LETS_DEVICE Values<float, V> normals_at(const Draw& draw, int64_t position) {
   Values<float, V> found;
   constexpr int kWords = V < 2 ? 2 : V;
-  const auto words = words_at<kWords>(draw, position - position % kWords);
+  const auto words = words_at<kWords>(draw, V < 2 ? position & ~int64_t(1) : position);
   if constexpr (V < 2) {
     const Pair pair = normal_pair(words.value[0], words.value[1]);
     found = {{position & 1 ? pair.second : pair.first}};

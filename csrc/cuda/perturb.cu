@@ -6,7 +6,7 @@ namespace lets::cuda {
 namespace {
 
 template <class T, Q Kind, bool Scaled, int Capacity>
-LETS_KERNEL_FOR(Scaled || Kind == Q::other ? 2 : 4)
+LETS_KERNEL_FOR(Kind == Q::other || (Scaled && sizeof(T) != 4) ? 2 : 4)
 perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, double xi, double q, const double* total, const double* rho,
                int64_t* dirty) {
   using C = typename ArithmeticOf<T>::type;
