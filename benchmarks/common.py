@@ -67,18 +67,20 @@ def combine(pairs: Sequence[tuple[float, Sequence[Tensor]]]) -> list[Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """Parameter-sized buffers that must be moved: of all elements, and of those alone whose T is of one kind."""
+    """Parameter-sized buffers that must be moved: of all elements, and of those alone whose T is of one kind; and masks
+    of a byte an element.
+    """
 
     buffers: int
     element_wise: int = 0
     filter_wise: int = 0
-    mask: bool = False  # one byte an element more
+    masks: int = 0
 
     def bytes(self, table: Tensor, itemsize: int) -> int:
         numel, row_length = table[:, 1], table[:, 2]
         moved = self.buffers * numel + self.element_wise * numel * (row_length == 0)
-        buffers = itemsize * int((moved + self.filter_wise * numel * (row_length > 0)).sum())
-        return buffers + self.mask * int(numel.sum())
+        moved = itemsize * (moved + self.filter_wise * numel * (row_length > 0))
+        return int((moved + self.masks * numel).sum())
 
 
 FLOORS = {
@@ -92,9 +94,15 @@ FLOORS = {
     "rho_grad_secant": Floor(4),
     "dots": Floor(2),
     "combine_": Floor(3),
-    "average_": Floor(3),  # without a vector of its own; 4 with one
-    "masked_": Floor(2, mask=True),
-    "noise_": Floor(1),  # its numbers are computed
+    "average_": Floor(4),
+    "posterior_ascent_": Floor(4),
+    "restore_bsam_": Floor(6),
+    "noise_": Floor(2),
+    "masked_": Floor(2, masks=1),
+    "count_above": Floor(1, masks=1),
+    "select_": Floor(1, masks=2),
+    "largest": Floor(1),
+    "peaks_": Floor(2),
 }
 
 

@@ -26,8 +26,19 @@ LISTS = {
     "filter_kernel": (1, 0),
     "diagonal_kernel": (4, 0),
     "secant_kernel": (4, 0),
+    "dots_kernel": (2, 0),
+    "combine_kernel": (2, 1),
+    "average_kernel": (2, 2),
+    "ascent_kernel": (2, 2),
+    "bsam_kernel": (4, 2),
+    "noise_kernel": (2, 1),
+    "masked_kernel": (1, 1),  # masks are of bytes, as many of them as the pack has elements
+    "count_above_kernel": (1, 0),
+    "select_kernel": (1, 0),
+    "largest_kernel": (1, 0),
+    "peaks_kernel": (1, 1),
 }
-KERNELS = {*LISTS, "add_slots", "count_kernel", "set_kernel", "finite_kernel"}
+KERNELS = {*LISTS, "join_slots", "count_kernel", "set_kernel", "advance_kernel", "finite_kernel"}
 
 
 def kernel_of(mangled):
@@ -86,9 +97,10 @@ def test_streaming_kernels_move_sixteen_bytes_at_a_time(library, tool, architect
             assert loads >= LISTS[kernel][0], f"{name}: {loads} 128-bit loads"
             assert stores >= LISTS[kernel][1], f"{name}: {stores} 128-bit stores"
     assert set(seen) == KERNELS
-    # four dtypes, two sizes of batch; three cases of q, with and without T
-    assert seen["norm_kernel"] == seen["perturb_kernel"] == seen["diagonal_kernel"] == 4 * 2 * 3 * 2
-    assert seen["restore_kernel"] == seen["sgd_kernel"] == seen["adam_kernel"] == seen["secant_kernel"] == 4 * 2
+    # four dtypes, two sizes of batch; three cases of q, with and without T; noise of filters, masks that are drawn
+    several = {**dict.fromkeys(("norm_kernel", "perturb_kernel", "diagonal_kernel"), 3 * 2)}
+    several |= {"noise_kernel": 2, "masked_kernel": 2}
+    assert {name: seen[name] for name in LISTS} == {name: 4 * 2 * several.get(name, 1) for name in LISTS}
 
 
 def test_the_newest_code_is_there_as_ptx_for_newer_gpus(library, tool):

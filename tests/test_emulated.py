@@ -13,7 +13,7 @@ import torch
 
 import emulated
 import oracle
-from lets_kernels.ops import native
+from lets_kernels.ops import native, reference
 from runs import U64, Bucket, Run, guarded, same_bits
 
 TESTS = Path(__file__).parent
@@ -79,6 +79,38 @@ def test_rows_beyond_one_launch_go_into_the_next(rows):
     bucket.assert_guards()
 
 
+@pytest.mark.parametrize("rows", [FEW + 1, MANY + 1])
+def test_rows_of_vectors_beyond_one_launch_go_into_the_next(rows):
+    """The same for ops on vectors, against the reference; the sums are of whole numbers, so that no order matters."""
+    bucket = Bucket([Run((1 + i % 5,)) for i in range(rows)], torch.float32)
+    values = [[x.round() for x in bucket.values(spread=3.0)] for _ in range(3)]
+    precisions = bucket.positive(0.1, 3.0)
+
+    def run(ops):
+        x, y, m = (bucket.give(v, "list") for v in values)
+        s, a, b, c = (bucket.give(v, "list") for v in (precisions, None, None, None))
+        gate, updates, dirty = scalar(1.0), guarded(torch.tensor(0)), guarded(torch.tensor(0))
+        saved, threshold = bucket.give(None, "flat")[0], guarded(torch.tensor(0x3F800000 << 32))
+        random, mask = guarded(torch.tensor([5, 6])), torch.ones(bucket.total, dtype=torch.uint8)
+        coefficients = guarded(torch.tensor([0.5, -2.0], dtype=torch.float64))
+        sums = [ops.dots(x, y, bucket.table), ops.largest(x, bucket.table)]
+        sums.append(ops.peaks_(a, x, bucket.table, sums[1]))
+        sums.append(ops.average_(m, x, b, updates, bucket.table, gate, 0.9, 0.5, 0.5))
+        ops.combine_(c, x, y, bucket.table, coefficients, gate)
+        written = bucket.read(a) + bucket.read(b) + bucket.read(c)
+        sums.append(ops.masked_(b, x, None, bucket.table, random, 1, 0.5))
+        sums.append(ops.count_above(x, mask, bucket.table, threshold, random, 1, 1))
+        ops.select_(mask, x, bucket.table, threshold, random, 1, 1, 0)
+        ops.noise_(c, y, s, bucket.table, None, random, 2, 0.5, 0.1)
+        ops.posterior_ascent_(a, s, x, bucket.table, gate, 0.9, 0.1)
+        ops.restore_bsam_(x, y, m, s, saved, dirty, bucket.table, gate, 0.1, 0.9, 0.01)
+        written += [t for list in (a, b, c, m, s, x) for t in bucket.read(list)]
+        return [*sums, *written, mask, updates]
+
+    assert same_bits(run(emulated), run(reference))
+    bucket.assert_guards()
+
+
 def test_more_chunks_than_blocks_of_a_sum():
     """1,024 blocks take 8,192 elements at a time: from 8.4 M elements on, some take a second chunk."""
     numel = 1024 * 8192 + 3 * 8192 + 5
@@ -86,6 +118,8 @@ def test_more_chunks_than_blocks_of_a_sum():
     x[-1] = 3.0
     table = torch.tensor([[0, numel, -1, 0, 0]])
     assert emulated.grad_norm([x], [], table, None, 0.0, 2.0).item() == numel - 1 + 9
+    assert emulated.dots([x], [x], table).tolist() == [numel - 1 + 9] * 3
+    assert emulated.largest([x], table).item() == 3
 
 
 def test_the_order_of_blocks_and_threads_changes_no_bit():
@@ -105,7 +139,16 @@ def test_the_order_of_blocks_and_threads_changes_no_bit():
         "    rho = torch.tensor(0.5, dtype=torch.float64)\n"
         "    emulated.perturb_(theta, g, saved, dirty, b.table, norms, 0.01, 2.0, total, rho)\n"
         "    r = emulated.rho_grad_diagonal(g, [], theta, g, theta, b.table, norms, 0.01, 2.0)\n"
-        "    for t in (norms, total, r, saved, *theta):\n"
+        "    out, updates, random = b.give(None, 'list'), torch.tensor(0), torch.tensor([1, 2])\n"
+        "    mask, gate = torch.ones(b.total, dtype=torch.uint8), torch.ones((), dtype=torch.float64)\n"
+        "    top = emulated.largest(g, b.table)\n"
+        "    more = [top, emulated.dots(theta, g, b.table), emulated.peaks_(out, g, b.table, top)]\n"
+        "    more += [emulated.average_(theta, g, out, updates, b.table, gate, .9, .5, .5), updates, *b.read(out)]\n"
+        "    more += [emulated.noise_(out, g, [], b.table, norms, random, 0, 1., .1), *b.read(out)]\n"
+        "    more += [emulated.masked_(out, g, None, b.table, random, 1, .5)]\n"
+        "    emulated.select_(mask, g, b.table, torch.tensor(2**60), random, 2, 1, 0)\n"
+        "    more += [mask, emulated.count_above([], mask, b.table, torch.tensor(2**62), random, 3, 1)]\n"
+        "    for t in (norms, total, r, saved, *theta, *out, *more):\n"
         "        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())\n"
         "print(digest.hexdigest())\n"
     )

@@ -81,7 +81,7 @@ def test_every_op_is_timed_on_both_backends_beside_a_copy_of_the_same_bytes(dry)
         found = {(r["op"], r["direction"], r["dtype"]) for r in rows if r["backend"] == backend}
         assert {op for op, *_ in found} == {*FLOORS, "all_finite_"}
         assert {dtype for *_, dtype in found} == {"fp32", "bf16"}
-        assert {d for op, d, _ in found if op == "perturb_"} == {"plain", "element", "filter"}
+        assert {d for op, d, _ in found if op == "perturb_"} == {"plain", "element", "filter", "fisher"}
     assert all(r["share_of_copy"] > 0 and r["copy_us"] > 0 for r in rows if r["op"] in FLOORS)
     perturb = next(r for r in rows if (r["op"], r["dtype"]) == ("perturb_", "bf16"))
     assert perturb["bytes"] == 4 * 2 * perturb["elements"]
@@ -344,7 +344,9 @@ def test_an_op_whose_result_is_off_is_not_timed(work, monkeypatch):
     monkeypatch.setattr(ops, "load", lambda name: (Off() if name == "cpu" else reference, ""))
     right = bench_ops.check_all(work)
     wrong = {case for case, ok in right.items() if not ok}
-    assert wrong == {("cpu", "perturb_", d, t) for d in ("plain", "element", "filter") for t in ("fp32", "bf16")}
+    assert wrong == {
+        ("cpu", "perturb_", d, t) for d in ("plain", "element", "filter", "fisher") for t in ("fp32", "bf16")
+    }
     assert work.failed
     assert all("not timed" in reason for _, reason in written(work)["failed"])
 

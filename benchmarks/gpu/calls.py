@@ -19,7 +19,9 @@ DIRECTIONS: dict[str, Callable[[], Direction]] = {
     "plain": Gradient,
     "element": lambda: Adaptive(XI),
     "filter": lambda: Adaptive(XI, filterwise=True),
+    "fisher": Gradient,  # with another T
 }
+FISHER = -2  # in the table, where T is of the Fisher information
 CASES = [
     ("grad_norm", "plain"),
     ("perturb_", "plain"),
@@ -36,6 +38,24 @@ CASES = [
     ("perturb_", "filter"),
     ("all_finite_", "plain"),
 ]
+# What not every method needs.
+VECTOR_CASES = [
+    ("combine_", "plain"),
+    ("dots", "plain"),
+    ("average_", "plain"),
+    ("noise_", "plain"),
+    ("noise_", "filter"),
+    ("masked_", "plain"),
+    ("count_above", "plain"),
+    ("select_", "plain"),
+    ("posterior_ascent_", "plain"),
+    ("restore_bsam_", "plain"),
+    ("largest", "plain"),
+    ("peaks_", "plain"),
+    ("grad_norm", "fisher"),
+    ("perturb_", "fisher"),
+    ("rho_grad_diagonal", "fisher"),
+]
 WRITES = {
     "filter_norms": ("norms",),
     "perturb_": ("params", "saved"),
@@ -43,7 +63,16 @@ WRITES = {
     "restore_sgd_": ("params", "m"),
     "restore_adamw_": ("params", "m", "v", "steps"),
     "all_finite_": ("skipped",),
+    "combine_": ("out",),
+    "average_": ("m", "out", "updates"),
+    "noise_": ("out",),
+    "masked_": ("out",),
+    "select_": ("mask",),
+    "posterior_ascent_": ("out", "s"),
+    "restore_bsam_": ("params", "m"),
+    "peaks_": ("out",),
 }
+FLAT = ("saved", "out", "mask")
 
 
 class Tensors:
@@ -53,6 +82,7 @@ class Tensors:
         self.shapes, self.dtype, self.device = list(shapes), dtype, device
         self.dirty = torch.ones((), dtype=torch.int64, device=device.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device.device)
+        self.updates = torch.ones((), dtype=torch.int64, device=device.device)
 
     def _normal(self, sd: float) -> list[Tensor]:
         return [self.device.normal(s, sd, self.dtype) for s in self.shapes]
@@ -77,6 +107,36 @@ class Tensors:
     @functools.cached_property
     def v(self) -> list[Tensor]:
         return [x.square_() for x in self._normal(0.01)]
+
+    @functools.cached_property
+    def s(self) -> list[Tensor]:
+        return [x.square_().add_(0.1) for x in self._normal(0.3)]
+
+    @functools.cached_property
+    def out(self) -> Tensor:
+        return torch.zeros(self.space("plain").size, dtype=self.dtype, device=self.device.device)
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        return (torch.arange(self.space("plain").size, device=self.device.device) % 3 > 0).to(torch.uint8)
+
+    @functools.cached_property
+    def random(self) -> Tensor:
+        return torch.tensor([1, 2], device=self.device.device)
+
+    @functools.cached_property
+    def threshold(self) -> Tensor:
+        """The key of about the median of |g|: 0.0067 as float32, in the upper half."""
+        return torch.tensor(0x3BDB8BAC << 32, device=self.device.device)
+
+    @functools.cached_property
+    def peak(self) -> Tensor:
+        """A value that some of |g| have, more in bfloat16 than in float32."""
+        return self.g[0].flatten()[0].double().abs()
+
+    @functools.cached_property
+    def coefficients(self) -> Tensor:
+        return torch.tensor([1.0, -0.5], dtype=torch.float64, device=self.device.device)
 
     @functools.cached_property
     def steps(self) -> list[Tensor]:
@@ -131,7 +191,7 @@ class Tensors:
     def double(self, direction: str) -> "Tensors":
         """The same values in float64 on the CPU."""
         twin = Tensors(self.shapes, torch.float64, Device("cpu"))
-        for name in ("params", "g", "saved", "m", "v", "val", "train", "perturbed"):
+        for name in ("params", "g", "saved", "m", "v", "s", "val", "train", "perturbed"):
             value = getattr(self, name)
             exact = value.cpu().double() if isinstance(value, Tensor) else [x.cpu().double() for x in value]
             setattr(twin, name, exact)
@@ -141,14 +201,18 @@ class Tensors:
         return twin
 
 
-def table_of(bucket: Bucket) -> Tensor:
-    return bucket.table(tuple(range(len(bucket.params))))
+def table_of(bucket: Bucket, direction: str = "plain") -> Tensor:
+    table = bucket.table(tuple(range(len(bucket.params))))
+    if direction == "fisher":
+        table = table.clone()
+        table[:, 2] = FISHER
+    return table
 
 
 def call(op: str, direction: str, module: Any, t: Tensors) -> Callable[[], Any]:
     """The op on these tensors through one backend, its arguments looked up once."""
     bucket = t.space(direction)
-    table, weights = table_of(bucket), t.params if bucket.element_wise else []
+    table, weights = table_of(bucket, direction), t.params if bucket.element_wise else []
     norms = t.norms if direction == "filter" else None
     function = getattr(module, op)
     arguments: dict[str, Callable[[], tuple[Any, ...]]] = {
@@ -167,6 +231,17 @@ def call(op: str, direction: str, module: Any, t: Tensors) -> Callable[[], Any]:
         "rho_grad_diagonal": lambda: (t.val, t.train, t.perturbed, t.g, weights, table, norms, XI, 2.0),
         "rho_grad_secant": lambda: (t.val, t.train, t.perturbed, t.g, table),
         "all_finite_": lambda: ([t.total, t.rho], t.skipped),
+        "dots": lambda: (t.m, t.g, table),
+        "combine_": lambda: ([t.out], t.m, t.g, table, t.coefficients, t.gate),
+        "average_": lambda: (t.m, t.g, [t.out], t.updates, table, t.gate, 0.9, 0.5, 0.5),
+        "posterior_ascent_": lambda: ([t.out], t.s, t.g, table, t.gate, 0.999, 0.1),
+        "restore_bsam_": lambda: (t.params, t.g, t.m, t.s, t.saved, t.dirty, table, t.gate, LR, MOMENTUM, DECAY),
+        "noise_": lambda: ([t.out], t.g, [], table, norms, t.random, 0, 1.0, 0.01),
+        "masked_": lambda: ([t.out], t.g, t.mask, table, t.random, 0, 1.0),
+        "count_above": lambda: (t.g, t.mask, table, t.threshold, t.random, 0, 1),
+        "select_": lambda: (t.mask, t.g, table, t.threshold, t.random, 0, -1, 0),
+        "largest": lambda: (t.g, table),
+        "peaks_": lambda: ([t.out], t.g, table, t.peak),
     }
     given = arguments[op]()
     return lambda: function(*given)
@@ -177,7 +252,7 @@ def results(op: str, t: Tensors, returned: Any) -> list[Tensor]:
     found = [returned] if isinstance(returned, Tensor) else []
     for name in WRITES.get(op, ()):
         value = getattr(t, name)
-        if name == "saved":  # the padding between the runs belongs to nobody
+        if name in FLAT:  # the padding between the runs belongs to nobody
             found += [value[start : start + numel] for start, numel, *_ in table_of(t.space("plain")).tolist()]
         else:
             found += [value] if isinstance(value, Tensor) else value
