@@ -67,26 +67,38 @@ def combine_(w: Work) -> dict[str, Contender]:
 
 
 def average_(w: Work) -> dict[str, Contender]:
-    """VaSSO's: the average is the vector."""
+    """Friendly SAM's: d = g - m before m moves, and the norm of d."""
 
     def ours(module: Any) -> Contender:
-        m, updates = others(w), torch.ones((), dtype=torch.int64)
-        run = lambda: module.average_(m, w.g, [], updates, w.table, w.gate, DECAY, 0.0, 1.0)  # noqa: E731
-        return Contender(run, lambda: m)
+        m, out, updates = others(w), torch.zeros(w.bucket.size, dtype=w.dtype), torch.ones((), dtype=torch.int64)
+        numbers = (DECAY, 1 + (1 - DECAY) / DECAY, -1 / DECAY)
+
+        def run() -> None:
+            module.average_(m, w.g, [out], updates, w.table, w.gate, *numbers)
+
+        return Contender(run, lambda: [*m, out])
 
     own, each = others(w), others(w)
+    d, apart = [torch.empty_like(g) for g in w.g], [torch.empty_like(g) for g in w.g]
 
     def loop() -> Tensor:
-        for m, g in zip(own, w.g, strict=True):
+        for m, g, to in zip(own, w.g, d, strict=True):
+            torch.sub(g, m, out=to)
             m.mul_(DECAY).add_(g, alpha=1 - DECAY)
-        return torch.stack([m.norm() for m in own]).norm()
+        return torch.stack([to.norm() for to in d]).norm()
 
     def foreach() -> Tensor:
+        torch._foreach_copy_(apart, w.g)
+        torch._foreach_sub_(apart, each)
         torch._foreach_lerp_(each, w.g, 1 - DECAY)
-        return torch.stack(torch._foreach_norm(each)).norm()
+        return torch.stack(torch._foreach_norm(apart)).norm()
 
-    rows = {"reference": ours(reference), "ours": ours(native)}
-    return {**rows, "loop": Contender(loop, lambda: own), "foreach": Contender(foreach, lambda: each)}
+    return {
+        "reference": ours(reference),
+        "ours": ours(native),
+        "loop": Contender(loop, lambda: [*own, flat(d, w)]),
+        "foreach": Contender(foreach, lambda: [*each, flat(apart, w)]),
+    }
 
 
 def masked_(w: Work) -> dict[str, Contender]:
@@ -121,19 +133,19 @@ def masked_(w: Work) -> dict[str, Contender]:
 
 
 def noise_(w: Work) -> dict[str, Contender]:
-    """Against torch's own generator, whose numbers are others: its results are not compared."""
+    """R-SAM's: g and noise. Against torch's own generator, whose numbers are others: its results are not compared."""
 
     def ours(module: Any) -> Contender:
         out = torch.zeros(w.bucket.size, dtype=w.dtype)
-        arguments = ([out], [], [], w.table, None, draws(), 0, 0.0, STD)
+        arguments = ([out], w.g, [], w.table, None, draws(), 0, 1.0, STD)
         return Contender(lambda: module.noise_(*arguments), lambda: [out])
 
     own = [torch.empty_like(g) for g in w.g]
     same = ours(reference)
 
     def loop() -> Tensor:
-        for to in own:
-            to.normal_(0, STD)
+        for to, g in zip(own, w.g, strict=True):
+            to.normal_(0, STD).add_(g)
         return torch.stack([to.norm() for to in own]).norm()
 
     def result() -> list[Tensor]:
