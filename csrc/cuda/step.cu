@@ -86,7 +86,7 @@ adam_kernel(LETS_PARAMETER Batch<Capacity> batch, AdamOptions options, const dou
 }
 
 template <class T, int Capacity>
-LETS_KERNEL_FOR(4)
+LETS_KERNEL_FOR(sizeof(T) == 8 ? 3 : 4)
 bsam_kernel(LETS_PARAMETER Batch<Capacity> batch, double lr, double beta1, double weight_decay, const double* gate,
             const int64_t* dirty) {
   using C = typename ArithmeticOf<T>::type;
