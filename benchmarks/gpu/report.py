@@ -35,7 +35,8 @@ def header(results: dict[str, Any]) -> list[str]:
 def ops_table(r: Results) -> list[str]:
     """One row an op: the share of a copy, backend by backend, at each size."""
     rows = r.rows("ops")
-    kinds = list(dict.fromkeys((x["op"], x["direction"], x["dtype"]) for x in rows if "share_of_copy" in x))
+    shown = [x for x in rows if "share_of_copy" in x and x.get("summary", True)]
+    kinds = list(dict.fromkeys((x["op"], x["direction"], x["dtype"]) for x in shown))
     present = [c for c in COLUMNS if any(x.get("set") == c for x in rows)]
     if not kinds:
         return []
