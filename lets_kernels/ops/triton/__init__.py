@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 MINIMUM = (3, 6)
 
@@ -25,8 +26,21 @@ if tuple(int(x) for x in _triton.__version__.split(".")[:2]) < MINIMUM:
 
 VERSION: str = _triton.__version__
 
-from lets_kernels.ops.triton import launch, norm, perturb, rho, step  # noqa: E402
+from lets_kernels.ops.triton import (  # noqa: E402
+    average,
+    bsam,
+    combine,
+    launch,
+    mask,
+    noise,
+    norm,
+    peaks,
+    perturb,
+    rho,
+    step,
+)
 from lets_kernels.ops.triton.device import INTERPRETED as INTERPRETED  # noqa: E402
+from lets_kernels.ops.triton.schemas import SCHEMAS  # noqa: E402
 
 
 def refuses() -> str | None:
@@ -38,32 +52,18 @@ def refuses() -> str | None:
     return None
 
 
-SCHEMAS = (
-    "grad_norm(Tensor[] vectors, Tensor[] params, Tensor table, Tensor? filter_norms, float xi, float q) -> Tensor",
-    "filter_norms(Tensor[] params, Tensor table, Tensor(a!) out) -> ()",
-    "perturb_(Tensor(a!)[] params, Tensor[] vectors, Tensor(b!) saved, Tensor(c!) dirty, Tensor table, "
-    "Tensor? filter_norms, float xi, float q, Tensor total, Tensor rho) -> ()",
-    "restore_(Tensor(a!)[] params, Tensor saved, Tensor(b!) dirty, Tensor table) -> ()",
-    "restore_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor saved, Tensor(c!) dirty, "
-    "Tensor table, Tensor gate, float lr, float momentum, float weight_decay, bool nesterov, bool maximize) -> ()",
-    "restore_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] steps, Tensor saved, Tensor(e!) dirty, Tensor table, Tensor gate, float lr, float beta1, "
-    "float beta2, float eps, float weight_decay, bool decoupled, bool maximize) -> ()",
-    "rho_grad_diagonal(Tensor[] val, Tensor[] train, Tensor[] perturbed, Tensor[] vectors, Tensor[] params, "
-    "Tensor table, Tensor? filter_norms, float xi, float q) -> Tensor",
-    "rho_grad_secant(Tensor[] val, Tensor[] train, Tensor[] perturbed, Tensor[] first, Tensor table) -> Tensor",
-    "all_finite_(Tensor[] values, Tensor(a!) skipped) -> Tensor",
-)
-
 _library = torch.library.Library("lets_kernels_triton", "DEF")
 
 
-def _fake_scalar(tensors: list[Tensor], *_: object, **__: object) -> Tensor:
-    return torch.empty((), dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
+def _fake(name: str, schema: str) -> Callable[..., Tensor | None]:
+    """What an op returns: sums, on the device of the first tensor (of no runs: of the run table)."""
+    shape = (3,) if name == "dots" else ()
 
+    def sums(*arguments: Any) -> Tensor:
+        first = next(filter(torch.is_tensor, tree_leaves(arguments)))
+        return torch.empty(shape, dtype=torch.float64, device=first.device)
 
-def _fake_nothing(*_: object, **__: object) -> None:
-    return None
+    return (lambda *_: None) if schema.endswith("()") else sums
 
 
 def _op(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,8 +72,7 @@ def _op(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
     _library.define(schema)
     for key in ("CPU", "CUDA", "XPU"):
         _library.impl(name, launcher, key)
-    fake = _fake_nothing if schema.endswith("()") else _fake_scalar
-    torch.library.register_fake(f"lets_kernels_triton::{name}", fake, lib=_library)
+    torch.library.register_fake(f"lets_kernels_triton::{name}", _fake(name, schema), lib=_library)
     operator = getattr(torch.ops.lets_kernels_triton, name).default
 
     def op(*arguments: Any) -> Any:
@@ -96,4 +95,15 @@ restore_sgd_ = _op("restore_sgd_", step.restore_sgd_)
 restore_adamw_ = _op("restore_adamw_", step.restore_adamw_)
 rho_grad_diagonal = _op("rho_grad_diagonal", rho.rho_grad_diagonal)
 rho_grad_secant = _op("rho_grad_secant", rho.rho_grad_secant)
+dots = _op("dots", combine.dots)
+combine_ = _op("combine_", combine.combine_)
+average_ = _op("average_", average.average_)
+posterior_ascent_ = _op("posterior_ascent_", average.posterior_ascent_)
+restore_bsam_ = _op("restore_bsam_", bsam.restore_bsam_)
+noise_ = _op("noise_", noise.noise_)
+masked_ = _op("masked_", mask.masked_)
+count_above = _op("count_above", mask.count_above)
+select_ = _op("select_", mask.select_)
+largest = _op("largest", peaks.largest)
+peaks_ = _op("peaks_", peaks.peaks_)
 all_finite_ = _op("all_finite_", norm.all_finite_)

@@ -119,7 +119,7 @@ def dual(x, q, POWER: tl.constexpr):
     return result
 
 
-# ---- T of ASAM
+# ---- T of ASAM, and of the Fisher information
 
 
 @helper
@@ -151,18 +151,21 @@ def filters_of(scaling, at, BLOCK: tl.constexpr):
 
 
 @helper
-def scale(scaling, theta, norms, xi, at, SCALED: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+def scale(scaling, theta, v, norms, xi, at, SCALED: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
     """T of the block at element ``at`` of a chunk; ``theta`` matters only where T = |theta| + xi.
 
-    SCALED: 1 where no run has filters, 2 where some have.
+    SCALED: 1 where no run has filters, 2 where some have; 4 more where some are scaled by the Fisher information of v.
     """
     length, start = scaling[0], scaling[5]
     t = tl.full([BLOCK], 1, C)
     if length == 0:
         t = tl.abs(theta) + xi
-    if SCALED == 2:  # noqa: SIM102 (this one is decided when the kernel is compiled, the next one when it runs)
+    if SCALED % 4 == 2:  # noqa: SIM102 (this one is decided when the kernel is compiled, the next one when it runs)
         if length > 0:
             t = tl.load(norms + start + filters_of(scaling, at, BLOCK)) + xi
+    if SCALED >= 4:  # noqa: SIM102
+        if length == -2:
+            t = divide(tl.full([BLOCK], 1, C), square_root(1 + xi * (v * v), C), C)
     return t
 
 
@@ -194,9 +197,10 @@ def tree_sum(x, N: tl.constexpr, STAGES: tl.constexpr):
 
 @kernel
 def add_slots(out, slots, count, N: tl.constexpr, STAGES: tl.constexpr):
-    """One program: the sum of all slots, in their order."""
-    lane = tl.arange(0, N)
+    """One program a sum: that of ``count`` slots, in their order."""
+    index = tl.program_id(0).to(tl.int64)
+    lane, first = tl.arange(0, N), slots + index * count
     total = tl.full([N], 0.0, tl.float64)
     for begin in range(0, count, N):
-        total += tl.load(slots + begin + lane, mask=begin + lane < count, other=0.0)
-    tl.store(out, tree_sum(total, N, STAGES))
+        total += tl.load(first + begin + lane, mask=begin + lane < count, other=0.0)
+    tl.store(out + index, tree_sum(total, N, STAGES))

@@ -121,7 +121,7 @@ class Plan:
         self.rows: list[list[int]] = table.tolist()
         self.device = device
         for i, (start, numel, length, count, first) in enumerate(self.rows):
-            require(start >= 0 and numel >= 0 and length >= -1, f"run table: row {i} is not valid")
+            require(start >= 0 and numel >= 0 and length >= -2, f"run table: row {i} is not valid")
             fits = length < 1 or (count >= 1 and first >= 0 and numel % (length * count) == 0)
             require(fits, f"run table: the filters of row {i} do not divide it")
         self.starts = [row[0] for row in self.rows]
@@ -129,8 +129,10 @@ class Plan:
         self.end = max((start + numel for start, numel, *_ in self.rows), default=0)
         self.element_wise = any(row[2] == 0 for row in self.rows)
         self.filters = max((row[4] + row[3] for row in self.rows if row[2] > 0), default=0)
-        #: ``SCALED`` of the kernels: 0 for T = 1 everywhere, 1 where T may be |theta| + xi, 2 where there are filters.
+        #: ``SCALED`` of the kernels: 0 for T = 1 everywhere, 1 where T may be |theta| + xi, 2 where there are filters,
+        #: and 4 more where T may be that of the Fisher information.
         self.scaled = 2 if self.filters else int(self.element_wise)
+        self.scaled += 4 * any(row[2] == -2 for row in self.rows)
         self.runs = Resident(table.clone(), device)
         # Small enough to fill a device with few parameters, large enough that the partial sums of many stay few.
         self.chunk = CHUNK
@@ -190,17 +192,19 @@ _plans: dict[Hashable, Plan] = {}
 class Call:
     """One op's launches: on one run table, one dtype, and the device and stream of its tensors."""
 
-    def __init__(self, table: Tensor, tensors: Sequence[Tensor], what: str) -> None:
+    def __init__(self, table: Tensor, tensors: Sequence[Tensor], what: str, anchor: Tensor | None = None) -> None:
+        """``anchor`` is a tensor of any dtype, whose device counts where the list is empty."""
         is_table = table.device.type == "cpu" and table.dtype == torch.int64 and table.is_contiguous()
         require(
             is_table and table.ndim == 2 and table.shape[1] == 5,
             "the run table must be a contiguous int64 CPU tensor of shape [n, 5]",
         )
         self.dtype = tensors[0].dtype if tensors else torch.float32
-        self.device = tensors[0].device if tensors else torch.device("cpu")
+        given = tensors[0] if tensors else anchor
+        self.device = torch.device("cpu") if given is None else given.device
         require(self.dtype in DTYPES, f"{what} must be float32, float64, bfloat16 or float16")
         require(
-            (self.device.type == "cpu") == INTERPRETED or not tensors,
+            (self.device.type == "cpu") == INTERPRETED or given is None,
             "Triton's interpreter (TRITON_INTERPRET=1) runs on CPU tensors, its compiled kernels on those of a GPU; "
             f"{what} is on {self.device}",
         )
@@ -249,15 +253,19 @@ class Call:
         key = ("steps", addresses_of(tensors))
         return self.use(recall(self.plan.lists, key, LISTS, read)[0])
 
-    def scalar(self, t: Tensor, what: str, dtype: torch.dtype = torch.float64) -> Tensor:
-        fits = t.numel() == 1 and t.dtype == dtype and t.device == self.device
-        require(fits, f"{what} must be a {dtype} tensor with one element on {self.device}")
+    def scalar(self, t: Tensor, what: str, dtype: torch.dtype = torch.float64, count: int = 1) -> Tensor:
+        """A number that lives on the device, or a few side by side."""
+        fits = t.numel() == count and t.is_contiguous() and t.dtype == dtype and t.device == self.device
+        require(
+            fits, f"{what} must be a {dtype} tensor with {('one element', 'two elements')[count - 1]} on {self.device}"
+        )
         return t
 
-    def norms(self, t: Tensor | None, params: Sequence[Tensor]) -> Tensor | None:
-        """The filter norms, where the run table has filters."""
+    def norms(self, t: Tensor | None, params: Sequence[Tensor] | None = None) -> Tensor | None:
+        """The filter norms, where the run table has filters; no ``params``: of an op that looks at nothing else."""
         plan = self.plan
-        require(not plan.element_wise or bool(len(params)), "params must be given where T = |theta| + xi")
+        if params is not None:
+            require(not plan.element_wise or bool(len(params)), "params must be given where T = |theta| + xi")
         if not plan.filters:
             return None
         require(t is not None, "filter_norms must be given where the run table has filters")
@@ -289,14 +297,18 @@ class Call:
 
     def sum(self, kernel: Any, *arguments: Any, **constants: Any) -> Tensor:
         """The sum over all chunks, one slot each, added in their order: 0-d float64."""
+        return self.sums((), kernel, *arguments, **constants)
+
+    def sums(self, shape: tuple[int, ...], kernel: Any, *arguments: Any, **constants: Any) -> Tensor:
+        """As many sums as a tensor of this shape has elements; the slots of one stand side by side."""
         count = self.plan.count
         if count == 0:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        slots = torch.empty(count, dtype=torch.float64, device=self.device)
-        out = torch.empty((), dtype=torch.float64, device=self.device)
+            return torch.zeros(shape, dtype=torch.float64, device=self.device)
+        out = torch.empty(shape, dtype=torch.float64, device=self.device)
+        slots = torch.empty(count * out.numel(), dtype=torch.float64, device=self.device)
         stages = (BLOCK_BYTES // self.dtype.itemsize).bit_length() - 1
         self.over_chunks(kernel, slots, *arguments, **constants, STAGES=stages)
-        self.launch(add_slots, 1, out, slots, count, N=SLOTS, STAGES=SLOTS.bit_length() - 1)
+        self.launch(add_slots, out.numel(), out, slots, count, N=SLOTS, STAGES=SLOTS.bit_length() - 1)
         return out
 
 

@@ -41,7 +41,8 @@ def _powers(
 ):
     x = load(v, at, count, MASKED, BLOCK).to(C)
     if SCALED:
-        x = scale(scaling, theta_for(scaling, theta, at, count, MASKED, BLOCK, C), norms, xi, at, SCALED, BLOCK, C) * x
+        weights = theta_for(scaling, theta, at, count, MASKED, BLOCK, C)
+        x = scale(scaling, weights, x, norms, xi, at, SCALED, BLOCK, C) * x
     x = x.to(tl.float64)
     if POWER == 2:
         x = x * x

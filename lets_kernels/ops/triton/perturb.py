@@ -31,8 +31,9 @@ def _ascend(
     stored = load(theta, at, count, MASKED, BLOCK)
     x = load(v, at, count, MASKED, BLOCK).to(C)
     weights = stored.to(C)
+    # Each thread reads what it writes, so v may be what stands in `saved`.
     if SCALED:
-        t = scale(scaling, weights, norms, xi, at, SCALED, BLOCK, C)
+        t = scale(scaling, weights, x, norms, xi, at, SCALED, BLOCK, C)
         x = t * x
     if POWER == 0:
         x = shrink * x
@@ -116,7 +117,8 @@ def perturb_(
     power = launch.power_of(q)
     call = launch.Call(table, params or [saved], "params")
     norms = call.norms(filter_norms, params)
-    lists = call.list(params, "params"), call.list(vectors, "vectors"), call.list([saved], "saved")
+    theta, v, old = call.list(params, "params"), call.optional(vectors, "vectors"), call.list([saved], "saved")
+    lists = theta, old if v is None else v, old
     scalars = call.scalar(total, "total"), call.scalar(rho, "rho")
     call.scalar(dirty, "dirty", torch.int64)
     if not call.plan.count:

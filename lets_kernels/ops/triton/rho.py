@@ -49,7 +49,8 @@ def _unit(
     """T sign(Tv) |Tv|^(q-1), in double."""
     x = load(v, at, count, MASKED, BLOCK).to(C)
     if SCALED:
-        t = scale(scaling, theta_for(scaling, theta, at, count, MASKED, BLOCK, C), norms, xi, at, SCALED, BLOCK, C)
+        weights = theta_for(scaling, theta, at, count, MASKED, BLOCK, C)
+        t = scale(scaling, weights, x, norms, xi, at, SCALED, BLOCK, C)
         x = t * x
     if POWER == 0:
         x = x.to(tl.float64)  # a general power of a small gradient may underflow in float
