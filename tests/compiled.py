@@ -18,7 +18,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lets_kernels.ops import triton as ops
-from lets_kernels.ops.triton import device, launch, norm, perturb, rho, step
+from lets_kernels.ops.triton import (
+    average,
+    bsam,
+    combine,
+    device,
+    launch,
+    mask,
+    noise,
+    norm,
+    peaks,
+    perturb,
+    rho,
+    step,
+)
 from runs import Bucket, Run
 
 ARCHES = (80, 90, 100)
@@ -26,7 +39,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNELS = (
     norm.norm_kernel, norm.long_filters_kernel, norm.short_filters_kernel, norm.finite_kernel, perturb.perturb_kernel,
     perturb.restore_kernel, step.sgd_kernel, step.adam_kernel, step.adam_counts_kernel, rho.diagonal_kernel,
-    rho.secant_kernel, device.add_slots,
+    rho.secant_kernel, device.add_slots, combine.dots_kernel, combine.combine_kernel, average.average_kernel,
+    average.updates_kernel, average.ascent_kernel, bsam.bsam_kernel, noise.noise_kernel, mask.masked_kernel,
+    mask.count_kernel, mask.select_kernel, peaks.largest_kernel, peaks.largest_slot, peaks.peaks_kernel,
 )  # fmt: skip
 
 
@@ -66,7 +81,7 @@ def scalar(x=1.0):
 def call_all(
     bucket, q=2.0, momentum=0.9, nesterov=False, maximize=False, decoupled=True, lr=0.1, numbers=(0.01, 0.9, 0.99, 1e-8)
 ):
-    """Every op once."""
+    """Every op of SAM, ASAM and LETS once."""
     xi, beta1, beta2, eps = numbers
     theta, g, h, m, v = (bucket.give(bucket.values(), "list") for _ in range(5))
     saved, dirty = torch.zeros(bucket.total, dtype=bucket.dtype), torch.tensor(1)
@@ -83,6 +98,36 @@ def call_all(
     ops.rho_grad_diagonal(g, h if momentum else [], m, v, theta, *scaling)
     ops.rho_grad_secant(g, h if momentum else [], m, v, bucket.table)
     ops.all_finite_([scalar(), scalar()], torch.tensor(0))
+
+
+def call_vectors(bucket, given=True, other=False, lr=0.1, numbers=(0.01, 0.9, 0.99, 1e-8)):
+    """Every op of the other methods once; ``given`` and ``other`` say what is not left out."""
+    xi, beta1, beta2, eps = numbers
+    theta, g, h, m, v = (bucket.give(bucket.values(), "list") for _ in range(5))
+    saved, dirty, table = torch.zeros(bucket.total, dtype=bucket.dtype), torch.tensor(1), bucket.table
+    draw, mask = (torch.tensor([1, 2]), int(lr)), torch.zeros(bucket.total, dtype=torch.uint8)
+    member = int(lr) if given else -1
+    ops.dots(g, h, table)
+    ops.combine_(g, h, m, table, torch.ones(2, dtype=torch.float64), scalar())
+    ops.average_(m, g, v if given else [], torch.tensor(0), table, scalar(), beta1, xi, eps)
+    ops.posterior_ascent_(h, v, g, table, scalar(), beta2, eps)
+    ops.restore_bsam_(theta, g, m, v, saved, dirty, table, scalar(), lr, beta1, xi)
+    ops.noise_(h, g if given else [], v if other else [], table, bucket.norms(), *draw, xi, eps)
+    ops.masked_(h, g, mask if other else None, table, *draw, 1 / (1 + lr))
+    ops.count_above(g if given else [], mask, table, torch.tensor(1), *draw, member)
+    ops.select_(mask, g if given else [], table, torch.tensor(1), *draw, member, int(lr))
+    ops.largest(g, table)
+    ops.peaks_(h, g, table, scalar())
+
+
+def call_scaled(bucket, q):
+    """The ops that scale their vectors."""
+    theta, g = (bucket.give(bucket.values(), "list") for _ in range(2))
+    scaling = bucket.table, bucket.norms(), 0.01, q
+    ops.grad_norm(g, theta, *scaling)
+    saved = torch.zeros(bucket.total, dtype=bucket.dtype)
+    ops.perturb_(theta, [], saved, torch.tensor(0), *scaling, scalar(), scalar())
+    ops.rho_grad_diagonal(g, g, g, g, theta, *scaling)
 
 
 def compiled():
@@ -133,8 +178,10 @@ def again():
     before = {id(built) for _, built in compiled()}
     for lr, numbers in ((1.0, (1.0, 1.0, 1.0, 1.0)), (0.0, (0.0, 0.0, 0.0, 0.0)), (16.0, (16.0, 0.5, 16.0, 16.0))):
         call_all(rows(torch.float32, "filter"), lr=lr, numbers=numbers)
-    call_all(rows(torch.float32, "filter", times=8))
-    call_all(rows(torch.float32, "filter", first_start=16))
+        call_vectors(rows(torch.float32, "filter"), lr=lr, numbers=numbers)
+    for call in (call_all, call_vectors):
+        call(rows(torch.float32, "filter", times=8))
+        call(rows(torch.float32, "filter", first_start=16))
     return sum(id(built) not in before for _, built in compiled())
 
 
@@ -142,16 +189,24 @@ def main(arch):
     triton.runtime.driver.set_active(Driver(arch))
     launch.INTERPRETED = True  # lets the ops take tensors on the CPU, as if they were the GPU's
     kinds = list(itertools.product((2.0, 1.0, 1.5), ("filter", "plain", "element")))
+    which = ARCHES.index(arch)
     for i, dtype in enumerate(DTYPES):
-        at = ARCHES.index(arch) * len(DTYPES) + i  # each variant is compiled somewhere, and each dtype for each GPU
+        at = which * len(DTYPES) + i  # each variant is compiled somewhere, and each dtype for each GPU
         q, scale = kinds[at % len(kinds)]
         flags = {"nesterov": at % 2 == 1, "maximize": at % 3 == 1, "decoupled": at % 5 < 3}
         call_all(rows(dtype, scale), q, 0.0 if at % 5 == 4 else 0.9, **flags)
+        if (which + i) % 2 == 0:  # of these every other dtype for each GPU: all would take too long
+            n = which * 2 + i // 2
+            call_vectors(rows(dtype, "filter" if n < 2 else "plain"), given=n < 5, other=n in (1, 3))
         bucket = rows(dtype, "filter")
         ops.filter_norms(bucket.give(bucket.values(), "list"), bucket.table, bucket.norms())
+    bucket = rows(DTYPES[which], ("fisher", "element", "all")[which])
+    bucket.table[1, 2] = -2
+    call_scaled(bucket, kinds[4 * which][0])
     repeated = 0
     if arch == ARCHES[0]:
-        call_all(Bucket([Run((20003,), (20003, 1), offset=1)], torch.float32, "filter"))  # not aligned
+        for call in (call_all, call_vectors):
+            call(Bucket([Run((20003,), (20003, 1), offset=1)], torch.float32, "filter"))  # not aligned
         repeated = again()
     with tempfile.TemporaryDirectory() as folder:
         json.dump({"kernels": [facts(*one, folder) for one in compiled()], "again": repeated}, sys.stdout)
