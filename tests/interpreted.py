@@ -130,6 +130,20 @@ def test_a_wrong_argument_is_refused_before_anything_is_written(op, name, wrong)
     refusals.check(ops, op, name, wrong)
 
 
+def test_shares_positions_and_row_lengths_that_mean_nothing_are_refused():
+    v, out, draw = torch.ones(16), torch.zeros(16), (torch.tensor([1, 2]), 0)
+    table = torch.tensor([[0, 16, -1, 0, 0]])
+    for share in (0.0, -0.5, 1.0001, float("nan"), float("inf")):
+        with pytest.raises(RuntimeError, match="share"):
+            ops.masked_([out], [v], None, table, *draw, share)
+    between = torch.tensor([[2, 16, -1, 0, 0]])  # its first two elements would share a draw with nobody
+    with pytest.raises(RuntimeError, match="four"):
+        ops.noise_([out], [], [], between, None, *draw, 0.0, 1.0)
+    with pytest.raises(RuntimeError, match="row 0"):
+        ops.grad_norm([v], [], torch.tensor([[0, 16, -3, 0, 0]]), None, 0.0, 2.0)
+    assert not out.any()
+
+
 def test_lists_of_mixed_dtypes_tensors_with_holes_and_filters_that_do_not_divide_are_refused():
     table = torch.tensor([[0, 4, -1, 0, 0], [16, 4, -1, 0, 0]])
     for bad in ([torch.ones(4), torch.ones(4).double()], [torch.ones(4), torch.ones(8)[::2]]):
@@ -162,6 +176,16 @@ def test_no_runs_at_all():
     assert ops.grad_norm([], [], table, None, 0.0, 2.0).item() == 0.0
     assert ops.rho_grad_secant([], [], [], [], table).item() == 0.0
     assert ops.rho_grad_diagonal([], [], [], [], [], table, None, 0.0, 2.0).item() == 0.0
+    assert ops.dots([], [], table).tolist() == [0.0] * 3 and ops.largest([], table).item() == 0.0
+    draw, mask, updates = (torch.tensor([1, 2]), 3), torch.empty(0, dtype=torch.uint8), torch.tensor(0)
+    assert ops.noise_([], [], [], table, None, *draw, 1.0, 1.0).item() == 0.0
+    assert ops.masked_([], [], None, table, *draw, 0.5).item() == 0.0
+    assert ops.count_above([], mask, table, torch.tensor(0), *draw, -1).item() == 0.0
+    ops.select_(mask, [], table, torch.tensor(0), *draw, -1, 1)
+    assert ops.peaks_([], [], table, scalar(0.0)).item() == 0.0
+    ops.combine_([], [], [], table, torch.ones(2, dtype=torch.float64), scalar(1.0))
+    ops.posterior_ascent_([], [], [], table, scalar(1.0), 0.9, 0.1)
+    assert ops.average_([], [], [], updates, table, scalar(1.0), 0.9, 1.0, 0.0).item() == 0.0 and updates.item() == 1
     ops.filter_norms([], table, empty)
     ops.perturb_([], [], empty, dirty, table, None, 0.0, 2.0, scalar(1.0), scalar(1.0))
     assert dirty.item() == 1
@@ -172,3 +196,6 @@ def test_no_runs_at_all():
         numbers = (0.1, 0.9, 0.0) if op is ops.restore_sgd_ else (0.1, 0.9, 0.99, 1e-8, 0.0)
         op([], [], *state, empty, dirty, table, scalar(1.0), *numbers, False, False)
         assert dirty.item() == 0
+    dirty.fill_(1)
+    ops.restore_bsam_([], [], [], [], empty, dirty, table, scalar(1.0), 0.1, 0.9, 0.0)
+    assert dirty.item() == 0

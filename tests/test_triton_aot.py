@@ -116,8 +116,10 @@ def test_every_variant_is_compiled_somewhere(built):
 
 
 def test_no_kernel_spills(built):
+    """Division and root of doubles are calls where they are not easy: around these a few registers may be put aside."""
     for arch, k in kernels(built):
-        assert k["local"] == 0 and k["stack"] == 0, f"sm_{arch}: {k}"
+        called = divides(k) and k["C"] == "fp64"
+        assert k["local"] <= 8 * called and k["stack"] <= 32 * called, f"sm_{arch}: {k}"
 
 
 def test_aligned_kernels_read_and_write_16_bytes_at_a_time(built):

@@ -148,6 +148,16 @@ def mask_of(call: launch.Call, mask: Tensor) -> Tensor:
     return mask
 
 
+def _chosen(
+    call: launch.Call, vectors: Sequence[Tensor], mask: Tensor, threshold: Tensor, member: int
+) -> tuple[Tensor | None, Tensor, Tensor, dict[str, bool]]:
+    """What is ranked, among whom, and above what, of count_above and select_."""
+    launch.require(-1 <= member <= 255, f"member must be a value of the mask, or -1 for all, not {member}")
+    v, own = call.optional(vectors, "vectors"), mask_of(call, mask)
+    kinds = {"VECTORS": v is not None, "MEMBER": member >= 0}
+    return v, own, call.scalar(threshold, "threshold", torch.int64), kinds
+
+
 def masked_(
     out: Sequence[Tensor],
     vectors: Sequence[Tensor],
@@ -158,6 +168,7 @@ def masked_(
     share: float,
 ) -> Tensor:
     call = launch.Call(table, out, "out", random)
+    launch.require(mask is not None or 0 < share <= 1, f"share must be a probability above 0, not {share}")
     lists = call.list(out, "out"), call.list(vectors, "vectors")
     given = None if mask is None else mask_of(call, mask)
     drawn, numbers = random_of(call, random), (int(share * 2**32), 1 / share) if given is None else (0, 1.0)
@@ -174,12 +185,7 @@ def count_above(
     member: int,
 ) -> Tensor:
     call = launch.Call(table, vectors, "vectors", mask)
-    v, own, least = (
-        call.optional(vectors, "vectors"),
-        mask_of(call, mask),
-        call.scalar(threshold, "threshold", torch.int64),
-    )
-    kinds = {"VECTORS": v is not None, "MEMBER": member >= 0}
+    v, own, least, kinds = _chosen(call, vectors, mask, threshold, member)
     return call.sum(count_kernel, v, own, least, random_of(call, random), stream, member, **kinds)
 
 
@@ -194,10 +200,6 @@ def select_(
     value: int,
 ) -> None:
     call = launch.Call(table, vectors, "vectors", mask)
-    v, own, least = (
-        call.optional(vectors, "vectors"),
-        mask_of(call, mask),
-        call.scalar(threshold, "threshold", torch.int64),
-    )
-    kinds = {"VECTORS": v is not None, "MEMBER": member >= 0}
+    v, own, least, kinds = _chosen(call, vectors, mask, threshold, member)
+    launch.require(0 <= value <= 255, f"value must fit the mask, not be {value}")
     call.over_chunks(select_kernel, own, v, least, random_of(call, random), stream, member, value, **kinds)

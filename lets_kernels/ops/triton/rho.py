@@ -143,8 +143,6 @@ def rho_grad_diagonal(
     h, v, theta = call.list(perturbed, "perturbed"), call.list(vectors, "vectors"), call.optional(params, "params")
     lists = a, a if b is None else b, h, v, v if theta is None else theta
     kinds = {"POWER": power, "SCALED": call.plan.scaled, "TRAIN": b is not None}
-    if call.plan.scaled >= 4:
-        kinds["num_warps"] = launch.MORE_WARPS
     return call.sum(diagonal_kernel, *lists, norms, xi, q, **kinds)
 
 
