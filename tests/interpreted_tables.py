@@ -150,7 +150,8 @@ def test_the_default_device_does_not_matter():
     states, gate = [bucket.give(bucket.positive(0.1, 1.0), "list") for _ in range(2)], scalar(1.0)
     with torch.device("meta"):
         ops.filter_norms(arguments[0], bucket.table, out)
-        total = ops.grad_norm(*arguments, norms, 0.01, 2.0)
+        total = ops.grad_norm(*arguments, norms, 0.01, 2.0) + ops.largest(arguments[0], bucket.table)
+        total += ops.dots(*arguments[:2], bucket.table)[0]
         options = gate, 0.1, 0.9, 0.99, 1e-8, 0.0, True, False
         ops.restore_adamw_(*arguments[:2], *states, steps, saved, dirty, bucket.table, *options)
     assert total.device.type == "cpu" and total > 0 and all(s == 1 for s in steps)
@@ -166,6 +167,40 @@ def test_offsets_beyond_32_bits():
     buffer[start:] = torch.arange(64)
     table = torch.tensor([[start, 50, -1, 0, 0]])
     assert ops.grad_norm([buffer], [], table, None, 0.0, 2.0).item() == sum(i * i for i in range(50))
+    mask, draw = torch.empty(start + 64, dtype=torch.uint8), (torch.tensor([1, 2]), 3)
+    mask[start:] = 0
+    above = torch.tensor(torch.tensor(39.5).view(torch.int32).item() << 32)
+    assert ops.count_above([buffer], mask, table, above, *draw, 0).item() == 10
+    ops.select_(mask, [buffer], table, above, *draw, 0, 1)
+    assert mask[start:].tolist() == [0] * 40 + [1] * 10 + [0] * 14
+    out = torch.empty(50, dtype=torch.float16)
+    ops.masked_([out], [buffer], mask, table, *draw, 0.0)
+    assert out.tolist() == [0] * 40 + list(range(40, 50))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_a_mask_may_lie_anywhere(offset):
+    """Unaligned masks and starts are read byte by byte, and nothing beside a run is written."""
+    memory, draw = torch.full((96,), 9, dtype=torch.uint8), (torch.tensor([1, 2]), 3)
+    mask, table = memory[offset:], torch.tensor([[4, 33, -1, 0, 0], [40, 17, -1, 0, 0]])
+    below = torch.tensor(-1)
+    assert ops.count_above([], mask, table, below, *draw, 9).item() == 50
+    ops.select_(mask, [], table, below, *draw, 9, 200)
+    assert mask[:60].tolist() == [9] * 4 + [200] * 33 + [9] * 3 + [200] * 17 + [9] * 3
+    assert memory.eq(9).sum() == 96 - 50 and ops.count_above([], mask, table, below, *draw, 200).item() == 50
+
+
+def test_more_chunks_than_are_added_at_a_time(monkeypatch):
+    """Three sums of many slots each, and the largest of many, wherever it lies."""
+    monkeypatch.setattr(launch, "SLOTS", 4)
+    x, y = (torch.randn(10 * launch.CHUNK + 3, dtype=torch.float64) for _ in range(2))
+    table = torch.tensor([[0, len(x), -1, 0, 0]])
+    exact = torch.stack([x @ x, x @ y, y @ y])
+    torch.testing.assert_close(ops.dots([x], [y], table), exact, rtol=1e-12, atol=1e-12)
+    for at in (0, 5 * launch.CHUNK, len(x) - 1):
+        x[at] = -(100.0 + at)
+        assert ops.largest([x], table).item() == 100.0 + at
+        assert ops.peaks_([y], [x], table, scalar(100.0 + at)).item() == 1.0 and y[at] == -1.0
 
 
 def test_chunks_and_filters_beyond_32_bits():
