@@ -43,6 +43,7 @@ from lets_kernels.precision import PrecisionWarning
 from lets_kernels.radius import ConstantRadius, LearningRateRadius, Radius, ScheduledRadius
 from lets_kernels.samples import Samples, SelectedSamples, WeightedSamples
 from lets_kernels.schedule import Always, Bernoulli, Every, NormThreshold, Schedule
+from lets_kernels.trajectory import MESA, SAF, trajectory_loss
 
 __all__ = [
     "AESAM",
@@ -52,9 +53,11 @@ __all__ = [
     "GSAM",
     "LETSASAM",
     "LETSSAM",
+    "MESA",
     "RGSAM",
     "RSAM",
     "RST",
+    "SAF",
     "SAM",
     "AELookSAM",
     "Adaptive",
@@ -97,4 +100,5 @@ __all__ = [
     "WeightedSamples",
     "__version__",
     "backends",
+    "trajectory_loss",
 ]

@@ -1,0 +1,91 @@
+"""The trajectory loss, and what the two terms that are made of it share."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def trajectory_loss(
+    outputs: Tensor, past: Tensor, temperature: float = 5.0, *, seen: Tensor | None = None, rescale: bool = False
+) -> Tensor:
+    """(1/B) Σ KL(softmax(y_past/τ) ‖ softmax(y/τ)), in log space; gradients go through y only.
+
+    Du et al., NeurIPS 2022, the trajectory loss, without its coefficient λ. Computed in float32, or in float64 where
+    the outputs have it. An output that is -inf is a class of probability zero; no finite output gives NaN.
+
+    Args:
+        outputs: y, the logits now: [B, classes].
+        past: y_past, the logits they are compared with; what is added to all of a sample's does not matter.
+        temperature: τ > 0.
+        seen: bool [B]; samples that are False count as zero. Default: all are True. B stays the whole batch.
+        rescale: multiply by τ², as the authors' code does and the printed equation does not: gradients then keep their
+            size as τ grows.
+
+    Returns:
+        A scalar ≥ 0, up to rounding.
+    """
+    dtype = precision(outputs)
+    past = past.detach().to(dtype)
+    if seen is not None:  # before the softmax: what was never recorded may be anything
+        past = torch.where(seen[:, None], past, torch.zeros_like(past))
+    log_past, log_now = (_log_softmax(y, temperature) for y in (past, outputs.to(dtype)))
+    terms = functional.kl_div(log_now, log_past, reduction="none", log_target=True).sum(1)
+    if seen is not None:
+        terms = torch.where(seen, terms, torch.zeros_like(terms))
+    loss = terms.sum() / max(len(terms), 1)
+    return loss * temperature**2 if rescale else loss
+
+
+def centred(outputs: Tensor) -> Tensor:
+    """y - max(y): the same distribution, and no value overflows upwards."""
+    return outputs - outputs.detach().amax(1, keepdim=True)
+
+
+def _log_softmax(outputs: Tensor, temperature: float) -> Tensor:
+    """Its lowest value is finite: -inf times a probability of zero would be NaN."""
+    return functional.log_softmax(centred(outputs) / temperature, 1).clamp(min=torch.finfo(outputs.dtype).min)
+
+
+def precision(outputs: Tensor) -> torch.dtype:
+    """What the term is computed in."""
+    return torch.float64 if outputs.dtype == torch.float64 else torch.float32
+
+
+def _check(weight: float, temperature: float, start: int) -> None:
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"weight must be a finite number >= 0, not {weight}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a finite number > 0, not {temperature}")
+    if start < 0:
+        raise ValueError(f"start must be an epoch from 0, not {start}")
+
+
+class Term:
+    """What the two terms share: λ, τ, and the epoch."""
+
+    def __init__(self, weight: float, temperature: float, start: int, rescale: bool) -> None:
+        _check(weight, temperature, start)
+        self.weight, self.temperature, self.start, self.rescale = float(weight), float(temperature), int(start), rescale
+        self._epoch: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say at its start which epoch it is, from 0; as for a ``DistributedSampler``."""
+        if epoch < 0:
+            raise ValueError(f"epochs are counted from 0, not {epoch}")
+        self._epoch = int(epoch)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was set."""
+        if self._epoch is None:
+            raise RuntimeError(f"{type(self).__name__} goes by epochs: call set_epoch(epoch) at the start of each")
+        return self._epoch
+
+    def _loss(self, outputs: Tensor, past: Tensor, seen: Tensor | None = None) -> Tensor:
+        return self.weight * trajectory_loss(outputs, past, self.temperature, seen=seen, rescale=self.rescale)
+
+    @staticmethod
+    def _zero(outputs: Tensor) -> Tensor:
+        return outputs.new_zeros((), dtype=precision(outputs))

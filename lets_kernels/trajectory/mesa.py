@@ -1,0 +1,105 @@
+"""MESA (Du et al., NeurIPS 2022)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lets_kernels.trajectory.loss import Term
+
+
+class MESA(Term):
+    """SAF without records: the outputs compared with are those of a moving average of the model.
+
+    Du et al., NeurIPS 2022, §3 (memory-efficient SAF): y_past are the outputs of weights averaged over the steps, by
+    ``torch.optim.swa_utils``. Memory: one copy of the model. Time: one forward pass more a step, without gradients;
+    still one gradient a step. ::
+
+        mesa = lets_kernels.MESA(model)
+        ...
+            outputs = model(inputs)
+            loss = cross_entropy(outputs, targets) + mesa(outputs, inputs)
+            ...                                        # backward, and the optimizer's step
+            mesa.update(model)                         # at the weights after it, never at perturbed ones
+
+    The defaults are those of the authors' code. The paper leaves open what normalisation does in the averaged model: it
+    runs in evaluation mode here, with running statistics that are averaged alike.
+
+    Args:
+        model: what is averaged; without the wrapper of DistributedDataParallel, and not sharded.
+        decay: of the average, in [0, 1).
+        start: the first epoch (from 0) whose loss has the term.
+        weight: λ ≥ 0.
+        temperature: τ > 0.
+        rescale: see :func:`trajectory_loss`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        decay: float = 0.9998,
+        start: int = 5,
+        weight: float = 0.8,
+        temperature: float = 5.0,
+        rescale: bool = False,
+    ) -> None:
+        super().__init__(weight, temperature, start, rescale)
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {decay}")
+        #: The averaged model, in evaluation mode.
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).eval()
+        self.average.requires_grad_(False)
+
+    def __call__(self, outputs: Tensor, *inputs: Any, **options: Any) -> Tensor:
+        """The term for a batch, λ included.
+
+        Args:
+            outputs: the logits, [B, classes], of the pass whose gradient is taken.
+            *inputs: what the model was called with for them.
+            **options: the same, by name.
+
+        Returns:
+            A scalar; a constant zero before ``start``, without a forward pass.
+
+        Raises:
+            RuntimeError: no epoch was set.
+            ValueError: the averaged model's outputs have another shape, or outputs are not [B, classes].
+        """
+        if self.epoch < self.start:
+            return self._zero(outputs)
+        with torch.no_grad():
+            past = self.average(*inputs, **options)
+        if not isinstance(past, Tensor) or past.shape != outputs.shape or outputs.dim() != 2:
+            found = list(past.shape) if isinstance(past, Tensor) else type(past).__name__
+            raise ValueError(
+                f"outputs must be logits of shape [B, classes], the model's own for these inputs, but they are "
+                f"{list(outputs.shape)} and the averaged model gives {found}: call mesa(outputs, ...) with what "
+                "model(...) got; for other shapes, give both to trajectory_loss"
+            )
+        return self._loss(outputs, past)
+
+    def update(self, model: torch.nn.Module) -> None:
+        """Take the model into the average; after each step."""
+        self.average.update_parameters(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average and the epoch; the tensors are this object's, as a module's are."""
+        return {"epoch": self._epoch, "average": self.average.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the state was saved.
+
+        Raises:
+            ValueError: it is no state of a MESA.
+            RuntimeError: it is of another model (torch's).
+        """
+        if "average" not in state:
+            raise ValueError("this is no state of a MESA: it has no 'average'; load what mesa.state_dict() gave")
+        self.average.load_state_dict(state["average"])
+        self._epoch = state.get("epoch")
