@@ -13,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which rea
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LINES = {
     "accelerate_loop": r"loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+)",
+    "federated": r"FedSAM: test loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+); "
+    r"MoFedSAM: test loss \S+, test accuracy (?P<average>\S+)",
     "lightning_automatic": r"loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+)",
     "lightning_lets": r"rho: 0\.05 -> (?P<rho>\S+), loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+)",
     "plain_loop": r"loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+), of the averaged weights (?P<average>\S+)",
