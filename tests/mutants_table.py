@@ -34,8 +34,8 @@ GROUPS = [
         "tests/test_hypergradient.py -k 'reference and rounding'",
         [
             ("out.append(-self.lr[k] * a.bucket", "out.append(self.lr[k] * a.bucket"),
-            ("out.append(-self.lr[k] * length * share)", "out.append(-length * share)"),
-            ("out.append(-self.lr[k] * length * share)", "out.append(-self.lr[k] * share)"),
+            ("out.append(-self.lr[k] * self.slope * length * share)", "out.append(-self.slope * length * share)"),
+            ("out.append(-self.lr[k] * self.slope * length * share)", "out.append(-self.lr[k] * self.slope * share)"),
             ("near.pow((a.q - 1) / a.q)", "near.pow(1 / a.q)", "tests/test_methods.py -k every_direction"),
             ("a.total(saved=True)", "a.total()"),
             ("(self.stepped[k], self.first[k])", "(self.perturbed[k], self.first[k])", "tests/test_parts.py"),
@@ -47,11 +47,10 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/direction.py",
+        "lets_kernels/direction/gradient.py",
         DIRECTED,
         [
             ("else p / (p - 1)", "else p"),
-            ("return [self.bucket.saved] if saved else self.runs.weights", "return self.runs.weights"),
             ("return 1 if id(p) in self._transposed else 0", "return 0"),
             (
                 'bias = p.dim() <= 1 if name is None else "weight" not in name',
@@ -59,6 +58,13 @@ GROUPS = [
                 "tests/test_contract.py -k bias",
             ),
             ("if not self.filterwise or p.dim() < 3", "if not self.filterwise or p.dim() < 2"),
+        ],
+    ),
+    (
+        "lets_kernels/direction/base.py",
+        DIRECTED,
+        [
+            ("return [self.bucket.saved] if saved else self.runs.weights", "return self.runs.weights"),
             ("math.isfinite(xi) and xi >= 0", "xi >= 0", "tests/test_errors.py"),
         ],
     ),
@@ -84,9 +90,9 @@ GROUPS = [
         "lets_kernels/optimizers/step.py",
         "tests/test_finite.py -k reference",
         [
-            ("flags = [*means[:1], *self.totals]", "flags = self.totals"),
-            ("flags = [*means[:1], *self.totals]", "flags = means[:1]"),
-            ("total.pow(1 / self.optimizer.direction.q)", "total.sqrt()", "tests/test_parts.py"),
+            ("flags = [*known, *means[:1], *self.totals]", "flags = [*known, *self.totals]"),
+            ("flags = [*known, *means[:1], *self.totals]", "flags = [*known, *means[:1]]"),
+            ("mean().pow(1 / self.optimizer.direction.q)", "mean().sqrt()", "tests/test_parts.py"),
             (RESTORING, "            pass\n        self"),
             ("if self.is_perturbed and second[a.bucket.index].indices != a.runs.indices:", "if False:"),
         ],
