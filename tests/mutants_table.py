@@ -7,6 +7,7 @@ nothing, and one that computes the same is none.
 from typing import NamedTuple
 
 import mutants_kernels
+import mutants_parts
 import mutants_reference
 
 
@@ -29,6 +30,7 @@ DIRECTED = "tests/test_methods.py -k 'reference and (every_method or diagonal an
 GROUPS = [
     *mutants_reference.GROUPS,
     *mutants_kernels.GROUPS,
+    *mutants_parts.GROUPS,
     (
         "lets_kernels/hypergradient.py",
         "tests/test_hypergradient.py -k 'reference and rounding'",
