@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import multiprocessing
+import re
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ import matplotlib.image
 import numpy as np
 from sklearn.datasets import load_digits
 
+import lets_kernels
 from lets_kernels import SAM, LearnedRadius, __version__, backends
 from lets_kernels.demo import cli, processes, report
 from lets_kernels.demo.data import TEST_SIZE, TRAIN_SIZE, batches, load, noisy_targets
-from lets_kernels.demo.methods import METHODS, Settings
+from lets_kernels.demo.methods import ALL, METHODS, OTHERS, Settings
 from lets_kernels.demo.model import small_cnn
 from lets_kernels.demo.train import train
 
@@ -193,6 +195,92 @@ def test_methods_differ_in_nothing_but_what_they_are_called(name):
         assert optimizer.radius.curvature == name.rpartition("-")[2]
 
 
+def test_the_demo_runs_its_seven_methods_unless_told_otherwise(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("lets_kernels.demo.run.run_demo", lambda methods, *_: asked.append(methods))
+    assert cli.main(["--output", str(tmp_path)]) == 0
+    assert cli.main(["--output", str(tmp_path), "--methods", "vasso", "looksam", "sgd", "gsam"]) == 0
+    usual = ["sgd", "sam", "lets-sam-diagonal", "lets-sam-secant", "asam", "lets-asam-diagonal", "lets-asam-secant"]
+    assert asked == [usual, ["sgd", "looksam", "gsam", "vasso"]]
+    assert list(METHODS) == usual and not set(METHODS) & set(OTHERS) and list(ALL) == [*METHODS, *OTHERS]
+
+
+def test_every_method_of_the_package_can_be_named(capsys):
+    kinds = {type(method.build(small_cnn().parameters(), Settings())) for method in ALL.values()}
+    assert kinds == {torch.optim.SGD, *(x for x in vars(lets_kernels).values() if isinstance(x, type) and _is_sam(x))}
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(re.search(rf"(?<![\w-]){name}[,\s]", text) for name in ALL)
+
+
+def _is_sam(kind):
+    return issubclass(kind, SAM)
+
+
+@pytest.fixture(scope="module")
+def usual():
+    """What one epoch of the two usual methods ends with."""
+    return [train(name, 0, SHORT).epochs[-1].train_loss for name in ("sgd", "sam")]
+
+
+SHORT = Settings(epochs=1, noise=0.0)
+DRAW = ("rst", "r-sam", "r-gsam", "random-sam", "esam", "bsam")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_method_of_the_others_trains(name, usual):
+    """It has learnt (chance is 10 %), is neither SGD nor SAM, and its random numbers follow from the seed."""
+    last = train(name, 0, SHORT).epochs[-1]
+    assert last.skipped_steps == 0 and last.test_accuracy > 0.3
+    assert last.train_loss not in usual
+    if name in DRAW:
+        assert last.train_loss == train(name, 0, SHORT).epochs[-1].train_loss
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_gradients_a_step_are_those_of_the_table(name):
+    optimizer = OTHERS[name].build((model := small_cnn()).parameters(), Settings(epochs=1))
+    images, labels = torch.rand(8, 1, 8, 8), torch.arange(8)
+    calls = []
+
+    def closure(subset=None):
+        chosen = slice(None) if subset is None else subset
+        optimizer.zero_grad()
+        outputs = model(images[chosen])
+        losses = torch.nn.functional.cross_entropy(outputs, labels[chosen], reduction="none")
+        calls.append(len(losses) / 8 if torch.is_grad_enabled() else 0)
+        if optimizer.samples.per_sample:
+            return losses, outputs
+        losses.mean().backward()
+        return losses.mean()
+
+    for _ in range(20):
+        optimizer.step(closure)
+    expected = 20 * OTHERS[name].gradients
+    if name in ("rst", "ae-sam", "ae-looksam"):  # left to chance, or to the gradient
+        assert 20 < sum(calls) < 40
+    else:
+        assert sum(calls) == expected
+
+
+def test_others_are_drawn_and_told(tmp_path, capsys):
+    from rich.console import Console
+
+    from lets_kernels.demo.plots import write_plots
+
+    runs = [train(name, 0, SHORT) for name in ("random-sam", "sam", "looksam")]
+    result = report.document(runs, SHORT, seeds=1, jobs=1, seconds=1.0)
+    assert [run["method"] for run in result["runs"]] == ["sam", "looksam", "random-sam"]
+    assert [row["gradients_per_step"] for row in result["summary"]] == [2, 1.2, 1]
+    Console(width=80).print(report.table(report.summarise(runs), SHORT, jobs=1))
+    assert "2 for SAM, 1.2 for LookSAM, 1 for Random SAM" in " ".join(capsys.readouterr().out.split())
+    write_plots(runs, SHORT, tmp_path)
+    both = matplotlib.image.imread(tmp_path / "radius.png")
+    write_plots(runs[1:2], SHORT, tmp_path)
+    assert (both - matplotlib.image.imread(tmp_path / "radius.png")).any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -204,6 +292,7 @@ def test_methods_differ_in_nothing_but_what_they_are_called(name):
         (["--rho", "0"], "argument --rho: must be more than 0, not '0'"),
         (["--asam-rho", "inf"], "argument --asam-rho: must be more than 0, not 'inf'"),
         (["--methods", "adam"], "lets-asam-secant"),
+        (["--methods", "sgd", "saf"], "looksam"),
         (["--backend", "tpu"], "reference"),
         (["--backend", "cuda"], "argument --backend: backend='cuda' does not run here"),
         (["--output", __file__], "argument --output"),

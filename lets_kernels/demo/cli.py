@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import lets_kernels
-from lets_kernels.demo.methods import METHODS, Settings, sam
+from lets_kernels.demo.methods import ALL, METHODS, Settings, sam
 from lets_kernels.demo.model import small_cnn
 
 REQUIRED = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn"}  # module: package
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         backend=options.backend,
     )
     chosen = getattr(options, "methods", METHODS)
-    methods = [name for name in METHODS if name in chosen]
+    methods = [name for name in ALL if name in chosen]
     jobs = min(options.jobs, len(methods) * options.seeds)
     try:
         from lets_kernels.demo.run import run_demo  # imports what was just looked for
@@ -56,9 +56,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=count, default=DEFAULT.epochs, help="passes over the training set")
     parser.add_argument("--seeds", type=count, default=3, help="runs of each method, with the seeds 0, 1, ...")
     parser.add_argument("--noise", type=share, default=DEFAULT.noise, help="share of the training labels made wrong")
-    names = f"any of {', '.join(METHODS)} (default: all of them)"
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=argparse.SUPPRESS, metavar="NAME", help=names)
-    parser.add_argument("--rho", type=positive, default=DEFAULT.rho, help="radius of SAM, start of LETS-SAM")
+    names = f"any of {', '.join(ALL)} (default: the first {len(METHODS)})"
+    parser.add_argument("--methods", nargs="+", choices=ALL, default=argparse.SUPPRESS, metavar="NAME", help=names)
+    parser.add_argument("--rho", type=positive, default=DEFAULT.rho, help="radius of SAM and others, start of LETS-SAM")
     parser.add_argument("--asam-rho", type=positive, default=DEFAULT.asam_rho, help="the same for ASAM, LETS-ASAM")
     parser.add_argument("--radius-lr", type=positive, default=DEFAULT.radius_lr, help="step size of the learned radius")
     parser.add_argument("--backend", choices=("auto", *lets_kernels.backends()), default="auto", help="kernels to use")

@@ -9,8 +9,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from lets_kernels.demo.methods import TRAIN_SIZE
+
 CLASSES = 10
-TRAIN_SIZE, TEST_SIZE = 1280, 517  # all 1797 images
+TEST_SIZE = 1797 - TRAIN_SIZE  # all images
 
 
 @dataclass(frozen=True)

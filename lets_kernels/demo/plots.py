@@ -10,10 +10,11 @@ matplotlib.use("Agg")  # draws to files, needs no screen
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from lets_kernels.demo.methods import METHODS, Settings
+from lets_kernels.demo.methods import ALL, METHODS, OTHERS, Settings
 from lets_kernels.demo.train import Run
 
 # Okabe and Ito's palette, told apart with every kind of colour vision. Dashed: the radius is fixed.
@@ -25,6 +26,7 @@ STYLES: dict[str, tuple[str, Any]] = {
     "asam": ("#E69F00", (3, (3, 3))),
     "lets-asam-diagonal": ("#CC79A7", "-"),
     "lets-asam-secant": ("#D55E00", "-"),
+    **{name: (to_hex(matplotlib.colormaps["tab20"](i)), "-.") for i, name in enumerate(OTHERS)},
 }
 
 
@@ -50,9 +52,11 @@ def write_plots(runs: list[Run], settings: Settings, folder: Path) -> list[Path]
 
 def _radius(runs: list[Run], path: Path) -> Path:
     """One panel for each meaning that a radius has; SGD has none."""
+    usual = [run for run in runs if run.method in METHODS]
     panels = {
-        "SAM: norm of the perturbation": [run for run in runs if run.method != "sgd" and "asam" not in run.method],
-        "ASAM: norm relative to |weight|": [run for run in runs if "asam" in run.method],
+        "SAM: norm of the perturbation": [run for run in usual if run.method != "sgd" and "asam" not in run.method],
+        "ASAM: norm relative to |weight|": [run for run in usual if "asam" in run.method],
+        "others: as each defines it": [run for run in runs if run.method in OTHERS],
     }
     shown = {title: group for title, group in panels.items() if group}
     figure, row = plt.subplots(1, max(1, len(shown)), figsize=(9, 4.5), layout="constrained", squeeze=False)
@@ -74,7 +78,7 @@ def _draw(axes: Axes, runs: list[Run], field: str, scale: float) -> None:
         if values:
             seeds = scale * np.array(values, dtype=float)  # [seeds, epochs + 1]
             epochs = np.arange(seeds.shape[1])
-            axes.plot(epochs, seeds.mean(0), color=colour, linestyle=dashes, label=METHODS[name].label)
+            axes.plot(epochs, seeds.mean(0), color=colour, linestyle=dashes, label=ALL[name].label)
             axes.fill_between(epochs, seeds.min(0), seeds.max(0), color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lets_kernels.demo.methods import METHODS, Settings
+from lets_kernels.demo.methods import ALL, Settings
 from lets_kernels.demo.train import Run, train
 
 
@@ -26,10 +26,10 @@ def train_all(
     The numbers do not depend on ``jobs``; the timings do.
     """
     context = multiprocessing.get_context("spawn")
-    gradients, stop = context.Value("q", 0), context.Event()  # how many epochs x gradients a step are done
-    longest_first = sorted(methods, key=lambda name: -METHODS[name].gradients)  # so that no process idles at the end
+    gradients, stop = context.Value("d", 0.0), context.Event()  # how many epochs x gradients a step are done
+    longest_first = sorted(methods, key=lambda name: -ALL[name].gradients)  # so that no process idles at the end
     tasks = [(name, seed) for seed in range(seeds) for name in longest_first]
-    total = settings.epochs * sum(METHODS[name].gradients for name, _ in tasks)
+    total = settings.epochs * sum(ALL[name].gradients for name, _ in tasks)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     pool = ProcessPoolExecutor(jobs, context, _start, (gradients, stop))
     with Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console) as progress:
@@ -61,11 +61,11 @@ def _without_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-_gradients: "Synchronized[int]"
+_gradients: "Synchronized[float]"
 _stop: Event
 
 
-def _start(gradients: "Synchronized[int]", stop: Event) -> None:
+def _start(gradients: "Synchronized[float]", stop: Event) -> None:
     """Called once in each process."""
     global _gradients, _stop
     _gradients, _stop = gradients, stop
@@ -84,7 +84,7 @@ def _end_with_parent() -> None:
 def _train(name: str, seed: int, settings: Settings) -> Run:
     def after_epoch() -> None:
         with _gradients.get_lock():
-            _gradients.value += METHODS[name].gradients
+            _gradients.value += ALL[name].gradients
         if _stop.is_set():
             raise InterruptedError("the demo was stopped")
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import lets_kernels
 from lets_kernels.demo.data import TEST_SIZE
-from lets_kernels.demo.methods import METHODS, Settings
+from lets_kernels.demo.methods import ALL, METHODS, Settings
 from lets_kernels.demo.train import Run
 
 DEFINITIONS = {
@@ -29,7 +29,8 @@ DEFINITIONS = {
     "test_accuracy": "share of the test images, with their right labels, that are classified correctly",
     "rho": "the radius at the end of the epoch (epoch 0: at the start)",
     "step_ms": "wall time of optimizer.step in ms, median over the epoch; summary: median of epochs, mean of seeds",
-    "optimizer_ms": "as step_ms, without the time spent in the closures, that is in zero_grad, forward and backward",
+    "optimizer_ms": "as step_ms, without the time spent in the closures, that is in zero_grad, forward and backward "
+    "(ESAM and δ-SAM call backward themselves: it is in their time)",
 }
 
 
@@ -40,7 +41,7 @@ class Row:
     method: str
     label: str
     seeds: int
-    gradients_per_step: int
+    gradients_per_step: float
     test_accuracy: float
     test_accuracy_sd: float | None
     rho_start: float | None
@@ -50,8 +51,8 @@ class Row:
 
 
 def summarise(runs: list[Run]) -> list[Row]:
-    """One row a method, in the order of METHODS."""
-    by_method = {name: [run for run in runs if run.method == name] for name in METHODS}
+    """One row a method, in the order of ALL."""
+    by_method = {name: [run for run in runs if run.method == name] for name in ALL}
     return [_row(name, group) for name, group in by_method.items() if group]
 
 
@@ -59,9 +60,9 @@ def _row(name: str, runs: list[Run]) -> Row:
     accuracies = [run.epochs[-1].test_accuracy for run in runs]
     return Row(
         method=name,
-        label=METHODS[name].label,
+        label=ALL[name].label,
         seeds=len(runs),
-        gradients_per_step=METHODS[name].gradients,
+        gradients_per_step=ALL[name].gradients,
         test_accuracy=fmean(accuracies),
         test_accuracy_sd=stdev(accuracies) if len(accuracies) > 1 else None,
         rho_start=_mean([run.epochs[0].rho for run in runs]),
@@ -83,7 +84,7 @@ def table(rows: list[Row], settings: Settings, jobs: int) -> Table:
         caption=(
             f"Accuracy: on {TEST_SIZE} test images with right labels, after the last epoch, mean ± sd over seeds "
             f"({rows[0].seeds}). Radius: mean. Times: median over steps, mean over seeds, {_processes(jobs)} of one "
-            "thread; the optimizer's part is the step without its gradients: 1 for SGD, 2 for SAM and ASAM, 4 for LETS."
+            f"thread; the optimizer's part is the step without its gradients: {_gradients(rows)}."
         ),
         caption_justify="left",
         box=SIMPLE,
@@ -103,13 +104,19 @@ def table(rows: list[Row], settings: Settings, jobs: int) -> Table:
     return result
 
 
+def _gradients(rows: list[Row]) -> str:
+    if all(row.method in METHODS for row in rows):
+        return "1 for SGD, 2 for SAM and ASAM, 4 for LETS"
+    return ", ".join(f"{row.gradients_per_step:g} for {row.label}" for row in rows)
+
+
 def _processes(jobs: int) -> str:
     return "in a process" if jobs == 1 else f"in {jobs} processes at once, each"
 
 
 def document(runs: list[Run], settings: Settings, seeds: int, jobs: int, seconds: float) -> dict[str, Any]:
     """Everything there is to know about the runs, ready for JSON."""
-    order = list(METHODS)
+    order = list(ALL)
     runs = sorted(runs, key=lambda run: (order.index(run.method), run.seed))
     return {
         "what": "lets_kernels demo",

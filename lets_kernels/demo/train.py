@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler
 
 from lets_kernels import SAM, LearnedRadius
-from lets_kernels.demo.data import TRAIN_SIZE, Digits, batches, load, noisy_targets
-from lets_kernels.demo.methods import METHODS, Settings
+from lets_kernels.demo.data import Digits, batches, load, noisy_targets
+from lets_kernels.demo.methods import ALL, Settings
 from lets_kernels.demo.model import small_cnn
 
 
@@ -48,10 +48,10 @@ class Timer:
 
     ms = 0.0
 
-    def __call__(self, closure: Callable[[], Tensor]) -> Callable[[], Any]:
-        def timed() -> Tensor:
+    def __call__(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
             start = perf_counter()
-            loss = closure()
+            loss = closure(*args)
             self.ms += 1e3 * (perf_counter() - start)
             return loss
 
@@ -63,7 +63,7 @@ def train(name: str, seed: int, settings: Settings, after_epoch: Callable[[], No
     data = load(seed, settings.noise)
     torch.manual_seed(seed)
     model = small_cnn()
-    optimizer = METHODS[name].build(model.parameters(), settings)
+    optimizer = ALL[name].build(model.parameters(), settings)
     schedulers: list[LRScheduler] = [CosineAnnealingLR(optimizer, settings.epochs)]
     radius = optimizer.radius if isinstance(optimizer, SAM) else None
     if isinstance(radius, LearnedRadius):  # log(rho) has an optimizer of its own, which takes any scheduler, too
@@ -77,18 +77,22 @@ def train(name: str, seed: int, settings: Settings, after_epoch: Callable[[], No
             loss.backward()
             return loss
 
-        return timer(closure)
+        def losses(subset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            chosen = slice(None) if subset is None else subset
+            outputs = model(images[chosen])
+            return cross_entropy(outputs, labels[chosen], reduction="none"), outputs
+
+        return timer(losses if isinstance(optimizer, SAM) and optimizer.samples.per_sample else closure)
 
     timer = Timer()
     train_batches = batches(data.train_images, data.train_labels, settings.batch_size, seed)
     # LETS draws its validation batches from the training set, wrong labels and all.
     val_batches = batches(data.train_images, data.train_labels, settings.batch_size, seed + 1_000_000)
-    steps = -(-TRAIN_SIZE // settings.batch_size)
     records = [evaluate(0, model, data, settings.noise, optimizer, [])]
     for epoch in range(1, settings.epochs + 1):
         model.train()
         times = []
-        for _ in range(steps):
+        for _ in range(settings.steps_per_epoch):
             closure = gradient(*next(train_batches))
             val_closure = gradient(*next(val_batches))
             timer.ms, start = 0.0, perf_counter()
