@@ -129,6 +129,39 @@ GROUPS = [
             ("dist.all_reduce(reduced, group=group)", "pass"),
         ],
     ),
+    (
+        "lets_kernels/trajectory/loss.py",
+        "tests/test_trajectory.py -k 'loss or gradients or extreme or float32'",
+        [
+            ("kl_div(log_now, log_past,", "kl_div(log_past, log_now,"),
+            (".clamp(min=torch.finfo(outputs.dtype).min)", ""),
+            ("centred(outputs) / temperature", "outputs / temperature"),
+            ("past = past.detach()", "past = past"),
+            ("terms.sum() / max(len(terms), 1)", "terms.mean()"),
+            ("temperature**2 if", "temperature if"),
+        ],
+    ),
+    (
+        "lets_kernels/trajectory/saf.py",
+        "tests/test_trajectory.py -k 'records or recorded or resuming or term'",
+        [
+            ("epoch - self.epochs, index, outputs.device", "epoch - self.epochs + 1, index, outputs.device"),
+            (".index_select(0, index) == epoch", ".index_select(0, index) >= 0"),
+            ("epoch >= max(self.start, self.epochs)", "epoch >= self.epochs"),
+            ("kept.isnan().any(1)", "kept.isnan().all(1)"),
+            ("if record and", "if"),
+            ('"epoch": self._epoch,', '"epoch": 0,'),
+        ],
+    ),
+    (
+        "lets_kernels/trajectory/mesa.py",
+        "tests/test_trajectory.py -k mesa",
+        [
+            ("get_ema_multi_avg_fn(decay)", "get_ema_multi_avg_fn(0.5)"),
+            (", use_buffers=True).eval()", ").eval()"),
+            ("use_buffers=True).eval()", "use_buffers=True)"),
+        ],
+    ),
 ]
 
 MUTANTS = [

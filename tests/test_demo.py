@@ -205,9 +205,10 @@ def test_the_demo_runs_its_seven_methods_unless_told_otherwise(monkeypatch, tmp_
     assert list(METHODS) == usual and not set(METHODS) & set(OTHERS) and list(ALL) == [*METHODS, *OTHERS]
 
 
-def test_every_method_of_the_package_can_be_named(capsys):
+def test_every_method_of_the_package_can_be_named(capsys, monkeypatch):
     kinds = {type(method.build(small_cnn().parameters(), Settings())) for method in ALL.values()}
     assert kinds == {torch.optim.SGD, *(x for x in vars(lets_kernels).values() if isinstance(x, type) and _is_sam(x))}
+    monkeypatch.setenv("COLUMNS", "1000")  # or names are broken at their hyphens
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capsys.readouterr().out
