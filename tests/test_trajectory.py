@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 import lets_kernels as lk
+from accelerator import DEVICE, needs_gpu
 from runs import same_bits
 
 SAMPLES, CLASSES, EPOCHS = 23, 5, 3
@@ -389,17 +390,78 @@ def test_a_refused_state_changes_nothing():
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+def gpu(test):
+    for mark in needs_gpu:
+        test = mark(test)
+    return test
+
+
+@gpu
+@pytest.mark.parametrize("device", ["cpu", DEVICE])
 def test_outputs_on_a_gpu_give_what_they_give_on_the_cpu(device):
-    """Records in pinned memory or on the GPU; the rounding of logarithms differs by a few units in the last place."""
+    """Records in the host's memory or beside them; logarithms there may differ by some units in the last place."""
     outputs, here, there = logits(6, SAMPLES, CLASSES), saf(), saf(device=device)
     for epoch in range(6):
         for term in (here, there):
             term.set_epoch(epoch)
         for index in shuffled()(epoch):
-            expected, found = here(outputs[epoch][index], index), there(outputs[epoch][index].cuda(), index)
-            assert found.is_cuda
+            expected, found = here(outputs[epoch][index], index), there(outputs[epoch][index].to(DEVICE), index)
+            assert found.device.type == DEVICE
             assert found.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-14)
     for name in ("records", "recorded_at"):
+        assert there.state_dict()[name].device.type == torch.device(device).type
         assert torch.equal(there.state_dict()[name].cpu(), here.state_dict()[name])
+
+
+class LateCopies:
+    """Stands in for a GPU's stream: what is copied without waiting arrives when its event is waited for."""
+
+    def __init__(self, monkeypatch):
+        self.waiting = []
+        empty, copy_ = torch.empty, torch.Tensor.copy_
+
+        def late_copy(target, source, non_blocking=False):
+            if not non_blocking:
+                return copy_(target, source)
+            target.fill_(math.nan)
+            self.waiting.append(lambda: copy_(target, source))
+            return target
+
+        monkeypatch.setattr("lets_kernels.trajectory.saf._pinned", lambda records, outputs: True)
+        monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(torch.Tensor, "copy_", late_copy)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: self)
+
+    def record(self, stream): ...
+
+    def synchronize(self):
+        assert len(self.waiting) == 1
+        self.waiting.pop()()
+
+
+def test_outputs_that_arrive_later_are_put_away_in_time(monkeypatch):
+    """At the next call, which may bring another epoch and reuse the indices, and when a state is asked for."""
+    outputs, plain, late = logits(6, SAMPLES, CLASSES), saf(), saf()
+    stream = LateCopies(monkeypatch)
+    for epoch in range(6):
+        for index in shuffled()(epoch):
+            for term in (plain, late):
+                term.set_epoch(epoch)
+            with monkeypatch.context() as usual:
+                usual.setattr("lets_kernels.trajectory.saf._pinned", lambda records, outputs: False)
+                expected = plain(outputs[epoch][index], index)
+            again = index.clone()
+            assert torch.equal(late(outputs[epoch][index], again), expected)
+            assert len(stream.waiting) == 1
+            again.zero_()
+    assert not torch.equal(late._records, plain._records)
+    state = late.state_dict()
+    assert torch.equal(state["records"], plain._records) and torch.equal(state["recorded_at"], plain._recorded_at)
+    late(outputs[0][:3], torch.arange(3))
+    late.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert torch.equal(late.state_dict()["records"], plain._records)  # what was on its way is of the run before
