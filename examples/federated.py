@@ -1,6 +1,6 @@
 """Federated averaging with SAM as the local optimizer: FedSAM, and MoFedSAM with a global momentum.
 
-Qu et al., ICML 2022, Algorithms 1 and 2. In each round some clients start from the global weights w, take K steps of
+Qu et al., ICML 2022. In each round some clients start from the global weights w, take K steps of
 SAM on data of their own, and w moves by the mean of what they have moved by. MoFedSAM steps locally along
 v = beta g_hat + (1 - beta) Delta, where Delta is the mean of all local steps of the last round over -lr, the size of a
 gradient; the first round has zero for it. The clients take turns in one process; torch's `AveragedModel` adds them up.

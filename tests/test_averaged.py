@@ -22,12 +22,11 @@ SHAPES = ("closure", "two-steps", "context")
 STEPS = 6
 
 
-def made(method, model=True):
+def made(method):
     cls, options = METHODS[method]
     options = {k: v(0.3, 0.1) if isinstance(v, type) else v for k, v in options.items()}
     task = Task(torch.float64, steps=STEPS)
-    net = {"model": task.net} if model else {}
-    return task, cls(task.net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **net, **options)
+    return task, cls(task.net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=task.net, **options)
 
 
 def step(task, opt, batch, shape):
@@ -163,7 +162,7 @@ def test_averages_resume(tmp_path):
     """A run that is saved in the middle, optimizer, SWALR and average, ends as one that was not."""
 
     def parts():
-        task, opt = made("gsam", model=False)
+        task, opt = made("gsam")
         return task, opt, AveragedModel(task.net), SWALR(opt, swa_lr=0.02, anneal_epochs=4)
 
     def run(task, opt, average, swalr, batches):

@@ -36,7 +36,7 @@ def gradient(weight, inputs, targets):
 
 
 def transcription(weight, drawn, lr, rho, beta, global_lr):
-    """Algorithms 1 and 2, with w_i, Delta_i and Delta as printed; beta = 1 is the first of them."""
+    """Round by round, with the sums written out; beta = 1 is FedSAM."""
     delta = torch.zeros_like(weight)
     for clients in drawn:
         moved = []
