@@ -235,6 +235,7 @@ def test_a_method_of_the_others_trains(name, usual):
     last = train(name, 0, SHORT).epochs[-1]
     assert last.skipped_steps == 0 and last.test_accuracy > 0.3
     assert last.train_loss not in usual
+    assert (last.optimizer_ms is None) == (name in ("esam", "delta-sam")) and last.step_ms > 0
     if name in DRAW:
         assert last.train_loss == train(name, 0, SHORT).epochs[-1].train_loss
 
@@ -270,15 +271,16 @@ def test_others_are_drawn_and_told(tmp_path, capsys):
 
     from lets_kernels.demo.plots import write_plots
 
-    runs = [train(name, 0, SHORT) for name in ("random-sam", "sam", "looksam")]
+    runs = [train(name, 0, SHORT) for name in ("random-sam", "esam", "sam", "looksam")]
     result = report.document(runs, SHORT, seeds=1, jobs=1, seconds=1.0)
-    assert [run["method"] for run in result["runs"]] == ["sam", "looksam", "random-sam"]
-    assert [row["gradients_per_step"] for row in result["summary"]] == [2, 1.2, 1]
+    assert [run["method"] for run in result["runs"]] == ["sam", "looksam", "random-sam", "esam"]
+    assert [row["gradients_per_step"] for row in result["summary"]] == [2, 1.2, 1, 1.5]
+    assert [row["optimizer_ms"] is None for row in result["summary"]] == [False, False, False, True]
     Console(width=80).print(report.table(report.summarise(runs), SHORT, jobs=1))
-    assert "2 for SAM, 1.2 for LookSAM, 1 for Random SAM" in " ".join(capsys.readouterr().out.split())
+    assert "2 for SAM, 1.2 for LookSAM, 1 for Random SAM, 1.5 for ESAM." in " ".join(capsys.readouterr().out.split())
     write_plots(runs, SHORT, tmp_path)
     both = matplotlib.image.imread(tmp_path / "radius.png")
-    write_plots(runs[1:2], SHORT, tmp_path)
+    write_plots(runs[2:3], SHORT, tmp_path)
     assert (both - matplotlib.image.imread(tmp_path / "radius.png")).any()
 
 

@@ -30,7 +30,7 @@ DEFINITIONS = {
     "rho": "the radius at the end of the epoch (epoch 0: at the start)",
     "step_ms": "wall time of optimizer.step in ms, median over the epoch; summary: median of epochs, mean of seeds",
     "optimizer_ms": "as step_ms, without the time spent in the closures, that is in zero_grad, forward and backward "
-    "(ESAM and δ-SAM call backward themselves: it is in their time)",
+    "(null for ESAM and δ-SAM, which call backward themselves)",
 }
 
 
@@ -47,7 +47,7 @@ class Row:
     rho_start: float | None
     rho_end: float | None
     step_ms: float
-    optimizer_ms: float
+    optimizer_ms: float | None
 
 
 def summarise(runs: list[Run]) -> list[Row]:
@@ -68,13 +68,18 @@ def _row(name: str, runs: list[Run]) -> Row:
         rho_start=_mean([run.epochs[0].rho for run in runs]),
         rho_end=_mean([run.epochs[-1].rho for run in runs]),
         step_ms=fmean(median(epoch.step_ms or 0.0 for epoch in run.epochs[1:]) for run in runs),
-        optimizer_ms=fmean(median(epoch.optimizer_ms or 0.0 for epoch in run.epochs[1:]) for run in runs),
+        optimizer_ms=_mean([_median([epoch.optimizer_ms for epoch in run.epochs[1:]]) for run in runs]),
     )
 
 
 def _mean(values: list[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return fmean(present) if present else None
+
+
+def _median(values: list[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return median(present) if present else None
 
 
 def table(rows: list[Row], settings: Settings, jobs: int) -> Table:
@@ -99,7 +104,7 @@ def table(rows: list[Row], settings: Settings, jobs: int) -> Table:
             f"{100 * row.test_accuracy:.1f}{spread}",
             *("-" if rho is None else f"{rho:.3f}" for rho in (row.rho_start, row.rho_end)),
             f"{row.step_ms:.2f}",
-            f"{row.optimizer_ms:.2f}",
+            "-" if row.optimizer_ms is None else f"{row.optimizer_ms:.2f}",
         )
     return result
 

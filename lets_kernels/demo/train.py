@@ -65,6 +65,7 @@ def train(name: str, seed: int, settings: Settings, after_epoch: Callable[[], No
     model = small_cnn()
     optimizer = ALL[name].build(model.parameters(), settings)
     schedulers: list[LRScheduler] = [CosineAnnealingLR(optimizer, settings.epochs)]
+    per_sample = isinstance(optimizer, SAM) and optimizer.samples.per_sample
     radius = optimizer.radius if isinstance(optimizer, SAM) else None
     if isinstance(radius, LearnedRadius):  # log(rho) has an optimizer of its own, which takes any scheduler, too
         assert radius.optimizer is not None
@@ -82,7 +83,7 @@ def train(name: str, seed: int, settings: Settings, after_epoch: Callable[[], No
             outputs = model(images[chosen])
             return cross_entropy(outputs, labels[chosen], reduction="none"), outputs
 
-        return timer(losses if isinstance(optimizer, SAM) and optimizer.samples.per_sample else closure)
+        return timer(losses if per_sample else closure)
 
     timer = Timer()
     train_batches = batches(data.train_images, data.train_labels, settings.batch_size, seed)
@@ -130,6 +131,7 @@ def evaluate(
     logits = model(data.test_images)
     noisy_test_loss = cross_entropy(logits, noisy_targets(data.test_labels, noise)).item()
     sam = optimizer if isinstance(optimizer, SAM) else None
+    calls_backward = sam is not None and sam.samples.per_sample  # so it cannot be told apart from the rest
     return Epoch(
         epoch=epoch,
         train_loss=train_loss,
@@ -140,5 +142,5 @@ def evaluate(
         rho=float(sam.rho) if sam else None,
         skipped_steps=int(sam.metrics()["skipped_steps"]) if sam else 0,
         step_ms=median(step for step, _ in times) if times else None,
-        optimizer_ms=median(rest for _, rest in times) if times else None,
+        optimizer_ms=median(rest for _, rest in times) if times and not calls_backward else None,
     )
