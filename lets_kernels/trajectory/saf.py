@@ -35,7 +35,8 @@ class SAF(Term):
     λ, E, τ and ``start`` are the defaults of the authors' code (E 2 or 3). The paper leaves open what becomes of
     samples that have no record, such as those that a last batch dropped: here they count as zero. So does the second
     visit to a sample in an epoch, which finds its record overwritten, and a sample that another rank met E epochs ago:
-    each rank has its own records. Outputs with NaN or +infinity among them are not recorded.
+    each rank has its own records, so its sampler should shuffle within its own share of the data set. Outputs with NaN
+    or +infinity among them are not recorded.
 
     What is recorded is y - max(y): the same distribution, and in float16 the likely classes are the exact ones.
 
