@@ -219,7 +219,7 @@ LETS_FN Adam<C> adam_of(const AdamOptions& o, double bias1, double bias2) {
           o.maximize};
 }
 
-// Variational SAM (Moellenhoff & Khan, 2023, Algorithm 1), its step: s is the precision, m the average.
+// Variational SAM (Moellenhoff & Khan, 2023), its step: s is the precision, m the average.
 template <class C>
 struct Bsam {
   C lr, beta1, one_minus_beta1, weight_decay;

@@ -48,7 +48,7 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 class SurrogateGap(Descent):
-    """GSAM: along ĝ − α g⊥, where g⊥ = g − (⟨g, ĝ⟩/‖ĝ‖²) ĝ (Zhuang et al., ICLR 2022, Algorithm 1).
+    """GSAM: along ĝ − α g⊥, where g⊥ = g − (⟨g, ĝ⟩/‖ĝ‖²) ĝ (Zhuang et al., ICLR 2022).
 
     g⊥ is the part of the first gradient that is orthogonal to the second, over all parameters together. Keeps the first
     gradients until the step. The diagonal ρ-gradient of LETS sees the change of ĝ alone, not that of g⊥.
@@ -85,7 +85,7 @@ class SurrogateGap(Descent):
 
 
 class NormPenalty(Descent):
-    """Along (1 − α) g + α ĝ, which penalises the norm of the gradient (Zhao et al., ICML 2022, Eq. 10).
+    """Along (1 − α) g + α ĝ, which penalises the norm of the gradient (Zhao et al., ICML 2022).
 
     The penalty's weight is λ = αρ. Keeps the first gradients until the step.
 
@@ -110,7 +110,7 @@ class NormPenalty(Descent):
 
 
 class Reuse(Descent):
-    """LookSAM: what a perturbed step has shown is used again in those after it (Liu et al., CVPR 2022, Algorithm 1).
+    """LookSAM: what a perturbed step has shown is used again in those after it (Liu et al., CVPR 2022).
 
     A step that perturbs goes along ĝ and keeps g_v = ĝ − (⟨g, ĝ⟩/‖g‖²) g, the part of ĝ that is orthogonal to g; one
     that does not goes along g + α (‖g‖/‖g_v‖) g_v. Products and norms are over all parameters together. State: g_v, one

@@ -88,7 +88,7 @@ class _PerSample(Samples):
 class SelectedSamples(_PerSample):
     """ESAM's sharpness-sensitive data selection: the second gradient is that of the samples whose loss ε raised most.
 
-    Du et al., ICLR 2022, §3.2. A forward pass at θ + ε, without gradients, gives the losses there; then the closure is
+    Du et al., ICLR 2022. A forward pass at θ + ε, without gradients, gives the losses there; then the closure is
     called for the chosen samples.
 
     Args:

@@ -67,7 +67,7 @@ class Always(Schedule):
 
 
 class Every(Schedule):
-    """Every k-th step perturbs, the first one among them (LookSAM: Liu et al., CVPR 2022, Algorithm 1).
+    """Every k-th step perturbs, the first one among them (LookSAM: Liu et al., CVPR 2022).
 
     Args:
         k: at least 1, which is SAM.
@@ -134,7 +134,7 @@ class Bernoulli(Schedule):
 
 
 class NormThreshold(Schedule):
-    """Perturb where the gradient is large: AE-SAM (Jiang et al., ICLR 2023, §3.2).
+    """Perturb where the gradient is large: AE-SAM (Jiang et al., ICLR 2023).
 
     μ ← δμ + (1 − δ)‖g‖² and σ² ← δσ² + (1 − δ)(‖g‖² − μ)², from zero; the step perturbs if ‖g‖² ≥ μ + cσ, where
     c = (t/T)λ₁ + (1 − t/T)λ₂. The decision is the host's, so each step waits once for the norm; the paper leaves open

@@ -1,4 +1,4 @@
-"""The step of Variational SAM (bSAM: Möllenhoff & Khan, ICLR 2023, Algorithm 1), as a base optimizer."""
+"""The step of Variational SAM (bSAM: Möllenhoff & Khan, ICLR 2023), as a base optimizer."""
 
 from typing import Any
 

@@ -55,7 +55,7 @@ class _Averaged(Direction):
 
 
 class Smoothed(_Averaged):
-    """VaSSO: d ← (1 − θ) d + θ g, ε = ρ d/‖d‖, d₀ = g (Li & Giannakis, NeurIPS 2023, Eqs. 8 and 9).
+    """VaSSO: d ← (1 − θ) d + θ g, ε = ρ d/‖d‖, d₀ = g (Li & Giannakis, NeurIPS 2023).
 
     State: d, one parameter-sized buffer. Two gradients a step.
 
@@ -74,7 +74,7 @@ class Smoothed(_Averaged):
 
 
 class Friendly(_Averaged):
-    """Friendly SAM: ε = ρ d/‖d‖, d = g − σm, m ← λm + (1 − λ)g (Li et al., CVPR 2024, Eqs. 10 to 12).
+    """Friendly SAM: ε = ρ d/‖d‖, d = g − σm, m ← λm + (1 − λ)g (Li et al., CVPR 2024).
 
     State: m, one parameter-sized buffer. Two gradients a step. The gradients themselves are left alone.
 

@@ -98,7 +98,7 @@ class Adaptive(Direction):
 
 
 class Fisher(Direction):
-    """Fisher SAM: ε = ρ F⁻¹g/√(gᵀF⁻¹g), with F⁻¹ = 1/(1 + η_F g²) (Kim et al., ICML 2022, Eqs. 9 and 10).
+    """Fisher SAM: ε = ρ F⁻¹g/√(gᵀF⁻¹g), with F⁻¹ = 1/(1 + η_F g²) (Kim et al., ICML 2022).
 
     The Fisher information is taken as diagonal, and from the gradient of the batch. It is ASAM's form with
     T = (1 + η_F g²)^(-1/2). LETS's ``direction="algorithm1"`` takes F from the gradient that it goes along.

@@ -20,7 +20,7 @@ _MOST = (1 << 63) - 1
 class Dropped(Direction):
     """ESAM's stochastic weight perturbation: each parameter takes part with probability β, and ε is ρ g/‖g‖ over β.
 
-    Du et al., ICLR 2022, §3.1. The norm is that of the whole gradient, so the mean of ε over the draws is SAM's.
+    Du et al., ICLR 2022. The norm is that of the whole gradient, so the mean of ε over the draws is SAM's.
     State: none; what takes part is drawn where it is used.
 
     Args:
@@ -66,7 +66,7 @@ class Dropped(Direction):
 
 
 class Masked(Direction):
-    r"""Sparse SAM: ε = ρ (g/‖g‖) ⊙ mask, with the norm of the whole gradient (Mi et al., NeurIPS 2022, Eq. 5).
+    r"""Sparse SAM: ε = ρ (g/‖g‖) ⊙ mask, with the norm of the whole gradient (Mi et al., NeurIPS 2022).
 
     The mask keeps a share 1 - s of all elements, exactly, over all tensors and ranks together; equal values are told
     apart by random numbers. It is selected on the device, in 64 passes over the gradient without other memory, before

@@ -22,7 +22,7 @@ def _finite(value: float, name: str) -> float:
 
 
 class Gaussian(Direction):
-    """Random SAM: ε ~ N(0, ρ²/d · I) over all d parameters (Ujváry et al., 2022, §3).
+    """Random SAM: ε ~ N(0, ρ²/d · I) over all d parameters (Ujváry et al., 2022).
 
     No gradient at θ is needed, so a step takes one, at θ + ε. State: none; ε is drawn where it is used.
     """
@@ -42,7 +42,7 @@ class Gaussian(Direction):
 
 
 class RandomStart(Direction):
-    """R-SAM: ε = ρ (δ₀ + λĝ₀)/‖δ₀ + λĝ₀‖ at θ, with ĝ₀ the gradient at θ + δ₀ (Liu et al., NeurIPS 2022, Algorithm 1).
+    """R-SAM: ε = ρ (δ₀ + λĝ₀)/‖δ₀ + λĝ₀‖ at θ, with ĝ₀ the gradient at θ + δ₀ (Liu et al., NeurIPS 2022).
 
     δ₀ ~ N(0, γ² diag(‖w_j‖)), with one ‖w_j‖ a filter: the rows along the first dimension of weights with two or more
     (along the second for transposed convolutions, which only ``model=`` can tell), a whole vector elsewhere. State:
@@ -111,7 +111,7 @@ class RandomStart(Direction):
 class Posterior(Direction):
     """Variational SAM: the first gradient at a sample of N(ω, 1/(Ns)), and ε = ρ g/s at the mean ω.
 
-    bSAM: Möllenhoff & Khan, ICLR 2023, Algorithm 1. The precision s is the base optimizer's
+    bSAM: Möllenhoff & Khan, ICLR 2023. The precision s is the base optimizer's
     (:class:`lets_kernels.variational.VariationalSGD`), but takes in |g| here, where g is at hand:
     s ← β₂s + (1 − β₂)(√s|g| + δ + γ).
 

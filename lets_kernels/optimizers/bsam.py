@@ -12,7 +12,7 @@ from lets_kernels.variational import VariationalSGD
 class BSAM(SAM):
     """Variational SAM: SAM as an optimal relaxation of Bayes, which learns a Gaussian over the weights.
 
-    Möllenhoff & Khan, ICLR 2023, Algorithm 1 (bSAM). An optimizer of its own, without a base optimizer: g at a sample
+    Möllenhoff & Khan, ICLR 2023 (bSAM). An optimizer of its own, without a base optimizer: g at a sample
     of N(ω, 1/(Ns)), ĝ at ω + ρ g/s, then m ← β₁m + (1 − β₁)(ĝ + δω), s ← β₂s + (1 − β₂)(√s|g| + δ + γ) and
     ω ← ω − α m/s. The weights are the mean ω; ``opt.state[p]["precision"]`` is s. State: s and m, two parameter-sized
     buffers; the noise is drawn again where it is used. Two gradients a step; the first pass belongs into

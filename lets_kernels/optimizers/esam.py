@@ -14,7 +14,7 @@ from lets_kernels.samples import SelectedSamples, WeightedSamples
 class ESAM(SAM):
     """Efficient SAM: a random part of the weights is perturbed, and a part of the samples gives the second gradient.
 
-    Du et al., ICLR 2022, §3.1 (stochastic weight perturbation) and §3.2 (sharpness-sensitive data selection). State:
+    Du et al., ICLR 2022: stochastic weight perturbation, and sharpness-sensitive data selection. State:
     none beside SAM's. A step takes one gradient of the batch, one of its γ part, and a forward pass. ``step(closure)``
     takes ``closure(subset=None)``, which returns the loss of each sample and leaves ``backward`` to the optimizer
     (:mod:`lets_kernels.samples`); in the other shapes ``opt.samples.subset(before, after)`` chooses. β = 0.5 (the paper

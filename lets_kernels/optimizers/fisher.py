@@ -15,7 +15,7 @@ from lets_kernels.radius import Radius
 class FisherSAM(SAM):
     """ε = ρ F⁻¹g/√(gᵀF⁻¹g): SAM in the geometry of the diagonal Fisher information F⁻¹ ≈ 1/(1 + η_F g²).
 
-    Kim et al., ICML 2022, Eqs. 9 and 10. State: none beside SAM's. Two gradients a step. The information is that of the
+    Kim et al., ICML 2022. State: none beside SAM's. Two gradients a step. The information is that of the
     batch's gradient. η_F = 1 is ours; published code has several values.
 
     Args:
@@ -37,7 +37,7 @@ class FisherSAM(SAM):
 class SparseSAM(SAM):
     """ε = ρ (g/‖g‖) ⊙ mask: only a share 1 − s of the weights is perturbed.
 
-    Mi et al., NeurIPS 2022, Algorithms 1 and 2. State: the mask, one byte an element. Two gradients a step. s = 0.5 is
+    Mi et al., NeurIPS 2022. State: the mask, one byte an element. Two gradients a step. s = 0.5 is
     the paper's. The mask is there from the first step on; see :class:`~lets_kernels.Masked` for how and when it is
     selected.
 

@@ -13,7 +13,7 @@ from lets_kernels.radius import Radius
 class FriendlySAM(SAM):
     """ε along d = g − σm, with m a moving average of the gradients: without the part that all batches share.
 
-    Li et al., CVPR 2024, Algorithm 1. State: m, one parameter-sized buffer. Two gradients a step. σ = 1 and λ = 0.9 are
+    Li et al., CVPR 2024. State: m, one parameter-sized buffer. Two gradients a step. σ = 1 and λ = 0.9 are
     the paper's; the order of the two updates is that of the authors' code unless ``update_first``.
 
     Args:
@@ -41,7 +41,7 @@ class FriendlySAM(SAM):
 class VaSSO(SAM):
     """Variance-suppressed SAM: ε = ρ d/‖d‖ along the moving average d ← (1 − θ)d + θg.
 
-    Li & Giannakis, NeurIPS 2023, Eqs. 8 and 9. State: d, one parameter-sized buffer. Two gradients a step. ρ = 0.05;
+    Li & Giannakis, NeurIPS 2023. State: d, one parameter-sized buffer. Two gradients a step. ρ = 0.05;
     the paper takes θ between 0.2 and 0.9.
 
     Args:

@@ -14,7 +14,7 @@ from lets_kernels.radius import Radius
 class GSAM(SAM):
     """Along ĝ − α g⊥, where g⊥ is the part of g orthogonal to ĝ: the surrogate gap ĥ = L(θ + ε) − L(θ) shrinks too.
 
-    Zhuang et al., ICLR 2022, Algorithm 1. State: none beside SAM's; the first gradient is held through the second pass.
+    Zhuang et al., ICLR 2022. State: none beside SAM's; the first gradient is held through the second pass.
     Two gradients a step. α = 0.4 is the paper's for ResNets (0.6 for ViTs). Its ρ falls with the learning rate: pass
     ``rho=LearningRateRadius(rho_max, rho_min)`` for that.
 
@@ -63,7 +63,7 @@ class RGSAM(SAM):
 
 
 class GradientNormPenalty(SAM):
-    """Along (1 − α) g + α ĝ: the gradient of L + λ‖∇L‖ with λ = αρ (Zhao et al., ICML 2022, Eq. 10).
+    """Along (1 − α) g + α ĝ: the gradient of L + λ‖∇L‖ with λ = αρ (Zhao et al., ICML 2022).
 
     State: none beside SAM's; the first gradient is held through the second pass. Two gradients a step. The paper
     searches α; the default is ours.

@@ -14,7 +14,7 @@ from lets_kernels.schedule import Every, NormThreshold
 class LookSAM(SAM):
     """SAM at every k-th step, whose gradient's part g_v orthogonal to g is used again in between.
 
-    Liu et al., CVPR 2022, Algorithm 1: in between along g + α (‖g‖/‖g_v‖) g_v. State: g_v, one parameter-sized buffer;
+    Liu et al., CVPR 2022: in between along g + α (‖g‖/‖g_v‖) g_v. State: g_v, one parameter-sized buffer;
     the first gradient is held through the second pass. 1 + 1/k gradients a step. k = 5 is the paper's, α = 0.7
     ours; that norms and products are over all parameters together is how its equations read.
 
@@ -42,7 +42,7 @@ class LookSAM(SAM):
 class AESAM(SAM):
     """SAM where the squared norm of the gradient is large for its moving mean and deviation, else the base optimizer.
 
-    Jiang et al., ICLR 2023, Algorithm 1. State: two numbers. Between 1 and 2 gradients a step. Each step waits once for
+    Jiang et al., ICLR 2023. State: two numbers. Between 1 and 2 gradients a step. Each step waits once for
     the device, to read ‖g‖². δ = 0.9 and λ₁ = -1 are the paper's, λ₂ = 1 is ours.
 
     Args:

@@ -13,7 +13,7 @@ from lets_kernels.radius import Radius
 class RSAM(SAM):
     """ε = ρ (δ₀ + λĝ₀)/‖δ₀ + λĝ₀‖, with ĝ₀ the gradient at θ + δ₀ and δ₀ random, one scale a filter.
 
-    Liu et al., NeurIPS 2022, Algorithm 1. State: none beside SAM's; δ₀ is drawn again where it is used. Two gradients a
+    Liu et al., NeurIPS 2022. State: none beside SAM's; δ₀ is drawn again where it is used. Two gradients a
     step. The first pass is made at θ + δ₀: in the two-step shape and in that with a context it belongs into
     ``with opt.first_pass():``. γ and λ are not printed in the paper; the defaults are ours.
 
@@ -40,7 +40,7 @@ class RSAM(SAM):
 
 
 class RandomSAM(SAM):
-    """ε ~ N(0, ρ²/d · I): the gradient at a random point in a ball, so to speak (Ujváry et al., 2022, §3).
+    """ε ~ N(0, ρ²/d · I): the gradient at a random point about ρ away (Ujváry et al., 2022).
 
     State: none beside SAM's. One gradient a step, at θ + ε: the closure is called once, and returns the loss there. In
     the other shapes there is no first backward: ``opt.first_step()``, forward, backward, ``opt.second_step()``.

@@ -13,7 +13,7 @@ from lets_kernels.schedule import Bernoulli
 class RST(SAM):
     """Randomised sharpness-aware training: a SAM step with probability p, else a step of the base optimizer.
 
-    Zhao et al., 2022 (RST; also published as SS-SAM), Algorithm 1. State: none beside SAM's saved weights. 1 + p
+    Zhao et al., 2022 (RST; also published as SS-SAM). State: none beside SAM's saved weights. 1 + p
     gradients a step. p = 0.5 is the paper's; for the shapes of its schedules see :class:`~lets_kernels.Bernoulli`.
 
     Args:

@@ -13,7 +13,7 @@ from lets_kernels.trajectory.loss import Term
 class MESA(Term):
     """SAF without records: the outputs compared with are those of a moving average of the model.
 
-    Du et al., NeurIPS 2022, §3 (memory-efficient SAF): y_past are the outputs of weights averaged over the steps, by
+    Du et al., NeurIPS 2022 (memory-efficient SAF): y_past are the outputs of weights averaged over the steps, by
     ``torch.optim.swa_utils``. Memory: one copy of the model. Time: one forward pass more a step, without gradients;
     still one gradient a step. ::
 

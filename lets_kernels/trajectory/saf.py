@@ -17,7 +17,7 @@ def _pinned(records: torch.device, outputs: torch.device) -> bool:
 class SAF(Term):
     """Sharpness-aware training for free: outputs should not have moved far since E epochs ago.
 
-    Du et al., NeurIPS 2022, §3: the loss gains (λ/B) Σ KL(softmax(y_past/τ) ‖ softmax(y/τ)), where y_past are the
+    Du et al., NeurIPS 2022: the loss gains (λ/B) Σ KL(softmax(y_past/τ) ‖ softmax(y/τ)), where y_past are the
     outputs recorded for the same samples E epochs ago. Any optimizer steps on the sum, with one gradient a step::
 
         saf = lets_kernels.SAF(len(dataset), classes)

@@ -47,7 +47,7 @@ def posterior_ascent_(
     beta2: float,
     damping: float,
 ) -> None:
-    """out <- g/s, then s <- beta2 s + (1 - beta2)(√s |g| + damping) (Moellenhoff & Khan, 2023, Algorithm 1)."""
+    """out <- g/s, then s <- beta2 s + (1 - beta2)(√s |g| + damping) (Moellenhoff & Khan, 2023)."""
     go = gate != 0
     for to, s, g in zip(runs(out, table), runs(precisions, table), runs(grads, table), strict=True):
         before = wide(s)

@@ -91,7 +91,7 @@ def restore_bsam_(
     beta1: float,
     weight_decay: float,
 ) -> None:
-    """m <- beta1 m + (1 - beta1)(g + delta w), w <- w - lr m/s (Moellenhoff & Khan, 2023, Algorithm 1)."""
+    """m <- beta1 m + (1 - beta1)(g + delta w), w <- w - lr m/s (Moellenhoff & Khan, 2023)."""
     go, from_saved = gate != 0, dirty != 0
     lists = (params, grads, exp_avgs, precisions, [saved])
     for theta, g, m, s, old in zip(*(runs(x, table) for x in lists), strict=True):
