@@ -97,8 +97,8 @@ class Bernoulli(Schedule):
         p: the probability, of the first step.
         end, steps: with another ``shape`` than ``"constant"`` the probability goes from ``p`` to ``end`` in ``steps``
             steps, and stays there.
-        shape: ``"constant"``, ``"linear"``, or ``"trigonometric"``: along half a cosine. The paper's schedules rise and
-            fall between bounds that it searches; these two shapes are what its text supports.
+        shape: ``"constant"``, ``"linear"``, or ``"trigonometric"``: along half a cosine. Which
+            bounds the paper's schedules have is open here.
 
     Raises:
         ValueError: a probability outside [0, 1], or arguments that do not go with the shape.

@@ -104,7 +104,7 @@ class Fisher(Direction):
     T = (1 + η_F g²)^(-1/2). LETS's ``direction="algorithm1"`` takes F from the gradient that it goes along.
 
     Args:
-        eta: η_F ≥ 0; 0 is SAM. The default is ours: published code has several.
+        eta: η_F ≥ 0; 0 is SAM. The default is ours.
 
     Raises:
         ValueError: η_F is negative or not finite.

@@ -25,7 +25,7 @@ class Dropped(Direction):
 
     Args:
         beta: β in (0, 1]; 1 is SAM.
-        granularity: what is drawn: ``"element"`` by element, or whole tensors, ``"tensor"``, as the authors' code does.
+        granularity: what is drawn: ``"element"`` by element, or whole tensors, ``"tensor"``, as public code does.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -50,7 +50,7 @@ class RandomStart(Direction):
     first forward and backward belong into ``with opt.first_pass():``, which moves the weights there.
 
     Args:
-        gamma: γ ≥ 0. 0 is SAM. The paper does not print its value; nor that of λ.
+        gamma: γ ≥ 0. 0 is SAM. The defaults of γ and λ are ours.
         lam: λ ≥ 0.
         noise_scale: ``"variance"``: γ²‖w_j‖ is the variance, as printed; ``"std"``: γ‖w_j‖ is the standard deviation.
 

@@ -16,7 +16,7 @@ class FisherSAM(SAM):
     """ε = ρ F⁻¹g/√(gᵀF⁻¹g): SAM in the geometry of the diagonal Fisher information F⁻¹ ≈ 1/(1 + η_F g²).
 
     Kim et al., ICML 2022. State: none beside SAM's. Two gradients a step. The information is that of the
-    batch's gradient. η_F = 1 is ours; published code has several values.
+    batch's gradient. η_F = 1 is ours.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.

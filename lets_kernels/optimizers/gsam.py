@@ -65,8 +65,8 @@ class RGSAM(SAM):
 class GradientNormPenalty(SAM):
     """Along (1 − α) g + α ĝ: the gradient of L + λ‖∇L‖ with λ = αρ (Zhao et al., ICML 2022).
 
-    State: none beside SAM's; the first gradient is held through the second pass. Two gradients a step. The paper
-    searches α; the default is ours.
+    State: none beside SAM's; the first gradient is held through the second pass. Two gradients a step. The
+    default of α is ours.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.

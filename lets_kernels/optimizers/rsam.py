@@ -15,7 +15,7 @@ class RSAM(SAM):
 
     Liu et al., NeurIPS 2022. State: none beside SAM's; δ₀ is drawn again where it is used. Two gradients a
     step. The first pass is made at θ + δ₀: in the two-step shape and in that with a context it belongs into
-    ``with opt.first_pass():``. γ and λ are not printed in the paper; the defaults are ours.
+    ``with opt.first_pass():``. The defaults of γ and λ are ours.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
