@@ -46,6 +46,7 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
             p.grad = total.div_(len(closures))
         assert o._step is not None
         o._step.totals, o._step.passes = totals, passes
+        o._step.returned = True  # no pass is left that the end of the step would have to count
         o._step.loss, o._step.perturbed_loss = _mean(map(as_scalar, losses)), _mean(perturbed)
         o._finish()
     except BaseException:
