@@ -7,9 +7,12 @@ import torch
 
 import family
 import lets_kernels as lk
+import oracle
+import papers
 from family import BESIDE, FAMILY, SHAPES, assert_same, build, closure, held, take
 from nets import Task
 from test_family_limits import few
+from test_methods import assert_near
 
 # Passes of a step that perturbs, and of one that does not: (calls of the closure, gradients).
 CALLS = {lk.RandomSAM: ((1, 1), (1, 1)), lk.ESAM: ((3, 2), (1, 1))}
@@ -34,6 +37,17 @@ def test_all_call_shapes_take_the_same_steps_to_the_bit(backend, name):
         ends.append(held(opt))
     for end in ends[1:]:
         assert_same(ends[0], end)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_flattened_parameters_take_the_same_steps_to_the_bit(name):
+    ends = []
+    for flatten in (False, True):
+        task = Task(steps=4)
+        opt = build(name, task, flatten=flatten)
+        family.run(opt, task)
+        ends.append(held(opt))
+    assert_same(*ends)
 
 
 @pytest.mark.parametrize("name", ["rst", "looksam", "aesam", "aelooksam"])
@@ -65,6 +79,38 @@ def test_the_closure_is_called_as_often_as_needed_and_gradients_are_counted(name
         assert len(calls) == expected
         assert opt.metrics()["gradients"] == gradients
     assert opt.metrics()["gradients"].dtype == torch.int64
+
+
+# What goes by one micro-batch after the other, and what compares two gradients of the batch, or its samples.
+ONE_BY_ONE = [n for n in FAMILY if FAMILY[n].cls in (lk.RST, lk.RSAM, lk.FriendlySAM, lk.VaSSO, lk.FisherSAM)]
+ONE_BY_ONE += ["sparse", "bsam"]
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_gradients_over_micro_batches_are_counted(name):
+    """Two micro-batches, each perturbed by itself: four gradients, or two. Every closure is called that often."""
+    task, calls = Task(steps=6), []
+    opt = build(name, task)
+    for batch, other in task.batches:
+        opt.step([closure(opt, task.net, b, calls) for b in (batch, other)])
+        assert opt.metrics()["gradients"] == len(calls)
+    assert len(calls) == (6 * 4 if "rst" not in name else len(calls))
+
+
+def test_the_average_of_vasso_takes_in_one_micro_batch_after_the_other():
+    task, base = Task(steps=3), oracle.SGD(lr=0.1, momentum=0.9, weight_decay=0.01)
+    run, d = papers.Run(copy.deepcopy(task.net), task.weights(), task.batches, base, family.SEED), None
+    for pair in task.batches:
+        sums = []
+        for batch in pair:
+            g = run.grad(batch)
+            d = g if d is None else papers.lin((0.6, d), (0.4, g))
+            sums.append(papers.sam_gradient(run, batch, d, 0.1))
+        run.descend(papers.lin((0.5, sums[0]), (0.5, sums[1])))
+    opt = build("vasso", task)
+    for pair in task.batches:
+        opt.step([closure(opt, task.net, batch) for batch in pair])
+    assert_near(task, opt, run.theta, base, 1e-12)
 
 
 @pytest.mark.parametrize("gamma", [0.3, 0.5, 1.0])
