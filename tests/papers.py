@@ -96,14 +96,14 @@ def rst(run, rho, p, end=None, steps=None, shape="constant"):
         run.descend(sam_gradient(run, batch, g, rho) if perturbs else g, perturbs)
 
 
-def _along(g, g_v, alpha, per_tensor):
+def along(g, g_v, alpha, per_tensor):
     """g + alpha ||g||/||g_v|| g_v."""
     if per_tensor:
         return {k: g[k] + alpha * g[k].norm() / g_v[k].norm() * g_v[k] for k in g}
     return lin((1.0, g), (alpha * math.sqrt(dot(g, g) / dot(g_v, g_v)), g_v))
 
 
-def _orthogonal(g, g_hat, per_tensor):
+def orthogonal(g, g_hat, per_tensor):
     """g_v, the part of the second gradient that is orthogonal to the first."""
     if per_tensor:
         return {k: g_hat[k] - (g[k] * g_hat[k]).sum() / (g[k] ** 2).sum() * g[k] for k in g}
@@ -116,13 +116,13 @@ def looksam(run, rho, k, alpha=0.7, per_tensor=False):
         g = run.grad(batch)
         if t % k == 0:
             d = sam_gradient(run, batch, g, rho)
-            run.held["orthogonal"] = _orthogonal(g, d, per_tensor)
+            run.held["orthogonal"] = orthogonal(g, d, per_tensor)
         else:
-            d = _along(g, run.held["orthogonal"], alpha, per_tensor)
+            d = along(g, run.held["orthogonal"], alpha, per_tensor)
         run.descend(d, t % k == 0)
 
 
-def _large(run, t, g, steps, delta, lambda1=-1.0, lambda2=1.0):
+def large(run, t, g, steps, delta, lambda1=-1.0, lambda2=1.0):
     """Jiang et al. 2023: is ||g||^2 >= mu + c sigma, with both averages from zero and of this gradient too?"""
     squared = float(dot(g, g))
     run.mean = delta * getattr(run, "mean", 0.0) + (1 - delta) * squared
@@ -134,26 +134,26 @@ def _large(run, t, g, steps, delta, lambda1=-1.0, lambda2=1.0):
 def aesam(run, rho, **threshold):
     for t, batch in run.steps():
         g = run.grad(batch)
-        perturbs = _large(run, t, g, **threshold)
+        perturbs = large(run, t, g, **threshold)
         run.descend(sam_gradient(run, batch, g, rho) if perturbs else g, perturbs)
 
 
 def aelooksam(run, rho, alpha, **threshold):
     for t, batch in run.steps():
         d = g = run.grad(batch)
-        perturbs = _large(run, t, g, **threshold)
+        perturbs = large(run, t, g, **threshold)
         if perturbs:
             d = sam_gradient(run, batch, g, rho)
-            run.held["orthogonal"] = _orthogonal(g, d, False)
+            run.held["orthogonal"] = orthogonal(g, d, False)
         elif "orthogonal" in run.held:
-            d = _along(g, run.held["orthogonal"], alpha, False)
+            d = along(g, run.held["orthogonal"], alpha, False)
         run.descend(d, perturbs)
 
 
 # --------------------------------------------------------------------------------------- which gradient to step along
 
 
-def _surrogate_gap(g, g_hat, alpha):
+def surrogate_gap(g, g_hat, alpha):
     """Zhuang et al. 2022: g_hat - alpha g_perp."""
     g_perp = lin((1.0, g), (-dot(g, g_hat) / dot(g_hat, g_hat), g_hat))
     return lin((1.0, g_hat), (-alpha, g_perp))
@@ -163,7 +163,7 @@ def gsam(run, rho, alpha):
     for _, batch in run.steps():
         g = run.grad(batch)
         radius = rho(run.base.lr) if callable(rho) else rho
-        run.descend(_surrogate_gap(g, sam_gradient(run, batch, g, radius), alpha))
+        run.descend(surrogate_gap(g, sam_gradient(run, batch, g, radius), alpha))
 
 
 def norm_penalty(run, rho, alpha):
@@ -176,7 +176,7 @@ def norm_penalty(run, rho, alpha):
 # --------------------------------------------------------------------------------- which direction to perturb along
 
 
-def _random_start(run, t, batch, rho, gamma, lam, noise_scale, transposed):
+def random_start(run, t, batch, rho, gamma, lam, noise_scale, transposed):
     """Liu et al. 2022, Algorithm 1: the gradients at theta + delta_0, and at theta + eps."""
     noise, delta = run.draw(normals, t, NOISE), {}
     for k, w in run.theta.items():
@@ -190,13 +190,13 @@ def _random_start(run, t, batch, rho, gamma, lam, noise_scale, transposed):
 
 def rsam(run, rho, gamma, lam, transposed, noise_scale="variance"):
     for t, batch in run.steps():
-        run.descend(_random_start(run, t, batch, rho, gamma, lam, noise_scale, transposed)[1])
+        run.descend(random_start(run, t, batch, rho, gamma, lam, noise_scale, transposed)[1])
 
 
 def rgsam(run, rho, alpha, gamma, lam, transposed, noise_scale="variance"):
     for t, batch in run.steps():
-        g, g_hat = _random_start(run, t, batch, rho, gamma, lam, noise_scale, transposed)
-        run.descend(_surrogate_gap(g, g_hat, alpha))
+        g, g_hat = random_start(run, t, batch, rho, gamma, lam, noise_scale, transposed)
+        run.descend(surrogate_gap(g, g_hat, alpha))
 
 
 def random_sam(run, rho):
