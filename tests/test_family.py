@@ -93,6 +93,16 @@ def test_and_with_a_base_optimizer_that_steps_by_itself(name):
     check(Backend("cpu"), name, "rmsprop")
 
 
+def test_bsams_step_in_pytorch_is_the_papers_too():
+    """A hook on the base optimizer keeps its step from being fused with the restore."""
+    task = Task()
+    run, opt = transcribe("bsam", task), build("bsam", task)
+    opt.base_optimizer.register_step_post_hook(lambda *_: None)
+    family.run(opt, task)
+    assert not opt.fused
+    assert_agrees(task, opt, run, own_base=True)
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_groups_with_radii_of_their_own(name):
     """Norms, products, draws and masks are over all groups; only the radius is a group's."""
