@@ -24,6 +24,7 @@ class Run:
     def __init__(self, net, theta, batches, base, seed, groups=None):
         self.net, self.theta, self.batches, self.base, self.seed = net, theta, batches, base, seed
         self.groups = [list(theta)] if groups is None else groups  # names of parameters
+        self.strides = {k: x.stride() for k, x in theta.items()}
         self.held = {}  # by name, a dictionary of tensors each
         self.perturbed = []  # whether each step was
 
@@ -62,7 +63,7 @@ class Run:
             for k in names:
                 x = self.theta[k]
                 drawn = function(start, x.numel(), place, STREAMS * index + stream)
-                found[k] = drawn.reshape(x.shape).double()
+                found[k] = drawn.as_strided(x.shape, self.strides[k]).double()
                 start += (x.numel() + 15) // 16 * 16
         return found
 

@@ -14,7 +14,7 @@ import papers
 from backends import Backend
 from family import FAMILY, ONE_EACH, SEED, STEPS, build, closure
 from methods import BASES
-from nets import Task
+from nets import Task, conv_net
 from test_methods import assert_near, norm
 
 # As in test_methods.py: disturbing every weight of the start by 1e-13 of itself moves the end of a transcription's ten
@@ -101,6 +101,22 @@ def test_bsams_step_in_pytorch_is_the_papers_too():
     family.run(opt, task)
     assert not opt.fused
     assert_agrees(task, opt, run, own_base=True)
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_weights_that_lie_in_memory_channels_last(name):
+    """What is kept and drawn lies as they do, also after it has been saved and loaded; filters are those of before."""
+    net = conv_net().to(memory_format=torch.channels_last)
+    task = Task(steps=4, net=net)
+    run = transcribe(name, task)
+    opt = build(name, task)
+    family.run(opt, task, task.batches[:2])
+    saved = copy.deepcopy(opt.state_dict())
+    opt = build(name, task)
+    opt.load_state_dict(saved)
+    family.run(opt, task, task.batches[2:])
+    assert not net[0].weight.is_contiguous()
+    assert_agrees(task, opt, run, own_base=not FAMILY[name].base)
 
 
 @pytest.mark.parametrize("name", FAMILY)
