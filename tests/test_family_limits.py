@@ -7,7 +7,7 @@ import torch
 
 import family
 import lets_kernels as lk
-from family import FAMILY, SEED, assert_same, build, held, take
+from family import FAMILY, SEED, build, held, take
 from methods import BASES
 from nets import Task
 from toys import Toy
@@ -190,12 +190,11 @@ def test_a_learning_rate_of_0_leaves_the_weights_as_they_are(backend, name):
 def test_arguments_matter(name):
     """What stands in the registry is no limit: another rho and, where it draws, another seed give other weights."""
     ends = []
-    for options in ({}, {"rho": 0.02}, {"seed": SEED + 1}, {}):
+    for options in ({}, {"rho": 0.02}, {"seed": SEED + 1}):
         task = Task()
         opt = build(name, task, **options)
         family.run(opt, task, task.batches[:6])
         ends.append(held(opt))
-    assert_same(ends[0], ends[3])
     assert not torch.equal(ends[0]["weights.0"], ends[1]["weights.0"])
     draws = opt.random.used and name != "sparse" and name != "sparse-interval"
     assert torch.equal(ends[0]["weights.0"], ends[2]["weights.0"]) is not draws

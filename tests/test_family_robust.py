@@ -153,6 +153,21 @@ def test_a_gradient_in_one_pass_only_leaves_nothing_perturbed(backend, name):
         assert all(torch.isfinite(v).all() for v in held(opt).values())
 
 
+@pytest.mark.parametrize("name", [n for n in ONE_EACH if n not in ("rgsam", "rsam", "random-sam", "bsam", "sparse")])
+def test_a_first_gradient_that_is_missing_counts_as_zero(backend, name):
+    """Also in the products of a descent, and in an average that begins without it. (Noise moves a parameter that takes
+    part, and a mask is a share of those that do.)"""
+    ends = []
+    for missing in (None, torch.zeros(SHAPES[1])):
+        toy, opt = made(name, backend=backend.name, base="sgd")
+        for i in range(2):
+            first = toy.grads(2 * i)
+            first[1] = missing if i == 0 else first[1]
+            moved = step(opt, toy, first, toy.grads(2 * i + 1))
+            ends.append([*moved, *weights(toy)])
+    assert same(ends[0], ends[2]) and same(ends[1], ends[3])
+
+
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_no_gradients_at_all(backend, name):
     """In a step between others: nothing moves, and the next step is taken."""

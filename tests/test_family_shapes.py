@@ -29,8 +29,8 @@ def test_all_call_shapes_take_the_same_steps_to_the_bit(backend, name):
     """Also where the user makes the second pass in any case, though the step does not perturb."""
     ends = []
     for shape, skip in [(shape, True) for shape in SHAPES] + [("two-steps", False), ("context", False)]:
-        if few(name, backend) == 1 and len(ends) > 2:
-            break
+        if backend.name == "reference" and len(ends) == len(SHAPES):
+            break  # the rest is no backend's
         task = Task(steps=4)
         opt = build(name, task, backend=backend.name)
         family.run(opt, task, task.batches[: few(name, backend)], shape, skip)
