@@ -198,3 +198,20 @@ def test_arguments_matter(name):
     assert not torch.equal(ends[0]["weights.0"], ends[1]["weights.0"])
     draws = opt.random.used and name != "sparse" and name != "sparse-interval"
     assert torch.equal(ends[0]["weights.0"], ends[2]["weights.0"]) is not draws
+
+
+@pytest.mark.parametrize("p", [1.06, 1.01, 1.001])
+def test_p_near_1_perturbs_by_small_gradients_too(backend, p):
+    """|g|^q, with q of a thousand, is zero in float64 for most gradients; the direction is one all the same."""
+    gradient = torch.tensor([1e-4, -3e-4, 2e-4, 2.9e-4], dtype=torch.float64)
+    w = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    opt = lk.SAM([w], torch.optim.SGD, 0.5, direction=lk.Gradient(p=p), backend=backend.name, lr=0.1)
+    w.grad = gradient.clone()
+    opt.first_step()
+    scaled, q = gradient / gradient.abs().max(), p / (p - 1)
+    expected = 0.5 * scaled.sign() * scaled.abs() ** (q - 1) / (scaled.abs() ** q).sum() ** (1 / p)
+    torch.testing.assert_close(w.detach(), expected, rtol=1e-12, atol=1e-300)  # powers of 1000 times a rounding
+    assert float(w.detach().abs().pow(p).sum() ** (1 / p)) == pytest.approx(0.5, rel=1e-12)
+    norm = float(opt._step.metrics()["grad_norm"])
+    assert norm == pytest.approx(float(gradient.abs().max() * (scaled.abs() ** q).sum() ** (1 / q)), rel=1e-12)
+    opt.restore()

@@ -1,6 +1,7 @@
 """Along the gradient: SAM in every norm, ASAM, and the geometry of the Fisher information."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from lets_kernels.direction.base import Ascent, Direction, Perturbation, check_x
 from lets_kernels.layout import ELEMENT_WISE, FISHER, UNSCALED
 from lets_kernels.passes import FirstPass
 from lets_kernels.runs import Runs
+
+#: Exponents from which |g|^q of a small gradient is no number any more, even in float64.
+_HIGH = 16.0
 
 
 class Gradient(Direction):
@@ -34,7 +38,25 @@ class Gradient(Direction):
         return Ascent(runs, runs.grads, 0.0, self.q)
 
     def prepare(self, first: FirstPass) -> Perturbation:
-        return super().prepare(first) if self.p > 1 else self._peaks(first)
+        if self.p == 1:
+            return self._peaks(first)
+        return super().prepare(first) if self.q < _HIGH else self._scaled(first)
+
+    def _scaled(self, first: FirstPass) -> Perturbation:
+        """Along g over its largest element: ε is the same, and high powers do not underflow."""
+        packed = [r.pack(r.grads) for r in first.runs]
+        tables = [r.bucket.unscaled_table(r.indices) for r in first.runs]
+        triples = list(zip(first.runs, packed, tables, strict=True))
+        top = first.highest([r.bucket.ops.largest(grads, table) for r, grads, table in triples])
+        coefficients = torch.stack([torch.where(top > 0, 1 / top, 0.0), torch.zeros_like(top)])
+        ascents, shares = [], []
+        for r, grads, table in triples:
+            b, room = r.bucket, first.room(r)
+            b.ops.combine_(room, grads, grads, table, coefficients.to(b.device), torch.ones_like(top).to(b.device))
+            shares.append(b.parts * b.ops.grad_norm(room, [], table, None, 0.0, self.q))
+            ascents.append(replace(Ascent.along(r, room), q=self.q))
+        total = torch.where(torch.isfinite(top), first.total(shares), torch.nan)
+        return Perturbation(ascents, total, norm=top * total.pow(1 / self.q))
 
     def _peaks(self, first: FirstPass) -> Perturbation:
         """Signs where |g| is the largest of all; their number, squared, is the total, so ε = ρ sign / number."""
