@@ -69,9 +69,9 @@ class Masked(Direction):
     r"""Sparse SAM: ε = ρ (g/‖g‖) ⊙ mask, with the norm of the whole gradient (Mi et al., NeurIPS 2022).
 
     The mask keeps a share 1 - s of all elements, exactly, over all tensors and ranks together; equal values are told
-    apart by random numbers. It is selected on the device, in 64 passes over the gradient without other memory, before
-    the first perturbation and then every ``interval`` steps. Such a step waits once for the device, to leave a gradient
-    that is not finite to the next one. What it has selected stays if it is given up.
+    apart by random numbers. It is selected on the device, in 64 passes over the gradient with one copy of the mask,
+    before the first perturbation and then every ``interval`` steps. Such a step waits once for the device, to leave a
+    gradient that is not finite to the next one. What it has selected stays if it is given up.
 
     - ``"fisher"``: the elements with the largest Fisher information, Σ g² over n samples. A step knows the gradient of
       its batch, whose square is taken; :meth:`SparseSAM.update_mask` takes n samples' gradients one by one, as the
@@ -150,6 +150,7 @@ class Masked(Direction):
         chosen.set(1, 0)
         chosen.set(2, 1)
         chosen.set(3, 1)
+        chosen.keep()
         self._selected += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,11 +161,15 @@ class Masked(Direction):
 
 
 class _Selection:
-    """Of the elements with one value of the mask, those with the highest keys, counted over all buckets and ranks."""
+    """Of the elements with one value of the mask, those with the highest keys, counted over all buckets and ranks.
+
+    It marks elements in copies: an interrupt must leave no marks in a mask that is used, saved or selected from again.
+    """
 
     def __init__(self, first: FirstPass) -> None:
         self._first = first
-        self._masks = [first.held.flat(runs.bucket, "mask", 1) for runs in first.runs]
+        self._own = [first.held.flat(runs.bucket, "mask", 1) for runs in first.runs]
+        self._masks = [mask.clone() for mask in self._own]
 
     def _each(self, vectors: list[list[Tensor]] | None) -> list[tuple[Runs, Tensor, tuple[Any, ...]]]:
         purpose = REGROWTH if vectors is None else DRAWS
@@ -203,3 +208,8 @@ class _Selection:
         threshold = torch.full((), -1, dtype=torch.int64, device=self._first.home)
         for runs, _, (_, mask, table, draw) in self._each(None):
             runs.bucket.ops.select_(mask, [], table, threshold.to(mask.device), *draw, member, value)
+
+    def keep(self) -> None:
+        """Let the copies be the masks."""
+        for mask, chosen in zip(self._own, self._masks, strict=True):
+            mask.copy_(chosen)
