@@ -116,7 +116,7 @@ class Wrapper(torch.optim.Optimizer):
         self._caller_begins: bool | None = None
         self._last: dict[str, Tensor] = {}
         self._precision: dict[str, Tensor] = {}
-        #: What the schedule said of a step, and of which: it is asked once.
+        #: What the schedule said of a step, and of which: as a rule it is asked once.
         self._decision: tuple[int, bool] | None = None
         #: Whether the last step was fused with the restore, and if not, why.
         self.fused, self.fused_reason = False, "no step yet"

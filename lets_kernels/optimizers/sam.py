@@ -432,10 +432,12 @@ class SAM(Engine):
     # ---- within ----------------------------------------------------------------------------------------------------
 
     def _perturbs(self, first: FirstPass | None) -> bool:
-        if self._decision is None or self._decision[0] != self._step_number:
+        known = self._decision
+        # A schedule that looks at the gradient is asked once a first pass: a step that is begun again has another one.
+        if known is None or known[0] != self._step_number or self.schedule.looks_at_gradient:
             moment = Moment(self._step_number, self.random, first)
-            self._decision = self._step_number, self.schedule.decide(moment)
-        return self._decision[1]
+            known = self._decision = self._step_number, self.schedule.decide(moment)
+        return known[1]
 
     def _pass(self, scaler: Scaler | None) -> Pass:
         return Pass(lambda closure: self._call(closure, scaler), self._drop_gradients, scaler)
