@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+import family
 import lets_kernels as lk
+from family import FAMILY, ONE_EACH
 from methods import BASES
 
 METHODS = {
@@ -29,6 +31,11 @@ LEARNED = {
 def meta_net():
     with torch.device("meta"):
         return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+
+
+#: These say in their docstrings that they wait: AE-SAM for the norm, the masks' selection to leave out what is not finite.
+WAITING = (lk.AESAM, lk.AELookSAM, lk.SparseSAM)
+FREE = [name for name in ONE_EACH if FAMILY[name].cls not in WAITING]
 
 
 def closure_of(net):
@@ -61,6 +68,31 @@ def test_no_step_synchronises(method, base):
     with opt.perturbed():
         closure_of(net)()
     opt.step()
+
+
+def meta_step(opt, net, shape):
+    batch = torch.empty(4, 2, 6, 6, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    family.take(opt, net, batch, shape)
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_no_step_of_any_method_synchronises(name):
+    """And what they draw from is counted on the device, where a replay of a captured step goes on counting."""
+    net = meta_net()
+    opt = family.build(name, net)
+    for shape in family.SHAPES:
+        meta_step(opt, net, shape)
+    assert {"grad_norm", "skipped_steps"} <= set(opt.metrics())
+    drawn = opt.random.at(torch.device("meta"), 0)
+    assert drawn.device.type == "meta" and drawn is opt.random.at(torch.device("meta"), 0)
+
+
+@pytest.mark.parametrize("name", ["aesam", "aelooksam", "sparse"])
+def test_the_methods_that_wait_are_seen_to_wait(name):
+    net = meta_net()
+    opt = family.build(name, net)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        meta_step(opt, net, "closure")
 
 
 def test_a_radius_on_the_device_is_never_read():

@@ -110,6 +110,7 @@ class SAM(Engine):
         self.random = Randomness(seed, used=self.direction.draws or self.schedule.draws)
         self._own = {"rho": self.radius.rho, "adaptive": False, **direction.defaults}
         super().__init__(params, base_optimizer, kwargs)
+        self.random.to(self.skipped.device)
 
     # ---- the three call shapes -------------------------------------------------------------------------------------
 
@@ -393,6 +394,7 @@ class SAM(Engine):
 
     def _step_alone(self) -> None:
         """``step()`` with nothing begun: what checkpointing tools call, with zero gradients or lr = 0."""
+        self.refuse_another_step("step()")
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
             return
@@ -472,5 +474,5 @@ class SAM(Engine):
 
     def _heal(self) -> None:
         """Undo a perturbation that an interrupt cut off before it was complete, or while it was being undone."""
-        if self._step is not None and self._step.torn:
+        if (self._step is not None and self._step.torn) or (self._start is not None and self._start.torn):
             self.restore()
