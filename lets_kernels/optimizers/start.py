@@ -20,10 +20,12 @@ class Start:
     def __init__(self, optimizer: "SAM") -> None:
         self._optimizer = optimizer
         self._runs = [b.all_runs() for b in optimizer._space().buckets]
+        #: The weights are on their way there or back.
+        self.torn = False
 
     @torch.no_grad()
     def move(self) -> None:
-        o = self._optimizer
+        o, self.torn = self._optimizer, True
         home = o.skipped.device
         first = FirstPass(
             self._runs, o.param_groups, o._step_number, home, None, o.random, o.held, o.state, keeps=False
@@ -35,12 +37,15 @@ class Start:
             o.direction.start(runs, first)
             near = one.to(runs.bucket.device)
             Ascent.along(runs, room).perturb(near, near)
+        self.torn = False
 
     @torch.no_grad()
     def restore(self) -> None:
+        self.torn = True
         self._optimizer.network.weights_move()
         for runs in self._runs:
             runs.bucket.restore(runs)
+        self.torn = False
 
 
 class FirstPassContext:
