@@ -69,6 +69,7 @@ class SurrogateGap(Descent):
         self._products: Tensor | None = None
 
     def look(self, second: SecondPass) -> Tensor | None:
+        self._products = None  # those of a step that was given up in between
         if not (second.perturbed and self.alpha):
             return None
         self._products = second.products([second.firsts(runs) for runs in second.runs])
