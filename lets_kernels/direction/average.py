@@ -32,7 +32,8 @@ class _Averaged(Direction):
 
     def prepare(self, first: FirstPass) -> Perturbation:
         finite = torch.isfinite(first.squared_norm)
-        gate, updates = finite.double(), self._updates.to(first.home)
+        self._updates = updates = self._updates.to(first.home)
+        gate = finite.double()
         ascents, shares = [], []
         for runs in first.runs:
             b = runs.bucket
@@ -44,14 +45,14 @@ class _Averaged(Direction):
             numbers = (self._decay, self._a, self._b)
             shares.append(b.parts * b.ops.average_(*lists, seen, table, gate.to(b.device), *numbers))
             ascents.append(Ascent.along(runs, room) if room else Ascent(runs, averages, 0.0, 2.0, scaled=False))
-        self._updates = updates + finite
+        updates += finite  # in place: replays of a captured step go on from there
         return Perturbation(ascents, torch.where(finite, first.total(shares), torch.nan))
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self._updates.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._updates = torch.as_tensor(state["updates"]).clone()
+        self._updates.copy_(torch.as_tensor(state["updates"]))
 
 
 class Smoothed(_Averaged):

@@ -142,6 +142,10 @@ class Direction:
     #: What it keeps for every parameter from step to step, by name.
     held: Sequence[str] = ()
 
+    def not_capturable(self) -> str | None:
+        """Why a step cannot be captured in a CUDA graph, or None: what the host decides in it a replay would repeat."""
+        return None
+
     def bind(self, model: torch.nn.Module | None) -> None:
         """Called before ``geometry`` whenever the tables are built, with what the optimizer got as ``model=``."""
 

@@ -40,6 +40,11 @@ class Dropped(Direction):
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}")
         self.beta, self.granularity = check_share(beta, "beta"), granularity
 
+    def not_capturable(self) -> str | None:
+        if self.granularity == "tensor" and self.beta < 1:
+            return "granularity='tensor' draws on the host which tensors take part"
+        return None
+
     def prepare(self, first: FirstPass) -> Perturbation:
         if self.beta == 1 or self.granularity == "tensor":
             return self._tensors(first)
@@ -116,11 +121,17 @@ class Masked(Direction):
         self.drop, self.steps = check_share(drop, "drop"), steps
         self._selected = 0  # how often
 
+    def not_capturable(self) -> str | None:
+        if self.sparsity and self.interval is not None:
+            return f"interval={self.interval}: the host decides whether the mask is selected anew"
+        return None
+
     def prepare(self, first: FirstPass) -> Perturbation:
         masks = [first.held.flat(runs.bucket, "mask", 1) for runs in first.runs]
         due = self._due(first.step)
-        if due and math.isfinite(float(first.squared_norm)):
+        if due:
             refuse_while_capturing("the mask")
+        if due and math.isfinite(float(first.squared_norm)):
             self.select(first, [runs.pack(runs.grads) for runs in first.runs])
         ascents, shares = [], []
         for runs, mask in zip(first.runs, masks, strict=True):

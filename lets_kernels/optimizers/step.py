@@ -29,7 +29,7 @@ def check_capture(optimizer: "SAM") -> bool:
     """
     if not capturing():
         return False
-    schedule, reason = optimizer.schedule, optimizer.radius.not_capturable()
+    schedule, reason = optimizer.schedule, optimizer.radius.not_capturable() or optimizer.direction.not_capturable()
     way_out = "capture forward and backward only, and take the step outside of the graph"
     if not schedule.capturable:
         reason = f"{type(schedule).__name__} decides on the host at every step whether to perturb"
