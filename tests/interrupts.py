@@ -118,7 +118,8 @@ SHAPES = ((3, 2, 2, 2), (5,), (), (2, 9))
 class Problem:
     """Two groups of two parameters, and a loss ½ Σ (θ − a)² whose gradient is written down, for batches of a's.
 
-    `build` makes the optimizer from the groups.
+    `build` makes the optimizer from the groups. A method that looks at samples gets three of the a's in a step by
+    closure, and autograd.
     """
 
     def __init__(self, dtype, build):
@@ -139,7 +140,11 @@ class Problem:
         """Copies of weights, state and radius."""
         tensors, inner = self.weights(), [getattr(self.opt, "base_optimizer", self.opt)]
         if isinstance(self.opt, lets_kernels.SAM):
-            tensors += [self.opt.rho, self.opt.skipped.clone()]
+            own = self.opt.state_dict()["lets_kernels"]
+            numbers = [own["step"], own["gradients"], own["skipped"], *own["random"].values()]
+            numbers += [v for part in ("direction", "schedule", "descent") for v in own[part].values()]
+            tensors += [self.opt.rho, *(torch.as_tensor(v).clone() for v in numbers)]
+            tensors += [t.clone() for p in self.params for _, t in sorted(self.opt.held.state.get(p, {}).items())]
         if self.learned:
             inner.append(self.opt.radius.optimizer)
         for optimizer in inner:
@@ -161,9 +166,30 @@ class Problem:
             loss = loss + 0.5 * p.grad.float().square().sum()
         return loss
 
+    def samples(self, i, subset):
+        """The losses of three samples, and their outputs θ − a for a method that weights samples by those."""
+        outputs = torch.stack(
+            [
+                torch.cat([(p - a).float().flatten() for p, a in zip(self.params, self.batches[(i + j) % 6], strict=True)])
+                for j in ([0, 1, 2] if subset is None else subset.tolist())
+            ]
+        )
+        losses = 0.5 * outputs.square().sum(dim=1)
+        return (losses, outputs) if isinstance(self.opt.samples, lets_kernels.WeightedSamples) else losses
+
     def closures(self, i):
+        if self.opt.samples.per_sample:
+            return ((lambda subset=None: self.samples(i, subset)),)
         train, validation = (lambda: self.backward(i)), (lambda: self.backward(i + 1))
         return (train, validation) if self.learned else (train,)
+
+    def first_backward(self, i):
+        """The first pass as its method wants it done in the shapes without a closure."""
+        if self.opt.direction.starts:
+            with self.opt.first_pass():
+                self.backward(i)
+        elif self.opt.direction.needs_gradient:
+            self.backward(i)
 
 
 def by_closure(problem, i):
@@ -171,7 +197,7 @@ def by_closure(problem, i):
 
 
 def by_two_steps(problem, i):
-    problem.backward(i)
+    problem.first_backward(i)
     problem.opt.first_step(zero_grad=True)
     problem.backward(i)
     problem.opt.second_step()
@@ -180,7 +206,7 @@ def by_two_steps(problem, i):
 
 
 def by_context(problem, i):
-    problem.backward(i)
+    problem.first_backward(i)
     with problem.opt.perturbed():
         problem.backward(i)
     problem.opt.step()
