@@ -72,6 +72,13 @@ FAMILY = {
 }
 #: One of each class, for tests that need no more.
 ONE_EACH = [name for i, name in enumerate(FAMILY) if FAMILY[name].cls not in [m.cls for m in list(FAMILY.values())[:i]]]
+#: Arguments with which those that leave out second passes make them at every step.
+ALWAYS = {
+    "rst": {"p": 1.0},
+    "looksam": {"k": 1},
+    "aesam": {"lambda1": -9.0, "lambda2": -9.0},
+    "aelooksam": {"lambda1": -9.0, "lambda2": -9.0},
+}
 #: Those that make their first pass beside the weights, and need `first_pass()` around it.
 BESIDE = ("rgsam", "rsam", "rsam-std", "bsam")
 

@@ -170,7 +170,9 @@ class Problem:
         """The losses of three samples, and their outputs θ − a for a method that weights samples by those."""
         outputs = torch.stack(
             [
-                torch.cat([(p - a).float().flatten() for p, a in zip(self.params, self.batches[(i + j) % 6], strict=True)])
+                torch.cat(
+                    [(p - a).float().flatten() for p, a in zip(self.params, self.batches[(i + j) % 6], strict=True)]
+                )
                 for j in ([0, 1, 2] if subset is None else subset.tolist())
             ]
         )

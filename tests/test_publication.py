@@ -6,6 +6,7 @@ import gc
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -15,10 +16,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+import family
 import lets_kernels as lk
+from family import ALWAYS, BESIDE, ONE_EACH
 from runs import same_bits
 from toys import weights
 
+STARTED = r"while the weights are beside themselves.*first_pass\(\).*restore\(\)"
 REFUSED = r"while the weights are perturbed: .*second_step\(\).*restore\(\)"
 
 
@@ -90,6 +94,59 @@ def test_a_perturbed_model_is_not_published(how):
         opt.second_step()
     publish(model)
     assert bool(torch.isfinite(torch.cat([w.flatten() for w in weights(model)])).all())
+
+
+@pytest.mark.parametrize("how", PUBLISHERS)
+def test_a_model_beside_itself_for_a_first_pass_is_not_published(how):
+    """R-SAM's start is no weight of anybody's, from the first step on; on the way out all is well again."""
+    model, publish = net(), PUBLISHERS[how]
+    opt = family.build("rsam", model)
+    before = weights(model)
+    with opt.first_pass():
+        moved = weights(model)
+        assert not same_bits(moved, before)
+        with pytest.raises(RuntimeError, match=STARTED):
+            publish(model)
+        assert same_bits(weights(model), moved)
+        backward(model)
+    publish(model)
+    with opt.first_pass():
+        opt.restore()
+        publish(model)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=STARTED), opt.first_pass():
+        publish(model)
+    assert same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_every_method_refuses_in_both_of_its_passes(name):
+    model = net()
+    opt = family.build(name, model, **ALWAYS.get(name, {}))
+    whole = {"state_dict()": opt.state_dict, "copying": lambda: copy.deepcopy(opt), "the model": model.state_dict}
+    whole["load_state_dict()"] = lambda state=opt.state_dict(): opt.load_state_dict(state)
+    whole["add_param_group()"] = lambda: opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+    def refuses(message):
+        for what, call in whole.items():
+            with pytest.raises(RuntimeError, match=rf"{re.escape(what)}.*{message}"):
+                call()
+
+    with opt.first_pass():
+        backward(model)
+        if name in BESIDE:
+            refuses(STARTED)
+            for what in (opt.first_step, opt.perturbed().__enter__, opt.first_pass().__enter__, opt.step):
+                with pytest.raises(RuntimeError, match=STARTED):
+                    what()
+            opt.zero_grad()
+            backward(model)
+        else:
+            model.state_dict(), opt.state_dict()
+    with opt.perturbed():
+        refuses(REFUSED)
+    opt.restore()
+    model.state_dict(), opt.state_dict()
 
 
 def test_a_context_and_a_closure_refuse_as_well_and_end_unperturbed():
