@@ -27,8 +27,8 @@ class Moment:
 
 
 class Schedule:
-    """Base class. A schedule is asked once a step, before the weights are perturbed; once more for a step that was given
-    up and is begun again with another gradient, if it looks at that.
+    """Base class. A schedule is asked once a step, before the weights are perturbed; if it looks at the gradient, once
+    more for a step that was given up and is begun again, with another one.
 
     A subclass has ``perturbs``, or ``decide`` if it needs more than the step's number.
     """
@@ -139,8 +139,8 @@ class NormThreshold(Schedule):
 
     μ ← δμ + (1 − δ)‖g‖² and σ² ← δσ² + (1 − δ)(‖g‖² − μ)², from zero; the step perturbs if ‖g‖² ≥ μ + cσ, where
     c = (t/T)λ₁ + (1 − t/T)λ₂. The decision is the host's, so each step waits once for the norm; the paper leaves open
-    whether μ and σ hold the present gradient: here they do. A gradient that is not finite is not counted; one whose step
-    is given up or skipped later is.
+    whether μ and σ hold the present gradient: here they do. A gradient that is not finite is not counted; one whose
+    step is given up or skipped later is.
 
     Args:
         steps: T, the number of steps after which c stays at λ₁.

@@ -79,6 +79,14 @@ ALWAYS = {
     "aesam": {"lambda1": -9.0, "lambda2": -9.0},
     "aelooksam": {"lambda1": -9.0, "lambda2": -9.0},
 }
+#: What has counted a finite first gradient although its step is given up or skipped later: their docstrings say so.
+COUNTED = {
+    "friendly": {"direction.updates", "lets_kernels.average"},
+    "vasso": {"direction.updates", "lets_kernels.average"},
+    "bsam": {"precision"},
+    "aesam": {"schedule.mean", "schedule.variance"},
+    "aelooksam": {"schedule.mean", "schedule.variance"},
+}
 #: Those that make their first pass beside the weights, and need `first_pass()` around it.
 BESIDE = ("rgsam", "rsam", "rsam-std", "bsam")
 

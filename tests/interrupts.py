@@ -168,14 +168,9 @@ class Problem:
 
     def samples(self, i, subset):
         """The losses of three samples, and their outputs θ − a for a method that weights samples by those."""
-        outputs = torch.stack(
-            [
-                torch.cat(
-                    [(p - a).float().flatten() for p, a in zip(self.params, self.batches[(i + j) % 6], strict=True)]
-                )
-                for j in ([0, 1, 2] if subset is None else subset.tolist())
-            ]
-        )
+        targets = [self.batches[(i + j) % 6] for j in ([0, 1, 2] if subset is None else subset.tolist())]
+        pairs = [zip(self.params, target, strict=True) for target in targets]
+        outputs = torch.stack([torch.cat([(p - a).float().flatten() for p, a in pair]) for pair in pairs])
         losses = 0.5 * outputs.square().sum(dim=1)
         return (losses, outputs) if isinstance(self.opt.samples, lets_kernels.WeightedSamples) else losses
 

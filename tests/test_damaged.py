@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+import family
 import lets_kernels as lk
+from family import FAMILY, ONE_EACH
 from nets import Task
 from runs import same_bits
 from toys import snapshot
@@ -109,6 +111,84 @@ def test_a_damaged_step_that_waits_is_noticed(saved, damage):
     assert len(found) >= 20
     for path in found:
         assert_refused(opt, damaged(saved, path, damage), f"{damage} at {path}")
+
+
+def member(name):
+    task = Task(torch.float32, steps=4)
+    opt = family.build(name, task, "adamw")
+    family.run(opt, task, task.batches[:3])
+    return opt
+
+
+@pytest.mark.parametrize("damage", ["gone", "a word", float("nan"), -1, None, torch.ones(2)], ids=str)
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_what_the_parts_of_any_method_have_counted_is_looked_at(name, damage):
+    """One value at a time, and nothing is loaded: neither weights' state nor what the other parts keep."""
+    whole, opt = member(name).state_dict(), member(name)
+    own = whole["lets_kernels"]
+    found = [path for path in paths(own) if path[0] in ("direction", "schedule", "descent", "random")]
+    assert len(found) >= 5
+    whole["param_groups"][0]["lr"] = 7.0
+    for path in found:
+        before = family.held(opt)
+        with pytest.raises(ValueError, match="does not fit|is a|is no"):
+            opt.load_state_dict(damaged(whole, path, damage))
+        family.assert_same(before, family.held(opt))
+        assert opt.param_groups[0]["lr"] != 7.0
+    opt.load_state_dict(copy.deepcopy(whole))
+    assert opt.param_groups[0]["lr"] == 7.0
+
+
+KEEPING = [name for name in ONE_EACH if name in ("looksam", "aelooksam", "friendly", "vasso", "sparse")]
+BROKEN = {
+    "a-word": lambda t: "a word",
+    "another-size": lambda t: t.flatten()[:-1],
+    "a-number": lambda t: 3.0,
+    "another-name": None,
+    "for-nobody": None,
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_is_kept_for_a_parameter_is_looked_at(name, broken):
+    whole, opt = member(name).state_dict(), member(name)
+    whole["param_groups"][0]["lr"] = 7.0
+    entries = [(key, n) for key, entry in whole["state"].items() for n in entry if n.startswith("lets_kernels.")]
+    assert len(entries) == 8
+    key, kept = entries[-1]
+    if broken == "another-name":
+        whole["state"][key]["lets_kernels.other"] = whole["state"][key].pop(kept)
+    elif broken == "for-nobody":
+        whole["state"][99] = {kept: whole["state"][key].pop(kept)}
+    else:
+        whole["state"][key] = {**whole["state"][key], kept: BROKEN[broken](whole["state"][key][kept])}
+    before = family.held(opt)
+    with pytest.raises(ValueError, match="nothing of it was loaded"):
+        opt.load_state_dict(whole)
+    family.assert_same(before, family.held(opt))
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_the_state_of_another_method_is_refused(name):
+    """Unless its parts keep the same; what is loaded then is only what both have."""
+    opt, before = member(name), None
+    for other in ONE_EACH:
+        whole = copy.deepcopy(member(other).state_dict()) if FAMILY[other].base is FAMILY[name].base else None
+        if whole is None:
+            continue
+        own, mine = whole["lets_kernels"], opt.state_dict()["lets_kernels"]
+        parts = ("direction", "schedule", "descent")
+        alike = all(own[part].keys() == mine[part].keys() for part in parts)
+        kept = {n for e in whole["state"].values() for n in e if n.startswith("lets_kernels.")}
+        known = {f"lets_kernels.{n}" for n in (*opt.direction.held, *opt.descent.held)}
+        if alike and kept <= known:
+            continue
+        before = family.held(opt)
+        with pytest.raises(ValueError, match="nothing of it was loaded"):
+            opt.load_state_dict(whole)
+        family.assert_same(before, family.held(opt))
+    assert before is not None or name == "bsam"
 
 
 WRONG = {

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import family
 import lets_kernels as lk
 import oracle
 from backends import Recorder
+from family import ALWAYS, COUNTED, ONE_EACH
 from methods import BASES
 from nets import Task
 from runs import same_bits
@@ -44,6 +46,51 @@ def test_a_non_finite_gradient_skips_the_whole_step_and_is_counted(backend, base
         ends.append(snapshot(opt))
         assert opt.metrics()["skipped_steps"].item() == int(bad)
     assert same_bits(*ends)
+
+
+@pytest.mark.parametrize("where, before", [("first", 0), ("first", 2), ("second", 2)])
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_non_finite_gradient_skips_the_step_of_any_method(name, where, before):
+    """No average moves for a first gradient that is not finite, and no mask is selected by one; the random numbers of
+    the next step are others, as those after any step."""
+    toy = Toy()
+    opt = family.build(name, toy.params, **ALWAYS.get(name, {}))
+    toy.steps(opt, before)
+    old, first, second = family.held(opt), toy.grads(50), toy.grads(51)
+    if where == "first" and name != "random-sam":
+        first = spoiled(first, torch.nan)
+    else:
+        second = spoiled(second, torch.inf)
+    toy.two_steps(opt, first, second)
+    new = family.held(opt)
+    fresh = {k: torch.full_like(v, 1.0 if "mask" in k else 0.0) for k, v in new.items() if k not in old}
+    changed = {k for k, v in {**old, **fresh}.items() if not same_bits(new[k], v)}
+    counted = COUNTED.get(name, set()) if where == "second" else set()
+    counted = counted | ({"random.count"} if opt.random.used else set())
+    assert {k.split(".", 1)[1] if k[0].isdigit() else k for k in changed} == counted
+    assert opt.metrics()["skipped_steps"].item() == 1
+    toy.steps(opt, 2, start=before)
+    assert opt.metrics()["skipped_steps"].item() == 1
+    assert all(bool(v.double().isfinite().all()) for v in family.held(opt).values())
+    assert not same_bits(family.held(opt)["weights.0"], new["weights.0"])
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_gradient_of_zero_perturbs_nothing_in_any_method(name):
+    """But for those that draw ε or the start: they go along what they drew."""
+    toy = Toy()
+    opt = family.build(name, toy.params, **ALWAYS.get(name, {}))
+    zeros, before = [torch.zeros_like(p) for p in toy.params], weights(toy)
+    with opt.first_pass():
+        toy.set_grads(zeros)
+    opt.first_step()
+    assert same_bits(weights(toy), before) is (name not in ("random-sam", "rsam", "rgsam"))
+    toy.set_grads(zeros)
+    opt.second_step()
+    assert all(bool(v.double().isfinite().all()) for v in family.held(opt).values())
+    toy.steps(opt, 2)
+    assert opt.metrics()["skipped_steps"].item() == 0
+    assert all(bool(v.double().isfinite().all()) for v in family.held(opt).values())
 
 
 @pytest.mark.parametrize("where", ["first", "second", "train", "val"])

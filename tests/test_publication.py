@@ -124,7 +124,8 @@ def test_every_method_refuses_in_both_of_its_passes(name):
     model = net()
     opt = family.build(name, model, **ALWAYS.get(name, {}))
     whole = {"state_dict()": opt.state_dict, "copying": lambda: copy.deepcopy(opt), "the model": model.state_dict}
-    whole["load_state_dict()"] = lambda state=opt.state_dict(): opt.load_state_dict(state)
+    saved = opt.state_dict()
+    whole["load_state_dict()"] = lambda: opt.load_state_dict(saved)
     whole["add_param_group()"] = lambda: opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
     def refuses(message):

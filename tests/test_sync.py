@@ -33,7 +33,7 @@ def meta_net():
         return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
 
 
-#: These say in their docstrings that they wait: AE-SAM for the norm, the masks' selection to leave out what is not finite.
+#: These say in their docstrings that they wait: AE-SAM for the norm, a selection to leave out what is not finite.
 WAITING = (lk.AESAM, lk.AELookSAM, lk.SparseSAM)
 FREE = [name for name in ONE_EACH if FAMILY[name].cls not in WAITING]
 

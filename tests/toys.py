@@ -28,7 +28,8 @@ class Toy:
 
     def two_steps(self, opt, first, second):
         """One step in the two-step shape with these gradients."""
-        self.set_grads(first)
+        with opt.first_pass():
+            self.set_grads(first)
         opt.first_step(zero_grad=True)
         self.set_grads(second)
         opt.second_step(zero_grad=True)
