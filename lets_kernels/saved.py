@@ -50,6 +50,22 @@ def check_scalar(value: Any, what: str) -> None:
         _refuse(what, f"is {value!r}, not a 0-d tensor of a finite number")
 
 
+def check_part(state: Any, present: Mapping[str, Any], what: str) -> None:
+    """The state of a part of a method: numbers where it has numbers now, finite ones, and counts where it counts."""
+    check_keys(state, present, what)
+    for name, now in present.items():
+        value, label = state[name], f"{what}: {name}"
+        number = isinstance(now, Real) and not isinstance(now, bool)
+        scalar = isinstance(now, Tensor) and now.dim() == 0
+        if not _alike(value, now) or (number and isinstance(value, (bool, Tensor))) or (scalar and value is None):
+            _refuse(label, f"is {value!r}, and {now!r} has another kind")
+        if (number or scalar) and not bool(torch.isfinite(torch.as_tensor(value))):
+            _refuse(label, f"is {value!r}, not a finite number")
+        counts = isinstance(now, int) if number else scalar and not now.is_floating_point()
+        if counts and (value < 0 or float(value) != int(value)):
+            _refuse(label, f"is {value!r}, not a count")
+
+
 def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
     """The state is one that this optimizer, whose parameters are few and small, can load and go on from."""
     check_keys(state, ("state", "param_groups"), what)

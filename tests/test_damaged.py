@@ -120,7 +120,10 @@ def member(name):
     return opt
 
 
-@pytest.mark.parametrize("damage", ["gone", "a word", float("nan"), -1, None, torch.ones(2)], ids=str)
+MINUS = -1
+
+
+@pytest.mark.parametrize("damage", ["gone", "a word", float("nan"), MINUS, None, torch.ones(2)], ids=str)
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_what_the_parts_of_any_method_have_counted_is_looked_at(name, damage):
     """One value at a time, and nothing is loaded: neither weights' state nor what the other parts keep."""
@@ -130,8 +133,10 @@ def test_what_the_parts_of_any_method_have_counted_is_looked_at(name, damage):
     assert len(found) >= 5
     whole["param_groups"][0]["lr"] = 7.0
     for path in found:
+        if damage is MINUS and isinstance(parent(own, path)[path[-1]], float):
+            continue  # finite; a mean of squares is none, but a part of one's own may have such numbers
         before = family.held(opt)
-        with pytest.raises(ValueError, match="does not fit|is a|is no"):
+        with pytest.raises(ValueError, match="nothing of it was loaded"):
             opt.load_state_dict(damaged(whole, path, damage))
         family.assert_same(before, family.held(opt))
         assert opt.param_groups[0]["lr"] != 7.0

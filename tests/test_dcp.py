@@ -14,7 +14,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import family
 import lets_kernels as lk
+from family import FAMILY, ONE_EACH
 from methods import BASES
 from nets import Task
 from runs import same_bits
@@ -37,6 +39,8 @@ METHODS = {
 
 
 def build(method, base, net, rho=0.1):
+    if method in FAMILY:
+        return family.build(method, net, base, rho=rho)
     cls, radius, options = METHODS[method](rho)
     optimizer, _, base_options, _ = BASES[base]
     params = list(net.parameters())
@@ -45,11 +49,18 @@ def build(method, base, net, rho=0.1):
     return cls(params, optimizer, radius, **options, model=net, **base_options)
 
 
-def ran(method, base, steps=3):
+def ran(method, base, steps=4):
     task = Task(torch.float32, steps=2 * steps)
     opt = build(method, base, task.net)
-    task.run(opt, task.batches[:steps], opt.radius.learns)
+    go_on(task, opt, task.batches[:steps])
     return task, opt
+
+
+def go_on(task, opt, batches):
+    if opt.radius.learns:
+        task.run(opt, batches, learned=True)
+    else:
+        family.run(opt, task, batches)
 
 
 def counters(opt):
@@ -81,22 +92,24 @@ def through_dcp(tmp_path, task, opt, method, base, options, save=dcp.save):
     return task, opt
 
 
-def assert_goes_on_alike(whole, resumed, steps=3):
+def assert_goes_on_alike(whole, resumed, steps=4):
     """Everything a step reads is the same, and so are the bits after some more steps."""
     for task, opt in (whole, resumed):
         assert opt.param_groups is opt.base_optimizer.param_groups and opt.state is opt.base_optimizer.state
         assert [group["lets_kernels"] for group in opt.param_groups] == [None] * len(opt.param_groups)
-        task.run(opt, task.batches[steps:], opt.radius.learns)
+        go_on(task, opt, task.batches[steps:])
     assert same_bits(snapshot(whole[1]), snapshot(resumed[1]))
+    family.assert_same(*(family.held(opt) for _, opt in (whole, resumed)))
     assert counters(whole[1]) == counters(resumed[1]) == (2 * steps, 0)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CASES = [(method, base) for method in METHODS for base in ("momentum", "adamw")]
+MEMBERS = [(method, "adamw" if FAMILY[method].base else "momentum") for method in [*ONE_EACH, "sparse-dynamic"]]
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("method, base", [*CASES, ("sam", "sgd"), ("lets-sam", "sgd")])
+@pytest.mark.parametrize("method, base", [*CASES, ("sam", "sgd"), ("lets-sam", "sgd"), *MEMBERS])
 def test_a_checkpoint_resumes_to_the_bit(tmp_path, method, base, flat):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     task, opt = ran(method, base)
@@ -112,7 +125,7 @@ def test_an_asynchronous_save_holds_what_was_there_when_it_was_asked_for(tmp_pat
     def save(state, checkpoint_id):
         written = dcp.async_save(state, checkpoint_id=checkpoint_id)
         copied, stepping = copy.deepcopy((task.net, opt))
-        Task(torch.float32, steps=6, net=copied).run(stepping, task.batches[3:], learned=True)
+        Task(torch.float32, steps=8, net=copied).run(stepping, task.batches[4:], learned=True)
         return written
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -124,7 +137,7 @@ def test_an_asynchronous_save_holds_what_was_there_when_it_was_asked_for(tmp_pat
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("method", ["sam", "lets-asam-per-group", "nu-by-rmsprop"])
+@pytest.mark.parametrize("method", ["sam", "lets-asam-per-group", "nu-by-rmsprop", *ONE_EACH])
 def test_a_full_state_goes_through_a_file_that_holds_no_code(method, flat):
     """What rank 0 writes with torch.save, read with weights_only=True."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=flat)

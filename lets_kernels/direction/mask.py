@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lets_kernels.direction.average import check_share
 from lets_kernels.direction.base import Ascent, Direction, Perturbation
-from lets_kernels.passes import DRAWS, REGROWTH, FirstPass
+from lets_kernels.passes import DRAWS, REGROWTH, FirstPass, Held
 from lets_kernels.runs import Runs, refuse_while_capturing
 
 GRANULARITIES = ("element", "tensor")
@@ -125,6 +125,9 @@ class Masked(Direction):
         if self.sparsity and self.interval is not None:
             return f"interval={self.interval}: the host decides whether the mask is selected anew"
         return None
+
+    def make_held(self, runs: Runs, held: Held) -> None:
+        held.flat(runs.bucket, "mask", 1)
 
     def prepare(self, first: FirstPass) -> Perturbation:
         masks = [first.held.flat(runs.bucket, "mask", 1) for runs in first.runs]

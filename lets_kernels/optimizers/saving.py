@@ -10,7 +10,7 @@ from lets_kernels.optimizers import carried
 from lets_kernels.optimizers.base import KEY, Wrapper
 from lets_kernels.passes import Held
 from lets_kernels.radius import check_rho
-from lets_kernels.saved import check_count, check_held, check_keys, check_scalar
+from lets_kernels.saved import check_count, check_held, check_keys, check_part, check_scalar
 
 
 class Saved(Wrapper):
@@ -60,7 +60,7 @@ class Saved(Wrapper):
         """Refuse a damaged entry of a saved state, before anything of the state is loaded."""
         check_keys(own, self._own_state(), f"state[{KEY!r}]")
         for part in ("direction", "schedule", "descent"):
-            check_keys(own[part], getattr(self, part).state_dict(), f"the {part}")
+            check_part(own[part], getattr(self, part).state_dict(), f"the {part}")
         check_keys(own["random"], self.random.state_dict(), "the random numbers")
         check_count(own["random"]["seed"], "the seed")
         check_scalar(own["random"]["count"], "the count of random steps")
@@ -95,6 +95,9 @@ class Saved(Wrapper):
         before = [{name: group[name] for name in self._own} for group in self.param_groups]
         rest = {name: value for name, value in state_dict.items() if name != KEY}
         rest["state"], held = Held.take_from(state_dict["state"])
+        # As torch's own: what a state is of is told by its groups, where tools put names in the place of numbers.
+        places = {key: i for i, key in enumerate(key for group in groups for key in group["params"])}
+        held = {places.get(key, f"{key}"): own_tensors for key, own_tensors in held.items()}
         params = self._all_params()
         check_held(held, params, {*self.direction.held, *self.descent.held})
         self.base_optimizer.load_state_dict({**rest, "param_groups": groups})
