@@ -101,6 +101,17 @@ def check_held(held: Mapping[Any, Mapping[str, Any]], params: Sequence[Tensor], 
                 _refuse(f"the {name} of parameter {key}", "has not as many elements as the parameter")
 
 
+def check_kept(held: Mapping[Any, Mapping[str, Any]], names: Iterable[str], begun: bool, what: str) -> None:
+    """What a part keeps is there if it had begun: a state that lost it on its way would go on wrongly, in silence."""
+    for name in names if begun else ():
+        if not any(name in own for own in held.values()):
+            _refuse(
+                what,
+                f"has lost the {name} of every parameter, as flatten_optimizer_state_dict=True of "
+                "torch.distributed.checkpoint loses it, which you then should leave out",
+            )
+
+
 def _alike(value: Any, present: Any) -> bool:
     """True if one value can stand in the place of the other; of options that are None anything may have been saved."""
     if isinstance(present, bool):

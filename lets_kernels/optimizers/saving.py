@@ -10,7 +10,7 @@ from lets_kernels.optimizers import carried
 from lets_kernels.optimizers.base import KEY, Wrapper
 from lets_kernels.passes import Held
 from lets_kernels.radius import check_rho
-from lets_kernels.saved import check_count, check_held, check_keys, check_part, check_scalar
+from lets_kernels.saved import check_count, check_held, check_kept, check_keys, check_part, check_scalar
 
 
 class Saved(Wrapper):
@@ -100,6 +100,11 @@ class Saved(Wrapper):
         held = {places.get(key, f"{key}"): own_tensors for key, own_tensors in held.items()}
         params = self._all_params()
         check_held(held, params, {*self.direction.held, *self.descent.held})
+        if own is not None:
+            counts = own["direction"].values()
+            begun = own["step"] > 0 and (not counts or any(bool(value) for value in counts))
+            check_kept(held, self.direction.held, begun, "the direction")
+            check_kept(held, self.descent.held, own["step"] > 0, "the descent")
         self.base_optimizer.load_state_dict({**rest, "param_groups": groups})
         for group, values in zip(self.param_groups, before, strict=True):
             for name, value in values.items():
