@@ -2,6 +2,8 @@
 
 import torch
 
+import family
+
 
 class Passes:
     """Forward and backward over batches, counted within a step: first, second and, where ρ is learned, train and val.
@@ -33,6 +35,32 @@ class Passes:
 
         return run
 
+    def closure_of(self, opt, batch):
+        """The closure that this optimizer's method takes."""
+        return self.samples(opt, batch) if opt.samples.per_sample else self.closure(batch)
+
+    def samples(self, opt, batch):
+        """Returns the losses of samples, and counts what a backward follows."""
+
+        def run(subset=None):
+            self.count += torch.is_grad_enabled()
+            if self.count == self.fail:
+                raise MemoryError
+            found = family.losses(opt, self.task.net, batch, subset)
+            if self.count == self.spoil and torch.is_grad_enabled():
+                found = (found[0] * torch.inf, found[1]) if isinstance(found, tuple) else found * torch.inf
+            return found
+
+        return run
+
+    def first(self, opt, batch):
+        """The first pass in the shapes without a closure, if the method has one."""
+        if opt.direction.needs_gradient:
+            with opt.first_pass():
+                self(batch)
+            if self.scaler is not None:
+                opt.unscale_first(self.scaler)
+
     def take(self, opt):
         """The base optimizer's step in the shapes without a closure."""
         if self.clip is not None:
@@ -51,7 +79,7 @@ class Passes:
 
 def by_closure(opt, passes, batch, val):
     validation = [passes.closure(val)] if opt.radius.learns else []
-    opt.step(passes.closure(batch), *validation, scaler=passes.scaler)
+    opt.step(passes.closure_of(opt, batch), *validation, scaler=passes.scaler)
 
 
 def by_old_closure(opt, passes, batch, val):
@@ -62,10 +90,7 @@ def by_old_closure(opt, passes, batch, val):
 
 def by_two_steps(opt, passes, batch, val):
     opt.zero_grad()
-    with opt.first_pass():
-        passes(batch)
-    if passes.scaler is not None:
-        opt.unscale_first(passes.scaler)
+    passes.first(opt, batch)
     opt.first_step(zero_grad=True)
     passes(batch)
     passes.take(opt)
@@ -74,10 +99,7 @@ def by_two_steps(opt, passes, batch, val):
 
 def by_context(opt, passes, batch, val):
     opt.zero_grad()
-    with opt.first_pass():
-        passes(batch)
-    if passes.scaler is not None:
-        opt.unscale_first(passes.scaler)
+    passes.first(opt, batch)
     with opt.perturbed():
         opt.zero_grad()
         passes(batch)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import family
 import lets_kernels as lk
+from family import FAMILY, ONE_EACH
 from methods import BASES
 from nets import Task
 from passes import SHAPES, Passes, run
@@ -26,21 +28,29 @@ def scaler_of(scale=2.0**16, **options):
 
 def built(method, base="momentum", steps=3, **options):
     task = Task(torch.float32, steps=steps)
+    if method in FAMILY:
+        return task, family.build(method, task, base, **family.ALWAYS.get(method, {}), **options)
     cls, _, base_options, _ = BASES[base]
     return task, BUILDS[method](task.net.parameters(), cls, model=task.net, **options, **base_options)
 
 
 def seen(opt):
     """Weights, state, radius, and every number that the step reports."""
-    return [*snapshot(opt), *(value.clone() for _, value in sorted(opt.metrics().items()))]
+    numbers = [value.clone() for _, value in sorted(opt.metrics().items())]
+    return [*snapshot(opt), *family.held(opt).values(), *numbers]
 
 
 # A list of micro-batches has no one pair of gradients for a radius to learn from.
 COMBINATIONS = [(s, m) for s in SHAPES for m in BUILDS if not (s == "micro-batches" and m.startswith("lets"))]
 
 
-@pytest.mark.parametrize("base", ["momentum", "adamw", "rmsprop"])
-@pytest.mark.parametrize("shape, method", COMBINATIONS)
+CASES = [(*combination, base) for combination in COMBINATIONS for base in ("momentum", "adamw", "rmsprop")]
+#: One base optimizer, and one shape in turn with the other.
+MEMBERS = [(("closure", "two-steps")[i % 2], name) for i, name in enumerate(ONE_EACH)]
+CASES += [(*member, "momentum") for member in MEMBERS]
+
+
+@pytest.mark.parametrize("shape, method, base", CASES)
 def test_a_scale_that_is_a_power_of_two_changes_no_bit(shape, method, base):
     """Such scales go through backward without rounding, also where they grow between the steps."""
     ends = []
@@ -54,10 +64,16 @@ def test_a_scale_that_is_a_power_of_two_changes_no_bit(shape, method, base):
     assert all(same_bits(ends[0], end) for end in ends[1:])
 
 
-@pytest.mark.parametrize("check_finite", [True, False])
-@pytest.mark.parametrize("base", ["momentum", "rmsprop"])
-@pytest.mark.parametrize("where", [1, 2])
-@pytest.mark.parametrize("shape, method", COMBINATIONS)
+OVERFLOWS = [
+    (*combination, where, base, check)
+    for combination in COMBINATIONS
+    for where in (1, 2)
+    for base in ("momentum", "rmsprop")
+    for check in (True, False)
+]
+
+
+@pytest.mark.parametrize("shape, method, where, base, check_finite", OVERFLOWS)
 def test_an_overflow_in_either_pass_skips_the_step_and_the_scale_backs_off(shape, method, where, base, check_finite):
     """Also where the optimizer itself checks nothing: the steps around it are those of a run without the bad one."""
     ends = []
@@ -75,6 +91,26 @@ def test_an_overflow_in_either_pass_skips_the_step_and_the_scale_backs_off(shape
         ends.append(snapshot(opt))
     assert same_bits(*ends)
     assert scaler.get_scale() == 2.0**15
+
+
+@pytest.mark.parametrize("where", [1, 2])
+@pytest.mark.parametrize("shape, method", MEMBERS)
+def test_an_overflow_in_a_pass_of_any_method(shape, method, where):
+    """As above, but that what a method draws or counts is its own: weights and the base optimizer's state stay."""
+    where = min(where, 2 if method != "random-sam" else 1)
+    task, opt = built(method, check_finite=False)
+    scaler = scaler_of()
+    run(shape, opt, task, slice(0, 1), scaler)
+    before = family.held(opt)
+    run(shape, opt, task, slice(1, 2), scaler, spoil=where)
+    changed = {k for k, v in family.held(opt).items() if not same_bits(v, before[k])}
+    counted = family.COUNTED.get(method, set()) if where == 2 else set()
+    counted = counted | ({"random.count"} if opt.random.used else set())
+    assert {k.split(".", 1)[1] if k[0].isdigit() else k for k in changed} == counted
+    assert scaler.get_scale() == 2.0**15 and opt.metrics()["skipped_steps"].item() == 1
+    run(shape, opt, task, slice(2, 3), scaler)
+    assert not same_bits(family.held(opt)["weights.0"], before["weights.0"])
+    assert scaler.get_scale() == 2.0**15 and opt.metrics()["skipped_steps"].item() == 1
 
 
 @pytest.mark.parametrize("where", [3, 4])

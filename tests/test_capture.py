@@ -20,6 +20,10 @@ class Alternating(lk.Schedule):
 
 
 REFUSED = {
+    "random-schedule": ({"schedule": lk.Bernoulli(0.5)}, "Bernoulli decides on the host.*schedule=Always"),
+    "norm-schedule": ({"schedule": lk.NormThreshold(10)}, "NormThreshold decides on the host.*schedule=Always"),
+    "mask": ({"direction": lk.Masked(interval=2)}, "interval=2: the host decides whether the mask"),
+    "tensors": ({"direction": lk.Dropped(granularity="tensor")}, "granularity='tensor' draws on the host"),
     "schedule": ({"schedule": Alternating()}, "Alternating decides on the host.*schedule=Always"),
     "scheduled-radius": ({"rho": lk.ScheduledRadius.linear(0.2, 0.1, 9)}, "ScheduledRadius computes rho on the host"),
     "interval": ({"rho": lambda: lk.LearnedRadius(0.1, interval=2)}, "interval=2"),
@@ -133,6 +137,21 @@ def test_parts_of_a_step_are_captured_together_or_not_at_all(where):
         opt.second_step()
     opt.restore()
     step()
+
+
+def test_what_a_part_counts_in_is_the_same_memory_from_step_to_step(where):
+    """A replay then counts on, and a loaded state stands where it reads."""
+    how, device, backend = where
+    for direction in (lk.Friendly(), lk.RandomStart(gamma=0.0)):
+        _, opt, step = small(device, backend, direction=direction, seed=3)
+        counts = [opt.random.at(torch.device(device), 0), getattr(direction, "_updates", torch.zeros(()))]
+        before = [c.data_ptr() for c in counts]
+        with how.capture():
+            step()
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        step()
+        after = [opt.random.at(torch.device(device), 0), getattr(direction, "_updates", counts[1])]
+        assert before == [c.data_ptr() for c in after]
 
 
 def test_a_number_becomes_part_of_the_graph_and_not_of_later_steps(where):

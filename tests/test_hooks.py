@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import family
 import lets_kernels as lk
+from family import ONE_EACH
 from methods import BASES
 from nets import Task
 from runs import same_bits
@@ -103,6 +105,23 @@ def test_global_hooks_see_every_optimizer_that_steps_once(backend, base, shape):
     around = [("global pre", opt), ("own pre", opt), *inner, ("own post", opt), ("global post", opt)]
     assert [call for call in calls if call != "closure"] == around
     assert calls.count("closure") == 2
+
+
+@pytest.mark.parametrize("shape", family.SHAPES)
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_hooks_run_once_a_step_of_any_method(name, shape):
+    """Perturbed or not, with one pass or two; before it at the old weights and after it at the new ones, never at
+    others."""
+    task = Task(torch.float32, steps=4)
+    opt, seen = family.build(name, task), []
+    opt.register_step_pre_hook(lambda *_: seen.append(weights(task)))
+    opt.register_step_post_hook(lambda *_: seen.append(weights(task)))
+    for count, (batch, _) in enumerate(task.batches, 1):
+        before = weights(task)
+        family.take(opt, task.net, batch, shape)
+        assert len(seen) == 2 * count and same_bits(seen[-1], weights(task)) and not same_bits(seen[-1], before)
+        # In two steps it is `second_step` that they are around, and the weights before it are perturbed.
+        assert shape == "two-steps" or same_bits(seen[-2], before)
 
 
 def test_hooks_of_the_base_optimizer_run_too_and_it_then_steps_itself(backend):

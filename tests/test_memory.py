@@ -5,7 +5,9 @@ import weakref
 import pytest
 import torch
 
+import family
 import lets_kernels
+from family import ALWAYS, ONE_EACH
 
 
 def problem(**options):
@@ -31,6 +33,21 @@ def test_the_first_gradient_is_freed_before_the_second_pass(adaptive):
     opt.second_step()
 
 
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_who_holds_the_first_gradient_through_the_second_pass(name):
+    """Those whose descent is made from both, and nobody else."""
+    p, _ = problem()
+    opt = family.build(name, [p], **ALWAYS.get(name, {}))
+    with opt.first_pass():
+        backward(p)
+    first = weakref.ref(p.grad)
+    opt.first_step(zero_grad=True)
+    assert (first() is not None) is (name in ("gsam", "rgsam", "norm-penalty", "looksam", "aelooksam"))
+    backward(p)
+    opt.second_step(zero_grad=True)
+    assert first() is None
+
+
 def test_a_learned_radius_holds_it_until_it_has_learned():
     p, options = problem()
     opt = lets_kernels.LETSSAM([p], torch.optim.SGD, **options)
@@ -50,13 +67,23 @@ def test_a_learned_radius_holds_it_until_it_has_learned():
     assert first() is None
 
 
-def test_the_package_keeps_one_saved_copy_and_nothing_else_of_the_weights_size():
-    """Every tensor reachable from the optimizer that has at least the weights' size, apart from weights and state."""
+#: Beside the saved copy: an average, what is orthogonal, the mask. bSAM's are its base optimizer's state.
+KEPT = {"looksam": 1, "aelooksam": 1, "friendly": 1, "vasso": 1, "sparse": 1}
+
+
+@pytest.mark.parametrize("name", ["adaptive", *ONE_EACH])
+def test_the_package_keeps_one_saved_copy_and_nothing_else_of_the_weights_size(name):
+    """Every tensor reachable from the optimizer that has at least the weights' size, apart from weights and state; and
+    what the method says that it keeps."""
     p, options = problem(adaptive=True)
-    opt = lets_kernels.SAM([p], torch.optim.SGD, **options)
+    if name == "adaptive":
+        opt = lets_kernels.SAM([p], torch.optim.SGD, **options)
+    else:
+        opt = family.build(name, [p], **ALWAYS.get(name, {}))
     for _ in range(2):
         opt.zero_grad()
-        backward(p)
+        with opt.first_pass():
+            backward(p)
         opt.first_step(zero_grad=True)
         backward(p)
         opt.second_step(zero_grad=True)
@@ -80,7 +107,7 @@ def test_the_package_keeps_one_saved_copy_and_nothing_else_of_the_weights_size()
             walk(vars(thing))
 
     walk(opt)
-    momentum = opt.base_optimizer.state[p]["momentum_buffer"]
-    others = [t for t in large if t is not p and t is not momentum]
-    assert len(others) == 1
-    assert others[0].data_ptr() == opt._space().buckets[0].saved.data_ptr()
+    state = opt.base_optimizer.state[p].values()
+    others = {t.data_ptr() for t in large if t is not p and not any(t is s for s in state)}
+    assert opt._space().buckets[0].saved.data_ptr() in others
+    assert len(others) == 1 + KEPT.get(name, 0)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+import family
 import lets_kernels as lk
+from family import BESIDE, FAMILY, ONE_EACH
 from lets_kernels import network
 from lets_kernels.network import RunningStatistics
 from nets import Task
@@ -40,10 +42,14 @@ BUILDS = {
     "lets": lambda params, **options: lk.LETSSAM(params, torch.optim.SGD, 0.5, lr=0.1, **options),
 }
 COMBINATIONS = [(s, m) for s in SHAPES for m in BUILDS if (s, m) != ("micro-batches", "lets")]
+#: Those whose first pass, or the only one, is beside the weights count it all the same: of that a test below.
+COMBINATIONS += [(s, m) for s in ("closure", "context") for m in ONE_EACH if m not in (*BESIDE, "random-sam")]
 
 
 def built(method="sam", steps=3, model=True, **options):
     task = Task(torch.float32, steps=steps, net=every_norm())
+    if method in FAMILY:
+        return task, family.build(method, task.net if model else list(task.net.parameters()), **options)
     return task, BUILDS[method](task.net.parameters(), model=task.net if model else None, **options)
 
 
@@ -78,6 +84,29 @@ def test_statistics_are_those_of_one_pass_a_step(shape, method):
         run(shape, opt, task, slice(step, step + 1))
         assert plain.agrees()
     assert task.net[1].num_batches_tracked == (6 if shape == "micro-batches" else 3)
+
+
+@pytest.mark.parametrize("shape", ["closure", "two-steps", "context"])
+@pytest.mark.parametrize("name", [*BESIDE, "random-sam"])
+def test_a_pass_beside_the_weights_counts_where_it_is_the_first(shape, name):
+    """Once a step, at the weights where it is made; the second pass of those with two does not count."""
+    task, opt = built(name)
+    twin, seen = copy.deepcopy(task.net), []
+
+    def see(net, inputs):
+        seen.append([p.detach().clone() for p in net.parameters()])
+
+    handle = task.net.register_forward_pre_hook(see)
+    for step, (batch, _) in enumerate(task.batches):
+        seen.clear()
+        run(shape, opt, task, slice(step, step + 1))
+        assert len(seen) == (1 if name == "random-sam" else 2)
+        with torch.no_grad():
+            for mine, value in zip(twin.parameters(), seen[0], strict=True):
+                mine.copy_(value)
+            twin(batch[0])
+        assert same_bits(buffers(task.net), buffers(twin))
+    handle.remove()
 
 
 @pytest.mark.parametrize("method, passes", [("sam", 2), ("lets", 4)])

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import family
 import lets_kernels as lk
+from family import ALWAYS, FAMILY, ONE_EACH
 from lets_kernels.network import SameRandomNumbers
 from nets import Task
 from passes import SHAPES, Passes, run
@@ -41,6 +43,8 @@ class Dropped(nn.Module):
 
 def built(method="sam", same_rng=True, again=False, **options):
     task = Task(torch.float32, steps=3, net=Dropped(again))
+    if method in FAMILY:
+        return task, family.build(method, task, same_rng=same_rng, **ALWAYS.get(method, {}), **options)
     options = {"same_rng": same_rng, "lr": 0.1, "momentum": 0.9, **options}
     if method == "lets":
         return task, lk.LETSSAM(task.net.parameters(), torch.optim.SGD, 0.1, **options)
@@ -55,6 +59,23 @@ def test_both_passes_of_a_step_have_the_same_masks_and_no_two_steps(shape):
     assert len(masks) == (12 if shape == "micro-batches" else 6)
     assert all(torch.equal(a, b) for a, b in zip(masks[::2], masks[1::2], strict=True))
     assert not any(torch.equal(a, b) for i, a in enumerate(masks[::2]) for b in masks[2 * i + 2 :: 2])
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if name != "random-sam"])
+def test_both_passes_of_any_method_have_the_same_masks(name):
+    """ESAM looks at the samples' losses with them as well, and then has a pass for some of the samples."""
+    for shape in ("closure", "two-steps", "context"):
+        task, opt = built(name)
+        run(shape, opt, task, slice(None))
+        masks, each = task.net.masks, 3 if (name, shape) == ("esam", "closure") else 2
+        assert len(masks) == 3 * each
+        assert all(torch.equal(a, b) for a, b in zip(masks[::each], masks[1::each], strict=True))
+        assert not torch.equal(masks[0], masks[each])
+
+
+def test_a_method_with_one_pass_has_no_use_for_it():
+    with pytest.raises(ValueError, match="the first of two passes"):
+        built("random-sam")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -5,7 +5,9 @@ import warnings
 import pytest
 import torch
 
+import family
 import lets_kernels as lk
+from family import ONE_EACH
 from methods import BASES
 from nets import Task
 from runs import same_bits
@@ -48,6 +50,28 @@ def test_a_scheduler_on_the_wrapper_or_on_its_base_drives_the_step(backend, base
             drive.step()
     assert len(seen) >= 3 and opt.fused is (op is not None)
     assert same_bits(snapshot(opt), snapshot(other))
+
+
+@pytest.mark.parametrize("shape", family.SHAPES)
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_scheduler_drives_every_method(name, shape):
+    """As the same numbers written by hand, and without a warning."""
+    ends = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for by_hand in (False, True):
+            task = Task(torch.float32, steps=4)
+            opt = family.build(name, task)
+            lr = opt.param_groups[0]["lr"]
+            drive = None if by_hand else SCHEDULERS["lambda"](opt)
+            for step, (batch, _) in enumerate(task.batches):
+                family.take(opt, task.net, batch, shape)
+                if by_hand:
+                    opt.param_groups[0]["lr"] = lr / (2 + step)
+                else:
+                    drive.step()
+            ends.append(family.held(opt))
+    family.assert_same(*ends)
 
 
 def test_a_scheduler_works_with_every_call_shape(backend):

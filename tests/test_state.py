@@ -200,21 +200,53 @@ def test_a_state_does_not_depend_on_the_backend_that_saved_it(backend, backend_o
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)  # Adam's root rounds apart
 
 
-@pytest.mark.parametrize("base", ["momentum", "adamw", "rmsprop"])
+@pytest.mark.parametrize("base", ["momentum", "adamw", "rmsprop", *ONE_EACH])
 def test_a_group_added_later_is_as_good_as_one_given_at_first(backend, base):
+    """Over each base optimizer, and each method of the family over one."""
+    name, base = (base, "momentum") if base in FAMILY else ("sam", base)
     cls, _, options, _ = BASES[base]
+    if name == "bsam":
+        options = {}
     ends = []
     for later in (False, True):
         toy = Toy()
         groups = [{"params": toy.params[:3]}, {"params": toy.params[3:], "rho": 0.9, "lr": 0.02}]
-        opt = lk.SAM(groups[:1] if later else groups, cls, rho=0.3, adaptive=True, backend=backend.name, **options)
+        given = groups[:1] if later else groups
+        if name in FAMILY:
+            opt = family.build(name, given, rho=0.3, backend=backend.name)
+        else:
+            opt = lk.SAM(given, cls, rho=0.3, adaptive=True, backend=backend.name, **options)
         if later:
             opt.add_param_group(groups[1])
         assert opt.param_groups is opt.base_optimizer.param_groups and len(opt.param_groups) == 2
         assert opt.rho.tolist() == pytest.approx([0.3, 0.9])
-        toy.steps(opt, 3)
-        ends.append(snapshot(opt))
+        toy.steps(opt, 3 if name != "sparse" or backend.name == "cpu" else 1)
+        ends.append([*snapshot(opt), *family.held(opt).values()])
     assert same_bits(*ends)
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_group_added_between_steps_of_any_method(name):
+    """As if the first steps had been taken by an optimizer of the first group, whose state the whole one then loads."""
+    toy = Toy()
+    opt = family.build(name, toy.params[:3])
+    toy.steps(opt, 2)
+    before = weights(toy)
+    opt.add_param_group({"params": toy.params[3:], "rho": 0.6})
+    toy.steps(opt, 3, start=2)
+    assert not any(same_bits(a, b) for a, b in zip(weights(toy), before, strict=True) if a.numel())
+    found = family.held(opt)
+    assert all(bool(v.double().isfinite().all()) for v in found.values())
+    kept = {k.split(".", 1)[1] for k in found if k.split(".", 1)[1].startswith("lets_kernels.")}
+    assert all(f"{i}.{k}" in found for k in kept for i in range(len(toy.params)))
+    saved, other = copy.deepcopy(opt.state_dict()), Toy()
+    resumed = family.build(name, [{"params": other.params[:3]}, {"params": other.params[3:]}])
+    with torch.no_grad():
+        [p.copy_(q) for p, q in zip(other.params, toy.params, strict=True)]
+    resumed.load_state_dict(saved)
+    toy.steps(opt, 2, start=5)
+    other.steps(resumed, 2, start=5)
+    family.assert_same(family.held(opt), family.held(resumed))
 
 
 def test_a_group_added_between_steps_joins_the_norm(backend):
@@ -243,6 +275,47 @@ def test_a_learned_radius_a_group_grows_with_the_groups(backend):
     assert before.shape == (2,) and before[1].item() == pytest.approx(0.4)
     task.run(opt, task.batches[1:], learned=True)
     assert bool((opt.rho != before).all()) and len(opt.radius.optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("change", ["data", "frozen", "channels_last", "double"])
+@pytest.mark.parametrize("name", MORE)
+def test_a_changed_parameter_is_noticed_by_any_method(name, change):
+    """As one goes on who loads the state into a new optimizer on the changed net; or what is kept for the parameter
+    lies otherwise now, and the step is refused, with the weights as they were."""
+    ends, refused = [], None
+    for fresh in (False, True):
+        task = Task(torch.float32, steps=4)
+        net, make = task.net, {"rho": 0.3, "flatten": True}
+        opt = family.build(name, net, "sgd", **make)
+        family.run(opt, task, task.batches[:2])
+        opt.zero_grad()
+        saved = copy.deepcopy(opt.state_dict())
+        if change == "data":
+            for p in net.parameters():
+                p.data = p.detach() * 0.5
+        elif change == "frozen":
+            net[0].weight.requires_grad_(False)
+        elif change == "channels_last":
+            net.to(memory_format=torch.channels_last)
+        else:
+            net.double()
+            task.batches = [[(x.double(), y) for x, y in pair] for pair in task.batches]
+        if fresh:
+            opt = family.build(name, net, "sgd", **make)
+            opt.load_state_dict(saved)
+        before = weights(task)
+        try:
+            family.run(opt, task, task.batches[2:])
+            ends.append(weights(task))
+        except ValueError as error:
+            refused = f"{error}"
+            break
+    if refused is None:
+        assert same_bits(*ends)
+    else:
+        assert "otherwise in memory" in refused and "load" in refused and same_bits(weights(task), before)
+        assert not fresh and change in ("channels_last", "double")
+        assert any((*opt.direction.held, *opt.descent.held, name == "bsam"))
 
 
 @pytest.mark.parametrize("flatten", [False, True])
