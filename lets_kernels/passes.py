@@ -14,12 +14,14 @@ from lets_kernels.fused import state_of
 from lets_kernels.layout import Bucket
 from lets_kernels.randomness import Randomness
 from lets_kernels.runs import Runs, refuse_while_capturing
-from lets_kernels.shards import local
+from lets_kernels.shards import local, spread_as
 
 #: One bucket's gradients by parameter index.
 Gradients = dict[int, Tensor]
 #: What names of held tensors begin with in a saved state, beside the base optimizer's own.
 PREFIX = "lets_kernels."
+#: The name of what is held as one byte an element.
+MASK = "mask"
 #: Streams of random numbers a bucket: its noise, the draws of its mask, and what is drawn anew.
 NOISE, DRAWS, REGROWTH = range(3)
 _STREAMS = 4
@@ -68,26 +70,34 @@ class Held:
         return found
 
     def flat(self, bucket: Bucket, name: str, value: int) -> Tensor:
-        """As :meth:`tensors`, of one byte an element, in one flat buffer a bucket; they begin at ``value``."""
+        """As :meth:`tensors`, of one byte an element, in one flat buffer a bucket; they begin at ``value``.
+
+        Those of a spread parameter are cut as it is, so that a saved state holds the parts of all ranks.
+        """
         entries = [self.state[p] for p in bucket.params]
         found = bucket.flats.get(name)
         if found is not None and all(own.get(name) is view for own, view in zip(entries, found[1], strict=True)):
             return found[0]
         refuse_while_capturing(f"the {name}")
         flat = torch.full((bucket.size,), value, dtype=torch.uint8, device=bucket.device)
-        views = bucket.views(flat)
+        pairs = zip(bucket.views(flat), bucket.params, strict=True)
+        views = [spread_as(view, p) for view, p in pairs]
         for own, view in zip(entries, views, strict=True):
             if name in own:
-                view.copy_(local(own[name]))
+                local(view).copy_(local(own[name]))
             own[name] = view
         bucket.flats[name] = flat, views
         return flat
 
-    def make(self, runs: Iterable[Runs], names: Sequence[str]) -> None:
+    def make(self, runs: Iterable[Runs], names: Iterable[str]) -> None:
         """Let the tensors be there, for tools that load a state key by key."""
+        wanted = sorted(set(names))
         for each in runs:
-            for name in names:
-                self.tensors(each, name)
+            for name in wanted:
+                if name == MASK:
+                    self.flat(each.bucket, name, 1)
+                else:
+                    self.tensors(each, name)
 
     def add_to(self, state: dict[Any, Any], indices: Mapping[int, int]) -> dict[Any, Any]:
         """A saved state of parameters with these tensors in it; ``indices`` maps ids of parameters to its keys."""

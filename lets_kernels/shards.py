@@ -64,14 +64,23 @@ def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
 
 def whole_gradient(part: Tensor, p: Tensor) -> Tensor:
     """The gradient that a parameter takes, of which ``part`` is this rank's."""
-    if p.is_complex():
-        part = torch.view_as_complex(part)
+    return spread_as(torch.view_as_complex(part) if p.is_complex() else part, p)
+
+
+def spread_as(part: Tensor, p: Tensor) -> Tensor:
+    """A tensor cut as the parameter is, of which ``part`` is this rank's; it may have a last dimension more, of pairs.
+
+    The memory is that of ``part``, which itself it is where the parameter is not spread.
+    """
     if not is_spread(p):
         return part
     from torch.distributed.tensor import DTensor
 
     mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
+    shape, stride = p.shape, p.stride()
+    if part.dim() > p.dim():
+        shape, stride = torch.Size((*shape, 2)), (*(2 * s for s in stride), 1)
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def _cuts(p: Any) -> list[int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.layout import UNSCALED, Bucket
-from lets_kernels.passes import FirstPass, Held
+from lets_kernels.passes import FirstPass
 from lets_kernels.runs import Runs, is_dense
 from lets_kernels.shards import local
 
@@ -165,10 +165,6 @@ class Direction:
         """The perturbation of all buckets, from the gradients in ``first.runs``."""
         ascents = [self.ascent(runs, first.groups[runs.bucket.group]) for runs in first.runs]
         return Perturbation(ascents, first.total([a.total() for a in ascents]))
-
-    def make_held(self, runs: Runs, held: Held) -> None:
-        """Let what it keeps be there, as it is before the first step: for tools that load a state key by key."""
-        held.make([runs], self.held)
 
     def start(self, runs: Runs, first: FirstPass) -> None:
         """Write δ, by which the weights of a bucket move for the first pass, where ``first.room`` says."""

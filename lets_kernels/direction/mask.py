@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lets_kernels.direction.average import check_share
 from lets_kernels.direction.base import Ascent, Direction, Perturbation
-from lets_kernels.passes import DRAWS, REGROWTH, FirstPass, Held
+from lets_kernels.passes import DRAWS, MASK, REGROWTH, FirstPass
 from lets_kernels.runs import Runs, refuse_while_capturing
 
 GRANULARITIES = ("element", "tensor")
@@ -98,7 +98,7 @@ class Masked(Direction):
     """
 
     draws = True
-    held = ("mask",)
+    held = (MASK,)
 
     def __init__(
         self,
@@ -126,11 +126,8 @@ class Masked(Direction):
             return f"interval={self.interval}: the host decides whether the mask is selected anew"
         return None
 
-    def make_held(self, runs: Runs, held: Held) -> None:
-        held.flat(runs.bucket, "mask", 1)
-
     def prepare(self, first: FirstPass) -> Perturbation:
-        masks = [first.held.flat(runs.bucket, "mask", 1) for runs in first.runs]
+        masks = [first.held.flat(runs.bucket, MASK, 1) for runs in first.runs]
         due = self._due(first.step)
         if due:
             refuse_while_capturing("the mask")
@@ -182,7 +179,7 @@ class _Selection:
 
     def __init__(self, first: FirstPass) -> None:
         self._first = first
-        self._own = [first.held.flat(runs.bucket, "mask", 1) for runs in first.runs]
+        self._own = [first.held.flat(runs.bucket, MASK, 1) for runs in first.runs]
         self._masks = [mask.clone() for mask in self._own]
 
     def _each(self, vectors: list[list[Tensor]] | None) -> list[tuple[Runs, Tensor, tuple[Any, ...]]]:
