@@ -52,7 +52,7 @@ class Randomness:
         self._state = torch.tensor([seed, 0], dtype=torch.int64, device="cpu")
 
     def agree(self, replicas: Replicas) -> None:
-        """Take over the first rank's seed, once."""
+        """Take over the first rank's seed: once, and again after a load, for states that each rank saved by itself."""
         if self.used and replicas.groups and not self._agreed:
             mine = torch.tensor(self.seed, dtype=torch.float64, device=self._state.device)
             self._take(int(replicas.agree([], [mine])[1][0]))
@@ -94,4 +94,4 @@ class Randomness:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._take(int(state["seed"]))
         self._state[1] = state["count"]
-        self._agreed = True
+        self._agreed = False

@@ -77,6 +77,12 @@ class Engine(Saved):
             self._move_scalars(self._buckets.buckets)
         return self._buckets
 
+    def _agreed_space(self) -> ParameterSpace:
+        """As :meth:`_space`, where all ranks come by: they agree on the seed before anything is drawn."""
+        space = self._space()
+        self.random.agree(self.replicas)
+        return space
+
     def _check_ranks(self, space: ParameterSpace) -> None:
         """Find the ranks that take part, and refuse what would go wrong among them in silence."""
         params = [p for b in space.buckets for p in b.params]
@@ -93,14 +99,13 @@ class Engine(Saved):
                 "DistributedDataParallel module, or process_group=; process_group='alone' if each rank trains a model "
                 "of its own"
             )
-        self.random.agree(self.replicas)
 
     def _move_scalars(self, buckets: list[Bucket]) -> None:
         """What is counted and learned lies beside the first parameters, also where those have been moved."""
         if buckets and buckets[0].device != self.skipped.device:
             self.skipped = self.skipped.to(buckets[0].device)
-            self.random.to(self.skipped.device)
             self.radius.to(self.skipped.device)
+        self.random.to(self.skipped.device)
 
     def keep_for_graphs(self) -> None:
         """Keep what the CUDA graph that is being captured refers to, as long as this optimizer lives.

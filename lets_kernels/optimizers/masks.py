@@ -20,7 +20,7 @@ def update_mask(o: "SparseSAM", closure: Closure, samples: int) -> None:
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     o.refuse_another_step("update_mask()")
-    buckets = o._space().buckets
+    buckets = o._agreed_space().buckets
     kept = [(p, p.grad) for b in buckets for p in b.params]
     runs = [b.all_runs() for b in buckets]
     sums = [[torch.zeros_like(p, dtype=_wide(p)) for p in each.params] for each in runs]

@@ -131,9 +131,11 @@ class SAM(Engine):
     def begin_start(self) -> None:
         """Move the weights to where the first pass is made; what :meth:`first_pass` does on the way in."""
         self._started = False
-        if self.direction.starts and self._perturbs(None):
-            self._start = Start(self)
-            self._start.move()
+        if self.direction.starts:
+            self._agreed_space()  # the schedule may draw
+            if self._perturbs(None):
+                self._start = Start(self)
+                self._start.move()
 
     def end_start(self, failed: bool) -> None:
         """Bring them back."""

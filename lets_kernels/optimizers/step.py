@@ -78,7 +78,7 @@ class Step:
         self.passes = int(o.direction.needs_gradient)
         self.captured = check_capture(o)
         self._observed = o.radius.due(o._step_number)
-        self.buckets: list[Bucket] = o._space().buckets
+        self.buckets: list[Bucket] = o._agreed_space().buckets
         self.first = self._gather(keep) if o.direction.needs_gradient else [b.all_runs() for b in self.buckets]
         first = FirstPass(
             [runs for runs in self.first if runs.indices],
