@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from lets_kernels.direction import Posterior
 from lets_kernels.distributed import ALONE
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ def check_parts(o: "SAM") -> None:
         raise ValueError(
             f"sync_perturbation=False with {names[schedule]}: a step that does not perturb would go along each rank's "
             "own gradient; perturb at every step (schedule=Always()), or leave it out"
+        )
+    if not synced and (direction.held or isinstance(direction, Posterior)):
+        raise ValueError(
+            f"sync_perturbation=False with {names[direction]}: it would keep an average or a mask of each rank's own "
+            "first gradients, of which replicas must hold the same, and a saved state can hold but one; leave it out"
         )
     if not synced and descent.holds_first:
         raise ValueError(
