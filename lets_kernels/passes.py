@@ -201,6 +201,7 @@ class SecondPass:
     held: Held
     keeps: bool  # the gradients themselves are asked for after the step
     gate: Tensor
+    offsets: Sequence[int]  # of each bucket's first parameter among those of all, and how many there are
 
     def firsts(self, runs: Runs) -> list[Tensor]:
         """The first gradients in the order of the runs; zeros where there was none."""
@@ -214,15 +215,22 @@ class SecondPass:
         Returns:
             float64 of shape [1, 3]; with ``per_tensor`` one row for each parameter of ``runs``, in their order.
         """
-        found = []
+        found, places = [], []
         for runs, other in zip(self.runs, others, strict=True):
             b = runs.bucket
             pieces = [((i,), [g], [o]) for i, g, o in zip(runs.indices, runs.grads, other, strict=True)]
             for indices, x, y in pieces if per_tensor else [(runs.indices, runs.grads, other)]:
                 found.append(b.parts * b.ops.dots(b.pack(x), b.pack(y), b.unscaled_table(indices)).to(self.home))
-        if not found:  # on this rank
-            found = [torch.zeros(3, dtype=torch.float64, device=self.home)]
-        return self.replicas.mean(torch.stack(found) if per_tensor else add_up(found, self.home)[None])
+            places += [self.offsets[b.index] + i for i in runs.indices]
+        if not per_tensor:
+            total = add_up(found, self.home) if found else torch.zeros(3, dtype=torch.float64, device=self.home)
+            return self.replicas.mean(total[None])
+        if len(found) == self.offsets[-1]:
+            return self.replicas.mean(torch.stack(found))
+        rows = torch.zeros(self.offsets[-1], 3, dtype=torch.float64, device=self.home)  # as many on every rank
+        if found:
+            rows[places] = torch.stack(found)
+        return self.replicas.mean(rows)[places]
 
     def numbers(self, a: float, b: float) -> Tensor:
         """Coefficients that the host knows, for :meth:`combine`."""

@@ -1,6 +1,7 @@
 """One step of the engine, from the first gradients to the base optimizer's."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -204,7 +205,10 @@ class Step:
         active = [r for r in second if r.indices]
         held = [by_index(r) if self._holds and r.grads else {} for r in self.first]
         keeps = self._observed and self.perturbs
-        passed = SecondPass(active, held, self.perturbs, o.skipped.device, o.replicas, o.held, keeps, self.gate)
+        offsets = list(accumulate((len(b.params) for b in self.buckets), initial=0))
+        passed = SecondPass(
+            active, held, self.perturbs, o.skipped.device, o.replicas, o.held, keeps, self.gate, offsets
+        )
         self._close_gate(active, o.descent.look(passed))
         passed.gate = self.gate
         o.descent.choose(passed)
