@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lets_kernels import ops
 from lets_kernels.runs import Runs, capturing, check_parameter, is_dense, is_lent, refuse_while_capturing
-from lets_kernels.shards import cuts, filter_groups, is_apart, is_spread, local, local_gradient, part_of, parts
+from lets_kernels.shards import cuts, filter_groups, is_apart, is_spread, local, local_gradient, mesh_of, part_of, parts
 
 PADDING = 16
 _TABLES = 64
@@ -284,11 +284,11 @@ class ParameterSpace:
         self._key = self._signature(groups)
         self.buckets: list[Bucket] = []
         for index, group in enumerate(groups):
-            kinds: dict[tuple[torch.device, torch.dtype, bool, int, tuple[int, ...]], list[Tensor]] = {}
+            kinds: dict[tuple[torch.device, torch.dtype, Any, tuple[int, ...]], list[Tensor]] = {}
             for p in group["params"]:
                 check_parameter(p, f"param_groups[{index}]")
                 if p.requires_grad:
-                    kinds.setdefault((p.device, p.dtype, is_spread(p), parts(p), cuts(p)), []).append(p)
+                    kinds.setdefault((p.device, p.dtype, mesh_of(p), cuts(p)), []).append(p)
             own = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
             for members in kinds.values():
                 labels = [own.get(id(p), names.get(id(p))) for p in members]

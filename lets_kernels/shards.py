@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+#: In the place of the dimension along which filters lie: there is one, the whole tensor.
+WHOLE = -1
+
+
 def is_spread(t: Tensor) -> bool:
     """True for a DTensor. Where nobody has imported them there are none, and importing them takes long."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -109,6 +113,11 @@ def cuts(p: Tensor) -> tuple[int, ...]:
     return tuple(_cuts(p)) if is_spread(p) else ()
 
 
+def mesh_of(p: Tensor) -> Any:
+    """The mesh of ranks over which a parameter is spread; None for one that is not."""
+    return p.device_mesh if is_spread(p) else None  # type: ignore[attr-defined]
+
+
 def part_of(p: Tensor) -> int:
     """Which of its ``parts`` this rank holds; ranks that hold the same one have the same number."""
     index = 0
@@ -118,7 +127,10 @@ def part_of(p: Tensor) -> int:
 
 
 def filter_groups(p: Tensor, dim: int) -> tuple["dist.ProcessGroup", ...]:
-    """The groups of ranks whose parts make up one filter, for filters along ``dim``: those that cut another one."""
+    """The groups of ranks whose parts make up one filter, for filters along ``dim``: those that cut another one.
+
+    ``WHOLE``: the parameter is one filter, whichever way it is cut.
+    """
     if not is_spread(p):
         return ()
     placements, mesh = p.placements, p.device_mesh  # type: ignore[attr-defined]

@@ -154,7 +154,10 @@ class Direction:
         return UNSCALED, 0
 
     def filter_dim(self, p: Tensor) -> int:
-        """The dimension along which the filters of a parameter lie, for parameters that ``geometry`` scales by them."""
+        """The dimension along which the filters of a parameter lie, for parameters that ``geometry`` scales by them.
+
+        ``shards.WHOLE`` for one that is a single filter.
+        """
         return 0
 
     def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:

@@ -11,6 +11,7 @@ from lets_kernels.fused import state_of
 from lets_kernels.layout import UNSCALED
 from lets_kernels.passes import NOISE, FirstPass
 from lets_kernels.runs import Runs
+from lets_kernels.shards import WHOLE
 
 SCALES = ("variance", "std")
 
@@ -78,6 +79,8 @@ class RandomStart(Direction):
         return rows or (UNSCALED, 0)
 
     def filter_dim(self, p: Tensor) -> int:
+        if p.dim() < 2:
+            return WHOLE
         return 1 if id(p) in self._transposed else 0
 
     def _scales(self, runs: Runs) -> Tensor | None:
