@@ -1,6 +1,7 @@
 """Along a part of the gradient's elements: ESAM's stochastic weights, and the masks of Sparse SAM."""
 
 import math
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -58,13 +59,14 @@ class Dropped(Direction):
 
     def _tensors(self, first: FirstPass) -> Perturbation:
         total, ascents = first.squared_norm, []
-        count = sum(len(runs.bucket.params) for runs in first.runs) if self.beta < 1 else 0
-        draws = iter(first.random.uniforms(first.step, count, DRAWS))
+        # By the places in the groups: the same on ranks that lack a gradient, and however tensors are spread.
+        offsets = list(accumulate((len(group["params"]) for group in first.groups), initial=0))
+        draws = first.random.uniforms(first.step, offsets[-1] if self.beta < 1 else 0, DRAWS)
         for runs in first.runs:
-            chosen = runs
+            b, chosen = runs.bucket, runs
             if self.beta < 1:
-                taken = {i for i in range(len(runs.bucket.params)) if next(draws) < self.beta}
-                chosen = runs.only([j for j, i in enumerate(runs.indices) if i in taken])
+                places = [offsets[b.group] + b.places[i] for i in runs.indices]
+                chosen = runs.only([j for j, place in enumerate(places) if draws[place] < self.beta])
             if chosen.indices:
                 ascents.append(Ascent(chosen, chosen.grads, 0.0, 2.0, scaled=False))
         return Perturbation(ascents, total * self.beta**2, norm=total.sqrt())
