@@ -92,8 +92,13 @@ class Engine(Saved):
                 "dropped whenever the weights move"
             )
         self.replicas.find(self.model, params)
-        what = "a learned radius" if self.radius.learns else "random decisions"
-        if self.replicas.unclear and (self.radius.learns or (self.random.used and not self.random.given)):
+        shared = {
+            "a learned radius": self.radius.learns,
+            "random decisions": self.random.used and not self.random.given,
+            "decisions by the gradient": self.schedule.looks_at_gradient,
+        }
+        what = next((name for name, present in shared.items() if present), None)
+        if self.replicas.unclear and what is not None:
             raise ValueError(
                 f"several ranks are there, and {what} must be the same on all that train one model: pass model=, the "
                 "DistributedDataParallel module, or process_group=; process_group='alone' if each rank trains a model "
