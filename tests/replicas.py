@@ -5,7 +5,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lets_kernels as lk
+from family import FAMILY, held
 from lets_kernels import LearnedRadius
+from toys import snapshot
 
 # name: (class, arguments made anew for every optimizer)
 METHODS = {
@@ -13,7 +15,14 @@ METHODS = {
     "asam": (lk.ASAM, lambda: {"rho": 0.5, "filterwise": True}),
     "lets-sam": (lk.LETSSAM, lambda: {"rho": LearnedRadius(0.05, curvature="secant", lr=0.05)}),
     "lets-asam": (lk.LETSASAM, lambda: {"rho": LearnedRadius(0.5, curvature="diagonal", lr=0.05)}),
+    **{name: (member.cls, lambda own=member.options: dict(own)) for name, member in FAMILY.items()},
+    "p-1": (lk.SAM, lambda: {"rho": 0.05, "direction": lk.Gradient(p=1.0)}),
+    "sometimes": (lk.SAM, lambda: {"direction": lk.RandomStart(0.1), "schedule": lk.Bernoulli(0.5)}),
+    "lets-gsam": (lk.GSAM, lambda: {"rho": LearnedRadius(0.05, curvature="secant", lr=0.05)}),
+    "lets-friendly": (lk.FriendlySAM, lambda: {"rho": LearnedRadius(0.05, curvature="diagonal", lr=0.05)}),
 }
+#: All but those of SAM, ASAM and LETS.
+BESIDE_SAM = list(METHODS)[4:]
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
@@ -52,8 +61,8 @@ def joined(step, dtype=torch.float32):
     return tuple(torch.cat(parts) for parts in zip(batch(0, step, dtype), batch(1, step, dtype), strict=True))
 
 
-def closure(model, data, factor=1.0):
-    """torch's convention; ``factor`` may be a list, with one for each call."""
+def closure(model, data, factor=1.0, samples=None):
+    """torch's convention, or that of ``samples``; ``factor`` may be a list, with one for each call."""
     factors = iter(factor) if isinstance(factor, list) else None
 
     def run():
@@ -62,13 +71,54 @@ def closure(model, data, factor=1.0):
         loss.backward()
         return loss
 
-    return run
+    def by_sample(subset=None):
+        x, y = data if subset is None else (data[0][subset], data[1][subset])
+        outputs = model(x)
+        losses = nn.functional.cross_entropy(outputs, y, reduction="none")
+        losses = losses * (factor if factors is None else next(factors))
+        return (losses, outputs) if isinstance(samples, lk.WeightedSamples) else losses
+
+    return by_sample if samples is not None and samples.per_sample else run
+
+
+class ChosenByHalves(lk.SelectedSamples):
+    """In one process, what two ranks choose that have half of the batch each."""
+
+    def subset(self, before, after):
+        half = len(before) // 2
+        chosen = [super(ChosenByHalves, self).subset(before[part], after[part]) for part in halves(before)]
+        return torch.cat([chosen[0], chosen[1] + half])
+
+
+class WeightedByHalves(lk.WeightedSamples):
+    """In one process, what two ranks weight that have half of the batch each."""
+
+    def weights(self, *returned):
+        norms, own = self.norms(*returned), lk.WeightedSamples(self.power, norms=lambda part: part)
+        return torch.cat([own.weights(norms[part]) for part in halves(norms)]) / 2
+
+
+def halves(samples):
+    half = len(samples) // 2
+    return slice(half), slice(half, None)
+
+
+def by_halves(opt):
+    """Let an optimizer in one process look at samples as two ranks do."""
+    if isinstance(opt.samples, lk.SelectedSamples):
+        opt.samples = ChosenByHalves(opt.samples.gamma)
+    elif isinstance(opt.samples, lk.WeightedSamples):
+        opt.samples = WeightedByHalves(opt.samples.power)
+    return opt
 
 
 def optimizer(model, /, method="sam", base="momentum", **options):
     cls, arguments = METHODS[method]
     kind, settings = BASES[base]
-    return cls(model.parameters(), kind, **{"model": model, **arguments(), **options}, **settings)
+    options = {"model": model, **arguments(), **options}
+    if cls is lk.BSAM:  # its own base optimizer
+        return cls(model.parameters(), **options)
+    return cls(model.parameters(), kind, **options, **settings)
 
 
 def build(model, /, kind, sync=True, **options):
@@ -79,10 +129,16 @@ def build(model, /, kind, sync=True, **options):
     return optimizer(model, "lets-asam", "sgd", rho=radius, sync_perturbation=sync, **options)
 
 
+def ended(opt):
+    """All that a step may change: as ``snapshot``, the count of skipped steps, and what the parts keep and count."""
+    own = [value for name, value in held(opt).items() if not name.startswith("weights.")]
+    return [*snapshot(opt), opt.metrics()["skipped_steps"], *own]
+
+
 def train(opt, model, batches, steps, start=0, take=None):
     """Steps with closures; ``batches(step)`` gives the batch, ``take`` is one of the call shapes below."""
     for step in range(start, start + steps):
-        closures = [closure(model, batches(step))]
+        closures = [closure(model, batches(step), samples=opt.samples)]
         if opt.radius.learns:
             closures.append(closure(model, batches(step + VALIDATION)))
         (take or by_closure)(opt, *closures)

@@ -8,12 +8,35 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import oracle
-from replicas import VALIDATION, batch, closure, joined, net, optimizer, replica, train
+from family import FAMILY, assert_same, held
+from replicas import (
+    BASES,
+    BESIDE_SAM,
+    VALIDATION,
+    batch,
+    by_halves,
+    closure,
+    ended,
+    joined,
+    net,
+    optimizer,
+    replica,
+    train,
+)
 from runs import same_bits
 from toys import snapshot, weights
 
 BOTH = pytest.mark.parametrize("sync", [True, False], ids=["one-perturbation", "one-a-rank"])
 PAIRS = [("sam", "momentum"), ("asam", "rmsprop"), ("lets-sam", "adam"), ("lets-asam", "momentum")]
+#: The other methods, each on one of the base optimizers.
+OTHERS = [(method, list(BASES)[i % len(BASES)]) for i, method in enumerate(BESIDE_SAM)]
+#: Of these, what each rank can go along by its own first gradient.
+ALONE = [pair for pair in OTHERS if pair[0].startswith(("rsam", "fisher-sam", "esam", "delta-sam", "p-1"))]
+RUNS = [
+    *((*pair, sync, 200) for pair in PAIRS for sync in (True, False)),
+    *((*pair, True, 30) for pair in OTHERS),
+    *((*pair, False, 30) for pair in ALONE),
+]
 
 
 def functional(dtype=torch.float64):
@@ -29,11 +52,12 @@ def theta(dtype=torch.float64):
 # ---- replicas never drift ------------------------------------------------------------------------------------------
 
 
-def trained(rank, method, base, sync, steps, dtype=torch.float32):
+def trained(rank, method, base, sync, steps, dtype=torch.float32, seed=None):
+    torch.manual_seed(7 + rank)  # from which an optimizer without a seed draws one
     model = replica(dtype)
-    opt = optimizer(model, method, base, sync_perturbation=sync)
+    opt = optimizer(model, method, base, sync_perturbation=sync, seed=seed)
     train(opt, model, lambda step: batch(rank, step, dtype), steps)
-    return [*snapshot(opt), opt.metrics()["skipped_steps"]]
+    return ended(opt)
 
 
 def subtracted(rank, steps):
@@ -55,11 +79,10 @@ def subtracted(rank, steps):
     return weights(model)
 
 
-@BOTH
-@pytest.mark.parametrize(("method", "base"), PAIRS)
-def test_replicas_are_equal_to_the_bit_after_200_steps(ranks, method, base, sync):
-    """Weights, the base optimizer's state, the radius and its optimizer's state."""
-    first, second = ranks.run(trained, method, base, sync, 200)
+@pytest.mark.parametrize(("method", "base", "sync", "steps"), RUNS)
+def test_replicas_are_equal_to_the_bit(ranks, method, base, sync, steps):
+    """Weights, the base optimizer's state, the radius and its optimizer's state, what a method keeps, and its seed."""
+    first, second = ranks.run(trained, method, base, sync, steps)
     assert same_bits(first, second)
     assert all(map(torch.isfinite, map(torch.sum, first)))
 
@@ -72,27 +95,30 @@ def test_replicas_that_restore_by_subtraction_drift(ranks):
 # ---- the step is that of the formulas over all ranks ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "base"), PAIRS)
+@pytest.mark.parametrize(("method", "base"), [*PAIRS, *((method, "momentum") for method in BESIDE_SAM)])
 def test_two_ranks_take_the_step_of_one_process_on_the_joined_batch(ranks, method, base):
-    """In float64, where the means of halves differ from one mean by some units of 1e-16."""
-    found, _ = ranks.run(trained, method, base, True, 10, torch.float64)
+    """In float64, where the means of halves differ from one mean by some units of 1e-16. The same random numbers; ESAM
+    and δ-SAM choose and weight among the samples of a rank, so there one process does so in each half."""
+    found, _ = ranks.run(trained, method, base, True, 10, torch.float64, 3)
     alone = net(torch.float64)
-    opt = optimizer(alone, method, base)
+    opt = by_halves(optimizer(alone, method, base, seed=3))
     train(opt, alone, lambda step: joined(step, torch.float64), 10)
-    expected = [*snapshot(opt), opt.metrics()["skipped_steps"]]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(found, ended(opt), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize(("method", "base"), [("sam", "momentum"), ("sam", "adam"), ("asam", "rmsprop")])
+MICRO = [("sam", "momentum"), ("sam", "adam"), ("asam", "rmsprop"), ("fisher-sam", "momentum"), ("rsam", "momentum")]
+
+
+@pytest.mark.parametrize(("method", "base"), MICRO)
 def test_a_perturbation_a_rank_is_that_of_micro_batches_in_one_process(ranks, method, base):
     """m-sharpness either way: in float64 the same to rounding, and not what one perturbation for all gives."""
-    found, _ = ranks.run(trained, method, base, False, 10, torch.float64)
+    found, _ = ranks.run(trained, method, base, False, 10, torch.float64, 3)
     alone = net(torch.float64)
-    opt = optimizer(alone, method, base)
+    opt = optimizer(alone, method, base, seed=3)
     for step in range(10):
         opt.step([closure(alone, batch(rank, step, torch.float64)) for rank in (0, 1)])
-    torch.testing.assert_close(found[:-1], snapshot(opt), rtol=1e-10, atol=1e-13)
-    other, _ = ranks.run(trained, method, base, True, 10, torch.float64)
+    torch.testing.assert_close(found, ended(opt), rtol=1e-10, atol=1e-13)
+    other, _ = ranks.run(trained, method, base, True, 10, torch.float64, 3)
     assert not torch.allclose(found[1], other[1], rtol=1e-5, atol=0)
 
 
@@ -161,10 +187,10 @@ def test_a_radius_learns_from_perturbations_of_the_ranks(ranks, method):
 # ---- where a gradient is not finite, or zero, or not there ---------------------------------------------------------
 
 
-def faulty(rank, method, base, sync, factor, which):
+def faulty(rank, method, base, sync, factor, which, options=None):
     """Two good steps, one with a factor on rank 1's loss in one pass, two good ones: before, after, and at the end."""
     model = replica()
-    opt = optimizer(model, method, base, sync_perturbation=sync)
+    opt = optimizer(model, method, base, sync_perturbation=sync, **(options or {}))
     train(opt, model, lambda step: batch(rank, step), 2)
     before = snapshot(opt)
     factors = [factor if rank == 1 and call == which else 1.0 for call in range(3)]
@@ -173,6 +199,39 @@ def faulty(rank, method, base, sync, factor, which):
     after, skipped = snapshot(opt), int(opt.metrics()["skipped_steps"])
     train(opt, model, lambda step: batch(rank, step), 2, start=3)
     return before, after, snapshot(opt), skipped
+
+
+def spoiled(rank, method, which):
+    """As ``faulty``, for the other methods: the seed draws a step that perturbs; by name, with what the parts keep."""
+    model, found = replica(), []
+    opt = optimizer(model, method, "momentum", seed=3, **({"k": 2} if method.startswith("looksam") else {}))
+    last = 2 if method.startswith("esam") else 1  # after a pass without gradients
+    for step in range(5):
+        before, calls = held(opt), opt.metrics()["gradients"]
+        factors = [math.inf if (rank, step, call) == (1, 2, which * last) else 1.0 for call in range(3)]
+        opt.step(closure(model, batch(rank, step), factors, opt.samples))
+        if step == 2:
+            found = [before, held(opt), int(opt.metrics()["gradients"] - calls)]
+    return *found, held(opt), int(opt.metrics()["skipped_steps"])
+
+
+#: What has counted a first gradient that was finite, also where the step is skipped for the second.
+COUNTED = ("average", "precision", "direction.updates", "schedule.", "mask", "direction.selected")
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize("method", FAMILY)
+def test_what_is_not_finite_on_one_rank_skips_the_step_of_every_method(ranks, method, which):
+    """On both ranks; nothing moves but the count of random steps, and what a finite first gradient has moved."""
+    (before, after, passes, end, skipped), other = ranks.run(spoiled, method, which)
+    assert_same(after, other[1])
+    assert_same(end, other[3])
+    assert (passes, skipped) == (other[2], other[4])
+    assert skipped == (passes > which)
+    if skipped:
+        moved = [name for name in before if not torch.equal(before[name], after[name])]
+        assert all(name == "random.count" or (which and any(part in name for part in COUNTED)) for name in moved), moved
+    assert not torch.equal(after["weights.0"], end["weights.0"]) and torch.isfinite(end["weights.0"]).all()
 
 
 @BOTH
