@@ -81,34 +81,34 @@ def closure(model, data, factor=1.0, samples=None):
     return by_sample if samples is not None and samples.per_sample else run
 
 
-class ChosenByHalves(lk.SelectedSamples):
-    """In one process, what two ranks choose that have half of the batch each."""
+class ChosenByParts(lk.SelectedSamples):
+    """In one process, what each rank chooses that has one of the equal parts of the batch."""
+
+    count = 2
 
     def subset(self, before, after):
-        half = len(before) // 2
-        chosen = [super(ChosenByHalves, self).subset(before[part], after[part]) for part in halves(before)]
-        return torch.cat([chosen[0], chosen[1] + half])
+        size, own = len(before) // self.count, lk.SelectedSamples(self.gamma)
+        pairs = zip(before.split(size), after.split(size), strict=True)
+        return torch.cat([i * size + own.subset(*pair) for i, pair in enumerate(pairs)])
 
 
-class WeightedByHalves(lk.WeightedSamples):
-    """In one process, what two ranks weight that have half of the batch each."""
+class WeightedByParts(lk.WeightedSamples):
+    """In one process, what each rank weights that has one of the equal parts of the batch."""
+
+    count = 2
 
     def weights(self, *returned):
         norms, own = self.norms(*returned), lk.WeightedSamples(self.power, norms=lambda part: part)
-        return torch.cat([own.weights(norms[part]) for part in halves(norms)]) / 2
+        return torch.cat([own.weights(part) / self.count for part in norms.split(len(norms) // self.count)])
 
 
-def halves(samples):
-    half = len(samples) // 2
-    return slice(half), slice(half, None)
-
-
-def by_halves(opt):
-    """Let an optimizer in one process look at samples as two ranks do."""
+def by_parts(opt, count=2):
+    """Let an optimizer in one process look at samples as ranks do."""
     if isinstance(opt.samples, lk.SelectedSamples):
-        opt.samples = ChosenByHalves(opt.samples.gamma)
+        opt.samples = ChosenByParts(opt.samples.gamma)
     elif isinstance(opt.samples, lk.WeightedSamples):
-        opt.samples = WeightedByHalves(opt.samples.power)
+        opt.samples = WeightedByParts(opt.samples.power)
+    opt.samples.count = count
     return opt
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import lets_kernels as lk
+from family import FAMILY
 from methods import BASES
 
 
@@ -102,13 +103,21 @@ METHODS = {
     "diagonal": (lk.LETSASAM, lambda: {**learned(), "filterwise": True}),
     "algorithm1": (lk.LETSASAM, lambda: learned(direction="algorithm1")),
     "reuse": (lk.LETSSAM, lambda: learned(curvature="secant", reuse_train_gradient=True)),
+    "p-1": (lk.SAM, lambda: {"rho": 0.1, "direction": lk.Gradient(p=1.0)}),
+    **{name: (member.cls, lambda own=member.options: {**own, "seed": 3}) for name, member in FAMILY.items()},
 }
+#: Methods that draw for each element: every part of a tensor has numbers of its own, so another sharding has others.
+DRAWN = ("rgsam", "rsam", "rsam-std", "random-sam", "sparse-dynamic", "esam", "bsam")
+#: The other ones beside SAM, ASAM and LETS: the same steps however the weights are spread.
+EVERYWHERE = ("p-1", *(name for name in FAMILY if name not in DRAWN))
 
 
 def build(net, model=None, method="sam", base="momentum", **options):
     cls, make = METHODS[method]
     optimizer, _, base_options, _ = BASES[base]
     options = {"model": net if model is None else model, **make(), **options}
+    if cls is lk.BSAM:
+        return cls(net.parameters(), **options)
     return cls(net.parameters(), optimizer, **options, **base_options)
 
 
@@ -129,7 +138,16 @@ def train(opt, model, batches, steps=4, start=0, shape="closure", evaluate=False
                     model(x)
             return loss
 
-        if shape == "closure":
+        def samples(subset=None, which=step):
+            x, y = batches(which)
+            x, y = (x, y) if subset is None else (x[subset], y[subset])
+            outputs = model(x)
+            losses = (outputs - y).square().mean(1)
+            return (losses, outputs) if isinstance(opt.samples, lk.WeightedSamples) else losses
+
+        if opt.samples.per_sample:
+            opt.step(samples)
+        elif shape == "closure":
             opt.step(closure, *([lambda: closure(step + 500)] if opt.radius.learns else []))
         elif shape == "steps":
             closure()
@@ -144,7 +162,7 @@ def train(opt, model, batches, steps=4, start=0, shape="closure", evaluate=False
 
 
 def whole(opt):
-    """The parameters, the base optimizer's state, the radius and the metrics, each in one piece."""
+    """The parameters, the base optimizer's state, what parts keep, the radius and the metrics, each in one piece."""
 
     def gather(t):
         return t.full_tensor() if hasattr(t, "full_tensor") else t
@@ -152,7 +170,9 @@ def whole(opt):
     params = [p for group in opt.param_groups for p in group["params"]]
     found = {f"weight {i}": gather(p).detach().clone() for i, p in enumerate(params)}
     for i, p in enumerate(params):
-        found |= {f"{k} {i}": gather(v).clone() for k, v in opt.state[p].items() if torch.is_tensor(v)}
+        own = {**opt.state[p], **opt.held.state.get(p, {})}
+        found |= {f"{k} {i}": gather(v).clone() for k, v in own.items() if torch.is_tensor(v)}
+    found |= {f"schedule {k}": torch.tensor(v) for k, v in opt.schedule.state_dict().items()}
     metrics = {k: torch.as_tensor(v).double() for k, v in opt.metrics().items() if "loss" not in k}
     return {**found, "rho": opt.rho, **metrics}
 

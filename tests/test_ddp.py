@@ -14,7 +14,7 @@ from replicas import (
     BESIDE_SAM,
     VALIDATION,
     batch,
-    by_halves,
+    by_parts,
     closure,
     ended,
     joined,
@@ -101,7 +101,7 @@ def test_two_ranks_take_the_step_of_one_process_on_the_joined_batch(ranks, metho
     and δ-SAM choose and weight among the samples of a rank, so there one process does so in each half."""
     found, _ = ranks.run(trained, method, base, True, 10, torch.float64, 3)
     alone = net(torch.float64)
-    opt = by_halves(optimizer(alone, method, base, seed=3))
+    opt = by_parts(optimizer(alone, method, base, seed=3))
     train(opt, alone, lambda step: joined(step, torch.float64), 10)
     torch.testing.assert_close(found, ended(opt), rtol=1e-10, atol=1e-13)
 

@@ -9,7 +9,8 @@ from torch.func import functional_call
 import sharded_alone
 from lets_kernels.network import Network
 from ranks import outcomes, result, spawn
-from sharded import SHARDINGS, Net, assert_close, batch, build, distance, freeze, joined, train, whole
+from replicas import by_parts
+from sharded import EVERYWHERE, SHARDINGS, Net, assert_close, batch, build, distance, freeze, joined, train, whole
 
 WORLD = 2
 # Sums over ranks have another order than those of one process: some ulp of float64 a step, which the steps amplify,
@@ -21,6 +22,7 @@ RESHARDING = ("default", "always", "kept", "set-to-keep", "kept-after-backward")
 HOLDING = ("default", "kept", "set-to-keep", "kept-after-backward")
 METHODS = {
     **{name: {"method": name} for name in ("sam", "asam", "filterwise", "secant", "diagonal", "algorithm1", "reuse")},
+    **{name: {"method": name} for name in EVERYWHERE},
     "adamw": {"method": "filterwise", "base": "adamw"},
     "rmsprop": {"method": "filterwise", "base": "rmsprop"},
     "reference": {"method": "diagonal", "backend": "reference"},
@@ -93,7 +95,7 @@ def alone(name):
     net = Net()
     if sharding == "frozen":
         freeze(net)
-    opt = build(net, **options)
+    opt = by_parts(build(net, **options), WORLD)
     train(opt, net, lambda step: joined(step, WORLD), **{**how, "evaluate": False})
     return whole(opt)
 
