@@ -11,7 +11,7 @@ from lets_kernels.fused import state_of
 from lets_kernels.layout import UNSCALED
 from lets_kernels.passes import NOISE, FirstPass
 from lets_kernels.runs import Runs
-from lets_kernels.shards import WHOLE
+from lets_kernels.shards import WHOLE, local
 
 SCALES = ("variance", "std")
 
@@ -75,7 +75,7 @@ class RandomStart(Direction):
         self._transposed = transposed(model)
 
     def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
-        rows = filter_rows(p, self.filter_dim(p)) if p.dim() > 1 else (max(1, p.numel()), 1)
+        rows = filter_rows(p, self.filter_dim(p)) if p.dim() > 1 else (max(1, local(p).numel()), 1)
         return rows or (UNSCALED, 0)
 
     def filter_dim(self, p: Tensor) -> int:
