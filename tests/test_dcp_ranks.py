@@ -19,15 +19,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lets_kernels as lk
+from family import FAMILY
+from lets_kernels.optimizers.carried import numbers
 from lets_kernels.shards import local
 from runs import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 3
 METHODS = {
-    "sam": lambda rho: (lk.SAM, rho),
-    "asam": lambda rho: (lk.ASAM, rho),
-    "lets-sam": lambda rho: (lk.LETSSAM, lk.LearnedRadius(rho, curvature="secant", lr=0.05)),
+    "sam": lambda rho: (lk.SAM, {"rho": rho}),
+    "asam": lambda rho: (lk.ASAM, {"rho": rho}),
+    "lets-sam": lambda rho: (lk.LETSSAM, {"rho": lk.LearnedRadius(rho, curvature="secant", lr=0.05)}),
+    **{name: lambda rho, m=member: (m.cls, {**m.options, "rho": rho}) for name, member in FAMILY.items()},
 }
 BASES = {
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
@@ -41,7 +44,18 @@ CASES = [
     ("fsdp", "lets-sam", "adamw", True),
     ("ddp", "lets-sam", "momentum", False),
     ("ddp", "asam", "adamw", True),
+    ("fsdp", "friendly", "adamw", False),
+    ("fsdp", "aelooksam", "momentum", False),
+    ("fsdp", "sparse-interval", "adamw", False),
+    ("fsdp", "sparse-dynamic", "momentum", False),
+    ("fsdp", "bsam", "momentum", False),
+    ("fsdp", "rst", "adamw", True),
+    ("ddp", "looksam", "momentum", False),
+    ("ddp", "sparse-dynamic", "adamw", False),
+    ("ddp", "rsam", "momentum", False),
 ]
+#: Of what is drawn for single elements, the parts of a tensor have numbers that the whole has not.
+OTHERWISE = [case for case in CASES if case[0] == "fsdp" and case[1] in ("sparse-dynamic", "bsam")]
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 TAKEN = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
@@ -65,9 +79,12 @@ def build(kind, method, base, seed, rho):
             fully_shard(layer)
         fully_shard(net)
     model = DistributedDataParallel(net) if kind == "ddp" else net
-    cls, radius = METHODS[method](rho)
+    torch.manual_seed(seed + 100 * (dist.get_rank() if dist.is_initialized() else 2))  # from which each draws a seed
+    cls, own = METHODS[method](rho)
     optimizer, options = BASES[base]
-    return model, cls(model.parameters(), optimizer, radius, model=model, **options)
+    if cls is lk.BSAM:
+        return model, cls(model.parameters(), model=model, **own)
+    return model, cls(model.parameters(), optimizer, model=model, **own, **options)
 
 
 def train(model, opt, batches, start):
@@ -87,9 +104,10 @@ def train(model, opt, batches, start):
 
 
 def everything(model, opt):
-    """Weights, state and radius by name: whole on the first rank, and what each holds of the weights."""
+    """Weights, state, radius and counts by name: whole on the first rank, and what each holds of the weights."""
     weights, optim = get_state_dict(model, opt, options=FULL)
     found = {**weights, "rho": opt.rho, "step": torch.tensor(opt._step_number)}
+    found.update({f"own {name}": torch.as_tensor(value) for name, value in numbers(opt._own_state()).items()})
     for name, entry in optim.get("state", {}).items():
         found.update({f"{name} {key}": value for key, value in entry.items()})
     for name, p in model.named_parameters() if dist.is_initialized() else ():
@@ -116,7 +134,7 @@ def worker(rank, folder):
             saved = get_state_dict(model, opt, options=options)
             dcp.save(dict(zip(("model", "optim"), saved, strict=True)), checkpoint_id=path)
             full = copy.deepcopy(get_state_dict(model, opt, options=FULL))
-            rho = opt.rho
+            rho, stored = opt.rho, everything(model, opt)
             train(model, opt, lambda step: batch(rank, step), STEPS)
             ends = [everything(model, opt)]
 
@@ -134,7 +152,7 @@ def worker(rank, folder):
             set_optimizer_state_dict(other, resumed, full[1], options=TAKEN)
             train(other, resumed, lambda step: batch(rank, step), STEPS)
             ends.append(everything(other, resumed))
-            torch.save((rho, ends), f"{path}/ends-{rank}")
+            torch.save((rho, stored, ends), f"{path}/ends-{rank}")
     finally:
         dist.destroy_process_group()
 
@@ -151,7 +169,7 @@ def ranks(tmp_path_factory):
 def test_two_ranks_resume_to_the_bit(ranks, case):
     """From the sharded checkpoint, and from the first rank's full state, sent to both."""
     for rank in (0, 1):
-        _, (whole, resumed, sent) = torch.load(f"{place(ranks, case)}/ends-{rank}", weights_only=True)
+        *_, (whole, resumed, sent) = torch.load(f"{place(ranks, case)}/ends-{rank}", weights_only=True)
         assert whole.keys() == resumed.keys() == sent.keys() and int(whole["step"]) == 2 * STEPS
         for name, value in whole.items():
             assert same_bits(value, resumed[name]), name
@@ -161,13 +179,17 @@ def test_two_ranks_resume_to_the_bit(ranks, case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_one_process_goes_on_from_the_checkpoint_of_two_ranks(ranks, case):
     _, method, base, flat = case
-    rho, (whole, *_) = torch.load(f"{place(ranks, case)}/ends-0", weights_only=True)
+    rho, stored, (whole, *_) = torch.load(f"{place(ranks, case)}/ends-0", weights_only=True)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, opt = build("alone", method, base, 9, 0.7)
     state = dict(zip(("model", "optim"), get_state_dict(model, opt, options=options), strict=True))
     dcp.load(state, checkpoint_id=place(ranks, case))
     set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optim"], options=options)
     assert same_bits(opt.rho, rho)
+    for name, value in everything(model, opt).items():
+        assert same_bits(value, stored[name]), name
+    if case in OTHERWISE:
+        return
     train(model, opt, joined, STEPS)
     found = everything(model, opt)
     assert found.keys() == {name for name in whole if not name.startswith("part of ")}
