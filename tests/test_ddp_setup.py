@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
+from family import FAMILY
 from lets_kernels import LearnedRadius, Schedule
 from replicas import batch, by_two_steps, closure, net, optimizer, replica, train
 from runs import same_bits
@@ -142,6 +143,43 @@ def test_a_perturbation_a_rank_needs_ranks():
     layers = net()
     with pytest.raises(ValueError, match="list of closures, one a micro-batch"):
         optimizer(layers, sync_perturbation=False)
+
+
+#: What stands against perturbing each rank along its own first gradient; the others may.
+NOT_ALONE = {
+    "rst": "perturb at every step",
+    "looksam": "perturb at every step",
+    "aesam": "perturb at every step",
+    "aelooksam": "perturb at every step",
+    "gsam": "combine each rank's own first gradient",
+    "rgsam": "combine each rank's own first gradient",
+    "norm-penalty": "combine each rank's own first gradient",
+    "random-sam": "is about the first of two passes",
+    "friendly": "keep an average or a mask",
+    "vasso": "keep an average or a mask",
+    "sparse": "keep an average or a mask",
+    "bsam": "keep an average or a mask",
+}
+
+
+def family_alone(rank):
+    found = {}
+    for method in FAMILY:
+        try:
+            optimizer(replica(), method, sync_perturbation=False)
+            found[method] = None
+        except ValueError as error:
+            found[method] = str(error)
+    return found
+
+
+def test_methods_that_cannot_go_along_each_ranks_own_gradient_say_so(ranks):
+    """Those that could were tried over many steps in test_ddp.py."""
+    for found in ranks.run(family_alone):
+        for method, message in found.items():
+            wanted = [text for name, text in NOT_ALONE.items() if method == name or method.startswith(f"{name}-")]
+            assert (message is None) is not wanted, method
+            assert not wanted or wanted[0] in message, method
 
 
 def frozen(rank):
