@@ -4,10 +4,13 @@ from contextlib import nullcontext
 
 import torch
 
+import family
 import lets_kernels as lk
 from nets import Task
 from toys import snapshot
 
+#: The other methods whose closure is torch's: a framework's own knows no losses of single samples.
+OTHERS = [name for name in family.ONE_EACH if name not in ("esam", "delta-sam")]
 METHODS = {
     "sam": lambda p: lk.SAM(p, torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9),
     "asam": lambda p: lk.ASAM(p, torch.optim.AdamW, rho=0.5, filterwise=True, lr=0.02),
@@ -16,6 +19,7 @@ METHODS = {
     "lets": lambda p: lk.LETSSAM(
         p, torch.optim.SGD, lk.LearnedRadius(0.1, curvature="secant", lr=0.1), lr=0.1, momentum=0.9
     ),
+    **{name: lambda p, name=name: family.build(name, p) for name in OTHERS},
 }
 
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 
-from loops import bits, expected, made
+from loops import OTHERS, bits, expected, made
 from runs import same_bits
 from toys import weights
 
@@ -73,8 +73,14 @@ class Loop:
         return bits(self.task, self.opt)
 
 
-@pytest.mark.parametrize("shape", ["closure", "context", "first-step"])
-@pytest.mark.parametrize("method, clip", [("sam", None), ("sam", 0.05), ("asam", None), ("rmsprop", None)])
+SAME = [("sam", None), ("sam", 0.05), ("asam", None), ("rmsprop", None)]
+SHAPES = ("closure", "context", "first-step")
+
+
+@pytest.mark.parametrize(
+    "method, clip, shape",
+    [*((*pair, shape) for shape in SHAPES for pair in SAME), *((method, None, "closure") for method in OTHERS)],
+)
 def test_prepared_and_stepped_through_their_optimizer(accelerate, method, clip, shape):
     """`prepare` saves and loads the state at once. Its optimizer hands on `step`, with or without a closure."""
     loop = Loop(accelerate(), method)
@@ -105,7 +111,7 @@ def test_a_prepared_scheduler_drives_the_steps(accelerate):
     assert same_bits(found, bits(task, opt))
 
 
-@pytest.mark.parametrize("method", ["scheduled", "asam", "lets"])
+@pytest.mark.parametrize("method", ["scheduled", "asam", "lets", *OTHERS])
 def test_training_resumes_from_accelerates_checkpoint_to_the_bit(accelerate, method, tmp_path):
     """Also the learned radius, its optimizer and the counters."""
     accelerator = accelerate()

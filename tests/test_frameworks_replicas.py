@@ -21,7 +21,17 @@ STEPS = 5
 
 def made():
     net = Pointwise()
-    return net, lk.SAM(net.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9)
+    return net, optimizer(net)
+
+
+def optimizer(net, cls=lk.SAM, **options):
+    return cls(net.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9, **options)
+
+
+def at_random(net, rank, **options):
+    """Perturbs at random steps, without a seed: one is drawn from torch's, which ranks have seeded differently."""
+    torch.manual_seed(rank)
+    return optimizer(net, lk.RST, **options)
 
 
 def batches(ranks):
@@ -45,12 +55,12 @@ def closure(net, opt, batch, backward=torch.Tensor.backward):
     return run
 
 
-def by_accelerate(rank):
+def by_accelerate(rank, randomly=False):
     net, _ = made()
     accelerator = accelerate.Accelerator(cpu=True)
     net = accelerator.prepare(net)
     assert isinstance(net, torch.nn.parallel.DistributedDataParallel)
-    opt = lk.SAM(net.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9, model=net)
+    opt = at_random(net, rank, model=net) if randomly else optimizer(net, model=net)
     theirs = accelerator.prepare(opt)
     for batch in batches([rank]):
         theirs.step(closure(net, theirs, batch, accelerator.backward))
@@ -70,7 +80,7 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self):
         group = dist.group.WORLD
-        return lk.SAM(self.net.parameters(), torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9, process_group=group)
+        return optimizer(self.net, process_group=group)
 
 
 def by_lightning(rank):
@@ -97,7 +107,8 @@ def worker(rank, file, results):
     os.environ.update(TORCHELASTIC_RUN_ID="none", ACCELERATE_USE_CPU="1")  # as torchrun starts a process
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
-        results[rank] = {"accelerate": by_accelerate(rank), "lightning": by_lightning(rank)}
+        found = {"accelerate": by_accelerate(rank), "lightning": by_lightning(rank)}
+        results[rank] = {**found, "at-random": by_accelerate(rank, randomly=True)}
     finally:
         dist.destroy_process_group()
 
@@ -110,12 +121,13 @@ def results(tmp_path_factory):
         yield dict(found)
 
 
-@pytest.mark.parametrize("framework", ["accelerate", "lightning"])
+@pytest.mark.parametrize("framework", ["accelerate", "lightning", "at-random"])
 def test_two_processes_train_as_one_on_the_joined_batch(results, framework):
     """The same bits in both; and to a few ulp a step those of one process, whose sums are in another order."""
     first, second = results[0][framework], results[1][framework]
     assert same_bits(first, second)
     net, opt = made()
+    opt = at_random(net, 0) if framework == "at-random" else opt
     for batch in batches([0, 1]):
         opt.step(closure(net, opt, batch))
     for a, b in zip(first, snapshot(opt), strict=True):
