@@ -15,7 +15,7 @@ from lets_kernels.direction import (
     RandomStart,
     Smoothed,
 )
-from lets_kernels.learned import LearnedRadius
+from lets_kernels.learned import CurvatureWarning, LearnedRadius
 from lets_kernels.ops import backends
 from lets_kernels.optimizers import (
     AESAM,
@@ -64,6 +64,7 @@ __all__ = [
     "Always",
     "Bernoulli",
     "ConstantRadius",
+    "CurvatureWarning",
     "DeltaSAM",
     "Descent",
     "Direction",

@@ -81,7 +81,7 @@ ENTRIES = (
     Entry(
         "R-SAM",
         "Liu et al., NeurIPS 2022",
-        "RSAM(params, SGD, rho=0.05, gamma=0.01, lr=0.1)",
+        "RSAM(params, SGD, rho=0.05, gamma=1e-4, lr=0.1)",
         "2",
         note="two-step shape: first pass in `first_pass()`",
     ),
@@ -137,7 +137,7 @@ ENTRIES = (
     Entry(
         "R-GSAM",
         "Liu et al., NeurIPS 2022",
-        "RGSAM(params, SGD, rho=0.05, alpha=0.4, gamma=0.01, lr=0.1)",
+        "RGSAM(params, SGD, rho=0.05, alpha=0.4, gamma=1e-4, lr=0.1)",
         "2",
         held=1,
         note="two-step shape: first pass in `first_pass()`",

@@ -8,6 +8,7 @@ where H is the curvature: ``diagonal`` takes diag(ĝ²) as the paper does, ``sec
 both gradients are at hand already. The derivation treats the base optimizer's step as −η ĝ.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +44,8 @@ def _alike(gradients: Gradients, bucket: Bucket) -> bool:
     )
 
 
+#: A bucket, and its part of a sum: 0-d float64.
+Share = tuple[Bucket, Tensor]
 _LISTS = ("first", "perturbed", "stepped")
 
 
@@ -50,9 +53,10 @@ _LISTS = ("first", "perturbed", "stepped")
 class Trial:
     """One step's perturbation and the gradients around it.
 
-    ``ascents`` holds the buckets that were perturbed; every other list has an entry for each bucket there is.
+    ``ascents`` holds what was perturbed; every other list has an entry for each bucket there is.
     """
 
+    buckets: list[Bucket]
     ascents: list[Ascent]
     first: list[Gradients]
     perturbed: list[Gradients]
@@ -64,19 +68,23 @@ class Trial:
     slope: float = 1.0  # of what the base optimizer stepped along, in the second gradient
     captured: bool = False  # the step is part of a CUDA graph
 
-    def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Tensor]:
-        """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, 0-d float64, for the mean over ranks.
+    def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Share]:
+        """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, for the mean over ranks.
 
         No ``train`` stands for ḡ_tr = 0. d is what the base optimizer stepped along: ĝ, or what the descent made of it,
-        which is g where ρ = 0.
+        which is g where ρ = 0. The sum is over all tensors, also those that were not perturbed: their gradients have
+        changed too.
         """
         out = []
-        for a in self.ascents:
-            k, runs = a.bucket.index, self._common(a)
-            lists = self._aligned(runs, val[k], None if train is None else train[k])
-            stepped, first = ([source[i] for i in runs.indices] for source in (self.stepped[k], self.first[k]))
-            packed = (a.bucket.pack(each) for each in (*lists, stepped, first))
-            out.append(-self.lr[k] * a.bucket.parts * a.bucket.ops.rho_grad_secant(*packed, runs.table))
+        for bucket, lr, first, stepped in zip(self.buckets, self.lr, self.first, self.stepped, strict=True):
+            k, indices = bucket.index, tuple(i for i in first if i in stepped)
+            if not indices:
+                continue
+            lists = self._aligned(indices, first, val[k], None if train is None else train[k])
+            pairs = ([source[i] for i in indices] for source in (stepped, first))
+            packed = (bucket.pack(each) for each in (*lists, *pairs))
+            share = bucket.ops.rho_grad_secant(*packed, bucket.table(indices))
+            out.append((bucket, -lr * bucket.parts * share))
         return out
 
     def diagonal(
@@ -85,8 +93,8 @@ class Trial:
         train: list[Gradients] | None,
         along: list[Gradients] | None,
         replicas: Replicas,
-    ) -> list[Tensor]:
-        """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each bucket, 0-d float64, for the mean over ranks.
+    ) -> list[Share]:
+        """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each bucket, for the mean over ranks.
 
         ``along``: the gradients whose direction stands for ε̂, with T at θ_t (Algorithm 1 as printed takes ḡ_tr);
         None takes ε̂_t, the perturbation that was applied.
@@ -99,13 +107,14 @@ class Trial:
         out = []
         for a in ascents:
             k, runs = a.bucket.index, self._common(a)
-            lists = self._aligned(runs, val[k], None if train is None else train[k])
+            like = dict(zip(runs.indices, runs.params, strict=True))
+            lists = self._aligned(runs.indices, like, val[k], None if train is None else train[k])
             vectors = dict(zip(a.runs.indices, a.vectors, strict=True))
             part = replace(a, runs=runs, vectors=[vectors[i] for i in runs.indices])
             share = part.rho_grad(*lists, [self.perturbed[k][i] for i in runs.indices])
             near = total.to(a.bucket.device)
             length = torch.where(near > 0, self.rho[k] / near.pow((a.q - 1) / a.q), 0.0)
-            out.append(-self.lr[k] * self.slope * length * share)
+            out.append((a.bucket, -self.lr[k] * self.slope * length * share))
         return out
 
     def _common(self, a: Ascent) -> Runs:
@@ -122,13 +131,14 @@ class Trial:
         )
 
     @staticmethod
-    def _aligned(runs: Runs, val: Gradients, train: Gradients | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Lists in the order of the runs; a parameter without a gradient has gradient zero."""
-        pairs = list(zip(runs.indices, runs.params, strict=True))
-        vals = [val[i] if i in val else torch.zeros_like(p) for i, p in pairs]
+    def _aligned(
+        indices: Sequence[int], like: Gradients, val: Gradients, train: Gradients | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Lists in the order of the indices; a parameter without a gradient has gradient zero."""
+        vals = [val[i] if i in val else torch.zeros_like(like[i]) for i in indices]
         if train is None:
             return vals, []
-        return vals, [train[i] if i in train else torch.zeros_like(p) for i, p in pairs]
+        return vals, [train[i] if i in train else torch.zeros_like(like[i]) for i in indices]
 
     @staticmethod
     def _redirect(a: Ascent, along: Gradients) -> Ascent:
@@ -198,6 +208,7 @@ class Trial:
             if bucket.filter_norms is not None:
                 bucket.filter_norms.copy_(entry["filter_norms"])
         return cls(
+            buckets=buckets,
             ascents=ascents,
             first=placed(state["first"], buckets),
             perturbed=placed(state["perturbed"], buckets),

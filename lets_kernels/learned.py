@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.direction import Direction
 from lets_kernels.distributed import Replicas
 from lets_kernels.fused import OwnStep, refusal
 from lets_kernels.guarded import check_steps_alone, make_state
@@ -16,11 +18,16 @@ from lets_kernels.hypergradient import Trial, fit, placed
 from lets_kernels.layout import Bucket
 from lets_kernels.passes import Gradients
 from lets_kernels.radius import Radius, check_rho
+from lets_kernels.samples import Samples
 from lets_kernels.saved import check_learned
 
 METRICS = ("squared_gap", "gap", "validation_loss")
 CURVATURES = ("diagonal", "secant")
 DIRECTIONS = ("epsilon", "algorithm1")
+
+
+class CurvatureWarning(UserWarning):
+    """A learned radius goes by two gradients that differ in more than the perturbation."""
 
 
 class LearnedRadius(Radius):
@@ -46,7 +53,7 @@ class LearnedRadius(Radius):
         optimizer: class of the torch optimizer for ν, Adam by default; it gets ``optimizer_kwargs``, ``lr`` 1e-2 by
             default, and on an accelerator ``capturable=True`` if it knows that. SGD, Adam and AdamW step by the ops.
             Once bound it is the attribute ``optimizer``, to which an LR scheduler can be attached.
-        interval: learn on every ``interval``-th step only.
+        interval: learn on every ``interval``-th step that perturbs only.
         reuse_train_gradient: the next step's first gradient, on the next batch, serves as ḡ_tr: three gradients a step
             and not four. ν then moves at the beginning of the next step.
         per_group: one ν a param group. With a secant, a group's ν then sees the part of ĝ − g that lies in the group.
@@ -118,10 +125,25 @@ class LearnedRadius(Radius):
             return {}
         return {"capturable": self._optimizer_kwargs.get("capturable", device.type in ("cuda", "xpu"))}
 
-    def check_passes(self, sync_perturbation: bool, needs_gradient: bool) -> None:
-        if not needs_gradient and (self.curvature == "secant" or self.reuse_train_gradient):
-            what = "curvature='secant'" if self.curvature == "secant" else "reuse_train_gradient=True"
+    def check_passes(self, sync_perturbation: bool, direction: Direction, samples: Samples) -> None:
+        secant, reuses = self.curvature == "secant", self.reuse_train_gradient
+        if not direction.needs_gradient and (secant or reuses):
+            what = "curvature='secant'" if secant else "reuse_train_gradient=True"
             raise ValueError(f"{what} needs a first gradient, and this direction takes none: leave it out")
+        elsewhere = direction.starts or not samples.first_is_whole
+        if reuses and elsewhere:
+            raise ValueError(
+                "reuse_train_gradient=True takes a step's first gradient for that of the batch at the weights, and "
+                "this method's is another: leave it out"
+            )
+        if secant and (elsewhere or not samples.second_is_whole):
+            warnings.warn(
+                "curvature='secant' takes the difference of the two gradients for the Hessian along the perturbation, "
+                "and in this method they differ in more than that (where or from which samples they are taken): the "
+                "radius may learn the wrong way. curvature='diagonal' sees the perturbation alone",
+                CurvatureWarning,
+                stacklevel=2,
+            )
         if not sync_perturbation and self.reuse_train_gradient:
             raise ValueError(
                 "reuse_train_gradient=True takes a first gradient for that of the whole batch, and with "
@@ -254,8 +276,8 @@ class LearnedRadius(Radius):
         else:
             shares = trial.diagonal(val, subtracted, train if self.direction == "algorithm1" else None, replicas)
         sums = [torch.zeros_like(nu) for nu in self.nu]
-        for ascent, share in zip(trial.ascents, shares, strict=True):
-            sums[self._of(ascent.bucket.group)] += share.to(sums[0].device)
+        for bucket, share in shares:
+            sums[self._of(bucket.group)] += share.to(sums[0].device)
 
         known = [t.to(sums[0].device) for t in (val_loss, train_loss) if t is not None]
         means, first = replicas.agree([*sums, *known], [nu.detach() for nu in self.nu])

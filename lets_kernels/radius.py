@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.direction import Direction
 from lets_kernels.distributed import Replicas
 from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import Bucket
 from lets_kernels.passes import Gradients
+from lets_kernels.samples import Samples
 
 
 def check_rho(rho: Any) -> float:
@@ -67,8 +69,8 @@ class Radius:
         """Why a step with this radius cannot be captured in a CUDA graph, in words; None where it can."""
         return f"{type(self).__name__} may give another rho at every step, and a graph keeps the first"
 
-    def check_passes(self, sync_perturbation: bool, needs_gradient: bool) -> None:
-        """Raise ``ValueError`` where the radius cannot use first gradients that are not synchronised, or not there."""
+    def check_passes(self, sync_perturbation: bool, direction: Direction, samples: Samples) -> None:
+        """Raise ``ValueError`` where the radius cannot use the gradients of a step's two passes."""
 
     def to(self, device: torch.device) -> None:
         """The parameters have moved: so must what the radius keeps beside them."""
@@ -93,7 +95,7 @@ class Radius:
     needs_train_closure = False
 
     def due(self, step: int) -> bool:
-        """True if the radius learns from step number ``step`` (from 0)."""
+        """True if the radius learns from step number ``step``, counting from 0 those that perturb."""
         return False
 
     def observe(
@@ -217,10 +219,14 @@ class LearningRateRadius(Radius):
         self.rho_max, self.rho_min = check_rho(rho_max), check_rho(rho_min)
         self.lr_max, self.lr_min, self.rho = lr_max, float(lr_min), self.rho_max
         self._highest: list[float] = []
+        self._present: dict[int, float] = {}  # what the groups show by now
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         super().check_groups(groups)
         for group in groups:
+            rho = group["rho"]
+            if not isinstance(rho, Tensor) and float(rho) not in (self.rho, *self._present.values()):
+                raise ValueError("a group has its own rho, but this radius computes it from the learning rate")
             if "lr" not in group:
                 raise ValueError("LearningRateRadius needs the learning rate: the base optimizer's groups have no 'lr'")
 
@@ -240,6 +246,8 @@ class LearningRateRadius(Radius):
         else:
             done = min(max((float(lr) - self.lr_min) / (top - self.lr_min), 0.0), 1.0)
         group["rho"] = self.rho_min + (self.rho_max - self.rho_min) * done
+        if not isinstance(done, Tensor):
+            self._present[index] = group["rho"]
         return group["rho"]
 
     def not_capturable(self) -> str | None:
@@ -256,6 +264,7 @@ class LearningRateRadius(Radius):
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         self._highest = [float(value) for value in state["lr_max"]]
+        self._present = {i: float(group["rho"]) for i, group in enumerate(groups)}
 
 
 class _Ramp:

@@ -35,6 +35,8 @@ class Samples:
 
     #: True where the closure returns the loss of each sample.
     per_sample = False
+    #: True where the first gradient, and the second, is that of the mean loss of the whole batch.
+    first_is_whole = second_is_whole = True
 
     def first(self, passed: Pass, closure: Closure) -> Any:
         """The pass at θ: gradients, and what the closure returned."""
@@ -102,6 +104,7 @@ class SelectedSamples(_PerSample):
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must be in (0, 1], not {gamma}")
         self.gamma = float(gamma)
+        self.second_is_whole = self.gamma == 1
         self._before: Tensor | None = None
 
     def subset(self, before: Tensor, after: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ class SelectedSamples(_PerSample):
 
         For the two-step shape, where the second backward is the caller's. Nothing waits for the device.
         """
-        count = max(1, math.ceil(self.gamma * len(before)))
+        count = max(1, math.ceil(self.gamma * len(before) - 1e-9))  # 0.07 * 100 is above 7 in float64
         return torch.topk((after - before).detach(), count).indices
 
     def first(self, passed: Pass, closure: Closure) -> Any:
@@ -130,7 +133,7 @@ class SelectedSamples(_PerSample):
 def output_norms(losses: Tensor, outputs: Tensor) -> Tensor:
     """‖∂ℓ_i/∂z_i‖, the norm of each sample's gradient in the network's outputs z (logits): of shape [B]."""
     gradients = torch.autograd.grad(losses.sum(), outputs, retain_graph=True)[0]
-    return gradients.detach().flatten(1).norm(dim=1)
+    return gradients.detach().reshape(len(losses), -1).norm(dim=1)
 
 
 class WeightedSamples(_PerSample):
@@ -153,6 +156,7 @@ class WeightedSamples(_PerSample):
         if not math.isfinite(power):
             raise ValueError(f"power must be finite, not {power}")
         self.power, self.norms = float(power), norms
+        self.first_is_whole = not self.power
 
     def weights(self, *returned: Any) -> Tensor:
         """w_i, which sum to one, from what the closure returned: of shape [B], without a graph.

@@ -17,7 +17,7 @@ from lets_kernels.hypergradient import Trial
 from lets_kernels.shards import local as real
 
 _ASCENT = {"bucket", "indices", "group", "places", "vectors", "xi", "q", "scaled", "saved", "filter_norms"}
-_TRIAL = {field.name for field in fields(Trial)} - {"captured"}
+_TRIAL = {field.name for field in fields(Trial)} - {"captured", "buckets"}
 
 
 def _refuse(what: str, found: str) -> None:

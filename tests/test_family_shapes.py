@@ -7,12 +7,9 @@ import torch
 
 import family
 import lets_kernels as lk
-import oracle
-import papers
 from family import BESIDE, FAMILY, SHAPES, assert_same, build, closure, held, take
 from nets import Task
 from test_family_limits import few
-from test_methods import assert_near
 
 # Passes of a step that perturbs, and of one that does not: (calls of the closure, gradients).
 CALLS = {lk.RandomSAM: ((1, 1), (1, 1)), lk.ESAM: ((3, 2), (1, 1))}
@@ -81,9 +78,8 @@ def test_the_closure_is_called_as_often_as_needed_and_gradients_are_counted(name
     assert opt.metrics()["gradients"].dtype == torch.int64
 
 
-# What goes by one micro-batch after the other, and what compares two gradients of the batch, or its samples.
-ONE_BY_ONE = [n for n in FAMILY if FAMILY[n].cls in (lk.RST, lk.RSAM, lk.FriendlySAM, lk.VaSSO, lk.FisherSAM)]
-ONE_BY_ONE += ["sparse", "bsam"]
+# What goes by one micro-batch after the other. The others remember one first gradient a step, or look at the batch.
+ONE_BY_ONE = [n for n in FAMILY if FAMILY[n].cls in (lk.RST, lk.RSAM, lk.FisherSAM)]
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
@@ -97,20 +93,14 @@ def test_gradients_over_micro_batches_are_counted(name):
     assert len(calls) == (6 * 4 if "rst" not in name else len(calls))
 
 
-def test_the_average_of_vasso_takes_in_one_micro_batch_after_the_other():
-    task, base = Task(steps=3), oracle.SGD(lr=0.1, momentum=0.9, weight_decay=0.01)
-    run, d = papers.Run(copy.deepcopy(task.net), task.weights(), task.batches, base, family.SEED), None
-    for pair in task.batches:
-        sums = []
-        for batch in pair:
-            g = run.grad(batch)
-            d = g if d is None else papers.lin((0.6, d), (0.4, g))
-            sums.append(papers.sam_gradient(run, batch, d, 0.1))
-        run.descend(papers.lin((0.5, sums[0]), (0.5, sums[1])))
-    opt = build("vasso", task)
-    for pair in task.batches:
-        opt.step([closure(opt, task.net, batch) for batch in pair])
-    assert_near(task, opt, run.theta, base, 1e-12)
+@pytest.mark.parametrize("name", [n for n in FAMILY if n not in ONE_BY_ONE])
+def test_what_does_not_go_by_micro_batches_is_refused_before_a_weight_moves(name):
+    task = Task(steps=1)
+    opt = build(name, task)
+    before = task.bits()
+    with pytest.raises(ValueError, match=r"give step\(\) one closure, not a list"):
+        opt.step([closure(opt, task.net, batch) for batch in task.batches[0]])
+    assert all(map(torch.equal, task.bits(), before))
 
 
 @pytest.mark.parametrize("gamma", [0.3, 0.5, 1.0])
@@ -146,11 +136,14 @@ def test_a_first_pass_at_the_weights_themselves_is_refused(name):
     assert all(map(torch.equal, task.bits(), before))
 
 
+REMEMBER = (lk.FriendlySAM, lk.VaSSO, lk.BSAM, lk.SparseSAM, lk.AESAM, lk.AELookSAM)
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_step_that_is_given_up_is_taken_again_with_the_same_draws(name):
-    """An error in the second pass leaves the weights and the base optimizer as they were. Averages and precisions have
-    counted the gradient, and a mask has been selected by it, as their docstrings say; what has no such memory takes the
-    step as if nothing had been."""
+    """An error in the second pass leaves the weights and the base optimizer as they were. Averages, precisions
+    and AE-SAM's mean have counted the gradient, and a mask has been selected by it, as their docstrings say; what has
+    no such memory takes the step as if nothing had been."""
     task, twin = Task(steps=1), Task(steps=1)
     opt, other = build(name, task), build(name, twin)
     batch, before = task.batches[0][0], task.bits()
@@ -174,7 +167,9 @@ def test_a_step_that_is_given_up_is_taken_again_with_the_same_draws(name):
     assert all(map(torch.equal, task.bits(), before))
     opt.step(inner)
     take(other, twin.net, batch)
-    if name not in ("friendly", "friendly-text", "vasso", "bsam", "sparse-interval", "sparse-dynamic"):
+    remembers = opt.direction.remembers or opt.schedule.looks_at_gradient
+    assert remembers == (FAMILY[name].cls in REMEMBER)
+    if not remembers or name == "sparse":  # whose one selection stays, and is the same
         assert_same(held(opt), held(other))
 
 

@@ -20,10 +20,12 @@ class _Averaged(Direction):
     """Along a·g + b·m, where m is the moving average of the first gradients, this one included.
 
     A first pass whose gradient is not finite leaves the average as it was. One whose step is given up or skipped later
-    (an interrupt, a second gradient that is not finite) has been counted: it was a gradient like any other.
+    (an interrupt, a second gradient that is not finite) has been counted: it was a gradient like any other. The average
+    of a parameter that joins later begins at zero.
     """
 
     held = ("average",)
+    remembers = True
 
     def __init__(self, decay: float, a: float, b: float) -> None:
         self._decay, self._a, self._b = decay, a, b

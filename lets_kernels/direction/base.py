@@ -139,6 +139,8 @@ class Direction:
     starts = False
     #: True if it draws random numbers.
     draws = False
+    #: True if first gradients change what it keeps from step to step, wherever that stands.
+    remembers = False
     #: What it keeps for every parameter from step to step, by name.
     held: Sequence[str] = ()
 

@@ -79,6 +79,7 @@ class Masked(Direction):
     apart by random numbers. It is selected on the device, in 64 passes over the gradient with one copy of the mask,
     before the first perturbation and then every ``interval`` steps. Such a step waits once for the device, to leave a
     gradient that is not finite to the next one. What it has selected stays if it is given up.
+    Parameters without a gradient then take no part in the selection, and are not masked until the next one.
 
     - ``"fisher"``: the elements with the largest Fisher information, Σ g² over n samples. A step knows the gradient of
       its batch, whose square is taken; :meth:`SparseSAM.update_mask` takes n samples' gradients one by one, as the
@@ -101,6 +102,7 @@ class Masked(Direction):
 
     draws = True
     held = (MASK,)
+    remembers = True
 
     def __init__(
         self,

@@ -51,7 +51,8 @@ class RandomStart(Direction):
     first forward and backward belong into ``with opt.first_pass():``, which moves the weights there.
 
     Args:
-        gamma: γ ≥ 0. 0 is SAM. The defaults of γ and λ are ours.
+        gamma: γ ≥ 0. 0 is SAM. The defaults of γ and λ are ours. ‖δ₀‖ grows with the number of weights,
+            so a γ that is too large drowns ĝ₀ in noise: with a million weights of 0.02 it is about 800γ.
         lam: λ ≥ 0.
         noise_scale: ``"variance"``: γ²‖w_j‖ is the variance, as printed; ``"std"``: γ‖w_j‖ is the standard deviation.
 
@@ -61,7 +62,7 @@ class RandomStart(Direction):
 
     draws = True
 
-    def __init__(self, gamma: float = 0.01, lam: float = 1.0, noise_scale: str = "variance") -> None:
+    def __init__(self, gamma: float = 1e-4, lam: float = 1.0, noise_scale: str = "variance") -> None:
         if noise_scale not in SCALES:
             raise ValueError(f"noise_scale must be one of {', '.join(SCALES)}, not {noise_scale!r}")
         self.gamma, self.lam, self.noise_scale = _finite(gamma, "gamma"), _finite(lam, "lam"), noise_scale
@@ -121,13 +122,14 @@ class Posterior(Direction):
     Args:
         data_size: N, the number of training examples; infinity samples ω itself.
         beta2: β₂.
-        damping: δ + γ.
+        damping: γ. δ is the group's ``weight_decay``.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
     draws = True
+    remembers = True
 
     def __init__(self, data_size: float, beta2: float, damping: float) -> None:
         if not data_size > 0:
@@ -144,7 +146,9 @@ class Posterior(Direction):
     def _precisions(runs: Runs, first: FirstPass) -> list[Tensor]:
         found = state_of(runs, first.state, "precision")
         if found is None:
-            raise ValueError("the precisions lie otherwise in memory than the parameters; load the state again")
+            raise ValueError(
+                "the precisions lie otherwise in memory than the parameters: opt.load_state_dict(opt.state_dict())"
+            )
         return found
 
     def start(self, runs: Runs, first: FirstPass) -> None:
@@ -159,7 +163,8 @@ class Posterior(Direction):
             b, room = runs.bucket, first.room(runs)
             lists = (room, b.pack(self._precisions(runs, first)), runs.pack(runs.grads))
             gate, table = finite.double().to(b.device), b.unscaled_table(runs.indices)
-            b.ops.posterior_ascent_(*lists, table, gate, self.beta2, self.damping)
+            damping = self.damping + float(first.groups[b.group]["weight_decay"])
+            b.ops.posterior_ascent_(*lists, table, gate, self.beta2, damping)
             ascents.append(Ascent.along(runs, room))
         total = torch.where(finite & (first.squared_norm > 0), 1.0, torch.where(finite, 0.0, torch.nan)).double()
         return Perturbation(ascents, total, norm=first.squared_norm.sqrt())

@@ -96,7 +96,7 @@ class Wrapper(torch.optim.Optimizer):
         self.radius.bound = True
         #: Skipped steps, on the device where all scalars of a step meet: that of the first bucket.
         self.skipped = torch.zeros((), dtype=torch.int64, device=first.device)
-        self._step_number = self._passes = 0
+        self._step_number = self._passes = self._perturbed_steps = 0
         self.held = Held()
         self._mark_gradients()  # whatever they are from, no backward of this optimizer's made them
 

@@ -45,6 +45,6 @@ class BSAM(SAM):
         precision: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        direction = Posterior(data_size, beta2, weight_decay + damping)
+        direction = Posterior(data_size, beta2, damping)
         own: dict[str, Any] = {"lr": lr, "beta1": beta1, "weight_decay": weight_decay, "precision": precision}
         super().__init__(params, VariationalSGD, rho, direction=direction, **own, **kwargs)

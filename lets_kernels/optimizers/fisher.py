@@ -72,11 +72,11 @@ class SparseSAM(SAM):
         Needs memory for one sum a parameter meanwhile. Gradients that are there are put back.
 
         Args:
-            closure: as ``step``'s, for one sample, another one at each call.
+            closure: as ``step``'s, for one sample, another one at each call. Its loss is not to be scaled.
             samples: n, how often it is called. The default is ours.
 
         Raises:
             RuntimeError: the weights are perturbed.
-            ValueError: the mask is dynamic, or ``samples`` is below 1.
+            ValueError: the mask is dynamic, ``samples`` is below 1, or Σ g² is zero or not finite: the mask stays.
         """
         update_mask(self, closure, samples)

@@ -53,7 +53,7 @@ class RGSAM(SAM):
         rho: float | Radius = 0.05,
         alpha: float = 0.4,
         *,
-        gamma: float = 0.01,
+        gamma: float = 1e-4,
         lam: float = 1.0,
         noise_scale: str = "variance",
         **kwargs: Any,

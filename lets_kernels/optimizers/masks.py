@@ -37,6 +37,13 @@ def update_mask(o: "SparseSAM", closure: Closure, samples: int) -> None:
             p.grad = grad
         o._mark_gradients()
     home = o.skipped.device
+    found = torch.stack([t.sum(dtype=torch.float64).to(home) for own in sums for t in own])
+    total = o.replicas.mean(found.sum())
+    if not bool(torch.isfinite(total) & (total > 0)):
+        raise ValueError(
+            "the squared gradients of these samples sum up to zero or to no finite number, so the mask stays: does the "
+            "closure call backward(), on a loss that no gradient scaler has scaled?"
+        )
     first = FirstPass(runs, o.param_groups, o._step_number, home, o.replicas, o.random, o.held, o.state, keeps=False)
     with torch.no_grad():
         o.direction.select(first, sums)

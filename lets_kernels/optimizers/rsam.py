@@ -29,7 +29,7 @@ class RSAM(SAM):
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
         rho: float | Radius = 0.05,
-        gamma: float = 0.01,
+        gamma: float = 1e-4,
         lam: float = 1.0,
         *,
         noise_scale: str = "variance",

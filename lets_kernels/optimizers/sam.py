@@ -166,7 +166,9 @@ class SAM(Engine):
         """Move the weights to θ + ε, from the gradients that the first backward left.
 
         On a step that the schedule does not perturb, nothing moves. Then the second pass may be left out:
-        ``second_step`` steps along the first gradients if it finds no others.
+        ``second_step`` steps along the first gradients if it finds no others. Whoever clips gradients before
+        ``second_step`` makes it all the same, or leaves them in their place with ``zero_grad=False``; under a gradient
+        scaler they are taken away in any case.
 
         Args:
             zero_grad: set the gradients to None afterwards, as the second backward needs it.
@@ -188,8 +190,12 @@ class SAM(Engine):
             self._scaling.give_up()
             raise
         try:
+            # Left in their place they would be unscaled twice, if no second pass replaces them.
+            unscaled = self._scaling.first_only and not step.perturbs
             if zero_grad:
                 self.zero_grad()
+            elif unscaled:
+                self._drop_gradients()
             step.perturb()
         except BaseException:
             self.restore()
@@ -222,10 +228,7 @@ class SAM(Engine):
         try:
             refused = self._refuses_to_finish(step)
             if refused is None:
-                if not step.perturbs and not self._gradients():
-                    step.return_gradients()
-                else:
-                    step.passes += not step.returned
+                step.find_second_pass()
                 self.fused, self.fused_reason = step.descend()
                 if not self.network.sync_perturbation:
                     self._scaling.tell(step.gate)
@@ -238,6 +241,7 @@ class SAM(Engine):
         self._scaling.end()
         self._last, self._step_number = step.metrics(), self._step_number + 1
         self._passes += step.passes
+        self._perturbed_steps += step.perturbs
         self.random.advance()
         for optimizer in (self, self.base_optimizer):
             optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at

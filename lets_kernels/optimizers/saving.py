@@ -53,6 +53,7 @@ class Saved(Wrapper):
             "random": self.random.state_dict(),
             "step": self._step_number,
             "gradients": self._passes,
+            "perturbed_steps": self._perturbed_steps,
             "skipped": self.skipped.clone(),
         }
 
@@ -66,6 +67,7 @@ class Saved(Wrapper):
         check_scalar(own["random"]["count"], "the count of random steps")
         check_count(own["step"], "the step number")
         check_count(own["gradients"], "the number of gradients")
+        check_count(own["perturbed_steps"], "the number of perturbed steps")
         check_scalar(own["skipped"], "the number of skipped steps")
         self.radius.check_state_dict(own["radius"])
         for group in groups:
@@ -115,7 +117,7 @@ class Saved(Wrapper):
         if own is not None:
             self.held.load(held, params)
             self.random.load_state_dict(own["random"])
-            self._passes = int(own["gradients"])
+            self._passes, self._perturbed_steps = int(own["gradients"]), int(own["perturbed_steps"])
             self.direction.load_state_dict(own["direction"])
             self.schedule.load_state_dict(own["schedule"])
             self.descent.load_state_dict(own["descent"])

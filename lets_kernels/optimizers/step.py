@@ -15,6 +15,7 @@ from lets_kernels.layout import Bucket
 from lets_kernels.passes import FirstPass, Gradients, SecondPass, add_up, by_index, squared
 from lets_kernels.precision import INTERVAL, NARROW, measure
 from lets_kernels.runs import Runs, capturing
+from lets_kernels.shards import version
 
 if TYPE_CHECKING:
     from lets_kernels.optimizers.sam import SAM
@@ -78,7 +79,7 @@ class Step:
         #: Passes that this step has gone along so far.
         self.passes = int(o.direction.needs_gradient)
         self.captured = check_capture(o)
-        self._observed = o.radius.due(o._step_number)
+        self._observed = o.radius.due(o._perturbed_steps)
         self.buckets: list[Bucket] = o._agreed_space().buckets
         self.first = self._gather(keep) if o.direction.needs_gradient else [b.all_runs() for b in self.buckets]
         first = FirstPass(
@@ -102,6 +103,8 @@ class Step:
         if keep and self.perturbs and self._holds:
             for runs in self.first:
                 runs.grads = [g.clone() for g in runs.grads]
+        #: On a step that does not perturb: the gradients that are there now, by which later ones are told from them.
+        self._unperturbed = [] if self.perturbs else [(id(g), version(g)) for g in o._gradients()]
         if self.perturbs:
             found = o.direction.prepare(first)
         elif o.direction.needs_gradient:
@@ -190,6 +193,16 @@ class Step:
         self.optimizer.network.statistics.release()
         self.is_perturbed = self.torn = False
 
+    def find_second_pass(self) -> None:
+        """Count the second pass, if there was one; on a step that does not perturb it may be left out."""
+        if self.returned:
+            return
+        present = self.optimizer._gradients()
+        if not self.perturbs and not present:
+            self.return_gradients()
+        elif [(id(g), version(g)) for g in present] != self._unperturbed:
+            self.passes += 1
+
     def return_gradients(self) -> None:
         """Give back the first gradients that were taken, for a step along them: there is no second pass."""
         self.returned = True
@@ -275,14 +288,16 @@ class Step:
         lr = [g["lr"].clone().reshape(()) if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
         first = [by_index(r) if r.grads else {} for r in self.first]
         slope = self.optimizer.descent.slope
-        return Trial(self.ascents, first, hats, stepped, self.total, lr, self.rho, self.gate, slope, self.captured)
+        return Trial(
+            self.buckets, self.ascents, first, hats, stepped, self.total, lr, self.rho, self.gate, slope, self.captured
+        )
 
     def metrics(self) -> dict[str, Tensor]:
         """For :meth:`SAM.metrics`."""
         norm = self._norm
         if len(self.totals) > 1 or self.totals[0] is not self.total:  # of several passes, or means over ranks
             norm = torch.stack(self.totals).mean().pow(1 / self.optimizer.direction.q)
-        found = {"grad_norm": norm}
+        found = {"grad_norm": norm} if self.optimizer.direction.needs_gradient else {}
         if self.hats:
             found["perturbed_grad_norm"] = self.hats[0].sqrt()
         if self.loss is not None:
