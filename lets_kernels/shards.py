@@ -47,6 +47,11 @@ def local(t: Tensor) -> Tensor:
     return torch.view_as_real(part.detach().resolve_conj()) if part.is_complex() else part
 
 
+def elements(t: Tensor) -> int:
+    """How many real numbers a tensor holds, over all ranks."""
+    return t.numel() * (2 if t.is_complex() else 1)
+
+
 def version(t: Tensor) -> tuple[int, int]:
     """What a write in place changes. Of a DTensor it may count on the whole (``zero_()``) or the part (FSDP adds)."""
     if type(t) is Tensor:  # as most gradients are, and there are many

@@ -11,6 +11,7 @@ from lets_kernels.direction.average import check_share
 from lets_kernels.direction.base import Ascent, Direction, Perturbation
 from lets_kernels.passes import DRAWS, MASK, REGROWTH, FirstPass
 from lets_kernels.runs import Runs, refuse_while_capturing
+from lets_kernels.shards import elements
 
 GRANULARITIES = ("element", "tensor")
 KINDS = ("fisher", "dynamic")
@@ -153,7 +154,7 @@ class Masked(Direction):
     def select(self, first: FirstPass, vectors: list[list[Tensor]]) -> None:
         """Make the mask anew, from one list of vectors for each of ``first.runs``."""
         chosen = _Selection(first)
-        size = sum(runs.bucket.params[i].numel() for runs in first.runs for i in runs.indices)
+        size = sum(elements(runs.bucket.params[i]) for runs in first.runs for i in runs.indices)
         kept = max(1, round((1 - self.sparsity) * size))
         if self.kind == "fisher" or not self._selected:
             chosen.take(kept, vectors if self.kind == "fisher" else None, member=-1, value=2)

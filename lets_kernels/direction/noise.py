@@ -11,7 +11,7 @@ from lets_kernels.fused import state_of
 from lets_kernels.layout import UNSCALED
 from lets_kernels.passes import NOISE, FirstPass
 from lets_kernels.runs import Runs
-from lets_kernels.shards import WHOLE, local
+from lets_kernels.shards import WHOLE, elements, local
 
 SCALES = ("variance", "std")
 
@@ -38,7 +38,7 @@ class Gaussian(Direction):
             table = b.unscaled_table(runs.indices)
             b.ops.noise_(room, [], [], table, None, *first.draw(b, NOISE), 0.0, 1.0)
             ascents.append(Ascent.along(runs, room))
-            count += sum(b.params[i].numel() for i in runs.indices)
+            count += sum(elements(b.params[i]) for i in runs.indices)
         return Perturbation(ascents, torch.full((), float(count), dtype=torch.float64, device=first.home))
 
 
