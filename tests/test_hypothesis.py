@@ -35,6 +35,18 @@ DIRECTIONS = {
     "p-1.5": lambda: {"direction": lk.Gradient(1.5)},
     "p-inf": lambda: {"direction": lk.Gradient(math.inf)},
 }
+# Those of the family that go along something else than the gradient; what they draw, from a seed of their own.
+MEMBERS = {
+    "friendly": lambda: {"direction": lk.Friendly(0.8, 0.7)},
+    "smoothed": lambda: {"direction": lk.Smoothed(0.4)},
+    "fisher": lambda: {"direction": lk.Fisher(20.0)},
+    "masked": lambda: {"direction": lk.Masked(0.5), "seed": 1},
+    "dropped": lambda: {"direction": lk.Dropped(0.6), "seed": 1},
+    "gaussian": lambda: {"direction": lk.Gaussian(), "seed": 1},
+    "random-start": lambda: {"direction": lk.RandomStart(0.5, 0.7), "seed": 1},
+    "surrogate-gap": lambda: {"descent": lk.SurrogateGap(0.4)},
+    "reuse": lambda: {"schedule": lk.Every(2), "descent": lk.Reuse(0.5)},
+}
 # An eps that half precision can hold: torch's own steps divide zero by zero without.
 BASES = {
     "sgd": (torch.optim.SGD, {}),
@@ -137,7 +149,7 @@ class Case:
         ]
         cls, options = BASES[self.base]
         groups = [{"params": params, "rho": self.rho * (1 + g)} for g, params in groups.items()]
-        options = {**DIRECTIONS[self.direction](), **options, "flatten": self.flatten, "backend": backend}
+        options = {**(DIRECTIONS | MEMBERS)[self.direction](), **options, "flatten": self.flatten, "backend": backend}
         return lk.SAM(groups, cls, self.rho, lr=lr, **options)
 
     def give(self, i):
@@ -149,33 +161,39 @@ class Case:
         return [p.detach().clone() for p in self.params] + [home.clone() for home in self.homes]
 
 
-cases = st.builds(
-    Case,
-    st.lists(specs(), min_size=1, max_size=5),
-    st.sampled_from((0.0, 1e-4, 0.05, 1.0, 10.0)),
-    st.sampled_from(sorted(DIRECTIONS)),
-    st.sampled_from(sorted(BASES)),
-    st.booleans(),
-    st.integers(0, 2**20),
-)
+def cases_of(directions):
+    return st.builds(
+        Case,
+        st.lists(specs(), min_size=1, max_size=5),
+        st.sampled_from((0.0, 1e-4, 0.05, 1.0, 10.0)),
+        st.sampled_from(sorted(directions)),
+        st.sampled_from(sorted(BASES)),
+        st.booleans(),
+        st.integers(0, 2**20),
+    )
+
+
+cases, members = cases_of(DIRECTIONS), cases_of(MEMBERS)
 
 
 def by_two_steps(opt, case, i):
-    case.give(i)
+    with opt.first_pass():
+        case.give(i)
     opt.first_step(zero_grad=True)
     case.give(i + 1)
     opt.second_step()
 
 
 def by_context(opt, case, i):
-    case.give(i)
+    with opt.first_pass():
+        case.give(i)
     with opt.perturbed():
         case.give(i + 1)
     opt.step()
 
 
 def by_closure(opt, case, i):
-    calls = iter((i, i + 1))
+    calls = iter((i, i + 1) if opt.direction.needs_gradient else (i + 1,))
 
     def closure():
         opt.zero_grad()
@@ -199,6 +217,38 @@ def test_at_lr_zero_every_bit_comes_back(where, case):
     opt.first_step()
     opt.restore()
     assert same_bits(case.memory(), before) and opt.metrics()["skipped_steps"].item() == 0
+
+
+FEW = settings(SETTINGS, max_examples=EXAMPLES or 60)
+
+
+@pytest.mark.parametrize("where", ["reference", "cpu"] if EXTENSION else ["reference"])
+@FEW
+@given(case=members)
+def test_at_lr_zero_every_bit_comes_back_in_any_method(where, case):
+    opt = case.build(where, lr=0.0)
+    before = case.memory()
+    for i in (0, 2):
+        by_two_steps(opt, case, i)
+        assert same_bits(case.memory(), before)
+    with opt.first_pass():
+        case.give(0)
+    assert same_bits(case.memory(), before)
+    opt.first_step()
+    opt.restore()
+    assert same_bits(case.memory(), before)
+
+
+@FEW
+@given(case=members)
+def test_the_call_shapes_of_any_method_agree_to_the_bit(case):
+    ends = []
+    for shape in (by_two_steps, by_context, by_closure):
+        opt = case.build("auto", lr=0.1)
+        for i in (0, 2):
+            shape(opt, case, i)
+        ends.append(snapshot(opt) + case.memory())
+    assert same_bits(ends[0], ends[1]) and same_bits(ends[0], ends[2])
 
 
 @SETTINGS
