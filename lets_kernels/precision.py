@@ -63,7 +63,7 @@ def _sums(a: Ascent, total: Tensor, rho: Tensor) -> Tensor:
     """⟨δ, ε⟩, ‖δ‖², ‖ε‖², the number of weights that moved, and of all, for the perturbation δ of one bucket."""
     b, runs = a.bucket, a.runs
     out = torch.zeros(5, dtype=torch.float64, device=b.device)
-    rows = zip(runs.table.tolist(), runs.params, a.vectors, strict=True)
+    rows = zip(a.table.tolist(), runs.params, a.vectors, strict=True)
     for (start, numel, *scaling), weights, vector in rows:
         if not numel:
             continue
