@@ -9,7 +9,9 @@ import torch._inductor.config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import family
 import lets_kernels as lk
+from family import FAMILY
 from nets import Pointwise, Task
 from runs import LAYOUTS, Bucket, same_bits
 from test_opcheck import WRITES, arguments, overload, scalar
@@ -102,6 +104,8 @@ def test_fake_tensors_go_through_every_op_and_nothing_is_computed(op):
 def learner(method):
     task = Task(torch.float32, steps=4, net=Pointwise())
     options = {"lr": 0.1, "momentum": 0.9}
+    if method in FAMILY:
+        return task, family.build(method, task)
     if method == "lets":
         return task, lk.LETSASAM(task.net.parameters(), torch.optim.SGD, lk.LearnedRadius(0.1, lr=0.05), **options)
     return task, lk.ASAM(task.net.parameters(), torch.optim.SGD, **options)
@@ -118,7 +122,8 @@ def by_closure(task, opt):
 
 def in_two_steps(task, opt):
     def train(batch, val_batch):
-        loss = task.closure(batch)()
+        with opt.first_pass():
+            loss = task.closure(batch)()
         opt.first_step(zero_grad=True, loss=loss)
         task.closure(batch)()
         opt.second_step()
@@ -131,7 +136,8 @@ def in_two_steps(task, opt):
 
 def in_a_context(task, opt):
     def train(batch, val_batch):
-        loss = task.closure(batch)()
+        with opt.first_pass():
+            loss = task.closure(batch)()
         with opt.perturbed(loss=loss):
             opt.zero_grad()
             task.closure(batch)()
@@ -143,8 +149,12 @@ def in_a_context(task, opt):
     return train
 
 
-@pytest.mark.parametrize("shape", [by_closure, in_two_steps, in_a_context])
-@pytest.mark.parametrize("method", ["asam", "lets"])
+COMPILED = [(method, shape) for method in ("asam", "lets") for shape in (by_closure, in_two_steps, in_a_context)]
+COMPILED += [("looksam", in_two_steps), ("rsam", by_closure), ("rsam", in_two_steps), ("friendly", in_a_context)]
+COMPILED += [("aesam", by_closure), ("sparse", in_two_steps), ("bsam", in_a_context), ("gsam", by_closure)]
+
+
+@pytest.mark.parametrize("method, shape", COMPILED)
 def test_a_step_inside_a_compiled_function_is_the_eager_step(method, shape):
     ends, compiler = [], Counting()
     for compiled in (False, True):

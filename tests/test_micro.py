@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+import family
 import lets_kernels as lk
 import oracle
+from family import ONE_EACH
 from methods import BASES, METHODS, build
 from nets import Task
 from runs import same_bits
@@ -242,6 +244,57 @@ def test_what_compares_two_gradients_of_one_step_is_refused():
     with pytest.raises(ValueError, match="for a learned radius"):
         plain.step(closures(task, 0), task.closure(task.batches[1][0]))
     assert same_bits(before, snapshot(opt))
+
+
+#: Why the others have no step over micro-batches.
+ALONE = {
+    "looksam": "compares the two gradients",
+    "aesam": "decides by the gradient of the whole batch",
+    "aelooksam": "compares the two gradients",
+    "gsam": "compares the two gradients",
+    "rgsam": "compares the two gradients",
+    "norm-penalty": "compares the two gradients",
+    "random-sam": "perturbs all micro-batches alike",
+    "esam": "looks at the samples",
+    "delta-sam": "looks at the samples",
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_methods_that_have_no_step_over_micro_batches_say_so(name):
+    task = Task(torch.float32, steps=2)
+    opt = family.build(name, task)
+    before, calls = family.held(opt), []
+    with pytest.raises(ValueError, match=rf"{ALONE[name]}.*one closure, not a list"):
+        opt.step(closures(task, 0, calls=calls))
+    assert not calls
+    family.assert_same(before, family.held(opt))
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in ALONE])
+def test_the_other_methods_take_them(name):
+    """One is a step with it; what is not finite in any skips the step; an exception in any leaves the weights."""
+    ends = []
+    for one in (False, True):
+        task = Task(torch.float32, steps=4)
+        opt = family.build(name, task, **family.ALWAYS.get(name, {}))
+        for batch, _ in task.batches[:2]:
+            opt.step([task.closure(batch)] if one else task.closure(batch))
+        ends.append(family.held(opt))
+    family.assert_same(*ends)
+    before = snapshot(opt)[: 1 if name == "bsam" else None]  # its precision has counted finite first gradients
+    here = weights(task)
+    for call in (1, 4):
+        opt.step(spoiling(task, 1, call, math.nan))
+        assert same_bits(snapshot(opt)[: len(before)], before) and same_bits(weights(task), here)
+    for call in (3, 6):
+        failing = closures(task, 1)
+        failing[(call - 1) // 2] = Stopping(failing[(call - 1) // 2], 2 - call % 2)
+        with pytest.raises(KeyboardInterrupt, match="stop"):
+            opt.step(failing)
+        assert same_bits(weights(task), here)
+    opt.step(closures(task, 1))
+    assert int(opt.metrics()["skipped_steps"]) == 2 and not same_bits(weights(task), here)
 
 
 class Counting(lk.Schedule):

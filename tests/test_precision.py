@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 
+import family
 import lets_kernels as lk
 import oracle
+from family import ALWAYS, ONE_EACH
 from lets_kernels import PrecisionWarning
 from lets_kernels.ops import reference
 from lets_kernels.precision import INTERVAL
@@ -62,6 +64,39 @@ def test_the_measures_are_those_of_the_definition(backend, method, dtype, small,
     torch.testing.assert_close(found(opt), expected, rtol=1e-6, atol=0)
     if small and dtype == torch.bfloat16:
         assert 0 < expected["perturbed_fraction"] < 0.9 and expected["perturbation_cosine"] < 0.9999
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_the_measures_of_any_method_are_those_of_what_float64_weights_would_do(backend, name):
+    """ε is taken from a twin in float64, at the same weights with the same gradients and random numbers."""
+    ends = []
+    for dtype in (torch.bfloat16, torch.float64):
+        toy = Toy(torch.bfloat16)
+        grads = [g.to(dtype) for g in toy.grads(0)]
+        for p in toy.params:
+            p.data = p.data.to(dtype)
+        toy.dtype = dtype
+        opt = family.build(name, toy.params, rho=0.05, backend=backend.name, **ALWAYS.get(name, {}))
+        before = torch.cat([w.detach().double().flatten() for w in toy.params])
+        with opt.first_pass():
+            toy.set_grads(grads)
+        opt.first_step()
+        ends.append(torch.cat([w.detach().double().flatten() for w in toy.params]) - before)
+        if dtype == torch.bfloat16:
+            measured = found(opt)
+        opt.restore()
+    moved, wanted = ends
+    expected = {
+        "perturbation_cosine": moved @ wanted / (moved.norm() * wanted.norm()),
+        "perturbation_length": moved.norm() / wanted.norm(),
+    }
+    assert 0 < measured["perturbed_fraction"] <= 1
+    assert 0.5 < expected["perturbation_cosine"] < 1, "nothing was rounded: nothing was tested"
+    if name not in ("esam", "sparse"):  # their share is of the elements that take part
+        expected["perturbed_fraction"] = (moved != 0).double().mean()
+    # Vectors that a method makes of 16-bit gradients are kept in 16 bits; each element is then off by 2^-9 at most.
+    own = name in ("friendly", "vasso", "rsam", "rgsam", "random-sam", "fisher-sam", "bsam", "esam")
+    torch.testing.assert_close({k: measured[k] for k in expected}, expected, rtol=2**-8 if own else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
