@@ -131,7 +131,7 @@ class Held:
         return rest, held
 
     def load(self, held: Mapping[Any, dict[str, Tensor]], params: Sequence[Tensor]) -> None:
-        """Take over what :meth:`take_from` found; ``params`` in the order of the saved keys."""
+        """Take over what :meth:`take_from` found, in the parameters' dtypes; ``params`` in the order of the keys."""
         self.state.clear()
         for key, own in held.items():
             p = params[int(key)]

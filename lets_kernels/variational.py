@@ -51,6 +51,15 @@ class VariationalSGD(torch.optim.Optimizer):
             self.state[p].update(own)
 
     @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, into tensors that lie in memory as the parameters do, where the ops need them."""
+        super().load_state_dict(state_dict)
+        for p, own in self.state.items():
+            for name in own.keys() & set(_STATE):
+                home = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+                own[name] = home.copy_(own[name])
+
+    @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step along the gradients that are there. Raises ``ValueError`` for a closure."""
         if closure is not None:
