@@ -30,8 +30,17 @@ METHODS = {
     lk.SAM: [{"rho": 0.1}, {"rho": 0.1, "adaptive": True, "backend": "reference"}],
     lk.ASAM: [{"scale_bias": False}, {"filterwise": True, "flatten": True}],
     lk.LETSSAM: [{"flatten": True}, {"backend": "reference", "check_finite": False}],
+    # Of the family, one that makes its first pass beside the weights and one that keeps something for each.
+    lk.RSAM: [{"rho": 0.1, "gamma": 0.1}, {"backend": "reference", "flatten": True}],
+    lk.VaSSO: [{"rho": 0.1, "theta": 0.4}, {"backend": "reference", "flatten": True}],
 }
-BASES = {lk.SAM: ("SGD", "Adam", "AdamW", "RMSprop"), lk.ASAM: ("SGD", "Adam"), lk.LETSSAM: ("SGD", "Adam")}
+BASES = {
+    lk.SAM: ("SGD", "Adam", "AdamW", "RMSprop"),
+    lk.ASAM: ("SGD", "Adam"),
+    lk.LETSSAM: ("SGD", "Adam"),
+    lk.RSAM: ("SGD",),
+    lk.VaSSO: ("SGD",),
+}
 
 
 def over(method, base):
@@ -40,6 +49,8 @@ def over(method, base):
     def __init__(self, params, **kwargs):
         if method is lk.LETSSAM:
             kwargs.setdefault("rho", learned())
+        if method is lk.RSAM:
+            kwargs.setdefault("seed", 1)
         method.__init__(self, params, base, **kwargs)
 
     name = f"{method.__name__}Over{base.__name__}"
@@ -124,7 +135,7 @@ ENTRIES = [entry(method, getattr(torch.optim, base)) for method, bases in BASES.
 
 # ---- what the tests share
 
-OWN = ("rho", "adaptive", "backend", "flatten", "filterwise", "scale_bias", "check_finite")
+OWN = ("rho", "adaptive", "backend", "flatten", "filterwise", "scale_bias", "check_finite", "gamma", "theta")
 
 
 def configurations(info, device, **more):

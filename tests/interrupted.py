@@ -12,9 +12,11 @@ import lets_kernels as lk
 from nets import Pointwise, Task
 
 
-def training():
+def training(shape):
     """A task whose gradients are the same bits in every process, and its optimizer."""
     task = Task(torch.float32, steps=4, net=Pointwise())
+    if shape == "by_start":
+        return task, lk.RSAM(task.net.parameters(), torch.optim.SGD, rho=0.5, gamma=0.5, seed=1, lr=0.1, momentum=0.9)
     return task, lk.SAM(task.net.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
 
 
@@ -29,21 +31,28 @@ def by_two_steps(task, opt, batch):
     opt.second_step()
 
 
-def by_context(task, opt, batch):
-    task.closure(batch)()
+def by_start(task, opt, batch):
+    with opt.first_pass():
+        task.closure(batch)()
+    by_context(task, opt, batch, begun=True)
+
+
+def by_context(task, opt, batch, begun=False):
+    if not begun:
+        task.closure(batch)()
     with opt.perturbed():
         task.closure(batch)()
     opt.step()
 
 
 ENDED = 3
-SHAPES = {shape.__name__: shape for shape in (by_closure, by_two_steps, by_context)}
+SHAPES = {shape.__name__: shape for shape in (by_closure, by_two_steps, by_context, by_start)}
 
 
 def main(shape, path):
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))
-    task, opt = training()
+    task, opt = training(shape)
     print("ready", flush=True)
     sys.stdin.readline()
     try:

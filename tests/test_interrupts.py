@@ -51,7 +51,7 @@ assert 2 * len(BASES) * len(COMBINATIONS) * sum(n for each in EACH.values() for 
 CASES = [(method, base) for method in METHODS for base in BASES]
 #: Of each method of the family, in each shape of a step.
 FEW = 12
-CASES += [(method, "momentum") for method in ONE_EACH]
+CASES += [(method, "momentum") for method in [*ONE_EACH, "sparse-dynamic"]]
 BUCKETS, PARAMETERS = ((0, 1), (2, 3)), ((0,), (1,), (2,), (3,))
 
 
@@ -184,6 +184,7 @@ SIGNALS = (
     (signal.SIGINT, "by_context"),
     (signal.SIGTERM, "by_two_steps"),
     (signal.SIGTERM, "by_closure"),
+    (signal.SIGTERM, "by_start"),
 )
 
 
@@ -195,19 +196,19 @@ def test_a_process_that_a_signal_ends_saves_the_weights_of_a_step(tmp_path):
         command = [sys.executable, interrupted.__file__, shape, str(path)]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        runs.append((number, path, subprocess.Popen(command, env=env, **pipes)))
-    for number, _, child in runs:
+        runs.append((number, shape, path, subprocess.Popen(command, env=env, **pipes)))
+    for number, _, _, child in runs:
         assert child.stdout.readline() == "ready\n", child.stderr.read()
         child.stdin.write("go\n")
         child.stdin.flush()
         assert child.stdout.readline() == "training\n", child.stderr.read()
         time.sleep(chance.uniform(0.02, 0.2))
         child.send_signal(number)
-    for number, path, child in runs:
+    for number, shape, path, child in runs:
         errors = child.communicate(timeout=300)[1]
         assert child.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: interrupted.ENDED}[number], errors
         saved = torch.load(path)
-        task, opt = interrupted.training()
+        task, opt = interrupted.training(shape)
         interrupted.by_closure(task, opt, task.batches[-1][0])
         steps = itertools.islice(itertools.cycle(task.batches), 20_000)
         assert same_bits(weights(task), saved) or any(

@@ -308,14 +308,14 @@ def test_a_changed_parameter_is_noticed_by_any_method(name, change):
             family.run(opt, task, task.batches[2:])
             ends.append(weights(task))
         except ValueError as error:
-            refused = f"{error}"
-            break
+            refused = None if fresh else f"{error}"
+            assert same_bits(weights(task), before)
+            assert any((*opt.direction.held, *opt.descent.held, name == "bsam"))
     if refused is None:
         assert same_bits(*ends)
-    else:
-        assert "otherwise in memory" in refused and "load" in refused and same_bits(weights(task), before)
-        assert not fresh and change in ("channels_last", "double")
-        assert any((*opt.direction.held, *opt.descent.held, name == "bsam"))
+    else:  # and loading it does help
+        assert "otherwise in memory" in refused and "load" in refused and change in ("channels_last", "double")
+        assert len(ends) == 1
 
 
 @pytest.mark.parametrize("flatten", [False, True])
