@@ -122,7 +122,9 @@ def optimizer(model, /, method="sam", base="momentum", **options):
 
 
 def build(model, /, kind, sync=True, **options):
-    """SAM, or ASAM with one of the learners, on SGD without weight decay."""
+    """SAM, ASAM with one of the learners, or another method, on SGD without weight decay."""
+    if kind in FAMILY:
+        return optimizer(model, kind, "sgd", sync_perturbation=sync, **{"seed": 3, **options})
     if kind == "sam":
         return optimizer(model, "sam", "sgd", sync_perturbation=sync, **options)
     radius = LearnedRadius(0.3, lr=0.05, **LEARNERS[kind])

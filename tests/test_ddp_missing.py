@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from family import BESIDE, FAMILY
-from replicas import KINDS, VALIDATION, batch, build, closure, net, optimizer, replica, train
+from replicas import KINDS, VALIDATION, batch, build, closure, net, replica, train
 from runs import same_bits
 from toys import snapshot
 
@@ -30,15 +30,9 @@ class Branches(nn.Module):
         return sum((k == arm) * (x @ each.t()) for k, each in enumerate(self.arms))
 
 
-def made(model, /, kind, sync=True, **options):
-    if kind in FAMILY:
-        return optimizer(model, kind, "sgd", sync_perturbation=sync, seed=3, **options)
-    return build(model, kind, sync, **options)
-
-
 def branching(rank, kind, sync, missing):
     model = replica(layers=Branches(missing), find_unused_parameters=missing)
-    opt = made(model, kind, sync)
+    opt = build(model, kind, sync)
 
     def batches(step):
         x, y = batch(rank, step, torch.float64)
@@ -98,7 +92,7 @@ def test_a_rank_without_any_first_gradient_does_not_hold_up_the_others(ranks, ki
 def never_backward(rank, kind):
     """Ranks of a group, without DistributedDataParallel; the second has no gradients in any pass."""
     layers = net()
-    opt = made(layers, kind, model=None, process_group=dist.group.WORLD)
+    opt = build(layers, kind, model=None, process_group=dist.group.WORLD)
 
     def run(step):
         layers.zero_grad()

@@ -27,13 +27,15 @@ class Single(nn.Module):
         return torch.tanh(x.flatten(1)) @ self.weight.t()
 
 
+#: Methods that keep gradients, or make others of them where they lie; and those that move the weights for a first pass.
+KEEPING = ("looksam", "looksam-per-tensor", "aelooksam", "gsam", "rgsam", "norm-penalty", "friendly", "vasso", "bsam")
 NETS = {"layers": net, "single": Single}
 
 
 def shaped(rank, name, sync, views):
     """The end of three steps, by kind and call shape."""
     ends = {}
-    for kind in KINDS:
+    for kind in [*KINDS, *(KEEPING if sync else ())]:
         if kind == "reuse" and not sync:
             continue
         for shape, take in SHAPES.items():
@@ -180,10 +182,15 @@ def counted(rank, kind, sync):
 
 @pytest.mark.parametrize(
     ("kind", "sync", "count"),
-    [("sam", True, 2), ("sam", False, 1), ("secant", True, 3), ("diagonal", False, 2), ("algorithm1", True, 4)],
+    [
+        *[("sam", True, 2), ("sam", False, 1), ("secant", True, 3), ("diagonal", False, 2), ("algorithm1", True, 4)],
+        *((kind, True, 2) for kind in ("looksam", "aelooksam", "gsam", "norm-penalty", "fisher-sam")),
+        *((kind, True, 3) for kind in ("friendly", "vasso")),
+    ],
 )
 def test_a_pass_costs_one_collective_of_a_few_numbers(ranks, kind, sync, count):
-    """The first norm, the second's, and what the radius learns from (Algorithm 1 as printed needs a norm there too)."""
+    """The first norm, the second's, and what the radius learns from (Algorithm 1 as printed needs a norm there too).
+    A moving average takes in what is finite on all ranks, and its own norm is known after that."""
     for calls, numbers in ranks.run(counted, kind, sync):
         assert calls == count
         assert numbers <= 4
