@@ -14,7 +14,7 @@ from lets_kernels.fused import state_of
 from lets_kernels.layout import Bucket
 from lets_kernels.randomness import Randomness
 from lets_kernels.runs import Runs, refuse_while_capturing
-from lets_kernels.shards import local, spread_as
+from lets_kernels.shards import is_spread, local, spread_as
 
 #: One bucket's gradients by parameter index.
 Gradients = dict[int, Tensor]
@@ -76,21 +76,17 @@ class Held:
         return found
 
     def flat(self, bucket: Bucket, name: str, value: int) -> Tensor:
-        """As :meth:`tensors`, of one byte an element, in one flat buffer a bucket; they begin at ``value``.
-
-        Those of a spread parameter are cut as it is, so that a saved state holds the parts of all ranks.
-        """
+        """As :meth:`tensors`, of one byte an element, in one flat buffer a bucket; they begin at ``value``."""
         entries = [self.state[p] for p in bucket.params]
         found = bucket.flats.get(name)
         if found is not None and all(own.get(name) is view for own, view in zip(entries, found[1], strict=True)):
             return found[0]
         refuse_while_capturing(f"the {name}")
         flat = torch.full((bucket.size,), value, dtype=torch.uint8, device=bucket.device)
-        pairs = zip(bucket.views(flat), bucket.params, strict=True)
-        views = [spread_as(view, p) for view, p in pairs]
+        views = bucket.views(flat)
         for own, view in zip(entries, views, strict=True):
             if name in own:
-                local(view).copy_(local(own[name]))
+                view.copy_(local(own[name]))
             own[name] = view
         bucket.flats[name] = flat, views
         return flat
@@ -106,12 +102,18 @@ class Held:
                     self.tensors(each, name)
 
     def add_to(self, state: dict[Any, Any], indices: Mapping[int, int]) -> dict[Any, Any]:
-        """A saved state of parameters with these tensors in it; ``indices`` maps ids of parameters to its keys."""
+        """A saved state of parameters with these tensors in it; ``indices`` maps ids of parameters to its keys.
+
+        Of a spread parameter each is spread too, so that tools save the parts of all ranks.
+        """
         out = dict(state)
         for p, own in self.state.items():
             if id(p) in indices and own:
                 key = indices[id(p)]
-                out[key] = {**out.get(key, {}), **{PREFIX + name: t for name, t in own.items()}}
+                whole = {
+                    name: t if is_spread(t) or not is_spread(p) else spread_as(t.clone(), p) for name, t in own.items()
+                }
+                out[key] = {**out.get(key, {}), **{PREFIX + name: t for name, t in whole.items()}}
         return out
 
     @staticmethod
