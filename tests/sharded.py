@@ -169,8 +169,9 @@ def whole(opt):
 
     params = [p for group in opt.param_groups for p in group["params"]]
     found = {f"weight {i}": gather(p).detach().clone() for i, p in enumerate(params)}
+    kept = opt.held.add_to({}, {id(p): i for i, p in enumerate(params)})
     for i, p in enumerate(params):
-        own = {**opt.state[p], **opt.held.state.get(p, {})}
+        own = {**opt.state[p], **{k.removeprefix("lets_kernels."): v for k, v in kept.get(i, {}).items()}}
         found |= {f"{k} {i}": gather(v).clone() for k, v in own.items() if torch.is_tensor(v)}
     found |= {f"schedule {k}": torch.tensor(v) for k, v in opt.schedule.state_dict().items()}
     metrics = {k: torch.as_tensor(v).double() for k, v in opt.metrics().items() if "loss" not in k}

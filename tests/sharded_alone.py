@@ -8,6 +8,9 @@ from torch import nn
 import lets_kernels as lk
 from sharded import SHARDINGS, Net, batch, build, train, whole
 
+#: Methods that keep tensors, draw numbers or begin beside the weights.
+KEEPING = ("friendly", "sparse-dynamic", "bsam", "rsam", "aelooksam")
+
 
 def of_rank(rank):
     return lambda step: batch(rank, step)
@@ -22,9 +25,10 @@ def default(**options):
 def not_finite(rank):
     """An infinite gradient on the second rank, in either pass of the third step."""
     found = {}
-    for base in ("adamw", "rmsprop"):
+    for method, base in (("sam", "adamw"), ("sam", "rmsprop"), *((method, "momentum") for method in KEEPING)):
         for spoiled in (0, 1):
-            net, opt = default(base=base)
+            options = {"lambda1": -1e6, "lambda2": -1e6} if method == "aelooksam" else {}  # every step perturbs
+            net, opt = default(method=method, base=base, **options)
             train(opt, net, of_rank(rank), steps=2)
             before, calls = whole(opt), []
 
@@ -40,37 +44,67 @@ def not_finite(rank):
                 return loss
 
             opt.step(closure)
-            found[base, spoiled] = before, whole(opt)
+            found[method, base, spoiled] = before, whole(opt)
     return found
 
 
 def restored(rank):
-    net, opt = default(method="filterwise")
-    train(opt, net, of_rank(rank), steps=1)
-    before = whole(opt)
-    x, y = batch(rank, 1)
-    opt.zero_grad()
-    (net(x) - y).square().mean().backward()
-    with opt.perturbed():
-        inside = whole(opt)
-        (net(x) - y).square().mean().backward()
-    return before, inside, {**whole(opt), "grad_norm": before["grad_norm"]}
+    """The weights before a step, inside of it, and after both; at the start of the first pass too, if there is one."""
+    found = {}
+    for method in ("filterwise", *KEEPING[:-1]):
+        net, opt = default(method=method)
+        train(opt, net, of_rank(rank), steps=1)
+        before, places = of_weights(opt), []
+        x, y = batch(rank, 1)
+        opt.zero_grad()
+        with opt.first_pass():
+            if opt.direction.starts:
+                places.append(of_weights(opt))
+            (net(x) - y).square().mean().backward()
+        between = of_weights(opt)
+        with opt.perturbed():
+            places.append(of_weights(opt))
+            (net(x) - y).square().mean().backward()
+        found[method] = before, places, between, of_weights(opt)
+    return found
+
+
+def of_weights(opt):
+    return {name: value for name, value in whole(opt).items() if name.startswith("weight")}
 
 
 def round_trip(rank):
-    net, opt = default(method="reuse", base="adamw")
-    train(opt, net, of_rank(rank), steps=3)
-    stored = io.BytesIO()
-    torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, stored)
-    train(opt, net, of_rank(rank), steps=3, start=3)
+    found = {}
+    for method, base in (("reuse", "adamw"), *((method, "momentum") for method in KEEPING)):
+        net, opt = default(method=method, base=base)
+        train(opt, net, of_rank(rank), steps=3)
+        stored = io.BytesIO()
+        torch.save({"net": net.state_dict(), "opt": opt.state_dict()}, stored)
+        train(opt, net, of_rank(rank), steps=3, start=3)
 
-    stored.seek(0)
-    state = torch.load(stored, weights_only=True)
-    other, resumed = default(method="reuse", base="adamw")
-    other.load_state_dict(state["net"])
-    resumed.load_state_dict(state["opt"])
-    train(resumed, other, of_rank(rank), steps=3, start=3)
-    return whole(opt), whole(resumed)
+        stored.seek(0)
+        state = torch.load(stored, weights_only=True)
+        other, resumed = default(method=method, base=base)
+        other.load_state_dict(state["net"])
+        resumed.load_state_dict(state["opt"])
+        train(resumed, other, of_rank(rank), steps=3, start=3)
+        found[method] = whole(opt), whole(resumed)
+    return found
+
+
+def mask_of_samples(rank):
+    """The Fisher mask by samples of both ranks, and a step with it."""
+    net, opt = default(method="sparse")
+    steps = iter(range(100, 104))
+
+    def closure():
+        opt.zero_grad()
+        x, y = batch(rank, next(steps))
+        (net(x) - y).square().mean().backward()
+
+    opt.update_mask(closure, samples=4)
+    train(opt, net, of_rank(rank), steps=1)
+    return whole(opt)
 
 
 def cut_short(rank):
@@ -194,4 +228,4 @@ def refused(rank):
     return found
 
 
-CASES = (not_finite, restored, round_trip, cut_short, added_in_place, refused)
+CASES = (not_finite, restored, round_trip, mask_of_samples, cut_short, added_in_place, refused)

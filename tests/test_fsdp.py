@@ -148,27 +148,52 @@ def test_mixed_precision_leaves_the_weights_in_float32(ranks):
 
 
 @pytest.mark.parametrize("pass_", [0, 1], ids=["first", "second"])
-@pytest.mark.parametrize("base", ["adamw", "rmsprop"])
-def test_infinity_on_one_rank_skips_the_step_on_all(ranks, base, pass_):
+@pytest.mark.parametrize(
+    ("method", "base"), [("sam", "adamw"), ("sam", "rmsprop"), *((m, "momentum") for m in sharded_alone.KEEPING)]
+)
+def test_infinity_on_one_rank_skips_the_step_on_all(ranks, method, base, pass_):
+    """What a finite first gradient has moved stays: averages, AE-SAM's moments, bSAM's precision, a mask."""
+    counted = ("average", "schedule", "precision", "mask") if pass_ else ()
     for rank in range(WORLD):
-        before, after = result(ranks[rank], "not_finite")[base, pass_]
+        before, after = result(ranks[rank], "not_finite")[method, base, pass_]
         assert after.pop("skipped_steps") == before.pop("skipped_steps") + 1
-        same = [k for k in before if not k.endswith("grad_norm")]
+        same = [k for k in before if not k.endswith("grad_norm") and not k.startswith((*counted, "gradients"))]
         assert_close({k: after[k] for k in same}, {k: before[k] for k in same}, 0.0)
 
 
-def test_weights_come_back_to_the_bit(ranks):
+@pytest.mark.parametrize("method", ["filterwise", *sharded_alone.KEEPING[:-1]])
+def test_weights_come_back_to_the_bit(ranks, method):
     for rank in range(WORLD):
-        before, inside, after = result(ranks[rank], "restored")
-        assert distance(inside, before) > 1e-3
+        before, places, between, after = result(ranks[rank], "restored")[method]
+        assert len(places) == 1 + (method in ("rsam", "bsam"))
+        assert all(distance(place, before) > 1e-3 for place in places)
+        assert_close(between, before, 0.0)
         assert_close(after, before, 0.0)
 
 
-def test_a_loaded_state_goes_on_to_the_bit(ranks):
+@pytest.mark.parametrize("method", ["reuse", *sharded_alone.KEEPING])
+def test_a_loaded_state_goes_on_to_the_bit(ranks, method):
     """With a step that waits to be learned from, through torch.save."""
     for rank in range(WORLD):
-        uninterrupted, resumed = result(ranks[rank], "round_trip")
+        uninterrupted, resumed = result(ranks[rank], "round_trip")[method]
         assert_close(resumed, uninterrupted, 0.0)
+
+
+def test_a_mask_by_samples_is_that_of_one_process(ranks):
+    """Each gradient is the mean over one sample a rank, on ranks and in one process."""
+    net = Net()
+    opt = build(net, method="sparse")
+    steps = iter(range(100, 104))
+
+    def closure():
+        opt.zero_grad()
+        x, y = joined(next(steps), WORLD)
+        (net(x) - y).square().mean().backward()
+
+    opt.update_mask(closure, samples=4)
+    train(opt, net, lambda step: joined(step, WORLD), steps=1)
+    for each in ranks:
+        assert_close(result(each, "mask_of_samples"), whole(opt), BOUND)
 
 
 @pytest.mark.parametrize("how", ["reset", "no-reset-in-torch"])
