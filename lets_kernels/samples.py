@@ -91,7 +91,7 @@ class SelectedSamples(_PerSample):
     """ESAM's sharpness-sensitive data selection: the second gradient is that of the samples whose loss ε raised most.
 
     Du et al., ICLR 2022. A forward pass at θ + ε, without gradients, gives the losses there; then the closure is
-    called for the chosen samples.
+    called for the chosen samples. Of several ranks each chooses among its own.
 
     Args:
         gamma: γ in (0, 1], the share that is chosen, of at least one sample; at 1 all are, without the forward pass.
@@ -142,7 +142,7 @@ class WeightedSamples(_PerSample):
     Zhou et al., 2021 (arXiv 2112.08772). Perturbing each sample by itself means ε_i = ρ g_i/‖g_i‖; their mean is along
     Σ w_i g_i with w_i ∝ 1/‖g_i‖. How the norms are estimated without a backward pass a sample, and the power that they
     are raised to, are open here: by default from the gradient in the outputs, for which the closure returns
-    ``(losses, outputs)``. The second pass counts every sample alike.
+    ``(losses, outputs)``. The second pass counts every sample alike. Of several ranks each weights its own to a sum of one.
 
     Args:
         power: w_i ∝ ‖g_i‖^power; 0 weights all alike.
