@@ -6,13 +6,13 @@ import torch.distributed as dist
 from sharded import Net, batch, build, train, whole
 
 
-def drawn(share, process_group=None):
-    """Three steps of a method on a layout: all in one piece, on each rank."""
+def drawn(share, grouped):
+    """Three steps of a method on a layout: all in one piece, on each rank. `grouped`: the ranks must be named."""
 
     def steps(rank, ranks, method):
         net = Net()
         model = share(net)
-        opt = build(net, model, method, process_group=process_group and dist.group.WORLD)
+        opt = build(net, model, method, process_group=dist.group.WORLD if grouped else None)
         train(opt, model, lambda step: batch(ranks[rank], step), steps=3)
         return whole(opt)
 

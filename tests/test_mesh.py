@@ -9,7 +9,7 @@ from torch import nn
 from mesh_draws import drawn, noise
 from ranks import Calls, outcomes, result, spawn
 from replicas import by_parts
-from sharded import DRAWN, FAMILY, Net, assert_close, batch, build, joined, shard, train, whole
+from sharded import FAMILY, Net, assert_close, batch, build, joined, shard, train, whole
 
 WORLD = 4
 # As in test_fsdp.py: other orders of the same float64 sums, amplified by a few steps.
@@ -77,7 +77,16 @@ METHODS = ("secant", "diagonal", "algorithm1")
 # The other methods, where it matters how a part of a net is shared out.
 SPREAD = ("fsdp", "hsdp", "tp", "tp-fsdp")
 OTHERS = ("looksam-per-tensor", "aesam", "gsam", "friendly", "fisher-sam", "sparse-interval", "esam-tensor", "p-1")
-PAIRS = [(layout, method) for layout in SPREAD[1:] for method in OTHERS]
+PAIRS = [
+    *(("tp-fsdp", method) for method in OTHERS),
+    *(("tp", method) for method in ("looksam-per-tensor", "esam-tensor", "p-1")),
+    *(("hsdp", method) for method in ("friendly", "sparse-interval")),
+]
+#: Those that draw for single elements: one of each kind, the masks where parts differ the most.
+COPIES = [
+    *((layout, method) for layout in (*SPREAD[1:], "mixed") for method in ("rsam", "random-sam", "esam", "bsam")),
+    *((layout, "sparse-dynamic") for layout in ("tp-fsdp", "mixed")),
+]
 RUNS = [*((layout, method) for layout in LAYOUTS for method in METHODS), *PAIRS]
 SUMS = {"secant": [1, 1, 4], "diagonal": [1, 1, 4], "algorithm1": [1, 1, 1, 4]}
 FILTERS = {"fsdp": [3], "fsdp-to-two": [3], "hsdp": [3], "tp": [5], "half": [3], "tp-fsdp": [3, 3]}
@@ -167,11 +176,9 @@ def sequence_parallel(rank, base):
 
 def cases(rank):
     found = {" ".join(pair): functools.partial(steps_on, rank, *pair) for pair in RUNS}
-    for method in DRAWN:
-        for layout in SPREAD[1:]:
-            share, ranks = LAYOUTS[layout]
-            found[f"{layout} {method}"] = functools.partial(drawn(share), rank, ranks, method)
-        found[f"mixed {method}"] = functools.partial(drawn(mixed, True), rank, (0, 0, 0, 0), method)
+    for layout, method in COPIES:
+        share, own = LAYOUTS.get(layout, (mixed, (0, 0, 0, 0)))
+        found[f"{layout} {method}"] = functools.partial(drawn(share, layout == "mixed"), rank, own, method)
     for layout in SPREAD:
         found[f"noise {layout}"] = functools.partial(noise, LAYOUTS[layout][0])
     found["zeroed"] = functools.partial(zeroed_in_place, rank)
@@ -236,8 +243,7 @@ def test_partial_gradients_are_summed_before_they_are_used(ranks, base):
         assert len(kinds) == 3
 
 
-@pytest.mark.parametrize("method", DRAWN)
-@pytest.mark.parametrize("layout", [*SPREAD[1:], "mixed"])
+@pytest.mark.parametrize(("layout", "method"), COPIES)
 def test_ranks_that_hold_the_same_draw_the_same(ranks, layout, method):
     """Copies of a part, and of what is not cut at all, stay the same to the bit; masks keep their share to one."""
     first, *others = [result(each, f"{layout} {method}") for each in ranks]
