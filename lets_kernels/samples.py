@@ -142,7 +142,8 @@ class WeightedSamples(_PerSample):
     Zhou et al., 2021 (arXiv 2112.08772). Perturbing each sample by itself means ε_i = ρ g_i/‖g_i‖; their mean is along
     Σ w_i g_i with w_i ∝ 1/‖g_i‖. How the norms are estimated without a backward pass a sample, and the power that they
     are raised to, are open here: by default from the gradient in the outputs, for which the closure returns
-    ``(losses, outputs)``. The second pass counts every sample alike. Of several ranks each weights its own to a sum of one.
+    ``(losses, outputs)``. The second pass counts every sample alike. Of several ranks each gives its own
+    weights that sum up to one.
 
     Args:
         power: w_i ∝ ‖g_i‖^power; 0 weights all alike.
