@@ -175,7 +175,7 @@ class Problem:
         return (losses, outputs) if isinstance(self.opt.samples, lets_kernels.WeightedSamples) else losses
 
     def closures(self, i):
-        if self.opt.samples.per_sample:
+        if isinstance(self.opt, lets_kernels.SAM) and self.opt.samples.per_sample:  # the controls are none
             return ((lambda subset=None: self.samples(i, subset)),)
         train, validation = (lambda: self.backward(i)), (lambda: self.backward(i + 1))
         return (train, validation) if self.learned else (train,)
