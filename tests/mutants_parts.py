@@ -13,14 +13,14 @@ GROUPS = [
             ("(1 + old * (1 - self.decay), -old)", "(1.0, -old)"),
             ("(1.0, -self.sigma) if update_first", "(1.0, self.sigma) if update_first"),
             ("torch.where(finite, first.total(shares), torch.nan)", "first.total(shares)", ROBUST),
-            ("gate, updates = finite.double(),", "gate, updates = torch.ones_like(finite).double(),", ROBUST),
+            ("gate = finite.double()", "gate = torch.ones_like(finite).double()", ROBUST),
         ],
     ),
     (
         DIRECTION + "noise.py",
         TEN.format("rsam or random or bsam"),
         [
-            ("count += sum(b.params[i].numel() for i in runs.indices)", "count += len(runs.indices)"),
+            ("count += sum(elements(b.params[i]) for i in runs.indices)", "count += len(runs.indices)"),
             ("b.filter_norms.sqrt_()", "pass"),
             ("draw, self.lam, self.gamma))", "draw, self.gamma, self.lam))"),
             ("std = 1 / math.sqrt(self.data_size)", "std = 1 / self.data_size"),

@@ -35,12 +35,12 @@ GROUPS = [
         "lets_kernels/hypergradient.py",
         "tests/test_hypergradient.py -k 'reference and rounding'",
         [
-            ("out.append(-self.lr[k] * a.bucket", "out.append(self.lr[k] * a.bucket"),
-            ("out.append(-self.lr[k] * self.slope * length * share)", "out.append(-self.slope * length * share)"),
-            ("out.append(-self.lr[k] * self.slope * length * share)", "out.append(-self.lr[k] * self.slope * share)"),
+            ("out.append((bucket, -lr * bucket.parts * share))", "out.append((bucket, lr * bucket.parts * share))"),
+            ("-self.lr[k] * self.slope * length * share)", "-self.slope * length * share)"),
+            ("-self.lr[k] * self.slope * length * share)", "-self.lr[k] * self.slope * share)"),
             ("near.pow((a.q - 1) / a.q)", "near.pow(1 / a.q)", "tests/test_methods.py -k every_direction"),
             ("a.total(saved=True)", "a.total()"),
-            ("(self.stepped[k], self.first[k])", "(self.perturbed[k], self.first[k])", "tests/test_parts.py"),
+            ("for source in (stepped, first))", "for source in (self.perturbed[k], first))", "tests/test_parts.py"),
             (
                 "own(self.perturbed), stepped=own(self.stepped)",
                 "self.perturbed, stepped=self.stepped",
@@ -100,10 +100,10 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/optimizers/sam.py",
+        "lets_kernels/optimizers/undo.py",
         "tests/test_faults.py -k reference",
         [
-            ("if self._step is not None and self._step.torn:", "if False:"),
+            ("(self._step is not None and self._step.torn) or", "False or"),
         ],
     ),
     (

@@ -1,15 +1,20 @@
 """What an optimizer of this package is around its steps: tables of its parameters, ranks, and what a user reads."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lets_kernels.amp import LossScaling
+from lets_kernels.amp import LossScaling, Scaler
 from lets_kernels.distributed import Replicas
 from lets_kernels.layout import Bucket, ParameterSpace
 from lets_kernels.network import Network
 from lets_kernels.optimizers.saving import Saved
+from lets_kernels.passes import FirstPass
 from lets_kernels.precision import warn_of_narrow
 from lets_kernels.radius import radii
+from lets_kernels.samples import Closure, Pass
+from lets_kernels.schedule import Moment
 
 
 class Engine(Saved):
@@ -121,3 +126,34 @@ class Engine(Saved):
         radii = [g["rho"] for g in self.param_groups if isinstance(g["rho"], Tensor)]
         held = [t for entry in self.held.state.values() for t in entry.values()]
         self._captured.append((self._space(), state, radii, held))
+
+    # ---- passes ------------------------------------------------------------------------------------------------------
+
+    def _perturbs(self, first: FirstPass | None) -> bool:
+        known = self._decision
+        # A schedule that looks at the gradient is asked once a first pass: a step that is begun again has another one.
+        if known is None or known[0] != self._step_number or self.schedule.looks_at_gradient:
+            moment = Moment(self._step_number, self.random, first)
+            known = self._decision = self._step_number, self.schedule.decide(moment)
+        return known[1]
+
+    def _pass(self, scaler: Scaler | None) -> Pass:
+        return Pass(lambda closure: self._call(closure, scaler), self._drop_gradients, scaler)
+
+    def _forget_pass(self) -> None:
+        self.network.forget_pass()
+        self._started = False
+        if self._scaling.first_only:
+            self._scaling.give_up()
+
+    def _call(self, closure: Closure, scaler: Scaler | None = None) -> Any:
+        try:
+            # No scaler steps within a closure. Lightning asks there whether to clip, and would refuse, in bf16 too.
+            self._step_supports_amp_scaling = False
+            with torch.enable_grad():
+                loss = closure()
+        finally:
+            self.__dict__.pop("_step_supports_amp_scaling", None)
+        if scaler is not None:
+            self._scaling.unscale(scaler, self.param_groups)
+        return loss

@@ -27,7 +27,8 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
     try:
         for closure in closures:
             o._drop_gradients()
-            losses.append(o._call_first(closure, scaler))
+            with o.first_pass():
+                losses.append(o._call(closure, scaler))
             o.first_step(zero_grad=True, loss=losses[-1])
             step = o._step
             assert step is not None

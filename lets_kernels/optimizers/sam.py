@@ -15,20 +15,19 @@ from lets_kernels.network import Network
 from lets_kernels.optimizers.base import untraced
 from lets_kernels.optimizers.combinations import check_parts
 from lets_kernels.optimizers.context import PerturbedContext
-from lets_kernels.optimizers.engine import Engine
 from lets_kernels.optimizers.frameworks import unwrap
 from lets_kernels.optimizers.learning import learn
 from lets_kernels.optimizers.micro import micro_step
-from lets_kernels.optimizers.start import FirstPassContext, Start
-from lets_kernels.optimizers.step import Closure, Step, as_loss, as_scalar, check_capture, check_same_graph
-from lets_kernels.passes import FirstPass
+from lets_kernels.optimizers.start import FirstPassContext
+from lets_kernels.optimizers.step import Closure, Step, as_loss, as_scalar, check_capture
+from lets_kernels.optimizers.undo import Undone
 from lets_kernels.radius import ConstantRadius, Radius
 from lets_kernels.randomness import Randomness
-from lets_kernels.samples import Pass, Samples
-from lets_kernels.schedule import Always, Moment, Schedule
+from lets_kernels.samples import Samples
+from lets_kernels.schedule import Always, Schedule
 
 
-class SAM(Engine):
+class SAM(Undone):
     """Sharpness-aware minimisation (Foret et al., ICLR 2021, Algorithm 1), and the base of every other method.
 
     No step waits for an accelerator. Once a step or two have been taken, the next can be captured in a CUDA graph, with
@@ -127,23 +126,6 @@ class SAM(Engine):
                 with ``static_graph=True``.
         """
         return FirstPassContext(self)
-
-    def begin_start(self) -> None:
-        """Move the weights to where the first pass is made; what :meth:`first_pass` does on the way in."""
-        self._started = False
-        if self.direction.starts:
-            self._agreed_space()  # the schedule may draw
-            if self._perturbs(None):
-                self._start = Start(self)
-                self._start.move()
-
-    def end_start(self, failed: bool) -> None:
-        """Bring them back."""
-        if self._start is not None:
-            if failed:
-                self.network.pass_failed()
-            self._start.restore()
-            self._start, self._started = None, not failed
 
     @untraced
     def unscale_first(self, scaler: Scaler) -> None:
@@ -250,19 +232,6 @@ class SAM(Engine):
         else:
             self._mark_gradients()
 
-    def _refuses_to_finish(self, step: Step) -> RuntimeError | None:
-        """What stands against the second part of a step that may still be taken otherwise, or None."""
-        try:
-            check_same_graph(step.captured, "second_step()", "first_step()")
-        except RuntimeError as error:
-            return error
-        if self._scaling.first_only and step.overflow is None:
-            return RuntimeError(
-                "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
-                "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so)"
-            )
-        return None
-
     @untraced
     def perturbed(self, *, loss: Any = None) -> PerturbedContext:
         """Weights at θ + ε inside, at θ to the bit outside, whatever happens; ``step()`` then takes the step.
@@ -273,24 +242,6 @@ class SAM(Engine):
             RuntimeError, TypeError: as :meth:`first_step`, on the way in.
         """
         return PerturbedContext(self, loss)
-
-    @untraced
-    def restore(self) -> None:
-        """Bring the weights back to θ, to the bit, and give up the step that was begun. Harmless at any time.
-
-        After an exception between ``first_step()`` and ``second_step()`` the weights stay perturbed until this is
-        called, or ``step(closure)``, which does so first; a forward pass or ``zero_grad()`` notices nothing.
-        """
-        if self._start is not None:
-            self.end_start(failed=True)
-        step = self._step
-        if step is not None:
-            if step.is_perturbed:
-                self.network.pass_failed()
-            with torch.no_grad():
-                step.restore()
-            self._step = None
-            self._scaling.give_up()
 
     @untraced
     def step(
@@ -398,25 +349,6 @@ class SAM(Engine):
         step.overflow = overflow
         self._finish()
 
-    def _step_alone(self) -> None:
-        """``step()`` with nothing begun: what checkpointing tools call, with zero gradients or lr = 0."""
-        self.refuse_another_step("step()")
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not grads:
-            return
-        if all(float(group.get("lr", 1.0)) == 0 for group in self.param_groups):
-            if not self.state:
-                self.base_optimizer.step()  # makes the state, moves nothing
-            self.held.make([b.all_runs() for b in self._space().buckets], (*self.direction.held, *self.descent.held))
-            self.radius.make_state()
-        elif any(map(torch.any, grads)):
-            raise RuntimeError(
-                "step() without a perturbation before it: call step(closure), or first_step() and second_step(), or "
-                "step() after `with opt.perturbed():`; base_optimizer.step() takes a step without one. A framework "
-                "that calls the closure itself (Lightning's 16-mixed) leaves no room for the second pass: use "
-                "bf16-mixed, or manual optimisation with a loss scaler of your own"
-            )
-
     # ---- learning the radius ---------------------------------------------------------------------------------------
 
     @untraced
@@ -437,49 +369,3 @@ class SAM(Engine):
             ValueError: a closure is missing.
         """
         learn(self, train_closure, val_closure, scaler)
-
-    # ---- within ----------------------------------------------------------------------------------------------------
-
-    def _perturbs(self, first: FirstPass | None) -> bool:
-        known = self._decision
-        # A schedule that looks at the gradient is asked once a first pass: a step that is begun again has another one.
-        if known is None or known[0] != self._step_number or self.schedule.looks_at_gradient:
-            moment = Moment(self._step_number, self.random, first)
-            known = self._decision = self._step_number, self.schedule.decide(moment)
-        return known[1]
-
-    def _pass(self, scaler: Scaler | None) -> Pass:
-        return Pass(lambda closure: self._call(closure, scaler), self._drop_gradients, scaler)
-
-    def _forget_pass(self) -> None:
-        self.network.forget_pass()
-        self._started = False
-        if self._scaling.first_only:
-            self._scaling.give_up()
-
-    def _call(self, closure: Closure, scaler: Scaler | None = None) -> Any:
-        try:
-            # No scaler steps within a closure. Lightning asks there whether to clip, and would refuse, in bf16 too.
-            self._step_supports_amp_scaling = False
-            with torch.enable_grad():
-                loss = closure()
-        finally:
-            self.__dict__.pop("_step_supports_amp_scaling", None)
-        if scaler is not None:
-            self._scaling.unscale(scaler, self.param_groups)
-        return loss
-
-    def _call_first(self, closure: Closure, scaler: Scaler | None) -> Any:
-        with self.first_pass():
-            return self._call(closure, scaler)
-
-    @untraced
-    def refuse_another_step(self, what: str) -> None:
-        """``RuntimeError`` if a step has been begun and its weights are perturbed."""
-        self._heal()
-        self._refuse_while_perturbed(what)
-
-    def _heal(self) -> None:
-        """Undo a perturbation that an interrupt cut off before it was complete, or while it was being undone."""
-        if (self._step is not None and self._step.torn) or (self._start is not None and self._start.torn):
-            self.restore()

@@ -11,13 +11,14 @@ from lets_kernels.optimizers.base import untraced
 from lets_kernels.passes import FirstPass
 
 if TYPE_CHECKING:
+    from lets_kernels.optimizers.engine import Engine
     from lets_kernels.optimizers.sam import SAM
 
 
 class Start:
     """The weights at θ + δ, for the first pass; ``restore`` is right, and harmless, at any point."""
 
-    def __init__(self, optimizer: "SAM") -> None:
+    def __init__(self, optimizer: "Engine") -> None:
         self._optimizer = optimizer
         self._runs = [b.all_runs() for b in optimizer._space().buckets]
         #: The weights are on their way there or back.

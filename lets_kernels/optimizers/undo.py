@@ -1,0 +1,90 @@
+"""What undoes a step or a first pass that was begun, and what refuses one that may not begin or end now."""
+
+import torch
+
+from lets_kernels.optimizers.base import untraced
+from lets_kernels.optimizers.engine import Engine
+from lets_kernels.optimizers.start import Start
+from lets_kernels.optimizers.step import Step, check_same_graph
+
+
+class Undone(Engine):
+    """The part of :class:`SAM` that brings weights back."""
+
+    @untraced
+    def restore(self) -> None:
+        """Bring the weights back to θ, to the bit, and give up the step that was begun. Harmless at any time.
+
+        After an exception between ``first_step()`` and ``second_step()`` the weights stay perturbed until this is
+        called, or ``step(closure)``, which does so first; a forward pass or ``zero_grad()`` notices nothing.
+        """
+        if self._start is not None:
+            self.end_start(failed=True)
+        step = self._step
+        if step is not None:
+            if step.is_perturbed:
+                self.network.pass_failed()
+            with torch.no_grad():
+                step.restore()
+            self._step = None
+            self._scaling.give_up()
+
+    def begin_start(self) -> None:
+        """Move the weights to where the first pass is made; what :meth:`first_pass` does on the way in."""
+        self._started = False
+        if self.direction.starts:
+            self._agreed_space()  # the schedule may draw
+            if self._perturbs(None):
+                self._start = Start(self)
+                self._start.move()
+
+    def end_start(self, failed: bool) -> None:
+        """Bring them back."""
+        if self._start is not None:
+            if failed:
+                self.network.pass_failed()
+            self._start.restore()
+            self._start, self._started = None, not failed
+
+    @untraced
+    def refuse_another_step(self, what: str) -> None:
+        """``RuntimeError`` if a step has been begun and its weights are perturbed."""
+        self._heal()
+        self._refuse_while_perturbed(what)
+
+    def _heal(self) -> None:
+        """Undo a perturbation that an interrupt cut off before it was complete, or while it was being undone."""
+        if (self._step is not None and self._step.torn) or (self._start is not None and self._start.torn):
+            self.restore()
+
+    def _refuses_to_finish(self, step: Step) -> RuntimeError | None:
+        """What stands against the second part of a step that may still be taken otherwise, or None."""
+        try:
+            check_same_graph(step.captured, "second_step()", "first_step()")
+        except RuntimeError as error:
+            return error
+        if self._scaling.first_only and step.overflow is None:
+            return RuntimeError(
+                "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
+                "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so)"
+            )
+        return None
+
+    def _step_alone(self) -> None:
+        """``step()`` with nothing begun: what checkpointing tools call, with zero gradients or lr = 0."""
+        self.refuse_another_step("step()")
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            return
+        if all(float(group.get("lr", 1.0)) == 0 for group in self.param_groups):
+            if not self.state:
+                self.base_optimizer.step()  # makes the state, moves nothing
+            self.held.make([b.all_runs() for b in self._space().buckets], (*self.direction.held, *self.descent.held))
+            self.radius.make_state()
+        elif any(map(torch.any, grads)):
+            raise RuntimeError(
+                "step() without a perturbation before it: call step(closure), or first_step() and second_step(), or "
+                "step() after `with opt.perturbed():`; base_optimizer.step() takes a step without one. A framework "
+                "that calls the closure itself (Lightning's 16-mixed) leaves no room for the second pass: use "
+                "bf16-mixed, or manual optimisation with a loss scaler of your own"
+            )
