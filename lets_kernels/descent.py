@@ -54,7 +54,7 @@ class SurrogateGap(Descent):
     gradients until the step. The diagonal ρ-gradient of LETS sees the change of ĝ alone, not that of g⊥.
 
     Args:
-        alpha: α ≥ 0; 0 is SAM. The paper has 0.4 for ResNets and 0.6 for ViTs.
+        alpha: α ≥ 0; 0 is SAM. 0.6 is in use for ViTs.
 
     Raises:
         ValueError: α is negative or not finite.

@@ -15,7 +15,7 @@ class GSAM(SAM):
     """Along ĝ − α g⊥, where g⊥ is the part of g orthogonal to ĝ: the surrogate gap ĥ = L(θ + ε) − L(θ) shrinks too.
 
     Zhuang et al., ICLR 2022. State: none beside SAM's; the first gradient is held through the second pass.
-    Two gradients a step. α = 0.4 is the paper's for ResNets (0.6 for ViTs). Its ρ falls with the learning rate: pass
+    Two gradients a step. α = 0.4 by default; 0.6 is in use for ViTs. Its ρ falls with the learning rate: pass
     ``rho=LearningRateRadius(rho_max, rho_min)`` for that.
 
     Args:

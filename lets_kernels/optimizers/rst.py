@@ -14,7 +14,7 @@ class RST(SAM):
     """Randomised sharpness-aware training: a SAM step with probability p, else a step of the base optimizer.
 
     Zhao et al., 2022 (RST; also published as SS-SAM). State: none beside SAM's saved weights. 1 + p
-    gradients a step. p = 0.5 is the paper's; for the shapes of its schedules see :class:`~lets_kernels.Bernoulli`.
+    gradients a step. p = 0.5 by default; for the shapes of its schedules see :class:`~lets_kernels.Bernoulli`.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
