@@ -24,8 +24,9 @@ class MESA(Term):
             ...                                        # backward, and the optimizer's step
             mesa.update(model)                         # at the weights after it, never at perturbed ones
 
-    The defaults are those of the authors' code and README (λ 0.3 or 0.8 there). The paper leaves open what normalisation does in the averaged model: it
-    runs in evaluation mode here, with running statistics that are averaged alike.
+    The defaults are those of the authors' code and README (λ 0.3 or 0.8 there). The paper leaves open what
+    normalisation does in the averaged model: it runs in evaluation mode here, with running statistics that are
+    averaged alike.
 
     Args:
         model: what is averaged; without the wrapper of DistributedDataParallel, and not sharded.
