@@ -12,7 +12,6 @@ GROUPS = [
             ("super().__init__(1 - self.theta, 0.0, 1.0)", "super().__init__(self.theta, 0.0, 1.0)"),
             ("(1 + old * (1 - self.decay), -old)", "(1.0, -old)"),
             ("(1.0, -self.sigma) if update_first", "(1.0, self.sigma) if update_first"),
-            ("torch.where(finite, first.total(shares), torch.nan)", "first.total(shares)", ROBUST),
             ("gate = finite.double()", "gate = torch.ones_like(finite).double()", ROBUST),
         ],
     ),

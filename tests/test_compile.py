@@ -95,7 +95,11 @@ def test_fake_tensors_go_through_every_op_and_nothing_is_computed(op):
         result = overload(op)(*fakes)
     assert same_bits(*([t for t in tree_leaves(x) if torch.is_tensor(t)] for x in (given, before)))
     if result is not None:
-        assert result.shape == () and result.dtype == torch.float64 and result.device.type == "cpu"
+        assert (
+            result.shape == ((3,) if op == "dots" else ())
+            and result.dtype == torch.float64
+            and result.device.type == "cpu"
+        )
 
 
 # ---- steps between graphs

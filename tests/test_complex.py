@@ -65,7 +65,7 @@ class Problem:
         state = [t for entry in opt.state.values() for _, t in sorted(entry.items()) if torch.is_tensor(t)]
         state += [t for p in self.params for _, t in sorted(opt.held.state.get(p, {}).items())]
         real = [torch.view_as_real(t) if t.is_complex() else t for t in (*(p.detach() for p in self.params), *state)]
-        return [*real, opt.rho, opt.metrics()["grad_norm"]]
+        return [*real, opt.rho, opt.metrics().get("grad_norm", opt.rho)]
 
 
 def build(method, base, params, backend):

@@ -99,6 +99,7 @@ Tensor masked_(const Tensors& out, const Tensors& vectors, const std::optional<T
 
 Tensor count_above(const Tensors& vectors, const Tensor& mask, const Tensor& runs, const Tensor& threshold,
                    const Tensor& random, int64_t stream, int64_t member) {
+  check_mask_value(member, -1, "member");
   const Table table(runs);
   const Device device(vectors, {mask});
   const Dtype dtype = dtype_of_list(vectors, "vectors");
@@ -117,7 +118,8 @@ void select_(const Tensor& mask, const Tensors& vectors, const Tensor& runs, con
   const Device device(vectors, {mask});
   const Dtype dtype = dtype_of_list(vectors, "vectors");
   const Runs v(vectors, table, dtype, device.where, "vectors", Need::optional);
-  STD_TORCH_CHECK(value >= 0 && value <= 255, "value must be of 0 to 255, not ", value);
+  check_mask_value(member, -1, "member");
+  check_mask_value(value, 0, "value");
   auto rows = rows_of(table, {&v});
   add_mask(rows, table, mask_of(mask, table, device.where), 1);
   cuda::select_above(dtype, rows.data(), table.size(), counter(threshold, device.where, "threshold"),

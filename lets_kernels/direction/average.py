@@ -48,7 +48,7 @@ class _Averaged(Direction):
             shares.append(b.parts * b.ops.average_(*lists, seen, table, gate.to(b.device), *numbers))
             ascents.append(Ascent.along(runs, room) if room else Ascent(runs, averages, 0.0, 2.0, scaled=False))
         updates += finite  # in place: replays of a captured step go on from there
-        return Perturbation(ascents, torch.where(finite, first.total(shares), torch.nan))
+        return Perturbation(ascents, first.total(shares))
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self._updates.clone()}
