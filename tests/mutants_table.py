@@ -94,7 +94,8 @@ GROUPS = [
         [
             ("flags = [*known, *means[:1], *self.totals]", "flags = [*known, *self.totals]"),
             ("flags = [*known, *means[:1], *self.totals]", "flags = [*known, *means[:1]]"),
-            ("mean().pow(1 / self.optimizer.direction.q)", "mean().sqrt()", "tests/test_parts.py"),
+            ("found.total.pow(1 / o.direction.q)", "found.total.sqrt()", "tests/test_parts.py"),
+            ("mean().pow(1 / self.optimizer.direction.q)", "mean().sqrt()", "tests/test_micro.py -k power_mean"),
             (RESTORING, "            pass\n        self"),
             ("if self.is_perturbed and second[a.bucket.index].indices != a.runs.indices:", "if False:"),
         ],

@@ -321,3 +321,16 @@ def test_a_schedule_is_asked_once_a_step():
     for count in (1, 2):
         opt.step([closure, closure, closure])
         assert schedule.asked == count
+
+
+def test_the_norm_of_several_passes_is_their_power_mean():
+    """In the norm that the perturbation's is dual to: for p = inf the sum of absolute values."""
+    task = Task(steps=2)
+    opt = build("sam", task, direction=lk.Gradient(p=math.inf), rho=0.01)
+    norms = []
+    for batch in micro(task, 0):
+        task.closure(batch)()
+        norms.append(sum(p.grad.abs().sum() for p in task.net.parameters()))
+    opt.zero_grad()
+    opt.step(closures(task, 0))
+    torch.testing.assert_close(opt.metrics()["grad_norm"], sum(norms) / 3, rtol=1e-12, atol=0)
