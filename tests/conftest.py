@@ -78,11 +78,3 @@ def ranks(tmp_path_factory):
     pool = Ranks(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.stop()
-
-
-#: The files that take longest. They are begun first, so that no worker sits idle at the end while another one has them.
-LONGEST = ("test_triton.py", "test_triton_aot.py", "test_sanitize.py", "test_mesh.py", "test_dcp_ranks.py")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
