@@ -1,6 +1,7 @@
 """Sharpness-aware training for PyTorch: SAM and its family, and a radius that is learned (LETS), on fused kernels."""
 
 from lets_kernels._version import __version__
+from lets_kernels.auto import AutoConstants, AutoRadius
 from lets_kernels.descent import Descent, NormPenalty, Perturbed, Reuse, SurrogateGap
 from lets_kernels.direction import (
     Adaptive,
@@ -40,7 +41,7 @@ from lets_kernels.optimizers import (
     VaSSO,
 )
 from lets_kernels.precision import PrecisionWarning
-from lets_kernels.radius import ConstantRadius, LearningRateRadius, Radius, ScheduledRadius
+from lets_kernels.radius import ConstantRadius, LearningRateRadius, Radius, RadiusWarning, ScheduledRadius
 from lets_kernels.samples import Samples, SelectedSamples, WeightedSamples
 from lets_kernels.schedule import Always, Bernoulli, Every, NormThreshold, Schedule
 from lets_kernels.trajectory import MESA, SAF, trajectory_loss
@@ -62,6 +63,8 @@ __all__ = [
     "AELookSAM",
     "Adaptive",
     "Always",
+    "AutoConstants",
+    "AutoRadius",
     "Bernoulli",
     "ConstantRadius",
     "CurvatureWarning",
@@ -87,6 +90,7 @@ __all__ = [
     "Posterior",
     "PrecisionWarning",
     "Radius",
+    "RadiusWarning",
     "RandomSAM",
     "RandomStart",
     "Reuse",

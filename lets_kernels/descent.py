@@ -72,7 +72,7 @@ class SurrogateGap(Descent):
         self._products = None  # those of a step that was given up in between
         if not (second.perturbed and self.alpha):
             return None
-        self._products = second.products([second.firsts(runs) for runs in second.runs])
+        self._products = second.compared()
         return self._products[0, 0]
 
     def choose(self, second: SecondPass) -> None:

@@ -24,6 +24,7 @@ from lets_kernels.saved import check_learned
 METRICS = ("squared_gap", "gap", "validation_loss")
 CURVATURES = ("diagonal", "secant")
 DIRECTIONS = ("epsilon", "algorithm1")
+VALIDATIONS = ("closure", "next")
 
 
 class CurvatureWarning(UserWarning):
@@ -40,68 +41,97 @@ class LearnedRadius(Radius):
 
     ``group["rho"]`` shows the radius, as a 0-d tensor; what is written there is not read.
 
-    A step with it, and the learning after it, can be captured in a CUDA graph with ``interval=1`` and without
-    ``reuse_train_gradient``; the learning rates are then those of the capture, and ``opt.rho`` follows the replays.
+    A step with it, and the learning after it, can be captured in a CUDA graph with ``interval=1``, with validation
+    closures and without ``reuse_train_gradient``; the learning rates are then those of the capture, and ``opt.rho``
+    follows the replays.
 
     Args:
         rho: ρ_0 > 0. With ``per_group``, for groups without their own ``rho``.
         metric: F. ``"squared_gap"`` (the paper) is ½(L_vl − L_tr)², ``"gap"`` is L_vl − L_tr, ``"validation_loss"``
-            is L_vl; the last needs one gradient fewer.
+            is L_vl; the last needs one gradient fewer. None takes ``"squared_gap"`` with ``validation="closure"``, and
+            ``"validation_loss"``, the only one that goes with it, with ``"next"``.
         curvature: ``"diagonal"`` (the paper) or ``"secant"``.
         direction: for the diagonal, ``"epsilon"`` takes the perturbation that was applied (the derivation in the
             text); ``"algorithm1"`` takes the training gradient at the new weights, as Algorithm 1 prints it.
         optimizer: class of the torch optimizer for ν, Adam by default; it gets ``optimizer_kwargs``, ``lr`` 1e-2 by
             default, and on an accelerator ``capturable=True`` if it knows that. SGD, Adam and AdamW step by the ops.
             Once bound it is the attribute ``optimizer``, to which an LR scheduler can be attached.
+        validation: where ḡ_vl comes from. ``"closure"`` (the paper) is the validation closure of
+            ``step(closure, val_closure)`` or ``radius_step``. ``"next"`` takes the next step's first gradient, on the
+            next batch: a step then costs two gradients, there is nothing to call, and ν moves at the beginning of the
+            next step; the step's two gradients wait until then, two parameter-sized buffers. Batches of the training
+            set are not held out: from the second epoch on the weights have been fitted to them, wrong labels included,
+            and the signal then leans towards a smaller radius (docs/radius.md).
         interval: learn on every ``interval``-th step that perturbs only.
         reuse_train_gradient: the next step's first gradient, on the next batch, serves as ḡ_tr: three gradients a step
             and not four. ν then moves at the beginning of the next step.
         per_group: one ν a param group. With a secant, a group's ν then sees the part of ĝ − g that lies in the group.
 
     Raises:
-        ValueError: an argument is out of its range; ``direction`` with a secant, which needs none.
+        ValueError: an argument is out of its range; ``direction`` with a secant, which needs none;
+            ``validation="next"`` with what needs a gradient at the new weights on this step's batch.
         TypeError: an optimizer that calls its closure itself.
     """
 
-    learns = True
+    moves = True
 
     def __init__(
         self,
         rho: float = 0.05,
         *,
-        metric: str = "squared_gap",
+        metric: str | None = None,
         curvature: str = "diagonal",
         direction: str = "epsilon",
         optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+        validation: str = "closure",
         interval: int = 1,
         reuse_train_gradient: bool = False,
         per_group: bool = False,
         **optimizer_kwargs: Any,
     ) -> None:
+        if metric is None:
+            metric = "validation_loss" if validation == "next" else "squared_gap"
         for name, value, known in (
             ("metric", metric, METRICS),
             ("curvature", curvature, CURVATURES),
             ("direction", direction, DIRECTIONS),
+            ("validation", validation, VALIDATIONS),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         if curvature == "secant" and direction != "epsilon":
             raise ValueError(f"direction={direction!r} goes with curvature='diagonal'; a secant needs no direction")
+        if validation == "next":
+            for refused in (
+                f"metric={metric!r}" if metric != "validation_loss" else "",
+                "direction='algorithm1'" if direction == "algorithm1" else "",
+                "reuse_train_gradient=True" if reuse_train_gradient else "",
+            ):
+                if refused:
+                    raise ValueError(
+                        f"{refused} needs the gradient of this step's batch at the new weights, and validation='next' "
+                        "takes that of the next batch only: leave it out, or use validation='closure'"
+                    )
         if isinstance(optimizer, type):
             check_steps_alone(optimizer)
         if interval < 1:
             raise ValueError(f"interval must be at least 1, not {interval}")
         self.rho = _check_learned(rho)
         self.metric, self.curvature, self.direction = metric, curvature, direction
+        self.validation = validation
         self.interval, self.reuse_train_gradient, self.per_group = interval, reuse_train_gradient, per_group
         self._make_optimizer = optimizer
         self._optimizer_kwargs = {"lr": 1e-2, **optimizer_kwargs}
         self._step_nu = OwnStep()
         self.nu: list[Tensor] = []
         self.optimizer: torch.optim.Optimizer | None = None
-        self._pending: tuple[Trial, list[Gradients], Tensor] | None = None
+        self._pending: tuple[Trial, list[Gradients] | None, Tensor | None] | None = None
         self._packed: dict[str, Any] | None = None
         self._metrics: dict[str, Tensor] = {}
+
+    @property
+    def learns(self) -> bool:  # type: ignore[override]
+        return self.validation == "closure"
 
     # ---- the radius ----------------------------------------------------------------------------------------------
 
@@ -126,15 +156,16 @@ class LearnedRadius(Radius):
         return {"capturable": self._optimizer_kwargs.get("capturable", device.type in ("cuda", "xpu"))}
 
     def check_passes(self, sync_perturbation: bool, direction: Direction, samples: Samples) -> None:
-        secant, reuses = self.curvature == "secant", self.reuse_train_gradient
+        secant, reuses = self.curvature == "secant", self.reuse_train_gradient or not self.learns
+        option = "reuse_train_gradient=True" if self.reuse_train_gradient else "validation='next'"
         if not direction.needs_gradient and (secant or reuses):
-            what = "curvature='secant'" if secant else "reuse_train_gradient=True"
+            what = "curvature='secant'" if secant else option
             raise ValueError(f"{what} needs a first gradient, and this direction takes none: leave it out")
         elsewhere = direction.starts or not samples.first_is_whole
         if reuses and elsewhere:
             raise ValueError(
-                "reuse_train_gradient=True takes a step's first gradient for that of the batch at the weights, and "
-                "this method's is another: leave it out"
+                f"{option} takes a step's first gradient for that of the batch at the weights, and this method's is "
+                "another: leave it out"
             )
         if secant and (elsewhere or not samples.second_is_whole):
             warnings.warn(
@@ -144,10 +175,10 @@ class LearnedRadius(Radius):
                 CurvatureWarning,
                 stacklevel=2,
             )
-        if not sync_perturbation and self.reuse_train_gradient:
+        if not sync_perturbation and reuses:
             raise ValueError(
-                "reuse_train_gradient=True takes a first gradient for that of the whole batch, and with "
-                "sync_perturbation=False it is one rank's: leave one of the two out"
+                f"{option} takes a first gradient for that of the whole batch, and with sync_perturbation=False it is "
+                "one rank's: leave one of the two out"
             )
 
     def to(self, device: torch.device) -> None:
@@ -189,8 +220,8 @@ class LearnedRadius(Radius):
     def not_capturable(self) -> str | None:
         if self.interval != 1:
             return f"with interval={self.interval} the host decides at every step whether to learn from it"
-        if self.reuse_train_gradient:
-            return "with reuse_train_gradient=True a step goes on with gradients that the one before left elsewhere"
+        if self.reuse_train_gradient or not self.learns:
+            return "the radius learns at the beginning of a step from gradients that the one before left elsewhere"
         return None
 
     # ---- learning --------------------------------------------------------------------------------------------------
@@ -226,14 +257,14 @@ class LearnedRadius(Radius):
     def observe(
         self,
         trial: Trial,
-        val: list[Gradients],
-        val_loss: Tensor,
+        val: list[Gradients] | None,
+        val_loss: Tensor | None,
         train: list[Gradients] | None,
         train_loss: Tensor | None,
         groups: Sequence[dict[str, Any]],
         replicas: Replicas,
     ) -> None:
-        if self.needs_train_gradient and self.reuse_train_gradient:
+        if val is None or (self.needs_train_gradient and self.reuse_train_gradient):
             self._pending = trial.detached(), val, val_loss
         else:
             self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
@@ -248,22 +279,26 @@ class LearnedRadius(Radius):
     ) -> None:
         if self._packed is not None:
             state, self._packed = self._packed, None
-            if Trial.fits(state["trial"], buckets) and fit(state["val"], buckets):
+            val = state["val"]
+            if Trial.fits(state["trial"], buckets) and (val is None or fit(val, buckets)):
                 trial = Trial.unpack(state["trial"], buckets)
-                self._pending = trial, placed(state["val"], buckets), state["val_loss"]
+                self._pending = trial, None if val is None else placed(val, buckets), state["val_loss"]
         if self._pending is None:
             return
         (trial, val, val_loss), self._pending = self._pending, None
         # Where parameters have been frozen, added or moved since, that step's gradients go with others than these.
         if any(a.bucket not in buckets for a in trial.ascents):
             return
-        self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
+        if val is None:  # this step's first gradient, on a batch that the last step has not seen
+            self._learn(trial, train, train_loss, None, None, groups, replicas)
+        else:
+            self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
 
     def _learn(
         self,
         trial: Trial,
         val: list[Gradients],
-        val_loss: Tensor,
+        val_loss: Tensor | None,
         train: list[Gradients] | None,
         train_loss: Tensor | None,
         groups: Sequence[dict[str, Any]],
@@ -285,7 +320,7 @@ class LearnedRadius(Radius):
             for nu, value in zip(self.nu, first, strict=True):
                 nu.detach().copy_(value)
         losses = means[len(sums) :]
-        weight = losses[0] - losses[1] if self.metric == "squared_gap" else torch.ones_like(losses[0])
+        weight = losses[0] - losses[1] if self.metric == "squared_gap" else torch.ones_like(sums[0])
         gradients = [weight * s for s in means[: len(sums)]]
         ok = torch.isfinite(torch.stack(gradients)).all() * trial.gate
         self._metrics = {
@@ -324,7 +359,7 @@ class LearnedRadius(Radius):
     def check_state_dict(self, state: dict[str, Any]) -> None:
         assert self.optimizer is not None
         super().check_state_dict(state)
-        check_learned(state, self.nu, self.optimizer)
+        check_learned(state, self.nu, self.optimizer, self.learns)
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         assert self.optimizer is not None

@@ -210,6 +210,29 @@ class SecondPass:
     keeps: bool  # the gradients themselves are asked for after the step
     gate: Tensor
     offsets: Sequence[int]  # of each bucket's first parameter among those of all, and how many there are
+    _compared: Tensor | None = None
+
+    def compared(self) -> Tensor:
+        """ĝ·ĝ, ĝ·g and g·g over all buckets and ranks: float64 of shape [1, 3], made once a step."""
+        if self._compared is None:
+            self._compared = self.products([self.firsts(runs) for runs in self.runs])
+        return self._compared
+
+    def compared_by_groups(self, count: int, riders: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`compared`, with a row for each of ``count`` param groups (all in one row, if it is 1).
+
+        Also the first rank's ``riders``, float64 numbers of any shape, which travel in the same all-reduce.
+        """
+        rows = torch.zeros(count, 3, dtype=torch.float64, device=self.home)
+        for runs in self.runs:
+            b = runs.bucket
+            found = b.ops.dots(b.pack(runs.grads), b.pack(self.firsts(runs)), b.unscaled_table(runs.indices))
+            rows[b.group if count > 1 else 0] += b.parts * found.to(self.home)
+        if self.replicas.groups:
+            sums, first = self.replicas.agree(list(rows.flatten().unbind()), list(riders.flatten().unbind()))
+            rows, riders = torch.stack(sums).view_as(rows), torch.stack(first).view_as(riders)
+        self._compared = rows.sum(dim=0, keepdim=True)
+        return rows, riders
 
     def firsts(self, runs: Runs) -> list[Tensor]:
         """The first gradients in the order of the runs; zeros where there was none."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ from lets_kernels.passes import Gradients
 from lets_kernels.samples import Samples
 
 
+class RadiusWarning(UserWarning):
+    """A radius does not move, or cannot tell what it goes by."""
+
+
 def check_rho(rho: Any) -> float:
     """ρ as a float; ``TypeError`` if it is no number, ``ValueError`` if it is negative or not finite."""
     if not isinstance(rho, (Real, Tensor)) or isinstance(rho, bool):
-        raise TypeError(f"rho must be a number or a Radius, not {rho!r}")
+        raise TypeError(f"rho must be a number, a Radius or 'auto', not {rho!r}")
     value = float(rho)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"rho must be a finite number >= 0, not {value}")
@@ -41,7 +45,9 @@ def radii(values: Sequence[float | Tensor]) -> list[Tensor]:
 class Radius:
     """Base class: gives each group its ρ at every step."""
 
-    #: True for a radius that wants the gradients of a step and a validation closure.
+    #: True for a radius that goes by what the steps show: it is one optimizer's own, and the same on all ranks.
+    moves = False
+    #: True for one that learns from closures called at the new weights: ``step`` takes a validation closure then.
     learns = False
     #: What the constructor of an optimizer writes into its groups as ``rho`` where they have none.
     rho: float = 0.0
@@ -83,7 +89,7 @@ class Radius:
     def metrics(self) -> dict[str, Tensor]:
         return {}
 
-    # For a radius that learns; the engine calls these only where `learns` is True.
+    # For a radius that learns from the gradients after a step; `due` says from which steps.
 
     #: `observe` needs the vectors of the perturbation.
     needs_vectors = False
@@ -101,14 +107,17 @@ class Radius:
     def observe(
         self,
         trial: Trial,
-        val: list[Gradients],
-        val_loss: Tensor,
+        val: list[Gradients] | None,
+        val_loss: Tensor | None,
         train: list[Gradients] | None,
         train_loss: Tensor | None,
         groups: Sequence[dict[str, Any]],
         replicas: Replicas,
     ) -> None:
-        """Learn from one step, or keep it until ``complete``; gradients are lists with an entry for each bucket."""
+        """Learn from one step, or keep it until ``complete``; gradients are lists with an entry for each bucket.
+
+        ``val`` is None for a radius that does not ``learn`` from closures: it waits for the next first gradient.
+        """
         raise NotImplementedError
 
     def complete(
@@ -120,6 +129,29 @@ class Radius:
         replicas: Replicas,
     ) -> None:
         """Learn from the step that waits, now that the next one's first gradient is there."""
+        raise NotImplementedError
+
+    # For a radius that goes by the two gradients of each step that perturbs.
+
+    #: `compare` is called with their products.
+    compares = False
+    #: A radius a param group, and products by groups.
+    per_group = False
+
+    @property
+    def memory(self) -> Tensor:
+        """What it remembers, float64 of shape [radii, numbers]; under several ranks each takes over the first one's."""
+        raise NotImplementedError
+
+    def compare(self, products: Tensor, unit: Tensor, gate: Tensor, groups: Sequence[dict[str, Any]]) -> None:
+        """Go by one step.
+
+        Args:
+            products: ĝ·ĝ, g·ĝ and g·g over all ranks, float64 of shape [radii, 3].
+            unit: g·ε/(ρ‖g‖), 0-d float64: how long a perturbation of ρ = 1 is along the gradient; 1 for SAM.
+            gate: 0-d, zero where the step is skipped; nothing may change then.
+            groups: the param groups.
+        """
         raise NotImplementedError
 
     # State.
@@ -136,6 +168,10 @@ class Radius:
             raise ValueError(f"the state is that of another kind of radius than {type(self).__name__}")
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None: ...
+
+
+#: What optimizers take for ``rho``: a number ≥ 0, a radius, or ``"auto"`` for :class:`lets_kernels.AutoRadius`.
+RadiusLike: TypeAlias = float | Literal["auto"] | Radius
 
 
 class ConstantRadius(Radius):

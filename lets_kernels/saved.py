@@ -50,6 +50,14 @@ def check_scalar(value: Any, what: str) -> None:
         _refuse(what, f"is {value!r}, not a 0-d tensor of a finite number")
 
 
+def check_numbers(values: Any, count: int, what: str) -> None:
+    """So many 0-d tensors of finite numbers."""
+    if not _is_list(values) or len(values) != count:
+        _refuse(what, f"is {values!r}, not a list of {count}")
+    for value in values:
+        check_scalar(value, what)
+
+
 def check_part(state: Any, present: Mapping[str, Any], what: str) -> None:
     """The state of a part of a method: numbers where it has numbers now, finite ones, and counts where it counts."""
     check_keys(state, present, what)
@@ -126,7 +134,9 @@ def _alike(value: Any, present: Any) -> bool:
     return True
 
 
-def check_learned(state: Mapping[str, Any], nus: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+def check_learned(
+    state: Mapping[str, Any], nus: Sequence[Tensor], optimizer: torch.optim.Optimizer, closures: bool
+) -> None:
     """The state of a learned radius: as many ν as there are, an optimizer for them, and perhaps a step that waits."""
     found = len(state["nu"]) if _is_list(state["nu"]) else "no list of"
     if found != len(nus):
@@ -134,20 +144,29 @@ def check_learned(state: Mapping[str, Any], nus: Sequence[Tensor], optimizer: to
     for nu in state["nu"]:
         check_scalar(nu, "log rho")
     check_optimizer(state["optimizer"], optimizer, "the radius's optimizer")
-    _check_waiting(state["pending"], "the step that waits")
+    _check_waiting(state["pending"], "the step that waits", closures)
 
 
-def _check_waiting(pending: Any, what: str) -> None:
-    """None, or a packed trial; whether it goes with the parameters is seen when it is unpacked."""
+def _check_waiting(pending: Any, what: str, closures: bool) -> None:
+    """None, or a packed trial; whether it goes with the parameters is seen when it is unpacked.
+
+    ``closures``: it holds the validation gradient, for which it waits otherwise.
+    """
     if pending is None:
         return
     check_keys(pending, ("trial", "val", "val_loss"), what)
     trial = pending["trial"]
     check_keys(trial, _TRIAL, f"{what}['trial']")
-    tensors = [pending["val_loss"], trial["total"], trial["gate"]]
+    tensors = [trial["total"], trial["gate"]]
+    if closures:
+        tensors.append(pending["val_loss"])
+    elif pending["val"] is not None or pending["val_loss"] is not None:
+        _refuse(what, "holds a validation gradient, and this radius takes that of the next step")
     if isinstance(trial["slope"], bool) or not isinstance(trial["slope"], Real):
         _refuse(f"{what}: slope", f"is {trial['slope']!r}, not a number")
-    lists = {"val": pending["val"], **{name: trial[name] for name in ("first", "perturbed", "stepped", "lr", "rho")}}
+    lists = {name: trial[name] for name in ("first", "perturbed", "stepped", "lr", "rho")}
+    if closures:
+        lists["val"] = pending["val"]
     counts = set()
     for name, entries in lists.items():
         if not _is_list(entries):

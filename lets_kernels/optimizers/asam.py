@@ -7,7 +7,7 @@ import torch
 
 from lets_kernels.direction import Adaptive
 from lets_kernels.optimizers.sam import SAM
-from lets_kernels.radius import Radius
+from lets_kernels.radius import RadiusLike
 
 
 class ASAM(SAM):
@@ -25,7 +25,7 @@ class ASAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.5,
+        rho: RadiusLike = 0.5,
         xi: float = 0.01,
         *,
         filterwise: bool = False,

@@ -71,8 +71,8 @@ class Wrapper(torch.optim.Optimizer):
         self._reset()
         # Tools that load a saved state key by key must find the key at which the first group carries numbers.
         self._own = {**self._own, KEY: None}
-        if self.radius.learns and self.radius.bound:
-            raise ValueError("this learned radius belongs to another optimizer; give each its own")
+        if self.radius.moves and self.radius.bound:
+            raise ValueError("this radius belongs to another optimizer already, with which it moves; give each its own")
         is_class = isinstance(base, type) and issubclass(base, torch.optim.Optimizer)
         if not is_class and not isinstance(base, torch.optim.Optimizer):
             raise TypeError(f"base_optimizer must be a torch optimizer class or instance, not {base!r}")
@@ -112,6 +112,8 @@ class Wrapper(torch.optim.Optimizer):
         self._started = False
         self._trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
         self._radius_waits = False
+        #: Steps from which a radius could have learned and did not; None once it has.
+        self._missed: int | None = 0
         #: Whether the caller does the first backward and the closure the others; the first `step(closure)` shows.
         self._caller_begins: bool | None = None
         self._last: dict[str, Tensor] = {}

@@ -5,7 +5,7 @@ from typing import Any
 
 from lets_kernels.direction import Posterior
 from lets_kernels.optimizers.sam import SAM
-from lets_kernels.radius import Radius
+from lets_kernels.radius import RadiusLike
 from lets_kernels.variational import VariationalSGD
 
 
@@ -34,7 +34,7 @@ class BSAM(SAM):
     def __init__(
         self,
         params: Iterable[Any],
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         *,
         lr: float,
         data_size: float,

@@ -56,8 +56,8 @@ def check_parts(o: "SAM") -> None:
 def check_micro_batches(o: "SAM") -> None:
     """``ValueError`` where a step cannot go over micro-batches that are perturbed one by one."""
     reason = None
-    if o.radius.learns or o.descent.holds_first:
-        what = type(o.radius if o.radius.learns else o.descent).__name__
+    if o.radius.moves or o.descent.holds_first:
+        what = type(o.radius if o.radius.moves else o.descent).__name__
         reason = f"{what} compares the two gradients of one step"
     elif o.schedule.looks_at_gradient:
         reason = f"{type(o.schedule).__name__} decides by the gradient of the whole batch"

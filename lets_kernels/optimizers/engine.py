@@ -1,5 +1,6 @@
 """What an optimizer of this package is around its steps: tables of its parameters, ranks, and what a user reads."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from lets_kernels.network import Network
 from lets_kernels.optimizers.saving import Saved
 from lets_kernels.passes import FirstPass
 from lets_kernels.precision import warn_of_narrow
-from lets_kernels.radius import radii
+from lets_kernels.radius import RadiusWarning, radii
 from lets_kernels.samples import Closure, Pass
 from lets_kernels.schedule import Moment
+
+#: Steps from which a radius could have learned, after which it is said that it did not.
+_MISSED = 10
 
 
 class Engine(Saved):
@@ -23,6 +27,7 @@ class Engine(Saved):
     network: Network
     replicas: Replicas
     check_finite: bool
+    rho_warmup: int
     _scaling: LossScaling
     _backend: str
     _flatten: bool
@@ -53,7 +58,8 @@ class Engine(Saved):
         micro-batches are perturbed one by one; ‖g‖ on a step that does not perturb), ``perturbed_grad_norm`` ‖ĝ‖ (with
         ``check_finite``), ``rho`` the present radius, ``skipped_steps`` and ``gradients``, the gradients that all steps
         have taken, two counts; ``loss``, ``perturbed_loss`` and
-        ``loss_gap`` where the optimizer saw the losses; and what the radius reports: ``rho_grad`` = ∂F/∂ρ,
+        ``loss_gap`` where the optimizer saw the losses; with ``rho_warmup`` ``applied_rho``, by which the last step
+        perturbed; and what the radius reports: ``rho_grad`` = ∂F/∂ρ,
         ``val_loss``, ``train_loss``. With 16-bit weights, from the first step and then from every hundredth:
         ``perturbation_cosine`` between ε and what rounding left of it, ``perturbation_length``, the ratio of their
         lengths, and ``perturbed_fraction``, the share of weights that moved at all.
@@ -98,7 +104,7 @@ class Engine(Saved):
             )
         self.replicas.find(self.model, params)
         shared = {
-            "a learned radius": self.radius.learns,
+            "a radius that is learned or finds itself": self.radius.moves,
             "random decisions": self.random.used and not self.random.given,
             "decisions by the gradient": self.schedule.looks_at_gradient,
         }
@@ -126,6 +132,26 @@ class Engine(Saved):
         radii = [g["rho"] for g in self.param_groups if isinstance(g["rho"], Tensor)]
         held = [t for entry in self.held.state.values() for t in entry.values()]
         self._captured.append((self._space(), state, radii, held))
+
+    def rho_share(self) -> float:
+        """The share of the radius that the present step perturbs by: below 1 while ``rho_warmup`` lasts."""
+        if self._step_number >= self.rho_warmup:
+            return 1.0
+        return (self._step_number + 1) / self.rho_warmup
+
+    def _notice_missed_learning(self) -> None:
+        """Say it once if steps pass by from which the radius does not learn, since nobody calls what it learns from."""
+        if self._missed is None:
+            return
+        self._missed += 1
+        if self._missed == _MISSED:
+            warnings.warn(
+                f"the radius has not learned from any of {_MISSED} steps and stays where it began: call "
+                "opt.radius_step(closure, val_closure) after every second_step(), or take steps with "
+                "opt.step(closure, val_closure); LearnedRadius(validation='next') and rho='auto' need neither",
+                RadiusWarning,
+                stacklevel=2,
+            )
 
     # ---- passes ------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 
 from lets_kernels.direction import Dropped
 from lets_kernels.optimizers.sam import SAM
-from lets_kernels.radius import Radius
+from lets_kernels.radius import RadiusLike
 from lets_kernels.samples import SelectedSamples, WeightedSamples
 
 
@@ -31,7 +31,7 @@ class ESAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         beta: float = 0.5,
         gamma: float = 0.5,
         *,
@@ -58,7 +58,7 @@ class DeltaSAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         power: float = -1.0,
         **kwargs: Any,
     ) -> None:

@@ -9,7 +9,7 @@ from lets_kernels.direction import Fisher, Masked
 from lets_kernels.optimizers.masks import update_mask
 from lets_kernels.optimizers.sam import SAM
 from lets_kernels.optimizers.step import Closure
-from lets_kernels.radius import Radius
+from lets_kernels.radius import RadiusLike
 
 
 class FisherSAM(SAM):
@@ -27,7 +27,7 @@ class FisherSAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         eta: float = 1.0,
         **kwargs: Any,
     ) -> None:
@@ -54,7 +54,7 @@ class SparseSAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         sparsity: float = 0.5,
         kind: str = "fisher",
         interval: int | None = None,

@@ -7,7 +7,7 @@ import torch
 
 from lets_kernels.direction import Friendly, Smoothed
 from lets_kernels.optimizers.sam import SAM
-from lets_kernels.radius import Radius
+from lets_kernels.radius import RadiusLike
 
 
 class FriendlySAM(SAM):
@@ -27,7 +27,7 @@ class FriendlySAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         sigma: float = 1.0,
         decay: float = 0.9,
         *,
@@ -53,7 +53,7 @@ class VaSSO(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         theta: float = 0.9,
         **kwargs: Any,
     ) -> None:

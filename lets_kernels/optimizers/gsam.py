@@ -8,7 +8,7 @@ import torch
 from lets_kernels.descent import NormPenalty, SurrogateGap
 from lets_kernels.direction import RandomStart
 from lets_kernels.optimizers.sam import SAM
-from lets_kernels.radius import Radius
+from lets_kernels.radius import RadiusLike
 
 
 class GSAM(SAM):
@@ -27,7 +27,7 @@ class GSAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         alpha: float = 0.4,
         **kwargs: Any,
     ) -> None:
@@ -50,7 +50,7 @@ class RGSAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         alpha: float = 0.4,
         *,
         gamma: float = 1e-4,
@@ -77,7 +77,7 @@ class GradientNormPenalty(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         alpha: float = 0.8,
         **kwargs: Any,
     ) -> None:

@@ -17,12 +17,15 @@ def learn(o: "SAM", train_closure: Closure | None, val_closure: Closure | None, 
     """The body of :meth:`SAM.radius_step`."""
     radius = o.radius
     if not radius.learns:
-        raise RuntimeError("radius_step() is for a learned radius: rho=LearnedRadius(...)")
+        raise RuntimeError(
+            "radius_step() is for a learned radius with closures: rho=LearnedRadius(...); with validation='next' "
+            "and rho='auto' the steps themselves are enough, so leave it out"
+        )
     if val_closure is None or (train_closure is None and radius.needs_train_closure):
         raise ValueError("radius_step(train_closure, val_closure) needs both closures for this radius")
     if not o._radius_waits:
         raise RuntimeError("radius_step() comes after second_step(), once a step")
-    observed, o._trial, o._radius_waits = o._trial, None, False
+    observed, o._trial, o._radius_waits, o._missed = o._trial, None, False, None
     if observed is None:  # a step that the radius does not learn from
         return
     trial, versions = observed

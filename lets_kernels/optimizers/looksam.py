@@ -7,7 +7,7 @@ import torch
 
 from lets_kernels.descent import Reuse
 from lets_kernels.optimizers.sam import SAM
-from lets_kernels.radius import Radius
+from lets_kernels.radius import RadiusLike
 from lets_kernels.schedule import Every, NormThreshold
 
 
@@ -28,7 +28,7 @@ class LookSAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         k: int = 5,
         alpha: float = 0.7,
         *,
@@ -55,7 +55,7 @@ class AESAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         *,
         steps: int,
         lambda1: float = -1.0,
@@ -83,7 +83,7 @@ class AELookSAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         *,
         steps: int,
         lambda1: float = -1.0,

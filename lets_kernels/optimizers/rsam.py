@@ -7,7 +7,7 @@ import torch
 
 from lets_kernels.direction import Gaussian, RandomStart
 from lets_kernels.optimizers.sam import SAM
-from lets_kernels.radius import Radius
+from lets_kernels.radius import RadiusLike
 
 
 class RSAM(SAM):
@@ -28,7 +28,7 @@ class RSAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         gamma: float = 1e-4,
         lam: float = 1.0,
         *,
@@ -54,7 +54,7 @@ class RandomSAM(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, rho, direction=Gaussian(), **kwargs)

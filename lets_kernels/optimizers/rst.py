@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lets_kernels.optimizers.sam import SAM
-from lets_kernels.radius import Radius
+from lets_kernels.radius import RadiusLike
 from lets_kernels.schedule import Bernoulli
 
 
@@ -26,7 +26,7 @@ class RST(SAM):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         p: float = 0.5,
         *,
         end: float | None = None,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lets_kernels import ops
 from lets_kernels.amp import LossScaling, Scaler, handed_over, unscale_by
+from lets_kernels.auto import as_radius
 from lets_kernels.descent import Descent, Perturbed
 from lets_kernels.direction import Adaptive, Direction
 from lets_kernels.distributed import Replicas
@@ -21,7 +22,7 @@ from lets_kernels.optimizers.micro import micro_step
 from lets_kernels.optimizers.start import FirstPassContext
 from lets_kernels.optimizers.step import Closure, Step, as_loss, as_scalar, check_capture
 from lets_kernels.optimizers.undo import Undone
-from lets_kernels.radius import ConstantRadius, Radius
+from lets_kernels.radius import RadiusLike
 from lets_kernels.randomness import Randomness
 from lets_kernels.samples import Samples
 from lets_kernels.schedule import Always, Schedule
@@ -39,7 +40,8 @@ class SAM(Undone):
         params: parameters, named parameters, or groups of them; a group may have its own ``rho``, ``adaptive``, ``xi``.
         base_optimizer: a torch optimizer class, which gets the remaining keyword arguments; or an instance that was
             built on the same parameters. It stays a true optimizer: its groups and state are this optimizer's.
-        rho: the radius ρ ≥ 0 of the perturbation, or a :class:`~lets_kernels.Radius`.
+        rho: the radius ρ ≥ 0 of the perturbation, a :class:`~lets_kernels.Radius`, or ``"auto"``, which finds one while
+            it trains: ``AutoRadius()``.
         adaptive: ASAM's T = |θ|, element-wise and with ξ = 0 unless a group has its own ``xi``.
         direction, schedule, descent: the other three parts of a method. Default: ``adaptive`` as above, ``Always()``,
             ``Perturbed()``.
@@ -61,6 +63,9 @@ class SAM(Undone):
             DistributedDataParallel ``model``. ``"alone"``: nothing is sent.
         sync_perturbation: under DistributedDataParallel, False perturbs each rank along its own first gradient
             (m-sharpness), which is then not synchronised.
+        rho_warmup: steps over which the radius rises, in equal parts, from nothing to what ``rho`` says, a number, a
+            schedule or a learned radius; a large radius fails mostly in the first steps. ``opt.rho`` says what is risen
+            to, ``metrics()["applied_rho"]`` what the last step perturbed by.
         same_rng: the second pass draws the same random numbers as the first, so dropout has the same masks.
 
     Raises:
@@ -76,7 +81,7 @@ class SAM(Undone):
         self,
         params: Iterable[Any],
         base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | Radius = 0.05,
+        rho: RadiusLike = 0.05,
         adaptive: bool = False,
         *,
         direction: Direction | None = None,
@@ -91,9 +96,13 @@ class SAM(Undone):
         process_group: "torch.distributed.ProcessGroup | str | None" = None,
         sync_perturbation: bool = True,
         same_rng: bool = False,
+        rho_warmup: int = 0,
         **kwargs: Any,
     ) -> None:
         ops.check_request(backend)
+        if isinstance(rho_warmup, bool) or not isinstance(rho_warmup, int) or rho_warmup < 0:
+            raise ValueError(f"rho_warmup must be a number of steps >= 0, not {rho_warmup!r}")
+        self.rho_warmup = rho_warmup
         if direction is None:
             direction = Adaptive(xi=0.0)
             direction.defaults = {**direction.defaults, "adaptive": adaptive}
@@ -101,7 +110,7 @@ class SAM(Undone):
             raise ValueError(f"adaptive=True goes with an adaptive direction, not with {type(direction).__name__}")
         self.direction, self.schedule, self.descent = direction, schedule or Always(), descent or Perturbed()
         self.samples = samples or Samples()
-        self.radius = rho if isinstance(rho, Radius) else ConstantRadius(rho)
+        self.radius = as_radius(rho)
         self._backend, self._flatten = backend, flatten
         self.check_finite, self.replicas = check_finite, Replicas(process_group)
         self.network, self._scaling = Network(model, sync_perturbation, same_rng), LossScaling()
@@ -201,7 +210,7 @@ class SAM(Undone):
     def _finish(self, zero_grad: bool = False) -> None:
         """What :meth:`second_step` does, without the hooks, which around :meth:`step` have run."""
         self._heal()
-        step, self._trial = self._step, None
+        step, self._trial, missed = self._step, None, self._trial is not None
         if step is None:
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
         if step.in_context:
@@ -215,6 +224,9 @@ class SAM(Undone):
                 if not self.network.sync_perturbation:
                     self._scaling.tell(step.gate)
                 self._trial, self._step, self._radius_waits = step.trial, None, self.radius.learns
+                if self._trial is not None and not self.radius.learns:
+                    (trial, _), self._trial = self._trial, None
+                    self.radius.observe(trial, None, None, None, None, self.param_groups, self.replicas)
         except BaseException:  # an interrupt after the base optimizer's step too: it must not be taken again
             self.restore()
             raise
@@ -231,6 +243,8 @@ class SAM(Undone):
             self.zero_grad()
         else:
             self._mark_gradients()
+        if missed:
+            self._notice_missed_learning()
 
     @untraced
     def perturbed(self, *, loss: Any = None) -> PerturbedContext:
@@ -287,7 +301,10 @@ class SAM(Undone):
         if self.radius.learns and val_closure is None:
             raise ValueError("a learned radius needs a validation closure: step(closure, val_closure)")
         if not self.radius.learns and val_closure is not None:
-            raise ValueError("val_closure is for a learned radius: step(closure), or rho=LearnedRadius(...)")
+            raise ValueError(
+                "val_closure is for a learned radius that takes its validation gradient from a closure: step(closure), "
+                "or rho=LearnedRadius(...)"
+            )
         check_capture(self)
         self.restore()
         self._scaling.begin(scaler)

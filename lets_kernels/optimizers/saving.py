@@ -148,6 +148,7 @@ _STEP = {
     "_started",
     "_trial",
     "_radius_waits",
+    "_missed",
     "_caller_begins",
     "_last",
     "_precision",

@@ -14,6 +14,7 @@ from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import Bucket
 from lets_kernels.passes import FirstPass, Gradients, SecondPass, add_up, by_index, squared
 from lets_kernels.precision import INTERVAL, NARROW, measure
+from lets_kernels.radius import radii
 from lets_kernels.runs import Runs, capturing
 from lets_kernels.shards import version
 
@@ -33,6 +34,9 @@ def check_capture(optimizer: "SAM") -> bool:
         return False
     schedule, reason = optimizer.schedule, optimizer.radius.not_capturable() or optimizer.direction.not_capturable()
     way_out = "capture forward and backward only, and take the step outside of the graph"
+    if optimizer.rho_share() < 1:
+        reason = f"rho still rises over the first {optimizer.rho_warmup} steps, and a graph keeps the present one"
+        way_out = f"take {optimizer.rho_warmup} steps before the capture (rho_warmup=), or {way_out}"
     if not schedule.capturable:
         reason = f"{type(schedule).__name__} decides on the host at every step whether to perturb"
         way_out = f"perturb at every step (schedule=Always()), or {way_out}"
@@ -125,7 +129,8 @@ class Step:
     @property
     def _holds(self) -> bool:
         """The first gradients are asked for after the second pass."""
-        return self._observed or self.optimizer.descent.holds_first
+        o = self.optimizer
+        return self._observed or o.descent.holds_first or o.radius.compares
 
     def _gather(self, keep: bool) -> list[Runs]:
         """The first gradients, from which a radius that waits for them learns."""
@@ -159,7 +164,8 @@ class Step:
 
     def _radius(self, bucket: Bucket) -> Tensor:
         o, group = self.optimizer, self.optimizer.param_groups[bucket.group]
-        return bucket.scalar(o.radius.value(bucket.group, group, o._step_number))
+        rho, share = o.radius.value(bucket.group, group, o._step_number), o.rho_share()
+        return bucket.scalar(rho if share == 1 else rho * share)
 
     def perturb(self) -> None:
         """θ ← θ + ε, over all buckets with one norm; nothing on a step that does not perturb."""
@@ -222,7 +228,11 @@ class Step:
         passed = SecondPass(
             active, held, self.perturbs, o.skipped.device, o.replicas, o.held, keeps, self.gate, offsets
         )
-        self._close_gate(active, o.descent.look(passed))
+        products = self._compare(passed)
+        squared_norm = o.descent.look(passed)
+        if squared_norm is None and products is not None:
+            squared_norm = passed.compared()[0, 0]
+        self._close_gate(active, squared_norm)
         passed.gate = self.gate
         o.descent.choose(passed)
         fused, reason = [], refusal(o.base_optimizer)
@@ -256,7 +266,25 @@ class Step:
         if self._observed and self.perturbs and (self.ascents or o.replicas.groups):
             hat_list = [g for h in hats for g in h.values()]
             self.trial = self._record(hats, [by_index(r) for r in second]), [(g, g._version) for g in hat_list]
+        if products is not None:
+            o.radius.compare(products, self._unit(products), self.gate, o.param_groups)
         return reason is None, reason or ""
+
+    def _compare(self, passed: SecondPass) -> Tensor | None:
+        """The products that the radius goes by, and its memory as the first rank has it."""
+        radius = self.optimizer.radius
+        if not (radius.compares and self.perturbs):
+            return None
+        products, memory = passed.compared_by_groups(len(radius.memory), radius.memory)
+        if memory is not radius.memory:
+            radius.memory.copy_(memory)
+        return products
+
+    def _unit(self, products: Tensor) -> Tensor:
+        """g·ε/(ρ‖g‖), which is 1 for SAM."""
+        if not self.optimizer.direction.dual:
+            return torch.ones_like(self._norm)
+        return self._norm / products[:, 2].sum().sqrt()
 
     def _close_gate(self, active: list[Runs], squared_norm: Tensor | None) -> None:
         """0 where a gradient is not finite, of any pass and on any rank; counted, and never read here.
@@ -283,6 +311,14 @@ class Step:
         if flags and self.buckets:
             self.gate, self.gated = self.buckets[0].ops.all_finite_(flags, o.skipped), True
 
+    def _applied(self) -> Tensor:
+        """The radius of this step's perturbation, as ``SAM.rho`` gives radii; 0 on a step that does not perturb."""
+        o = self.optimizer
+        groups = o.param_groups[:1] if o.radius.shared else o.param_groups
+        own = {b.group: rho for b, rho in zip(self.buckets, self.rho, strict=True)}
+        values = radii([own.get(i, 0.0) if self.perturbs else 0.0 for i in range(len(groups))])
+        return values[0] if len(values) == 1 else torch.stack(values)
+
     def _record(self, hats: list[Gradients], stepped: list[Gradients]) -> Trial:
         groups = [self.optimizer.param_groups[b.group] for b in self.buckets]
         lr = [g["lr"].clone().reshape(()) if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
@@ -298,6 +334,8 @@ class Step:
         if len(self.totals) > 1 or self.totals[0] is not self.total:  # of several passes, or means over ranks
             norm = torch.stack(self.totals).mean().pow(1 / self.optimizer.direction.q)
         found = {"grad_norm": norm} if self.optimizer.direction.needs_gradient else {}
+        if self.optimizer.rho_warmup:
+            found["applied_rho"] = self._applied()
         if self.hats:
             found["perturbed_grad_norm"] = self.hats[0].sqrt()
         if self.loss is not None:
