@@ -146,6 +146,7 @@ class AutoRadius(Radius):
         new, self._metrics = self._next(products, unit)
         ok = torch.isfinite(new).all(dim=1, keepdim=True) & (gate != 0)
         self._memory.copy_(torch.where(ok, new, self._memory))
+        self._publish(groups)
 
     def _next(self, products: Tensor, unit: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.constants

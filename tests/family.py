@@ -10,6 +10,7 @@ from torch import nn
 
 import lets_kernels as lk
 import papers
+from lets_kernels.optimizers.carried import numbers
 from methods import BASES
 from nets import TRANSPOSED
 
@@ -196,6 +197,7 @@ def held(opt):
     found = {f"weights.{i}": p.detach().clone() for i, p in enumerate(params)}
     for i, entry in saved["state"].items():
         found |= {f"{i}.{k}": v.clone() for k, v in entry.items() if torch.is_tensor(v)}
+    found |= {f"radius.{k}": torch.as_tensor(v).clone() for k, v in numbers(saved["lets_kernels"]["radius"]).items()}
     for part in ("direction", "schedule", "descent", "random"):
         found |= {f"{part}.{k}": torch.as_tensor(v).clone() for k, v in saved["lets_kernels"][part].items()}
     return found

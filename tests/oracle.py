@@ -226,13 +226,20 @@ def hypergradient(theta, T, g, g_hat, g_train, g_val, gap, rho, eta, metric, cur
 def lets(
     loss, theta, batches, base, rho, nu_base, metric, curvature, direction="epsilon", T=identity, p=2.0, **options
 ):
-    """LETS-SAM / LETS-ASAM (Wang et al., Algorithm 1).  nu = log rho.  Returns the weights and rho after every step."""
+    """LETS-SAM / LETS-ASAM (Wang et al., Algorithm 1).  nu = log rho.  Returns the weights and rho after every step.
+
+    following: the gradient of the next batch stands for that of a validation batch.  share: of the radius that step t,
+    from 0, perturbs by.
+    """
     interval, reuse = options.get("interval", 1), options.get("reuse", False)
+    following, share = options.get("following", False), options.get("share", lambda t: 1.0)
     radii, held = [], None
     nu = {"nu": torch.tensor(math.log(rho), dtype=torch.float64)}
 
     def learn(nu, parts, train_loss, g_train):
         theta_t, g, g_hat, g_val, val_loss, radius = parts
+        if following:
+            g_val, val_loss = g_train, train_loss
         gap = val_loss - train_loss
         slope = hypergradient(
             theta_t, T, g, g_hat, g_train, g_val, gap, radius, base.lr, metric, curvature, direction, p
@@ -243,14 +250,14 @@ def lets(
         value, g = gradient(loss, theta, batch)
         if held is not None:
             nu, held = learn(nu, held, value, g), None
-        radius = nu["nu"].exp()
+        radius = nu["nu"].exp() * share(t - 1)
         eps = unit(g, T(theta), p)
         _, g_hat = gradient(loss, {k: theta[k] + radius * eps[k] for k in theta}, batch)
         before, theta = theta, base.step(theta, g_hat)
         if t % interval == 0:
             val_loss, g_val = gradient(loss, theta, val_batch)
             parts = before, g, g_hat, g_val, val_loss, radius
-            if reuse:
+            if reuse or following:
                 held = parts
             else:
                 nu = learn(nu, parts, *gradient(loss, theta, batch))

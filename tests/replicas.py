@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lets_kernels as lk
 from family import FAMILY, held
 from lets_kernels import LearnedRadius
+from radii import auto, following
 from toys import snapshot
 
 # name: (class, arguments made anew for every optimizer)
@@ -18,6 +19,9 @@ METHODS = {
     **{name: (member.cls, lambda own=member.options: dict(own)) for name, member in FAMILY.items()},
     "p-1": (lk.SAM, lambda: {"rho": 0.05, "direction": lk.Gradient(p=1.0)}),
     "sometimes": (lk.SAM, lambda: {"direction": lk.RandomStart(0.1), "schedule": lk.Bernoulli(0.5)}),
+    "auto": (lk.SAM, lambda: {"rho": auto()}),
+    "auto-gsam-per-group": (lk.GSAM, lambda: {"rho": auto(per_group=True)}),
+    "next": (lk.ASAM, lambda: {"rho": following(0.5)}),
     "lets-gsam": (lk.GSAM, lambda: {"rho": LearnedRadius(0.05, curvature="secant", lr=0.05)}),
     "lets-friendly": (lk.FriendlySAM, lambda: {"rho": LearnedRadius(0.05, curvature="diagonal", lr=0.05)}),
 }

@@ -8,6 +8,7 @@ from torch import nn
 import lets_kernels as lk
 from family import FAMILY
 from methods import BASES
+from radii import auto, following
 
 
 class Net(nn.Module):
@@ -103,13 +104,16 @@ METHODS = {
     "diagonal": (lk.LETSASAM, lambda: {**learned(), "filterwise": True}),
     "algorithm1": (lk.LETSASAM, lambda: learned(direction="algorithm1")),
     "reuse": (lk.LETSSAM, lambda: learned(curvature="secant", reuse_train_gradient=True)),
+    "auto": (lk.SAM, lambda: {"rho": auto()}),
+    "auto-filterwise": (lk.ASAM, lambda: {"rho": auto(), "filterwise": True}),
+    "next": (lk.SAM, lambda: {"rho": following()}),
     "p-1": (lk.SAM, lambda: {"rho": 0.1, "direction": lk.Gradient(p=1.0)}),
     **{name: (member.cls, lambda own=member.options: {**own, "seed": 3}) for name, member in FAMILY.items()},
 }
 #: Methods that draw for each element: every part of a tensor has numbers of its own, so another sharding has others.
 DRAWN = ("rgsam", "rsam", "rsam-std", "random-sam", "sparse-dynamic", "esam", "bsam")
 #: The other ones beside SAM, ASAM and LETS: the same steps however the weights are spread.
-EVERYWHERE = ("p-1", *(name for name in FAMILY if name not in DRAWN))
+EVERYWHERE = ("p-1", "auto", "auto-filterwise", "next", *(name for name in FAMILY if name not in DRAWN))
 
 
 def build(net, model=None, method="sam", base="momentum", **options):

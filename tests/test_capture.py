@@ -10,6 +10,7 @@ import torch
 
 import lets_kernels as lk
 from accelerator import BACKENDS, DEVICE, DRY, needs_gpu
+from radii import following
 from runs import same_bits
 from toys import Toy, weights
 
@@ -26,8 +27,10 @@ REFUSED = {
     "tensors": ({"direction": lk.Dropped(granularity="tensor")}, "granularity='tensor' draws on the host"),
     "schedule": ({"schedule": Alternating()}, "Alternating decides on the host.*schedule=Always"),
     "scheduled-radius": ({"rho": lk.ScheduledRadius.linear(0.2, 0.1, 9)}, "ScheduledRadius computes rho on the host"),
+    "next": ({"rho": following}, "learns at the beginning of a step"),
+    "warmup": ({"rho_warmup": 9}, "rho still rises over the first 9 steps.*take 9 steps before"),
     "interval": ({"rho": lambda: lk.LearnedRadius(0.1, interval=2)}, "interval=2"),
-    "reuse": ({"rho": lambda: lk.LearnedRadius(0.1, reuse_train_gradient=True)}, "reuse_train_gradient"),
+    "reuse": ({"rho": lambda: lk.LearnedRadius(0.1, reuse_train_gradient=True)}, "learns at the beginning of a step"),
 }
 
 

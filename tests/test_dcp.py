@@ -20,6 +20,7 @@ import lets_kernels as lk
 from family import FAMILY, ONE_EACH
 from methods import BASES
 from nets import Task
+from radii import auto
 from runs import same_bits
 from toys import snapshot, weights
 
@@ -33,6 +34,8 @@ METHODS = {
     "asam": lambda rho: (lk.ASAM, rho, {"filterwise": True}),
     "lets-sam": lambda rho: (lk.LETSSAM, secant(rho), {}),
     "lets-asam-per-group": lambda rho: (lk.LETSASAM, secant(rho, per_group=True), {"groups": True}),
+    "auto": lambda rho: (lk.SAM, auto(rho), {}),
+    "auto-per-group": lambda rho: (lk.ASAM, auto(rho, per_group=True), {"groups": True}),
     "nu-by-sgd": lambda rho: (lk.LETSSAM, secant(rho, optimizer=torch.optim.SGD, momentum=0.9), {}),
     "nu-by-rmsprop": lambda rho: (lk.LETSSAM, secant(rho, optimizer=torch.optim.RMSprop), {}),
     "nu-by-amsgrad": lambda rho: (lk.LETSSAM, secant(rho, optimizer=torch.optim.AdamW, amsgrad=True), {}),

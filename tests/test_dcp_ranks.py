@@ -22,6 +22,7 @@ import lets_kernels as lk
 from family import FAMILY
 from lets_kernels.optimizers.carried import numbers
 from lets_kernels.shards import local
+from radii import auto
 from runs import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -30,6 +31,7 @@ METHODS = {
     "sam": lambda rho: (lk.SAM, {"rho": rho}),
     "asam": lambda rho: (lk.ASAM, {"rho": rho}),
     "lets-sam": lambda rho: (lk.LETSSAM, {"rho": lk.LearnedRadius(rho, curvature="secant", lr=0.05)}),
+    "auto": lambda rho: (lk.SAM, {"rho": auto(rho)}),
     **{name: lambda rho, m=member: (m.cls, {**m.options, "rho": rho}) for name, member in FAMILY.items()},
 }
 BASES = {
@@ -43,6 +45,7 @@ CASES = [
     ("fsdp", "lets-sam", "adamw", False),
     ("fsdp", "lets-sam", "adamw", True),
     ("ddp", "lets-sam", "momentum", False),
+    ("fsdp", "auto", "momentum", False),
     ("ddp", "asam", "adamw", True),
     ("fsdp", "friendly", "adamw", False),
     ("fsdp", "aelooksam", "momentum", False),
@@ -195,4 +198,4 @@ def test_one_process_goes_on_from_the_checkpoint_of_two_ranks(ranks, case):
     assert found.keys() == {name for name in whole if not name.startswith("part of ")}
     for name, value in found.items():  # halves that are averaged, in float64: rounding alone, far below 1e-6
         torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-9, msg=name)
-    assert (float(opt.rho) != float(rho)) is opt.radius.learns
+    assert (float(opt.rho) != float(rho)) is opt.radius.moves

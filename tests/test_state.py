@@ -12,6 +12,7 @@ import lets_kernels as lk
 from family import FAMILY, ONE_EACH
 from methods import BASES
 from nets import Task
+from radii import auto, following
 from runs import same_bits
 from toys import Toy, snapshot, weights
 
@@ -32,6 +33,12 @@ METHODS = {
         lk.LearnedRadius(0.1, curvature="secant", lr=0.05, reuse_train_gradient=True, interval=5),
         {},
     ),
+    "auto": lambda: (lk.SAM, auto(), {}),
+    "auto-asam-per-group": lambda: (lk.ASAM, auto(per_group=True), {"groups": True}),
+    "auto-gsam": lambda: (lk.GSAM, auto(), {}),
+    "next": lambda: (lk.SAM, following(), {}),
+    "next-diagonal-per-group": lambda: (lk.ASAM, following(0.3, "diagonal", per_group=True), {"groups": True}),
+    "warmup": lambda: (lk.SAM, 0.1, {"rho_warmup": 8}),
     "lets-asam-per-group": lambda: (lk.LETSASAM, lk.LearnedRadius(0.3, lr=0.05, per_group=True), {"groups": True}),
 }
 
