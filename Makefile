@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CSRC = $(shell find csrc tests/emulator tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz mutants sanitize trust bench wheel gpu-check lint format clean
+.PHONY: help build demo test fuzz mutants sanitize trust bench experiments wheel gpu-check lint format clean
 
 help:    ## these targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
@@ -28,6 +28,10 @@ mutants: build    ## take the formulas apart one by one: does a test go red each
 
 bench: build    ## the benchmarks; ARGS="--save-results --wait 20" writes benchmarks/results
 	$(PY) -m pytest benchmarks -q $(ARGS)
+
+experiments: build    ## is there a radius that nobody has to search for? Hours, and goes on where it was; options in ARGS
+	@$(PY) -m pip install -qq -r requirements-experiments.txt
+	$(PY) -m benchmarks.experiments all $(ARGS)
 
 sanitize: $(READY)    ## the C++ kernels under sanitizers, at length; writes tests/results/sanitize.json
 	$(PY) tests/sanitized.py
