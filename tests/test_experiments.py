@@ -323,6 +323,12 @@ def test_an_unfinished_campaign_says_what_is_missing_and_compares_what_is_paired
     assert set(half.regret(half.accuracies("base"))) == {"a"}
 
 
+def test_runs_with_settings_of_another_day_are_told(by_hand):
+    assert "different settings" not in markdown(by_hand)
+    by_hand.runs[0]["settings"]["lr"] = 0.3
+    assert "a: runs with 2 different settings" in markdown(by_hand)
+
+
 def test_one_seed_has_no_interval():
     assert Interval.of([3.0]) == Interval(3.0, None, 1)
 

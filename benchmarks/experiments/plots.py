@@ -25,6 +25,7 @@ COLOURS = {
     "loss-equated": "#CC79A7",
     "lets-paper": "#D55E00",
 }
+REACH = 6.0  # points below the best that a panel shows in any case
 OTHERS = ("#009E73", "#7F3C8D", "#8C6D31", "#666666")  # of families that are added, in their order
 
 
@@ -84,7 +85,8 @@ def _accuracy(results: Results, path: Path) -> Path:
             shown += means
         best = max(shown)
         # Collapsed runs would flatten what is to be seen; they leave the picture at the bottom.
-        near = [value for value in shown if value > best - 20]
+        base = results.accuracies("base").get(task, {}).values()
+        near = [*base, *(value for value in shown if value > best - REACH)]
         margin = 0.08 * (best - min(near)) + 0.2
         axes.set_ylim(min(near) - margin, best + margin)
     figure.supylabel("test accuracy (%)", fontsize="medium")

@@ -22,6 +22,9 @@ NAMES = {
 }
 
 
+OWN = ("value", "own_steps")  # settings of a contender; the others are its task's
+
+
 @dataclass(frozen=True)
 class Line:
     """One row: a way to choose among the members of a family, and what came of it."""
@@ -95,7 +98,13 @@ def interval(found: Interval | None, sign: bool = True) -> str:
     if found is None:
         return "–"
     half = "" if found.half is None else f" ± {found.half:.2f}"
-    return f"{found.mean:{'+' if sign else ''}.2f}{half}".replace("-", "−")
+    return points(found.mean, sign) + half
+
+
+def points(value: float, sign: bool = True) -> str:
+    """Two digits, and no sign before zero."""
+    rounded = round(value, 2) or 0.0
+    return f"{rounded:{'+' if sign and rounded else ''}.2f}".replace("-", "−")
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -109,7 +118,7 @@ def markdown(results: Results) -> str:
     regret_rows = []
     for line in found:
         worst = line.worst
-        at = "–" if worst is None else f"{worst[1].mean:+.2f} ({worst[0]})".replace("-", "−", 1)
+        at = "–" if worst is None else f"{points(worst[1].mean)} ({worst[0]})"
         overall = interval(line.overall) + ("" if len(line.regrets) == len(tasks) else f" ({len(line.regrets)} tasks)")
         collapsed = f"{line.collapses} of {line.runs}"
         regret_rows.append([line.label, f"{line.gradients:.3g}", overall, at, collapsed])
@@ -156,6 +165,10 @@ def _which(results: Results) -> str:
             lacking = sum(seed not in results.seeds(name, task) for name in members for seed in wanted)
             if lacking:
                 missing.append(f"{task}: {lacking} of {len(members) * len(wanted)} runs of {family}")
+        settings = (run["settings"] for run in results.runs if run["task"] == task)
+        found = {json.dumps({k: v for k, v in one.items() if k not in OWN}) for one in settings}
+        if len(found) > 1:
+            missing.append(f"{task}: runs with {len(found)} different settings, of which one is out of date")
     skipped = sum(run["skipped_steps"] for run in results.runs)
     versions = sorted({f"torch {run['environment']['torch']}, {run['environment']['cpu']}" for run in results.runs})
     commits = sorted({run["environment"]["commit"][:7] for run in results.runs})
@@ -209,7 +222,7 @@ def write(folder: Path, output: Path, console: Console) -> None:
     """Read the runs' files in ``folder``, and write the report into ``output``."""
     from benchmarks.experiments import plots
 
-    results = Results(read(folder))
+    results = Results(run for run in read(folder) if run["family"] in FAMILIES)
     if not results.references():
         console.print(f"no task in {folder} has a run of every sam@ yet: nothing to compare with")
         return
