@@ -22,6 +22,8 @@ Gradients = dict[int, Tensor]
 PREFIX = "lets_kernels."
 #: The name of what is held as one byte an element.
 MASK = "mask"
+#: The name of the weights before the last step, which stand where perturbations are undone from.
+BEFORE = "before"
 #: Streams of random numbers a bucket: its noise, the draws of its mask, and what is drawn anew.
 NOISE, DRAWS, REGROWTH = range(3)
 _STREAMS = 4
@@ -91,6 +93,23 @@ class Held:
         bucket.flats[name] = flat, views
         return flat
 
+    def before(self, bucket: Bucket) -> list[Tensor]:
+        """The weights before the last perturbed step, one tensor a parameter; those of now where there are none yet.
+
+        They are views of the buffer that perturbations are undone from, so the next one writes them.
+        """
+        entries = [self.state[p] for p in bucket.params]
+        found = bucket.flats.get(BEFORE)
+        if found is not None and all(own.get(BEFORE) is view for own, view in zip(entries, found[1], strict=True)):
+            return found[1]
+        views = bucket.views(bucket.saved)
+        refuse_while_capturing("the weights before the last step")
+        for own, p, view in zip(entries, bucket.memory, views, strict=True):
+            view.copy_(local(own[BEFORE]) if BEFORE in own else p)
+            own[BEFORE] = view
+        bucket.flats[BEFORE] = bucket.saved, views
+        return views
+
     def make(self, runs: Iterable[Runs], names: Iterable[str]) -> None:
         """Let the tensors be there, for tools that load a state key by key."""
         wanted = sorted(set(names))
@@ -98,6 +117,8 @@ class Held:
             for name in wanted:
                 if name == MASK:
                     self.flat(each.bucket, name, 1)
+                elif name == BEFORE:
+                    self.before(each.bucket)
                 else:
                     self.tensors(each, name)
 
@@ -141,7 +162,9 @@ class Held:
                 if value.dtype == torch.uint8:  # a mask, of this rank's part
                     self.state[p][name] = value
                     continue
-                home = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+                # Real pairs of complex numbers stay pairs.
+                like = p if value.shape == p.shape else value.to(p.device)
+                home = torch.zeros_like(like, memory_format=torch.preserve_format, requires_grad=False)
                 self.state[p][name] = home.copy_(value)
 
 
@@ -191,6 +214,23 @@ class FirstPass:
         return self.random.at(bucket.device, bucket.part), bucket.index * _STREAMS + purpose
 
 
+def displacements(runs: Iterable[Runs], held: Held, count: int, home: torch.device) -> Tensor:
+    """This rank's shares of g·Δ and Δ·Δ, for the mean over ranks, where Δ is how far the weights have moved.
+
+    Since the last step that perturbed, that is. A row for each of ``count`` param groups, or all in one: float64 of
+    shape [count, 2].
+    """
+    rows = torch.zeros(count, 2, dtype=torch.float64, device=home)
+    for each in runs:
+        b, before = each.bucket, held.before(each.bucket)
+        table, now = b.unscaled_table(each.indices), b.pack(each.params)
+        old = b.pack([before[i] for i in each.indices])
+        forward = b.ops.rho_grad_secant(each.pack(each.grads), [], now, old, table)
+        moved = b.ops.rho_grad_secant(now, old, now, old, table)
+        rows[b.group if count > 1 else 0] += b.parts * torch.stack([forward, moved]).to(home)
+    return rows
+
+
 def squared(runs: Runs) -> Tensor:
     """This rank's share of ‖g‖² of one bucket, for the mean over ranks: 0-d float64."""
     b = runs.bucket
@@ -218,20 +258,27 @@ class SecondPass:
             self._compared = self.products([self.firsts(runs) for runs in self.runs])
         return self._compared
 
-    def compared_by_groups(self, count: int, riders: Tensor) -> tuple[Tensor, Tensor]:
+    def compared_by_groups(self, count: int, more: Tensor, riders: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`compared`, with a row for each of ``count`` param groups (all in one row, if it is 1).
 
-        Also the first rank's ``riders``, float64 numbers of any shape, which travel in the same all-reduce.
+        Args:
+            count: the number of rows.
+            more: other sums of this rank, float64 of shape [count, any], which become means over ranks beside them.
+            riders: float64 numbers of any shape that the first rank decides; they travel in the same all-reduce.
+
+        Returns:
+            The products and what ``more`` has become, float64 of shape [count, 3 + any]; the first rank's ``riders``.
         """
         rows = torch.zeros(count, 3, dtype=torch.float64, device=self.home)
         for runs in self.runs:
             b = runs.bucket
             found = b.ops.dots(b.pack(runs.grads), b.pack(self.firsts(runs)), b.unscaled_table(runs.indices))
             rows[b.group if count > 1 else 0] += b.parts * found.to(self.home)
+        rows = torch.cat([rows, more], dim=1)
         if self.replicas.groups:
             sums, first = self.replicas.agree(list(rows.flatten().unbind()), list(riders.flatten().unbind()))
             rows, riders = torch.stack(sums).view_as(rows), torch.stack(first).view_as(riders)
-        self._compared = rows.sum(dim=0, keepdim=True)
+        self._compared = rows[:, :3].sum(dim=0, keepdim=True)
         return rows, riders
 
     def firsts(self, runs: Runs) -> list[Tensor]:

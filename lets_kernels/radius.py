@@ -135,6 +135,8 @@ class Radius:
 
     #: `compare` is called with their products.
     compares = False
+    #: What is kept for it for every parameter from step to step, by name.
+    held: Sequence[str] = ()
     #: A radius a param group, and products by groups.
     per_group = False
 
@@ -143,12 +145,12 @@ class Radius:
         """What it remembers, float64 of shape [radii, numbers]; under several ranks each takes over the first one's."""
         raise NotImplementedError
 
-    def compare(self, products: Tensor, unit: Tensor, gate: Tensor, groups: Sequence[dict[str, Any]]) -> None:
+    def compare(self, products: Tensor, gate: Tensor, groups: Sequence[dict[str, Any]]) -> None:
         """Go by one step.
 
         Args:
-            products: ĝ·ĝ, g·ĝ and g·g over all ranks, float64 of shape [radii, 3].
-            unit: g·ε/(ρ‖g‖), 0-d float64: how long a perturbation of ρ = 1 is along the gradient; 1 for SAM.
+            products: ĝ·ĝ, g·ĝ, g·g, g·Δ and Δ·Δ over all ranks, float64 of shape [radii, 5]; Δ is by how much the
+                weights have moved since the last step that perturbed, zero where that is not known.
             gate: 0-d, zero where the step is skipped; nothing may change then.
             groups: the param groups.
         """

@@ -196,6 +196,35 @@ def unit(g, T, p=2.0):
     return {k: T[k] * g[k].sign() * (T[k] * g[k]).abs() ** power / root for k in g}
 
 
+def auto(g, g_hat, delta, lr, now, c):
+    """The next state of a radius that finds itself, from a dictionary of numbers and the constants c: docs/radius.md.
+
+    delta: how far the weights have moved since the last step.
+    """
+    d = {k: g_hat[k] - g[k] for k in g}
+    size, after, change = (math.sqrt(float(dot(x, x))) for x in (g, g_hat, d))
+    moved = math.sqrt(float(dot(delta, delta)))
+    nu, t = now["log_rho"], now["steps"]
+    kappa, m = change / size, change / max(size, after)
+    new = {**now, "steps": t + 1, "highest_lr": max(now["highest_lr"], lr)}
+    scale = math.log(kappa) - nu
+    new["length"] = scale if t == 0 else c.length_decay * now["length"] + (1 - c.length_decay) * scale
+    if t < c.start:
+        up = math.log(c.start_change / kappa) / (1 + t)
+        new["log_rho"] = nu + min(max(up, -c.start_bound), c.start_bound)
+        return new
+    if moved > 0:  # the mean of the cosines so far, weighted by how long ago they were
+        cosine = -float(dot(g, delta)) / (size * moved)
+        share = 1 - c.headway_decay ** (lr / new["highest_lr"])
+        total = (1 - share) * now["headway_weight"] + share
+        new["headway"] = ((1 - share) * now["headway_weight"] * now["headway"] + share * cosine) / total
+        new["headway_weight"] = total
+    wanted = c.change * math.exp(-c.slope * min(new["headway"], c.most_headway))
+    up = min(math.log(wanted) - new["length"] - nu, math.log(c.most_change / m))
+    new["log_rho"] = nu + c.rate * min(max(up, -c.bound), c.bound)
+    return new
+
+
 def dot(a, b):
     return sum((a[k] * b[k]).sum() for k in a)
 

@@ -2,12 +2,10 @@
 
 import lets_kernels as lk
 
-STEPS = 10
-
 
 def auto(rho=0.05, **options):
     """``rho="auto"`` for a short training; `rho` is that of the first step."""
-    return lk.AutoRadius(STEPS, rho=rho, constants=lk.AutoConstants(start=3), **options)
+    return lk.AutoRadius(rho, constants=lk.AutoConstants(start=3), **options)
 
 
 def following(rho=0.1, curvature="secant", **options):

@@ -113,7 +113,7 @@ MEMBERS = [(method, "adamw" if FAMILY[method].base else "momentum") for method i
 
 
 def keeps(opt):
-    return bool([*opt.direction.held, *opt.descent.held])
+    return bool([*opt.direction.held, *opt.descent.held, *opt.radius.held])
 
 
 LOST = "nothing of it was loaded: the .* has lost the .* leave out"

@@ -26,7 +26,6 @@ class _Averaged(Direction):
 
     held = ("average",)
     remembers = True
-    dual = False
 
     def __init__(self, decay: float, a: float, b: float) -> None:
         self._decay, self._a, self._b = decay, a, b

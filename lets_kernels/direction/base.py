@@ -133,8 +133,6 @@ class Direction:
     #: Keys that the direction reads from a param group, and what they are where the group does not say.
     defaults: Mapping[str, Any] = MappingProxyType({})
 
-    #: True where the direction is the steepest ascent in its norm, along the gradient itself: g·ε = ρ ‖Tg‖ then.
-    dual = True
     #: False for a direction that is known without a gradient at θ: a step then has one pass, at the perturbed weights.
     needs_gradient = True
     #: True if the first gradients are taken beside θ, where ``start`` says.

@@ -30,7 +30,6 @@ class Gaussian(Direction):
 
     needs_gradient = False
     draws = True
-    dual = False
 
     def prepare(self, first: FirstPass) -> Perturbation:
         ascents, count = [], 0
@@ -62,7 +61,6 @@ class RandomStart(Direction):
     """
 
     draws = True
-    dual = False
 
     def __init__(self, gamma: float = 1e-4, lam: float = 1.0, noise_scale: str = "variance") -> None:
         if noise_scale not in SCALES:
@@ -132,7 +130,6 @@ class Posterior(Direction):
 
     draws = True
     remembers = True
-    dual = False
 
     def __init__(self, data_size: float, beta2: float, damping: float) -> None:
         if not data_size > 0:

@@ -11,9 +11,15 @@ import torch
 from lets_kernels.learned import LearnedRadius
 from lets_kernels.optimizers.asam import ASAM
 from lets_kernels.optimizers.sam import SAM
+from lets_kernels.radius import Radius
 
 
-def _learned(rho: float | LearnedRadius) -> LearnedRadius:
+def _learned(rho: float | LearnedRadius, plain: str) -> LearnedRadius:
+    if isinstance(rho, (str, Radius)) and not isinstance(rho, LearnedRadius):
+        raise ValueError(
+            f"LETS{plain} learns its radius as the paper does, from a first one: for another radius use "
+            f"{plain}(rho='auto'), or {plain} with the radius that you mean"
+        )
     return rho if isinstance(rho, LearnedRadius) else LearnedRadius(rho)
 
 
@@ -32,7 +38,7 @@ class LETSSAM(SAM):
         rho: float | LearnedRadius = 0.05,
         **kwargs: Any,
     ) -> None:
-        super().__init__(params, base_optimizer, _learned(rho), **kwargs)
+        super().__init__(params, base_optimizer, _learned(rho, "SAM"), **kwargs)
 
 
 class LETSASAM(ASAM):
@@ -54,5 +60,5 @@ class LETSASAM(ASAM):
         scale_bias: bool = True,
         **kwargs: Any,
     ) -> None:
-        learned = _learned(rho)
+        learned = _learned(rho, "ASAM")
         super().__init__(params, base_optimizer, learned, xi, filterwise=filterwise, scale_bias=scale_bias, **kwargs)

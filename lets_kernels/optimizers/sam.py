@@ -111,6 +111,8 @@ class SAM(Undone):
         self.direction, self.schedule, self.descent = direction, schedule or Always(), descent or Perturbed()
         self.samples = samples or Samples()
         self.radius = as_radius(rho)
+        if rho_warmup and self.radius.compares:
+            raise ValueError("rho='auto' begins small by itself: leave rho_warmup out")
         self._backend, self._flatten = backend, flatten
         self.check_finite, self.replicas = check_finite, Replicas(process_group)
         self.network, self._scaling = Network(model, sync_perturbation, same_rng), LossScaling()

@@ -101,12 +101,13 @@ class Saved(Wrapper):
         places = {key: i for i, key in enumerate(key for group in groups for key in group["params"])}
         held = {places.get(key, f"{key}"): own_tensors for key, own_tensors in held.items()}
         params = self._all_params()
-        check_held(held, params, {*self.direction.held, *self.descent.held})
+        check_held(held, params, {*self.direction.held, *self.descent.held, *self.radius.held})
         if own is not None:
             counts = own["direction"].values()
             begun = own["step"] > 0 and (not counts or any(bool(value) for value in counts))
             check_kept(held, self.direction.held, begun, "the direction")
             check_kept(held, self.descent.held, own["step"] > 0, "the descent")
+            check_kept(held, self.radius.held, own["perturbed_steps"] > 0, "the radius")
         self.base_optimizer.load_state_dict({**rest, "param_groups": groups})
         for group, values in zip(self.param_groups, before, strict=True):
             for name, value in values.items():

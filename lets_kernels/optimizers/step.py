@@ -12,7 +12,7 @@ from lets_kernels.fused import FUSED, refusal
 from lets_kernels.guarded import guarded_step
 from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import Bucket
-from lets_kernels.passes import FirstPass, Gradients, SecondPass, add_up, by_index, squared
+from lets_kernels.passes import FirstPass, Gradients, SecondPass, add_up, by_index, displacements, squared
 from lets_kernels.precision import INTERVAL, NARROW, measure
 from lets_kernels.radius import radii
 from lets_kernels.runs import Runs, capturing
@@ -109,6 +109,10 @@ class Step:
                 runs.grads = [g.clone() for g in runs.grads]
         #: On a step that does not perturb: the gradients that are there now, by which later ones are told from them.
         self._unperturbed = [] if self.perturbs else [(id(g), version(g)) for g in o._gradients()]
+        #: How far the weights have moved, for a radius that goes by that; a direction may write where they stood.
+        self._moved: Tensor | None = None
+        if self.perturbs and o.radius.compares:
+            self._moved = displacements(first.runs, o.held, len(o.radius.memory), first.home)
         if self.perturbs:
             found = o.direction.prepare(first)
         elif o.direction.needs_gradient:
@@ -267,24 +271,18 @@ class Step:
             hat_list = [g for h in hats for g in h.values()]
             self.trial = self._record(hats, [by_index(r) for r in second]), [(g, g._version) for g in hat_list]
         if products is not None:
-            o.radius.compare(products, self._unit(products), self.gate, o.param_groups)
+            o.radius.compare(products, self.gate, o.param_groups)
         return reason is None, reason or ""
 
     def _compare(self, passed: SecondPass) -> Tensor | None:
         """The products that the radius goes by, and its memory as the first rank has it."""
         radius = self.optimizer.radius
-        if not (radius.compares and self.perturbs):
+        if self._moved is None:
             return None
-        products, memory = passed.compared_by_groups(len(radius.memory), radius.memory)
+        products, memory = passed.compared_by_groups(len(radius.memory), self._moved, radius.memory)
         if memory is not radius.memory:
             radius.memory.copy_(memory)
         return products
-
-    def _unit(self, products: Tensor) -> Tensor:
-        """g·ε/(ρ‖g‖), which is 1 for SAM."""
-        if not self.optimizer.direction.dual:
-            return torch.ones_like(self._norm)
-        return self._norm / products[:, 2].sum().sqrt()
 
     def _close_gate(self, active: list[Runs], squared_norm: Tensor | None) -> None:
         """0 where a gradient is not finite, of any pass and on any rank; counted, and never read here.

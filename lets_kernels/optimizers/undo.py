@@ -79,7 +79,8 @@ class Undone(Engine):
         if all(float(group.get("lr", 1.0)) == 0 for group in self.param_groups):
             if not self.state:
                 self.base_optimizer.step()  # makes the state, moves nothing
-            self.held.make([b.all_runs() for b in self._space().buckets], (*self.direction.held, *self.descent.held))
+            kept = (*self.direction.held, *self.descent.held, *self.radius.held)
+            self.held.make([b.all_runs() for b in self._space().buckets], kept)
             self.radius.make_state()
         elif any(map(torch.any, grads)):
             raise RuntimeError(
