@@ -55,7 +55,9 @@ class LearnedRadius(Radius):
             text); ``"algorithm1"`` takes the training gradient at the new weights, as Algorithm 1 prints it.
         optimizer: class of the torch optimizer for ν, Adam by default; it gets ``optimizer_kwargs``, ``lr`` 1e-2 by
             default, and on an accelerator ``capturable=True`` if it knows that. SGD, Adam and AdamW step by the ops.
-            Once bound it is the attribute ``optimizer``, to which an LR scheduler can be attached.
+            Once bound it is the attribute ``optimizer``, to which an LR scheduler can be attached. The paper's plain
+            SGD at 1e-4 cannot move ρ: by 2e-11 in 200 steps from 0.05 with the diagonal, by 3e-8 with the secant (the
+            demo's network, 40 % wrong labels, batches of 64).
         validation: where ḡ_vl comes from. ``"closure"`` (the paper) is the validation closure of
             ``step(closure, val_closure)`` or ``radius_step``. ``"next"`` takes the next step's first gradient, on the
             next batch: a step then costs two gradients, there is nothing to call, and ν moves at the beginning of the

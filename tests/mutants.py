@@ -40,7 +40,7 @@ def _pytest(root, tests, output):
     os.environ |= {"PYTHONPATH": str(root), "LETS_KERNELS_CPU_ISA": "baseline", "OMP_NUM_THREADS": "1"}
     sys.path[:] = [str(root), *(path for path in sys.path if path != str(ROOT / "tests"))]
     sys.dont_write_bytecode = True
-    for name in ("mutants", "mutants_table", "mutants_reference", "mutants_kernels", "mutants_parts"):
+    for name in ("mutants", "mutants_table", "mutants_reference", "mutants_kernels", "mutants_parts", "mutants_radii"):
         sys.modules.pop(name, None)
     status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]))
     found = getattr(sys.modules.get("lets_kernels"), "__file__", "nothing")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import mutants_kernels
 import mutants_parts
+import mutants_radii
 import mutants_reference
 
 
@@ -31,6 +32,7 @@ GROUPS = [
     *mutants_reference.GROUPS,
     *mutants_kernels.GROUPS,
     *mutants_parts.GROUPS,
+    *mutants_radii.GROUPS,
     (
         "lets_kernels/hypergradient.py",
         "tests/test_hypergradient.py -k 'reference and rounding'",

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.experiments.radii import LossEquated
+from benchmarks.experiments.radii import LossEquated, RandomWalk, Shuffled
 from benchmarks.experiments.tasks import Task
-from lets_kernels import ASAM, LETSSAM, SAM, ScheduledRadius
+from lets_kernels import ASAM, LETSSAM, SAM, AutoRadius, LearnedRadius, ScheduledRadius
 from lets_kernels.radius import Radius
 
 RHO = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -30,9 +31,9 @@ class Setting:
     def base(self) -> Optimizer:
         return self.task.base(self.model.parameters(), lr=self.task.lr, **self.task.base_options)
 
-    def sam(self, rho: float | Radius, kind: type[SAM] = SAM) -> SAM:
+    def sam(self, rho: float | Radius, kind: type[SAM] = SAM, **options: Any) -> SAM:
         """The base optimizer inside SAM or another method of the package."""
-        return kind(self.model.parameters(), self.base(), rho=rho, seed=self.seed, model=self.model)
+        return kind(self.model.parameters(), self.base(), rho=rho, seed=self.seed, model=self.model, **options)
 
 
 Build = Callable[[Setting, float], Optimizer]
@@ -71,7 +72,13 @@ FAMILIES = {
         Family("sam-ramp", 2, _ramp, RHO, "radius"),
         Family("asam", 2, lambda s, rho: s.sam(rho, ASAM), ADAPTIVE_RHO, "radius"),
         Family("loss-equated", 2, lambda s, rise: s.sam(LossEquated(rise, rho_max=0.2)), RISES, "setting"),
+        Family("auto", 2, lambda s, rho: s.sam(AutoRadius(rho)), STARTS),
+        Family("auto-asam", 2, lambda s, rho: s.sam(AutoRadius(rho), ASAM), (0.005,)),
+        Family("auto-shuffled", 2, lambda s, rho: s.sam(Shuffled(rho, seed=s.seed)), (0.005,)),
+        Family("random-walk", 2, lambda s, rho: s.sam(RandomWalk(rho, seed=s.seed)), STARTS),
+        Family("lets-next", 2, lambda s, rho: s.sam(LearnedRadius(rho, validation="next", curvature="secant")), STARTS),
         Family("lets-paper", 4, lambda s, rho: s.sam(rho, LETSSAM), STARTS),
+        Family("lets-warmup", 4, lambda s, rho: s.sam(rho, LETSSAM, rho_warmup=round(RAMP * s.steps)), STARTS),
     )
 }
 

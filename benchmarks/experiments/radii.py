@@ -1,11 +1,14 @@
-"""Radii that the experiment needs and the package does not: the rival that equates the loss and learns nothing."""
+"""Radii that the experiment needs and the package does not: a rival that learns nothing, and two controls."""
 
+import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lets_kernels import AutoRadius
 from lets_kernels.radius import Radius
 
 
@@ -34,4 +37,36 @@ class LossEquated(Radius):
         grads = [p.grad for g in self._groups for p in g["params"] if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
         group["rho"] = min(self.rise / norm, self.rho_max) if norm > 0 else self.rho_max if norm == 0 else 0.0
+        return group["rho"]
+
+
+class Shuffled(AutoRadius):
+    """``rho="auto"`` whose headway is that of a step drawn from all so far: the same values, but not when they were."""
+
+    def __init__(self, rho: float, seed: int) -> None:
+        super().__init__(rho)
+        self._draws, self._seen = random.Random(seed), list[Tensor]()
+
+    def compare(self, products: Tensor, gate: Tensor, groups: Sequence[dict[str, Any]]) -> None:
+        forward, size = products[:, 3], (products[:, 2] * products[:, 4]).sqrt()
+        if bool(size > 0):
+            self._seen.append(forward / size)
+        if self._seen:
+            products = products.clone()
+            products[:, 3] = self._draws.choice(self._seen) * size
+        super().compare(products, gate, groups)
+
+
+class RandomWalk(Radius):
+    """log ρ moves by a normal number of deviation 0.05 a step, whatever the step shows."""
+
+    moves = True
+
+    def __init__(self, rho: float, seed: int) -> None:
+        self.rho, self._draws, self._at = rho, random.Random(seed), (-1, rho)
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        if step != self._at[0]:
+            self._at = step, self._at[1] * math.exp(0.05 * self._draws.gauss(0.0, 1.0))
+        group["rho"] = self._at[1]
         return group["rho"]

@@ -72,7 +72,7 @@ def _digits(noise: float) -> Task:
 
 
 def _cifar(noise: float) -> Task:
-    load = partial(data.cifar, noise=noise, train=3_000, test=2_000)
+    load = partial(data.cifar, noise=noise, train=8_000, test=2_000)
     name = f"cifar-{noise:.0%}".rstrip("%")
     return Task(name, load, partial(convolutions, 16, 32, 64), 500, 128, lr=0.1, check=data.cifar_file)
 

@@ -1,6 +1,9 @@
 """LETS (Wang, Jiang, Fu, Zhang, ECML-PKDD 2024): SAM and ASAM with a learned radius.
 
-LETS is a radius and goes with every method: ``rho=LearnedRadius(...)``. The two presets are the paper's.
+LETS is a radius and goes with every method: ``rho=LearnedRadius(...)``. The two presets are the paper's, but for one
+thing: ν = log ρ is stepped by Adam at 1e-2, since the paper's plain SGD at 1e-4 moves ρ by some 1e-11 in hundreds of
+steps (:class:`LearnedRadius` has the numbers). From 0.2 on training is lost on its first plateau, as with a fixed
+radius of that size: ``rho_warmup=`` is the way around it; ``SAM(rho="auto")`` needs no start, at two gradients a step.
 """
 
 from collections.abc import Iterable

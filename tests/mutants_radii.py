@@ -1,0 +1,89 @@
+"""Mutations of the radii that move by themselves, killed by their transcriptions; see mutants_table.py."""
+
+TWENTY = "tests/test_auto.py -k 'reference and twenty_steps and formula and (momentum or sgd)'"
+FOLLOWING = "tests/test_following.py -k 'not cpu'"
+WARMUP = "tests/test_following.py -k 'rises or resumed or does_not_perturb or groups_rise'"
+
+GROUPS = [
+    (
+        "lets_kernels/auto.py",
+        TWENTY,
+        [
+            ("perturbed - 2 * across + first", "perturbed - across"),
+            ("(squared / first).log().div(2)", "(squared / first).log()"),
+            ("(squared / first).log().div(2)", "(squared / perturbed).log().div(2)"),
+            ("torch.maximum(perturbed, first)", "torch.minimum(perturbed, first)"),
+            ("torch.where(t == 0, log_kappa - nu,", "torch.where(t < 0, log_kappa - nu,"),
+            ("(1 - c.length_decay) * (log_kappa - nu)", "(1 - c.length_decay) * log_kappa"),
+            ("torch.where(highest > 0, lr / highest, 0.0)", "torch.where(highest > 0, lr, 0.0)"),
+            ("highest, starts = torch.maximum(highest, lr)", "highest, starts = lr"),
+            ("weight = kept * weight + (1 - kept)", "weight = torch.ones_like(weight)"),
+            ("-forward / (first * moved).sqrt()", "forward / (first * moved).sqrt()"),
+            ("-forward / (first * moved).sqrt()", "-forward / (perturbed * moved).sqrt()"),
+            ("headway.clamp(max=c.most_headway)", "headway"),
+            ("torch.minimum(aimed - nu, ", "torch.maximum(aimed - nu, "),
+            (".clamp(-c.bound, c.bound)", ""),
+            (".clamp(-c.start_bound, c.start_bound)", ""),
+            ("- log_kappa) / (1 + t)", "- log_kappa) / (2 + t)"),
+            ("torch.where(starts, found, c.rate * up)", "torch.where(starts, found, up)"),
+            (
+                "torch.where((moved > 0) & ~starts, kept, 1.0)",
+                "torch.where(~starts, kept, 1.0)",
+                "tests/test_auto.py -k sums",
+            ),
+            ("torch.where((moved > 0) & ~starts, kept, 1.0)", "torch.where(moved > 0, kept, 1.0)"),
+            (
+                "torch.isfinite(new).all(dim=1, keepdim=True) & (gate != 0)",
+                "(gate != 0)",
+                "tests/test_auto.py -k skipped",
+            ),
+            ("math.log(_LEAST), math.log(_MOST)", "-99.0, 99.0", "tests/test_auto.py -k bend"),
+            ("group if self.per_group else 0", "0", "tests/test_auto.py -k a_radius_a_group"),
+        ],
+    ),
+    (
+        "lets_kernels/passes.py",
+        TWENTY,
+        [
+            ("each.pack(each.grads), [], now, old, table", "each.pack(each.grads), [], old, now, table"),
+            ("now, old, now, old, table)", "now, [], now, old, table)"),
+            (
+                "rows[b.group if count > 1 else 0] += b.parts * torch.stack",
+                "rows[0] += b.parts * torch.stack",
+                "tests/test_auto.py -k a_radius_a_group",
+            ),
+            (
+                "view.copy_(local(own[BEFORE]) if BEFORE in own else p)",
+                "view.copy_(p)",
+                "tests/test_state.py -k 'auto and momentum and cpu and file'",
+            ),
+        ],
+    ),
+    (
+        "lets_kernels/learned.py",
+        FOLLOWING,
+        [
+            ("if val is None:  # this", "if val is not None:  # this"),
+            ("trial.detached(), val, val_loss", "trial, val, val_loss", "tests/test_following.py -k user_zeroes"),
+        ],
+    ),
+    (
+        "lets_kernels/optimizers/engine.py",
+        WARMUP,
+        [
+            ("return (self._step_number + 1) / self.rho_warmup", "return self._step_number / self.rho_warmup"),
+            ("if self._step_number >= self.rho_warmup:", "if self._perturbed_steps >= self.rho_warmup:"),
+            ("if self._missed == _MISSED:", "if self._missed >= _MISSED:", "tests/test_following.py -k says_so_once"),
+        ],
+    ),
+    (
+        "lets_kernels/optimizers/step.py",
+        WARMUP,
+        [("rho if share == 1 else rho * share", "rho")],
+    ),
+    (
+        "lets_kernels/optimizers/learning.py",
+        "tests/test_following.py -k one_that_learns",
+        [("o._radius_waits, o._missed = o._trial, None, False, None", "o._radius_waits = o._trial, None, False")],
+    ),
+]
