@@ -36,6 +36,14 @@ ENTRIES = (
         "2",
         note="any p in [1, ∞]",
     ),
+    Entry(
+        "SAM, no radius to choose",
+        "docs/radius.md",
+        'SAM(params, SGD, rho="auto", lr=0.1)',
+        "2",
+        held=1,
+        note="goes with every method that has a first gradient",
+    ),
     Entry("ASAM", "Kwon et al., ICML 2021", "ASAM(params, SGD, rho=0.5, xi=0.01, lr=0.1)", "2"),
     Entry(
         "ASAM, filter-wise",

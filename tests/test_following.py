@@ -112,6 +112,20 @@ def test_gradients_that_the_user_zeroes_or_changes_after_the_step_are_not_learne
     assert same_bits(*ends)
 
 
+@pytest.mark.parametrize("curvature", KINDS)
+def test_two_gradients_wait_and_nothing_else(curvature):
+    """As large as the parameters, both; the diagonal's vectors are the first one."""
+    toy = Toy(shapes=((1000,), (500,)))
+    opt = lk.SAM(toy.params, SGD, following(curvature=curvature), lr=0.1)
+    toy.steps(opt, 2)
+    trial, val, val_loss = opt.radius._pending
+    lists = [*trial.first, *trial.perturbed, *trial.stepped]
+    waiting = [g for each in lists for g in each.values()] + [v for a in trial.ascents for v in a.vectors]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in waiting}
+    assert sum(storages.values()) == 2 * 1500 * 4
+    assert val is val_loss is None
+
+
 def test_a_step_that_is_skipped_teaches_nothing():
     toy = Toy()
     opt = lk.SAM(toy.params, SGD, following(), lr=0.1)
