@@ -20,7 +20,7 @@ GROUPS = [
             ("weight = kept * weight + (1 - kept)", "weight = torch.ones_like(weight)"),
             ("-forward / (first * moved).sqrt()", "forward / (first * moved).sqrt()"),
             ("-forward / (first * moved).sqrt()", "-forward / (perturbed * moved).sqrt()"),
-            ("headway.clamp(max=c.most_headway)", "headway"),
+            ("headway.clamp(max=c.most_headway)", "headway", "tests/test_auto.py -k never_overshoots"),
             ("torch.minimum(aimed - nu, ", "torch.maximum(aimed - nu, "),
             (".clamp(-c.bound, c.bound)", ""),
             (".clamp(-c.start_bound, c.start_bound)", ""),
@@ -83,7 +83,7 @@ GROUPS = [
     ),
     (
         "lets_kernels/optimizers/learning.py",
-        "tests/test_following.py -k one_that_learns",
+        "tests/test_following.py -k may_pause",
         [("o._radius_waits, o._missed = o._trial, None, False, None", "o._radius_waits = o._trial, None, False")],
     ),
 ]

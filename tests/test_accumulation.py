@@ -8,6 +8,7 @@ import lets_kernels as lk
 from family import FAMILY, ONE_EACH
 from nets import Task
 from passes import SHAPES, Passes
+from radii import auto
 from runs import same_bits
 from toys import snapshot, weights
 
@@ -40,6 +41,7 @@ class Accumulating(Passes):
 
 METHODS = {
     "sam": lambda params, *rest, **options: lk.SAM(params, *rest, rho=0.1, **options),
+    "auto": lambda params, *rest, **options: lk.SAM(params, *rest, auto(), **options),
     "asam": lambda params, *rest, **options: lk.ASAM(params, *rest, rho=0.5, **options),
     "lets": lambda params, *rest, **options: lk.LETSSAM(
         params, *rest, lk.LearnedRadius(0.1, curvature="secant", optimizer=torch.optim.SGD, lr=1.0), **options

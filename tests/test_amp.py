@@ -19,6 +19,7 @@ BUILDS = {
         params, *rest, rho=lk.LearnedRadius(0.1, curvature="secant"), **options
     ),
     "lets-asam": lambda params, *rest, **options: lk.LETSASAM(params, *rest, 0.1, **options),
+    "auto": lambda params, *rest, **options: lk.SAM(params, *rest, rho="auto", **options),
 }
 
 
@@ -41,7 +42,7 @@ def seen(opt):
 
 
 # A list of micro-batches has no one pair of gradients for a radius to learn from.
-COMBINATIONS = [(s, m) for s in SHAPES for m in BUILDS if not (s == "micro-batches" and m.startswith("lets"))]
+COMBINATIONS = [(s, m) for s in SHAPES for m in BUILDS if s != "micro-batches" or m in ("sam", "asam")]
 
 
 CASES = [(*combination, base) for combination in COMBINATIONS for base in ("momentum", "adamw", "rmsprop")]

@@ -197,6 +197,24 @@ def test_a_loss_that_does_not_bend_stops_at_the_largest_radius():
     assert opt.rho.item() < 10.0
 
 
+def test_a_run_that_never_overshoots_keeps_a_small_perturbation():
+    """c = 1 at every step, and κ* = 0.15 exp(-20 * 0.1): far above what rounding leaves of float32 gradients."""
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    opt = lk.SAM([p], SGD, rho="auto", lr=1e-3)
+    for _ in range(150):
+
+        def closure():
+            opt.zero_grad()
+            loss = p.square().sum() / 2
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+    assert opt.metrics()["headway"].item() == pytest.approx(1.0, abs=1e-5)
+    # The radius follows weights that shrink by 1e-3 a step, some fifteen steps behind.
+    assert opt.rho.item() / p.detach().norm().item() == pytest.approx(0.15 * math.exp(-2), rel=0.03)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_the_scale_of_the_loss_does_not_matter(scale):
     """With plain SGD and a learning rate that makes up for it, the radii are the same but for rounding."""

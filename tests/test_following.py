@@ -221,6 +221,21 @@ def test_one_that_learns_says_nothing(interval):
                 opt.radius_step(closure, closure)
 
 
+def test_one_that_has_learned_may_pause():
+    toy = Toy()
+    opt = lk.SAM(toy.params, SGD, lk.LearnedRadius(0.1), lr=0.1)
+
+    def closure():
+        toy.set_grads(toy.grads(1))
+        return torch.ones(())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy.steps(opt, 1)
+        opt.radius_step(closure, closure)
+        toy.steps(opt, 15, start=1)
+
+
 # ---- a radius that rises -------------------------------------------------------------------------------------------
 
 
@@ -270,10 +285,10 @@ def test_a_step_that_does_not_perturb_applies_nothing_and_counts():
     task = Task(torch.float32)
     opt = lk.SAM(task.net.parameters(), SGD, 0.1, schedule=lk.Every(2), rho_warmup=4, lr=0.1)
     applied = []
-    for batch, _ in task.batches[:4]:
+    for batch, _ in task.batches[:6]:
         opt.step(task.closure(batch))
         applied.append(opt.metrics()["applied_rho"].item())
-    assert applied == pytest.approx([0.1 * 1 / 4, 0.0, 0.1 * 3 / 4, 0.0])
+    assert applied == pytest.approx([0.1 * 1 / 4, 0.0, 0.1 * 3 / 4, 0.0, 0.1, 0.0])
 
 
 @pytest.mark.parametrize("steps", [-1, 2.5, True, "ten"])
