@@ -13,6 +13,7 @@ from benchmarks.experiments.contenders import CONTENDERS, FAMILIES, Setting, cho
 from benchmarks.experiments.regret import Interval, Results, over_tasks, per_task
 from benchmarks.experiments.report import lines, markdown, summary
 from benchmarks.experiments.tasks import TASKS
+from lets_kernels.demo.data import batches
 
 QUIET = Console(quiet=True)
 TIMES = ("seconds", "date")
@@ -140,10 +141,28 @@ def test_contenders_start_from_the_same_weights_and_see_the_same_batches(short):
         train.train(spied, CONTENDERS[name], 5)
     assert all(torch.equal(weights[0], other) for other in weights)
     base, sam, equated, lets = seen
-    assert {len(batches) for batches in seen} == {8}  # gradients
+    assert {len(inputs) for inputs in seen} == {8}  # gradients
     assert all(torch.equal(base[i], sam[2 * i]) and torch.equal(sam[2 * i], sam[2 * i + 1]) for i in range(4))
     assert all(torch.equal(a, b) for a, b in zip(sam, equated, strict=True))
-    assert torch.equal(lets[0], base[0]) and torch.equal(lets[4], base[1])
+    assert all(torch.equal(lets[i], base[0]) for i in range(3)) and torch.equal(lets[4], base[1])
+    # The fourth gradient of a LETS step is that of a validation batch: the training set in an order of its own.
+    found = spied.load(5)
+    first, _ = next(batches(found.train_inputs, found.train_targets, spied.batch_size, 5 + 1_000_000))
+    assert torch.equal(lets[3], first) and not torch.equal(lets[3], base[0])
+
+
+@pytest.mark.parametrize(("above", "collapsed"), [(-3.0, True), (4.99, True), (5.01, False), (60.0, False)])
+def test_a_run_that_ends_within_five_points_of_chance_has_collapsed(short, monkeypatch, above, collapsed):
+    chance = 100 * short.load(0).chance
+    monkeypatch.setattr(train, "test_accuracy", lambda *_: chance + above)
+    found = train.train(dataclasses.replace(short, steps=1), CONTENDERS["base"], 0)
+    assert found["collapsed"] is collapsed and found["chance"] == pytest.approx(chance, abs=1e-4)
+
+
+def test_chance_is_the_share_of_the_most_frequent_class_among_the_targets_that_count():
+    nothing, ignored = torch.empty(0), data.IGNORED
+    targets = torch.tensor([[2, 2, ignored, ignored], [0, 2, 1, ignored]])
+    assert data.Data(nothing, nothing, nothing, targets).chance == 3 / 5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
