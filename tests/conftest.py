@@ -23,6 +23,7 @@ NEEDS = {
     "test_conformance_state.py": ("expecttest",),
     "test_conformance_table.py": ("expecttest",),
     "test_examples.py": FRAMEWORKS,
+    "test_experiments_batched.py": ("sklearn", "rich"),
     "test_federated.py": ("sklearn",),
     "test_frameworks_accelerate.py": ("accelerate",),
     "test_frameworks_lightning.py": ("lightning",),

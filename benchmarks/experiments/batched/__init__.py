@@ -1,0 +1,1 @@
+"""Many small MLPs trained at once by the package's own ``rho="auto"``: what each of its constants is worth."""
