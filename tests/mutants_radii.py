@@ -64,7 +64,6 @@ GROUPS = [
         FOLLOWING,
         [
             ("if val is None:  # this", "if val is not None:  # this"),
-            ("trial.detached(), val, val_loss", "trial, val, val_loss", "tests/test_following.py -k user_zeroes"),
         ],
     ),
     (

@@ -17,8 +17,8 @@ from lets_kernels.optimizers.sam import SAM
 from lets_kernels.radius import Radius
 
 
-def _learned(rho: float | LearnedRadius, plain: str) -> LearnedRadius:
-    if isinstance(rho, (str, Radius)) and not isinstance(rho, LearnedRadius):
+def _learned(rho: Any, plain: str) -> LearnedRadius:
+    if (isinstance(rho, str) and rho == "auto") or (isinstance(rho, Radius) and not isinstance(rho, LearnedRadius)):
         raise ValueError(
             f"LETS{plain} learns its radius as the paper does, from a first one: for another radius use "
             f"{plain}(rho='auto'), or {plain} with the radius that you mean"
