@@ -265,7 +265,8 @@ def test_a_radius_a_group_goes_by_its_own_gradients():
     assert opt.rho.shape == (2,)
     nows, before = [begin(0.05), begin(0.05)], [p.detach().clone() for p in toy.params]
     for t in range(STEPS):
-        g, g_hat = toy.grads(2 * t), toy.grads(2 * t + 1)
+        g = toy.grads(2 * t)
+        g_hat = [a + 0.05 * b for a, b in zip(g, toy.grads(2 * t + 1), strict=True)]
         delta = [p.detach() - b for p, b in zip(toy.params, before, strict=True)]
         before = [p.detach().clone() for p in toy.params]
         toy.two_steps(opt, g, g_hat)
@@ -273,6 +274,9 @@ def test_a_radius_a_group_goes_by_its_own_gradients():
             own = [dict(enumerate(x[part])) for x in (g, g_hat, delta)]
             nows[k] = oracle.auto(*own, lr, nows[k], SHORT)
     assert opt.rho.tolist() == pytest.approx([math.exp(now["log_rho"]) for now in nows], rel=1e-9)
+    state = opt.radius.state_dict()
+    for name in lk.AutoRadius.COLUMNS:
+        assert [value.item() for value in state[name]] == pytest.approx([now[name] for now in nows], rel=1e-9), name
     assert opt.rho[0].item() != pytest.approx(opt.rho[1].item(), rel=0.01)
 
 

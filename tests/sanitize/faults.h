@@ -25,7 +25,7 @@ inline void race() {
   std::vector<float> theta(kNumel), saved(kNumel);
   std::vector<Run> runs{{0, kNumel, -1, 0, 0}, {0, kNumel, -1, 0, 0}};
   standin::threads = 2;
-  for (int i = 0; i < 20; ++i) {
+  for (int i = 0; i < 400; ++i) {
     auto dirty = flag(1);
     standin::op<Restore>("restore_")({vector_of(theta.data(), kNumel)}, vector_of(saved.data(), kNumel), dirty.tensor,
                                      table_of(runs));
