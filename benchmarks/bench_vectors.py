@@ -1,6 +1,6 @@
 """The ops of the other methods, measured as in bench_ops.py: products, combinations, averages, masks, noise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -25,21 +25,52 @@ def draws() -> Tensor:
     return torch.tensor([3, 5])
 
 
+def product(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(xs, ys, strict=True)]).sum()
+
+
+def products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+    """The three inner products of two vectors, tensor by tensor."""
+    return [product(xs, xs), product(xs, ys), product(ys, ys)]
+
+
+def foreach_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+    squares = [torch.stack(torch._foreach_norm(x)).square().sum() for x in (xs, ys)]
+    return [squares[0], torch.stack([t.sum() for t in torch._foreach_mul(xs, ys)]).sum(), squares[1]]
+
+
 def dots(w: Work) -> dict[str, Contender]:
     y = others(w)
 
     def ours(module: Any) -> Contender:
         return Contender(lambda: module.dots(w.g, y, w.table), lambda: list(module.dots(w.g, y, w.table).unbind()))
 
-    def products(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-        return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(xs, ys, strict=True)]).sum()
-
     def loop() -> list[Tensor]:
-        return [products(w.g, w.g), products(w.g, y), products(y, y)]
+        return products(w.g, y)
 
     def foreach() -> list[Tensor]:
-        squares = [torch.stack(torch._foreach_norm(x)).square().sum() for x in (w.g, y)]
-        return [squares[0], torch.stack([t.sum() for t in torch._foreach_mul(w.g, y)]).sum(), squares[1]]
+        return foreach_products(w.g, y)
+
+    rows = {"reference": ours(reference), "ours": ours(native)}
+    return {**rows, "loop": Contender(loop, loop), "foreach": Contender(foreach, foreach)}
+
+
+def displacement_dots(w: Work) -> dict[str, Contender]:
+    """The next gradient with what a step along it has moved, up to the sign."""
+    old = w.own().old
+    saved = flat(old, w)
+
+    def ours(module: Any) -> Contender:
+        def run() -> Tensor:
+            return module.displacement_dots(w.g, w.params, saved, w.table)
+
+        return Contender(run, lambda: list(run().unbind()))
+
+    def loop() -> list[Tensor]:
+        return products(w.g, [p - o for p, o in zip(w.params, old, strict=True)])
+
+    def foreach() -> list[Tensor]:
+        return foreach_products(w.g, torch._foreach_sub(w.params, old))
 
     rows = {"reference": ours(reference), "ours": ours(native)}
     return {**rows, "loop": Contender(loop, loop), "foreach": Contender(foreach, foreach)}
@@ -155,7 +186,7 @@ def noise_(w: Work) -> dict[str, Contender]:
     return {"reference": ours(reference), "ours": ours(native), "loop": Contender(loop, result)}
 
 
-OPS: list[Callable[[Work], dict[str, Contender]]] = [dots, combine_, average_, masked_, noise_]
+OPS: list[Callable[[Work], dict[str, Contender]]] = [dots, displacement_dots, combine_, average_, masked_, noise_]
 CASES = [(op, dtype) for op in OPS for dtype in (torch.float32, torch.bfloat16)]
 
 

@@ -93,6 +93,7 @@ FLOORS = {
     "rho_grad_diagonal": Floor(4, element_wise=1),
     "rho_grad_secant": Floor(4),
     "dots": Floor(2),
+    "displacement_dots": Floor(3),
     "combine_": Floor(3),
     "average_": Floor(4),
     "posterior_ascent_": Floor(4),

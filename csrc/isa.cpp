@@ -10,11 +10,11 @@ struct Candidate {
   Kernels kernels;
 };
 
-#define LETS_KERNELS_OF(isa)                                                             \
-  {isa::norm,        isa::filter_norm,      isa::perturb,    isa::restore, isa::sgd,     \
-   isa::adam,        isa::rho_diagonal,     isa::rho_secant, isa::dots,    isa::combine, \
-   isa::average,     isa::posterior_ascent, isa::bsam,       isa::noise,   isa::masked,  \
-   isa::count_above, isa::select,           isa::largest,    isa::peaks}
+#define LETS_KERNELS_OF(isa)                                                                     \
+  {isa::norm,    isa::filter_norm,  isa::perturb,          isa::restore, isa::sgd,               \
+   isa::adam,    isa::rho_diagonal, isa::rho_secant,       isa::dots,    isa::displacement_dots, \
+   isa::combine, isa::average,      isa::posterior_ascent, isa::bsam,    isa::noise,             \
+   isa::masked,  isa::count_above,  isa::select,           isa::largest, isa::peaks}
 
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> all = [] {

@@ -230,11 +230,17 @@ struct Bsam {
   }
 };
 
-// ---- vectors: moving averages, combinations, keys
+// ---- vectors: moving averages, combinations, displacements, keys
 
 template <class C>
 LETS_FN C combined(C a, C x, C b, C y) {
   return a * x + b * y;
+}
+
+// What a step has moved a weight by.
+template <class C>
+LETS_FN C displacement(C now, C before) {
+  return now - before;
 }
 
 // The precision after a gradient, of Variational SAM.

@@ -14,15 +14,28 @@ Draw draw_of(const Tensor& random, int64_t stream) {
 
 int64_t position_of(const Table& table, const Chunk& c) { return table[c.run].start + c.begin; }
 
+template <class F>
+Tensor dots_over_chunks(const Table& table, const F& f) {
+  double total[3] = {};
+  for (const cpu::Dots& p : of_each_chunk<cpu::Dots>(table, f)) total[0] += p.xx, total[1] += p.xy, total[2] += p.yy;
+  return make_numbers(total, 3, 1);
+}
+
 Tensor dots(const Tensors& x, const Tensors& y, const Tensor& runs) {
   const Table table(runs);
   const Dtype dtype = dtype_of_list(x, "x");
   const Runs u(x, table, dtype, kCpu, "x"), v(y, table, dtype, kCpu, "y");
-  double total[3] = {};
-  const auto partial = of_each_chunk<cpu::Dots>(
-      table, [&](const Chunk& c) { return cpu::kernels().dots(dtype, u.at(c), v.at(c), c.numel); });
-  for (const cpu::Dots& p : partial) total[0] += p.xx, total[1] += p.xy, total[2] += p.yy;
-  return make_numbers(total, 3, 1);
+  return dots_over_chunks(table, [&](const Chunk& c) { return cpu::kernels().dots(dtype, u.at(c), v.at(c), c.numel); });
+}
+
+Tensor displacement_dots(const Tensors& grads, const Tensors& params, const Tensor& saved, const Tensor& runs) {
+  const Table table(runs);
+  const Dtype dtype = dtype_of_list(grads, "grads");
+  const Runs g(grads, table, dtype, kCpu, "grads"), theta(params, table, dtype, kCpu, "params"),
+      before(Tensors{saved}, table, dtype, kCpu, "saved");
+  return dots_over_chunks(table, [&](const Chunk& c) {
+    return cpu::kernels().displacement_dots(dtype, g.at(c), theta.at(c), before.at(c), c.numel);
+  });
 }
 
 void combine_(const Tensors& out, const Tensors& x, const Tensors& y, const Tensor& runs, const Tensor& coefficients,
@@ -151,6 +164,7 @@ Tensor peaks_(const Tensors& out, const Tensors& vectors, const Tensor& runs, co
 
 STABLE_TORCH_LIBRARY_IMPL(lets_kernels, CPU, m) {
   m.impl("dots", TORCH_BOX(&lets::dots));
+  m.impl("displacement_dots", TORCH_BOX(&lets::displacement_dots));
   m.impl("combine_", TORCH_BOX(&lets::combine_));
   m.impl("average_", TORCH_BOX(&lets::average_));
   m.impl("posterior_ascent_", TORCH_BOX(&lets::posterior_ascent_));

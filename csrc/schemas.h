@@ -24,6 +24,7 @@ void define(Library& m) {
       "Tensor table, Tensor? filter_norms, float xi, float q) -> Tensor");
   m.def("rho_grad_secant(Tensor[] val, Tensor[] train, Tensor[] perturbed, Tensor[] first, Tensor table) -> Tensor");
   m.def("dots(Tensor[] x, Tensor[] y, Tensor table) -> Tensor");
+  m.def("displacement_dots(Tensor[] grads, Tensor[] params, Tensor saved, Tensor table) -> Tensor");
   m.def("combine_(Tensor(a!)[] out, Tensor[] x, Tensor[] y, Tensor table, Tensor coefficients, Tensor gate) -> ()");
   m.def(
       "average_(Tensor(a!)[] averages, Tensor[] vectors, Tensor(b!)[] out, Tensor(c!) updates, Tensor table, "

@@ -39,9 +39,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNELS = (
     norm.norm_kernel, norm.long_filters_kernel, norm.short_filters_kernel, norm.finite_kernel, perturb.perturb_kernel,
     perturb.restore_kernel, step.sgd_kernel, step.adam_kernel, step.adam_counts_kernel, rho.diagonal_kernel,
-    rho.secant_kernel, device.add_slots, combine.dots_kernel, combine.combine_kernel, average.average_kernel,
-    average.updates_kernel, average.ascent_kernel, bsam.bsam_kernel, noise.noise_kernel, mask.masked_kernel,
-    mask.count_kernel, mask.select_kernel, peaks.largest_kernel, peaks.largest_slot, peaks.peaks_kernel,
+    rho.secant_kernel, device.add_slots, combine.dots_kernel, combine.displacement_kernel, combine.combine_kernel,
+    average.average_kernel, average.updates_kernel, average.ascent_kernel, bsam.bsam_kernel, noise.noise_kernel,
+    mask.masked_kernel, mask.count_kernel, mask.select_kernel, peaks.largest_kernel, peaks.largest_slot,
+    peaks.peaks_kernel,
 )  # fmt: skip
 
 
@@ -108,6 +109,7 @@ def call_vectors(bucket, given=True, other=False, lr=0.1, numbers=(0.01, 0.9, 0.
     draw, mask = (torch.tensor([1, 2]), int(lr)), torch.zeros(bucket.total, dtype=torch.uint8)
     member = int(lr) if given else -1
     ops.dots(g, h, table)
+    ops.displacement_dots(g, theta, saved, table)
     ops.combine_(g, h, m, table, torch.ones(2, dtype=torch.float64), scalar())
     ops.average_(m, g, v if given else [], torch.tensor(0), table, scalar(), beta1, xi, eps)
     ops.posterior_ascent_(h, v, g, table, scalar(), beta2, eps)

@@ -177,6 +177,7 @@ def test_no_runs_at_all():
     assert ops.rho_grad_secant([], [], [], [], table).item() == 0.0
     assert ops.rho_grad_diagonal([], [], [], [], [], table, None, 0.0, 2.0).item() == 0.0
     assert ops.dots([], [], table).tolist() == [0.0] * 3 and ops.largest([], table).item() == 0.0
+    assert ops.displacement_dots([], [], empty, table).tolist() == [0.0] * 3
     draw, mask, updates = (torch.tensor([1, 2]), 3), torch.empty(0, dtype=torch.uint8), torch.tensor(0)
     assert ops.noise_([], [], [], table, None, *draw, 1.0, 1.0).item() == 0.0
     assert ops.masked_([], [], None, table, *draw, 0.5).item() == 0.0

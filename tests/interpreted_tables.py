@@ -152,6 +152,7 @@ def test_the_default_device_does_not_matter():
         ops.filter_norms(arguments[0], bucket.table, out)
         total = ops.grad_norm(*arguments, norms, 0.01, 2.0) + ops.largest(arguments[0], bucket.table)
         total += ops.dots(*arguments[:2], bucket.table)[0]
+        total += ops.displacement_dots(*arguments[:2], saved, bucket.table)[0]
         options = gate, 0.1, 0.9, 0.99, 1e-8, 0.0, True, False
         ops.restore_adamw_(*arguments[:2], *states, steps, saved, dirty, bucket.table, *options)
     assert total.device.type == "cpu" and total > 0 and all(s == 1 for s in steps)
@@ -197,6 +198,8 @@ def test_more_chunks_than_are_added_at_a_time(monkeypatch):
     table = torch.tensor([[0, len(x), -1, 0, 0]])
     exact = torch.stack([x @ x, x @ y, y @ y])
     torch.testing.assert_close(ops.dots([x], [y], table), exact, rtol=1e-12, atol=1e-12)
+    moved = ops.displacement_dots([x], [2 * y], y, table)
+    torch.testing.assert_close(moved, exact, rtol=1e-12, atol=1e-12)
     for at in (0, 5 * launch.CHUNK, len(x) - 1):
         x[at] = -(100.0 + at)
         assert ops.largest([x], table).item() == 100.0 + at

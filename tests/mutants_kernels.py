@@ -77,6 +77,8 @@ GROUPS = [
         COMBINE.format("cpu"),
         [
             ("return a * x + b * y;", "return a * x - b * y;"),
+            ("return now - before;", "return now + before;"),
+            ("return now - before;", "return before - now;"),
             (
                 "one_minus_beta2 * (square_root(s) * absolute(g) + damping)",
                 "one_minus_beta2 * (s * absolute(g) + damping)",

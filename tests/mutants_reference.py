@@ -114,6 +114,10 @@ GROUPS = [
             ("torch.where(gate != 0, (a", "torch.where(gate == gate, (a"),
             ("(a * b).sum(), (b * b).sum()", "(a * b).abs().sum(), (b * b).sum()"),
             ("(a * b).sum(), (b * b).sum()", "(a * b).sum(), (a * a).sum()"),
+            ("_products(runs(x, table), runs(y, table), x", "_products(runs(y, table), runs(x, table), x"),
+            ("wide(theta) - wide(old)", "wide(theta) + wide(old)"),
+            ("wide(theta) - wide(old)", "wide(old) - wide(theta)"),
+            ("wide(theta) - wide(old)", "theta - old", "tests/test_combine.py -k 'reference and arithmetic_type'"),
         ],
     ),
     (

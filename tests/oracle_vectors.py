@@ -18,6 +18,12 @@ def combined(a, x, b, y):
     return a * x + b * y, (a * x).abs() + (b * y).abs()
 
 
+def displacement_terms(g, theta, saved):
+    """The terms of g g, g d and d d; d = theta - saved is what a step has moved. The caller sums (and bounds) them."""
+    d = theta - saved
+    return g * g, g * d, d * d
+
+
 def ascent(s, g, beta2, damping):
     """Moellenhoff & Khan 2023, Algorithm 1: the ascent direction g/s, and the precision after it."""
     return g / s, beta2 * s + (1 - beta2) * (s.sqrt() * g.abs() + damping)

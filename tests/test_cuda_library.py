@@ -27,6 +27,7 @@ LISTS = {
     "diagonal_kernel": (4, 0),
     "secant_kernel": (4, 0),
     "dots_kernel": (2, 0),
+    "displacement_kernel": (3, 0),
     "combine_kernel": (2, 1),
     "average_kernel": (2, 2),
     "ascent_kernel": (2, 2),

@@ -71,6 +71,7 @@ def test_rows_of_vectors_beyond_one_launch_go_into_the_next(rows):
         random, mask = guarded(torch.tensor([5, 6])), torch.ones(bucket.total, dtype=torch.uint8)
         coefficients = guarded(torch.tensor([0.5, -2.0], dtype=torch.float64))
         sums = [ops.dots(x, y, bucket.table), ops.largest(x, bucket.table)]
+        sums.append(ops.displacement_dots(m, y, *bucket.give(values[0], "flat"), bucket.table))
         sums.append(ops.peaks_(a, x, bucket.table, sums[1]))
         sums.append(ops.average_(m, x, b, updates, bucket.table, gate, 0.9, 0.5, 0.5))
         ops.combine_(c, x, y, bucket.table, coefficients, gate)
@@ -96,6 +97,7 @@ def test_more_chunks_than_blocks_of_a_sum():
     table = torch.tensor([[0, numel, -1, 0, 0]])
     assert emulated.grad_norm([x], [], table, None, 0.0, 2.0).item() == numel - 1 + 9
     assert emulated.dots([x], [x], table).tolist() == [numel - 1 + 9] * 3
+    assert emulated.displacement_dots([x], [x], torch.zeros(numel), table).tolist() == [numel - 1 + 9] * 3
     assert emulated.largest([x], table).item() == 3
 
 
@@ -120,6 +122,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit():
         "    mask, gate = torch.ones(b.total, dtype=torch.uint8), torch.ones((), dtype=torch.float64)\n"
         "    top = emulated.largest(g, b.table)\n"
         "    more = [top, emulated.dots(theta, g, b.table), emulated.peaks_(out, g, b.table, top)]\n"
+        "    more += [emulated.displacement_dots(g, theta, saved, b.table)]\n"
         "    more += [emulated.average_(theta, g, out, updates, b.table, gate, .9, .5, .5), updates, *b.read(out)]\n"
         "    more += [emulated.noise_(out, g, [], b.table, norms, random, 0, 1., .1), *b.read(out)]\n"
         "    more += [emulated.masked_(out, g, None, b.table, random, 1, .5)]\n"

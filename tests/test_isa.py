@@ -58,6 +58,7 @@ def vector_ops(cpu, bucket):
     mask, threshold = torch.zeros(bucket.total, dtype=torch.uint8), torch.tensor(0x3F000000 << 32)
     dirty, updates = torch.tensor(0), torch.tensor(0)
     results = [cpu.dots(x, y, table), cpu.largest(x, table), cpu.grad_norm(x, [], fisher, None, 0.3, 2.0)]
+    results.append(cpu.displacement_dots(x, y, saved, table))
     written = []
 
     def made(returned=None):

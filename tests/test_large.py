@@ -121,7 +121,10 @@ def test_vectors_and_masks_past_2_31_elements(name, dtype):
         for given in (mask, None):
             found += [ops.masked_(out, x, given, table, random, 5, 0.5), *inside(out)]
         found += [ops.peaks_(out, x, table, found[1]), *inside(out), *inside(y), *inside(s)]
-        return found
+        saved = sparse(spans[-1][1], dtype)  # flat in either form
+        for a, b in spans:
+            saved[a:b] = torch.randn(b - a, generator=generator)
+        return [*found, ops.displacement_dots(x, y, saved, table)]
 
     flat, lists = results("flat"), results("list")
     assert same_bits(flat, lists)

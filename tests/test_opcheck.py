@@ -22,6 +22,7 @@ WRITES = {
     "rho_grad_diagonal": set(),
     "rho_grad_secant": set(),
     "dots": set(),
+    "displacement_dots": set(),
     "combine_": {"out"},
     "average_": {"averages", "out", "updates"},
     "posterior_ascent_": {"out", "precisions"},
@@ -38,7 +39,7 @@ WRITES = {
 SHAPES = {
     **dict.fromkeys(("grad_norm", "rho_grad_diagonal", "rho_grad_secant", "average_", "noise_", "masked_"), ()),
     **dict.fromkeys(("count_above", "largest", "peaks_", "all_finite_"), ()),
-    "dots": (3,),
+    **dict.fromkeys(("dots", "displacement_dots"), (3,)),
 }
 
 
@@ -79,6 +80,7 @@ def arguments(op, dtype, whole=True):
         "rho_grad_diagonal": lambda: (tensors(), optional(), tensors(), tensors(), optional(), *scaling),
         "rho_grad_secant": lambda: (tensors(), optional(), tensors(), tensors(), table),
         "dots": lambda: (tensors(), tensors(), table),
+        "displacement_dots": lambda: (tensors(), tensors(), saved, table),
         "combine_": lambda: (tensors(), tensors(), tensors(), table, torch.tensor([0.3, -2.0]).double(), scalar(1.0)),
         "average_": lambda: (
             tensors(), tensors(), optional(), torch.tensor(2 * whole), table, scalar(1.0), 0.9, 1.0, -0.5,

@@ -38,20 +38,21 @@ def a_step(ops, dtype, packed):
     ops.restore_sgd_(form(theta), form(g), form(m), saved, dirty, table, gate, 0.1, 0.9, 0.01, True, False)
     adam = (0.1, 0.9, 0.999, 1e-8, 0.01, True, False)
     ops.restore_adamw_(form(theta), form(g), form(m), form(v), form(steps), saved, dirty, table, gate, *adam)
-    vectors_of(ops, form, bucket, gate, norms, returned, (theta, g, m, v, h))
+    vectors_of(ops, form, bucket, gate, norms, returned, saved, (theta, g, m, v, h))
     fresh = form(h), form(g), form(m), form(v), saved, dirty, table, gate
     ops.restore_bsam_(*fresh, 0.1, 0.9, 0.01)
     bucket.assert_guards()
     return [*returned, norms, dirty, *steps, *(x for one in (theta, m, v, h) for x in bucket.read(one))]
 
 
-def vectors_of(ops, form, bucket, gate, norms, returned, lists):
+def vectors_of(ops, form, bucket, gate, norms, returned, saved, lists):
     """The ops on vectors; sums go to `returned`, the rest is written to h, of which a mask tells more."""
     theta, g, m, v, h = lists
     table, random, updates = bucket.table, guarded(torch.tensor([9, 8])), guarded(torch.tensor(1))
     mask, threshold = guarded(torch.zeros(bucket.total, dtype=torch.uint8)), guarded(torch.tensor(0x3F000000 << 32))
     coefficients = guarded(torch.tensor([0.3, -0.7], dtype=torch.float64))
     returned.append(ops.dots(form(g), form(m), table))
+    returned.append(ops.displacement_dots(form(g), form(theta), saved, table))
     ops.combine_(form(h), form(g), form(m), table, coefficients, gate)
     returned.append(ops.average_(form(m), form(g), form(h), updates, table, gate, 0.9, 1.0, -0.5))
     ops.posterior_ascent_(form(h), form([x.add_(0.1) for x in v]), form(g), table, gate, 0.9, 0.1)

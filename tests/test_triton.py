@@ -18,7 +18,7 @@ CHOSEN = (
 )
 #: Of those of the ops on vectors, where the layout matters less: every dtype once, and each way an element can go.
 FEWER = (
-    "not same_bits and (unaligned-torch or no_runs or same_size or 32_bits "
+    "not same_bits and (unaligned-torch or no_runs or same_size or arithmetic_type or 32_bits "
     "or 300-filters and float32 or channels-last and bfloat16 or closed_gate and float16 or members and float16 "
     "or bisection and 0.4 and False or nan and 719 "
     "or not several- and (as_plain_torch and precision and float32 or first_vector or would_stand and float64))"

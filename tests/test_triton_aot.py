@@ -28,6 +28,7 @@ STREAMING = {
 #: Those of the other methods, for some dtypes on each GPU.
 SAMPLED = {
     "dots_kernel": (2, None, 0),
+    "displacement_kernel": (3, None, 0),
     "combine_kernel": (2, None, 1),
     "average_kernel": (2, None, 1),
     "ascent_kernel": (2, None, 2),

@@ -42,6 +42,7 @@ CASES = [
 VECTOR_CASES = [
     ("combine_", "plain"),
     ("dots", "plain"),
+    ("displacement_dots", "plain"),
     ("average_", "plain"),
     ("noise_", "plain"),
     ("noise_", "filter"),
@@ -232,6 +233,7 @@ def call(op: str, direction: str, module: Any, t: Tensors) -> Callable[[], Any]:
         "rho_grad_secant": lambda: (t.val, t.train, t.perturbed, t.g, table),
         "all_finite_": lambda: ([t.total, t.rho], t.skipped),
         "dots": lambda: (t.m, t.g, table),
+        "displacement_dots": lambda: (t.g, t.params, t.saved, table),
         "combine_": lambda: ([t.out], t.m, t.g, table, t.coefficients, t.gate),
         "average_": lambda: (t.m, t.g, [t.out], t.updates, table, t.gate, 0.9, 0.5, 0.5),
         "posterior_ascent_": lambda: ([t.out], t.s, t.g, table, t.gate, 0.999, 0.1),

@@ -39,6 +39,7 @@ struct Kernels {
                          int64_t numel, const Scaling&, double q);
   double (*rho_secant)(Dtype, const void* val, const void* train, const void* g_hat, const void* g, int64_t numel);
   Dots (*dots)(Dtype, const void* x, const void* y, int64_t numel);
+  Dots (*displacement_dots)(Dtype, const void* g, const void* theta, const void* saved, int64_t numel);
   void (*combine)(Dtype, void* out, const void* x, const void* y, int64_t numel, double a, double b);
   double (*average)(Dtype, void* m, const void* x, void* out, int64_t numel, const AverageOptions&, bool stream);
   void (*posterior_ascent)(Dtype, void* out, void* s, const void* g, int64_t numel, double beta2, double damping,
@@ -67,6 +68,7 @@ struct Kernels {
                       double);                                                                                         \
   double rho_secant(Dtype, const void*, const void*, const void*, const void*, int64_t);                               \
   Dots dots(Dtype, const void*, const void*, int64_t);                                                                 \
+  Dots displacement_dots(Dtype, const void*, const void*, const void*, int64_t);                                       \
   void combine(Dtype, void*, const void*, const void*, int64_t, double, double);                                       \
   double average(Dtype, void*, const void*, void*, int64_t, const AverageOptions&, bool);                              \
   void posterior_ascent(Dtype, void*, void*, const void*, int64_t, double, double, bool, bool);                        \

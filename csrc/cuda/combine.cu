@@ -1,5 +1,5 @@
-// Two vectors. dots: reads x, y; writes nothing parameter-sized. combine: reads x, y; writes out, which may be one of
-// them, so nothing here counts as read-only.
+// Two vectors. dots: reads x, y; displacement_dots: reads g, theta, saved; they write nothing parameter-sized. combine:
+// reads x, y; writes out, which may be one of them, so nothing there counts as read-only.
 #include "block.h"
 
 namespace lets::cuda {
@@ -34,6 +34,34 @@ dots_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double* sums, 
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
+displacement_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double* sums, bool add) {
+  using C = typename ArithmeticOf<T>::type;
+  double gg = 0, gd = 0, dd = 0;
+  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, c);
+    const Row& row = batch.row[piece.row];
+    const T* g = reinterpret_cast<const T*>(row.address[0]) + piece.begin;
+    const T* theta = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+    const T* saved = reinterpret_cast<const T*>(row.address[2]) + piece.begin;
+    over_in_order<T>(piece.numel, aligned(g) && aligned(theta) && aligned(saved), [&](auto width, int i) {
+      constexpr int V = decltype(width)::value;
+      const auto x = fetch<C, V>(g, i), now = fetch<C, V>(theta, i), before = fetch<C, V>(saved, i);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const double a = double(x.value[j]), d = double(displacement(now.value[j], before.value[j]));
+        gg += a * a;
+        gd += a * d;
+        dd += d * d;
+      }
+    });
+  }
+  keep<Sum, 3>(sums, gg, add, 0);
+  keep<Sum, 3>(sums, gd, add, 1);
+  keep<Sum, 3>(sums, dd, add, 2);
+}
+
+template <class T, int Capacity>
+LETS_KERNEL_FOR(4)
 combine_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* coefficients, const double* gate) {
   using C = typename ArithmeticOf<T>::type;
   if (*gate == 0) return;
@@ -60,6 +88,16 @@ void dots(Dtype dtype, const Row* rows, int64_t count, double* sums, void* strea
     using T = decltype(type);
     const auto one = [&](const auto& batch, int32_t chunks, int blocks, bool add) {
       launch(&dots_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch, chunks, sums, add);
+    };
+    sum_in_batches(rows, count, sums, stream, one, 3);
+  });
+}
+
+void displacement_dots(Dtype dtype, const Row* rows, int64_t count, double* sums, void* stream) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto one = [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+      launch(&displacement_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch, chunks, sums, add);
     };
     sum_in_batches(rows, count, sums, stream, one, 3);
   });

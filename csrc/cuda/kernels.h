@@ -53,6 +53,8 @@ void rho_diagonal(Dtype, const Row* rows, int64_t count, double xi, double q, do
 void rho_secant(Dtype, const Row* rows, int64_t count, double* sums, void* stream);
 // Rows: x, y. Three sums: x·x, x·y, y·y.
 void dots(Dtype, const Row* rows, int64_t count, double* sums, void* stream);
+// Rows: g, theta, saved. The same of g and what theta has moved from saved.
+void displacement_dots(Dtype, const Row* rows, int64_t count, double* sums, void* stream);
 // Rows: out, x, y.
 void combine(Dtype, const Row* rows, int64_t count, const double* coefficients, const double* gate, void* stream);
 // Rows: m, x, out (or null).

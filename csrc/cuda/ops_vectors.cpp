@@ -17,6 +17,18 @@ Tensor dots(const Tensors& x, const Tensors& y, const Tensor& runs) {
   return first_of(sums, 3);
 }
 
+Tensor displacement_dots(const Tensors& grads, const Tensors& params, const Tensor& saved, const Tensor& runs) {
+  const Table table(runs);
+  const Device device(grads, {saved});
+  const Dtype dtype = dtype_of_list(grads, "grads");
+  const Runs g(grads, table, dtype, device.where, "grads"), theta(params, table, dtype, device.where, "params"),
+      before(Tensors{saved}, table, dtype, device.where, "saved");
+  const auto rows = rows_of(table, {&g, &theta, &before});
+  const Tensor sums = empty_doubles(3 * cuda::kSumElements, device);
+  cuda::displacement_dots(dtype, rows.data(), table.size(), sums_in(sums), device.stream);
+  return first_of(sums, 3);
+}
+
 void combine_(const Tensors& out, const Tensors& x, const Tensors& y, const Tensor& runs, const Tensor& coefficients,
               const Tensor& gate) {
   const Table table(runs);
@@ -157,6 +169,7 @@ STABLE_TORCH_LIBRARY_IMPL(lets_kernels_emulated, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(lets_kernels, CUDA, m) {
 #endif
   m.impl("dots", TORCH_BOX(&lets::dots));
+  m.impl("displacement_dots", TORCH_BOX(&lets::displacement_dots));
   m.impl("combine_", TORCH_BOX(&lets::combine_));
   m.impl("average_", TORCH_BOX(&lets::average_));
   m.impl("posterior_ascent_", TORCH_BOX(&lets::posterior_ascent_));

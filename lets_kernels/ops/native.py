@@ -28,6 +28,7 @@ restore_bsam_ = _ops.restore_bsam_.default
 rho_grad_diagonal = _ops.rho_grad_diagonal.default
 rho_grad_secant = _ops.rho_grad_secant.default
 dots = _ops.dots.default
+displacement_dots = _ops.displacement_dots.default
 combine_ = _ops.combine_.default
 average_ = _ops.average_.default
 posterior_ascent_ = _ops.posterior_ascent_.default
@@ -50,6 +51,7 @@ OPS = (
     rho_grad_diagonal,
     rho_grad_secant,
     dots,
+    displacement_dots,
     combine_,
     average_,
     posterior_ascent_,
@@ -100,7 +102,8 @@ def _fake_nothing(*_: object, **__: object) -> None:
 
 
 for _op in OPS:
-    _fake = functools.partial(_fake_numbers, (3,) if _op is dots else ()) if _op._schema.returns else _fake_nothing
+    _shape = (3,) if _op in (dots, displacement_dots) else ()
+    _fake = functools.partial(_fake_numbers, _shape) if _op._schema.returns else _fake_nothing
     torch.library.register_fake(_op.name(), _fake)
 
 if os.environ.get("LETS_KERNELS_CPU_ISA"):

@@ -15,7 +15,7 @@ using namespace sanitize;
 bool one(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
   Given given(bytes);
-  const int op = bytes.take() % 14;
+  const int op = bytes.take() % 16;
   const double qs[] = {1, 1.5, 2, 2, 3, 0.5}, q = qs[bytes.take() % 6];
   Rows rows(bytes);
   rows.runs.shrink_to_fit();
@@ -72,6 +72,10 @@ bool one(const uint8_t* data, size_t size) {
       standin::op<void(L, L, L, T, T, T)>("combine_")(list(), list(), list(), table, both, number(1));
     } else if (op == 12) {
       standin::op<Tensor(L, L, T, T)>("peaks_")(list(), list(), table, number(1));
+    } else if (op == 13) {
+      standin::op<Tensor(L, L, T)>("dots")(list(), list(), table);
+    } else if (op == 14) {
+      standin::op<Tensor(L, L, T, T)>("displacement_dots")(list(), list(), flat(), table);
     } else if (bytes.take() % 2) {
       standin::op<Tensor(L, L, L, L, L, T, const Maybe&, double, double)>("rho_grad_diagonal")(
           list(), maybe(), list(), list(), maybe(), table, given.norms(rows), 0.1, q);

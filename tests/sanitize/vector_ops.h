@@ -14,6 +14,7 @@ class VectorOps : public Loops {
     with_type(layout_.dtype, [&](auto type) {
       using T = decltype(type);
       dots<T>();
+      displacement_dots<T>();
       combine<T>();
       average<T>();
       posterior_ascent<T>();
@@ -67,6 +68,28 @@ class VectorOps : public Loops {
     check_sum("dots", found[1], [&](size_t r, int64_t i) { return product(x.expected<T>(r)[i], y.expected<T>(r)[i]); });
     check_sum("dots", found[2], [&](size_t r, int64_t i) { return square(y.expected<T>(r)[i]); });
     count(2);
+  }
+
+  template <class T>
+  void displacement_dots() {
+    using C = Arithmetic<T>;
+    List g = some(), theta = some(), saved = flat(Values::any);
+    using Op = Tensor(const Tensors&, const Tensors&, const Tensor&, const Tensor&);
+    const Tensor sums = standin::op<Op>("displacement_dots")(g.tensors, theta.tensors, saved.tensors[0], table_);
+    g.verify("displacement_dots: grads");
+    theta.verify("displacement_dots: params");
+    saved.verify("displacement_dots: saved");
+    const auto moved = [&](size_t r, int64_t i) {
+      const C now = lets::widen(theta.expected<T>(r)[i]), before = lets::widen(saved.expected<T>(r)[i]);
+      return double(lets::displacement(now, before));
+    };
+    const std::vector<double>& found = *sums.memory();
+    check(found.size() >= 3, "displacement_dots returned less than three numbers");
+    check_sum("displacement_dots", found[0], [&](size_t r, int64_t i) { return square(g.expected<T>(r)[i]); });
+    check_sum("displacement_dots", found[1],
+              [&](size_t r, int64_t i) { return double(lets::widen(g.expected<T>(r)[i])) * moved(r, i); });
+    check_sum("displacement_dots", found[2], [&](size_t r, int64_t i) { return moved(r, i) * moved(r, i); });
+    count(3);
   }
 
   template <class T>

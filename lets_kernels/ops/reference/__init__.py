@@ -7,7 +7,7 @@ The functions, their arguments and their meaning are those of :mod:`lets_kernels
 from torch import Tensor
 
 from lets_kernels.ops.reference.average import average_, posterior_ascent_
-from lets_kernels.ops.reference.combine import combine_, dots
+from lets_kernels.ops.reference.combine import combine_, displacement_dots, dots
 from lets_kernels.ops.reference.mask import count_above, masked_, select_
 from lets_kernels.ops.reference.noise import noise_
 from lets_kernels.ops.reference.norm import all_finite_, filter_norms, grad_norm, largest, peaks_
@@ -20,6 +20,7 @@ __all__ = [
     "average_",
     "combine_",
     "count_above",
+    "displacement_dots",
     "dots",
     "filter_norms",
     "grad_norm",

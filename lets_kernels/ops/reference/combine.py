@@ -1,6 +1,6 @@
 """Two vectors: their inner products, and linear combinations of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,20 @@ from lets_kernels.ops.reference.shared import runs, wide
 
 def dots(x: Sequence[Tensor], y: Sequence[Tensor], table: Tensor) -> Tensor:
     """x·x, x·y and y·y over all runs: float64, of shape [3]."""
-    total = torch.zeros(3, dtype=torch.float64, device=x[0].device if len(x) else None)
-    for u, v in zip(runs(x, table), runs(y, table), strict=True):
-        a, b = u.double(), v.double()
+    return _products(runs(x, table), runs(y, table), x[0].device if len(x) else None)
+
+
+def displacement_dots(grads: Sequence[Tensor], params: Sequence[Tensor], saved: Tensor, table: Tensor) -> Tensor:
+    """g·g, g·Δ and Δ·Δ over all runs, where Δ = θ - saved is what the last step has moved: float64, of shape [3]."""
+    pairs = zip(runs(params, table), runs([saved], table), strict=True)
+    return _products(runs(grads, table), (wide(theta) - wide(old) for theta, old in pairs), saved.device)
+
+
+def _products(xs: Iterable[Tensor], ys: Iterable[Tensor], device: torch.device | None) -> Tensor:
+    """The three sums over pairs of runs."""
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    for x, y in zip(xs, ys, strict=True):
+        a, b = x.double(), y.double()
         total += torch.stack([(a * a).sum(), (a * b).sum(), (b * b).sum()])
     return total
 

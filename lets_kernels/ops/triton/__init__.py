@@ -57,7 +57,7 @@ _library = torch.library.Library("lets_kernels_triton", "DEF")
 
 def _fake(name: str, schema: str) -> Callable[..., Tensor | None]:
     """What an op returns: sums, on the device of the first tensor (of no runs: of the run table)."""
-    shape = (3,) if name == "dots" else ()
+    shape = (3,) if name in ("dots", "displacement_dots") else ()
 
     def sums(*arguments: Any) -> Tensor:
         first = next(filter(torch.is_tensor, tree_leaves(arguments)))
@@ -96,6 +96,7 @@ restore_adamw_ = _op("restore_adamw_", step.restore_adamw_)
 rho_grad_diagonal = _op("rho_grad_diagonal", rho.rho_grad_diagonal)
 rho_grad_secant = _op("rho_grad_secant", rho.rho_grad_secant)
 dots = _op("dots", combine.dots)
+displacement_dots = _op("displacement_dots", combine.displacement_dots)
 combine_ = _op("combine_", combine.combine_)
 average_ = _op("average_", average.average_)
 posterior_ascent_ = _op("posterior_ascent_", average.posterior_ascent_)

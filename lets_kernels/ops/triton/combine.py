@@ -1,4 +1,7 @@
-"""Two vectors: inner products and linear combinations. dots: reads x, y. combine_: reads x, y; writes out."""
+"""Two vectors: inner products and linear combinations.
+
+dots: reads x, y. displacement_dots: reads g, theta, saved. combine_: reads x, y; writes out.
+"""
 
 from collections.abc import Sequence
 
@@ -39,6 +42,37 @@ def dots_kernel(
 
 
 @helper
+def _displaced(g, theta, saved, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    a = load(g, at, count, MASKED, BLOCK).to(tl.float64)
+    moved = load(theta, at, count, MASKED, BLOCK).to(C) - load(saved, at, count, MASKED, BLOCK).to(C)
+    d = moved.to(tl.float64)
+    return a * a, a * d, d * d
+
+
+@kernel
+def displacement_kernel(
+    slots, chunks, runs, grads, thetas, saveds,
+    DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    index, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    run, begin, count = chunk_at(chunks, index)
+    g, theta = elements(grads, run, begin, DTYPE, ALIGNED), elements(thetas, run, begin, DTYPE, ALIGNED)
+    saved = elements(saveds, run, begin, DTYPE, ALIGNED)
+    whole = count // BLOCK * BLOCK
+    first = tl.full([BLOCK], 0.0, tl.float64)
+    mixed, second = first, first
+    for b in range(0, whole, BLOCK):
+        gg, gd, dd = _displaced(g, theta, saved, b, count, False, BLOCK, C)
+        first, mixed, second = first + gg, mixed + gd, second + dd
+    if whole < count:
+        gg, gd, dd = _displaced(g, theta, saved, whole, count, True, BLOCK, C)
+        first, mixed, second = first + gg, mixed + gd, second + dd
+    tl.store(slots + index, tree_sum(first, BLOCK, STAGES))
+    tl.store(slots + (programs + index), tree_sum(mixed, BLOCK, STAGES))
+    tl.store(slots + (2 * programs + index), tree_sum(second, BLOCK, STAGES))
+
+
+@helper
 def _combine(
     out, x, y, a, b, at, count,
     MASKED: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr,
@@ -68,6 +102,12 @@ def combine_kernel(
 def dots(x: Sequence[Tensor], y: Sequence[Tensor], table: Tensor) -> Tensor:
     call = launch.Call(table, x, "x")
     return call.sums((3,), dots_kernel, call.list(x, "x"), call.list(y, "y"))
+
+
+def displacement_dots(grads: Sequence[Tensor], params: Sequence[Tensor], saved: Tensor, table: Tensor) -> Tensor:
+    call = launch.Call(table, grads, "grads", saved)
+    lists = call.list(grads, "grads"), call.list(params, "params"), call.list([saved], "saved")
+    return call.sums((3,), displacement_kernel, *lists)
 
 
 def combine_(

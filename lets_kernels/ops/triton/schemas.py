@@ -15,6 +15,7 @@ SCHEMAS = (
     "table, Tensor? filter_norms, float xi, float q) -> Tensor",
     "rho_grad_secant(Tensor[] val, Tensor[] train, Tensor[] perturbed, Tensor[] first, Tensor table) -> Tensor",
     "dots(Tensor[] x, Tensor[] y, Tensor table) -> Tensor",
+    "displacement_dots(Tensor[] grads, Tensor[] params, Tensor saved, Tensor table) -> Tensor",
     "combine_(Tensor(a!)[] out, Tensor[] x, Tensor[] y, Tensor table, Tensor coefficients, Tensor gate) -> ()",
     "average_(Tensor(a!)[] averages, Tensor[] vectors, Tensor(b!)[] out, Tensor(c!) updates, Tensor table, Tensor "
     "gate, float decay, float a, float b) -> Tensor",
