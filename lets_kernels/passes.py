@@ -222,12 +222,10 @@ def displacements(runs: Iterable[Runs], held: Held, count: int, home: torch.devi
     """
     rows = torch.zeros(count, 2, dtype=torch.float64, device=home)
     for each in runs:
-        b, before = each.bucket, held.before(each.bucket)
-        table, now = b.unscaled_table(each.indices), b.pack(each.params)
-        old = b.pack([before[i] for i in each.indices])
-        forward = b.ops.rho_grad_secant(each.pack(each.grads), [], now, old, table)
-        moved = b.ops.rho_grad_secant(now, old, now, old, table)
-        rows[b.group if count > 1 else 0] += b.parts * torch.stack([forward, moved]).to(home)
+        b = each.bucket
+        held.before(b)  # lets the weights before the last step stand in b.saved
+        found = b.ops.displacement_dots(each.pack(each.grads), each.weights, b.saved, b.unscaled_table(each.indices))
+        rows[b.group if count > 1 else 0] += b.parts * found[1:].to(home)
     return rows
 
 

@@ -45,11 +45,10 @@ GROUPS = [
         "lets_kernels/passes.py",
         TWENTY,
         [
-            ("each.pack(each.grads), [], now, old, table", "each.pack(each.grads), [], old, now, table"),
-            ("now, old, now, old, table)", "now, [], now, old, table)"),
+            ("b.parts * found[1:]", "b.parts * found[:2]"),
             (
-                "rows[b.group if count > 1 else 0] += b.parts * torch.stack",
-                "rows[0] += b.parts * torch.stack",
+                "rows[b.group if count > 1 else 0] += b.parts * found[1:]",
+                "rows[0] += b.parts * found[1:]",
                 "tests/test_auto.py -k a_radius_a_group",
             ),
             (

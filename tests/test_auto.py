@@ -70,7 +70,7 @@ def test_twenty_steps_are_those_of_the_formula(backend, direction, base, rho):
     radius = lk.AutoRadius(rho, constants=SHORT)
     opt = lk.SAM(task.net.parameters(), optimizer, radius, backend=backend.name, **options, **base_options)
     found = []
-    with backend.watch("perturb_", op or "restore_", "dots"):
+    with backend.watch("perturb_", op or "restore_", "dots", "displacement_dots"):
         for t, (batch, _) in enumerate(task.batches):
             opt.param_groups[0]["lr"] = scale * falling(t)
             opt.step(task.closure(batch))
@@ -120,9 +120,13 @@ def test_twenty_steps_of_the_rule_by_the_sums_of_every_backend(backend, layout):
         g_hat = [(a + (0.02 + 0.01 * t) * b).float().double() for a, b in zip(g, noise, strict=True)]
         delta = [(t % 3) * (b - 0.1 * a).float().double() for a, b in zip(g, delta, strict=True)]
         first = backend.dots(bucket.give(g_hat, "list"), bucket.give(g, "list"), table)
-        second = backend.dots(bucket.give(delta, "list"), bucket.give(g, "list"), table)
+        saved = bucket.values(zeros=False)
+        now_at = [(a + b).float().double() for a, b in zip(saved, delta, strict=True)]
+        delta = [(a - b).float().double() for a, b in zip(now_at, saved, strict=True)]
+        lists = bucket.give(g, "list"), bucket.give(now_at, "list"), bucket.give(saved, "flat")[0]
+        second = backend.displacement_dots(*lists, table)
         group["lr"] = falling(t)
-        products = torch.stack([*first, second[1], second[0]])[None]
+        products = torch.stack([*first, second[1], second[2]])[None]
         radius.compare(products, gate, [group])
         now = oracle.auto(*(dict(enumerate(x)) for x in (g, g_hat, delta)), falling(t), now, SHORT)
         state = radius.state_dict()
