@@ -1,4 +1,4 @@
-"""The demo: real digits, wrong labels, a small CNN, and the radius of SAM and ASAM fixed or learned.
+"""The demo: real digits, wrong labels, a small CNN, and SAM with a radius that is fixed, found or learned.
 
-``methods.py`` builds the optimizers and ``train.py`` uses them; the rest is data, processes, tables and plots.
+``methods.py`` builds the optimizers and ``train.py`` uses them; the rest is data, processes, a table and a plot.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import lets_kernels
-from lets_kernels.demo.methods import ALL, METHODS, Settings, sam
+from lets_kernels.demo.methods import ALL, METHODS, Settings, tasks
 from lets_kernels.demo.model import small_cnn
 
 REQUIRED = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn"}  # module: package
@@ -25,19 +25,17 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     settings = Settings(
         epochs=options.epochs,
+        seeds=options.seeds,
         noise=options.noise,
-        rho=options.rho,
-        asam_rho=options.asam_rho,
-        radius_lr=options.radius_lr,
+        radii=tuple(sorted(set(getattr(options, "rho", ())))),
         backend=options.backend,
     )
     chosen = getattr(options, "methods", METHODS)
-    methods = [name for name in ALL if name in chosen]
-    jobs = min(options.jobs, len(methods) * options.seeds)
+    planned = tasks([name for name in ALL if name in chosen], settings)
     try:
         from lets_kernels.demo.run import run_demo  # imports what was just looked for
 
-        run_demo(methods, options.seeds, settings, jobs, options.output)
+        run_demo(planned, settings, min(options.jobs, len(planned)), options.output)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -46,27 +44,26 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lets_kernels demo",
-        description="Trains a small CNN on 8x8 digits with wrong labels: SGD, and SAM and ASAM with a radius that is "
-        "fixed or learned (LETS). Prints a table, and writes a JSON file and plots.",
+        description="Trains a small CNN on 8x8 digits with wrong labels: SGD, and SAM with radii that are fixed, find "
+        "themselves or are learned (LETS). Prints a table, and writes a JSON file and a plot.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     positive = _number(float, "more than 0", lambda value: 0 < value < float("inf"))
     count = _number(int, "a whole number from 1", lambda value: value >= 1)
     share = _number(float, "from 0 to 1", lambda value: 0 <= value <= 1)
     parser.add_argument("--epochs", type=count, default=DEFAULT.epochs, help="passes over the training set")
-    parser.add_argument("--seeds", type=count, default=3, help="runs of each method, with the seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=count, default=DEFAULT.seeds, help="runs of each, with the seeds 0, 1, ...")
     parser.add_argument("--noise", type=share, default=DEFAULT.noise, help="share of the training labels made wrong")
     names = f"any of {', '.join(ALL)} (default: the first {len(METHODS)})"
     parser.add_argument("--methods", nargs="+", choices=ALL, default=argparse.SUPPRESS, metavar="NAME", help=names)
-    parser.add_argument("--rho", type=positive, default=DEFAULT.rho, help="radius of SAM and others, start of LETS-SAM")
-    parser.add_argument("--asam-rho", type=positive, default=DEFAULT.asam_rho, help="the same for ASAM, LETS-ASAM")
-    parser.add_argument("--radius-lr", type=positive, default=DEFAULT.radius_lr, help="step size of the learned radius")
+    radii = "run every method from each of these radii (default: its own)"
+    parser.add_argument("--rho", nargs="+", type=positive, default=argparse.SUPPRESS, metavar="RHO", help=radii)
     parser.add_argument("--backend", choices=("auto", *lets_kernels.backends()), default="auto", help="kernels to use")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the JSON file and the plots")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the JSON file and the plot")
     parser.add_argument("--jobs", type=count, default=torch.get_num_threads(), help="processes side by side")
     options = parser.parse_args(argv)
     try:  # a backend that cannot run here says why
-        sam(small_cnn().parameters(), Settings(backend=options.backend))
+        METHODS["sam"].build(small_cnn().parameters(), Settings(backend=options.backend), 0.05)
     except (RuntimeError, ValueError) as error:
         parser.error(f"argument --backend: {error}")
     try:

@@ -1,7 +1,8 @@
-"""What the demo compares: the same SGD alone, and inside SAM, ASAM, LETS-SAM and LETS-ASAM; the others by name."""
+"""What the demo compares: the same SGD alone, and inside SAM with each kind of radius; the other methods by name."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.nn import Parameter
@@ -20,6 +21,7 @@ from lets_kernels import (
     RST,
     SAM,
     AELookSAM,
+    AutoRadius,
     DeltaSAM,
     FisherSAM,
     FriendlySAM,
@@ -30,24 +32,25 @@ from lets_kernels import (
     SparseSAM,
     VaSSO,
 )
+from lets_kernels.radius import RadiusLike
 
 TRAIN_SIZE = 1280
+RADII = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+STARTS = (0.005, 0.05, 0.5)  # of a radius that moves; the first is that of rho="auto"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs share. The radii are the papers' defaults; a learned radius starts where the fixed one stays."""
+    """What all runs share."""
 
-    epochs: int = 40
+    epochs: int = 30
+    seeds: int = 2  # runs of each method and radius, with the seeds 0, 1, ...
     noise: float = 0.4  # share of the training labels that are wrong
     batch_size: int = 64
     lr: float = 0.01  # cosine-annealed to zero
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    rho: float = 0.05  # SAM, LETS-SAM, and whatever is not in METHODS
-    asam_rho: float = 0.5  # ASAM, LETS-ASAM
-    radius_lr: float = 0.03  # of Adam on log(rho); the default, 0.01, moves it little in 800 steps
-    radius_lr_end: float = 0.05  # share of radius_lr that is left after the last epoch
+    radii: tuple[float, ...] = ()  # instead of each method's own
     backend: str = "auto"
 
     @property
@@ -59,60 +62,46 @@ class Settings:
     def steps_per_epoch(self) -> int:
         return -(-TRAIN_SIZE // self.batch_size)
 
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
 
 Parameters = Iterable[Parameter]
+Build = Callable[[Parameters, Settings, Any], Optimizer]  # with a radius; SGD's is None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: how to build the optimizer, and how many gradients it takes for a step, on average."""
+    """How to build the optimizer, and from which radii to run it unless told otherwise (SGD has none)."""
 
     label: str
-    gradients: float
-    build: Callable[[Parameters, Settings], Optimizer]
+    build: Build
+    radii: tuple[float, ...] = (0.05,)
 
 
-def sgd(params: Parameters, settings: Settings) -> Optimizer:
+def sgd(params: Parameters, settings: Settings, rho: None) -> Optimizer:
     return SGD(params, **settings.sgd)
 
 
-def sam(params: Parameters, settings: Settings) -> Optimizer:
-    return SAM(params, SGD, rho=settings.rho, backend=settings.backend, **settings.sgd)
+def inside(kind: type[SAM], radius: Callable[[float], RadiusLike] = float, **options: Any) -> Build:
+    """SGD inside a method of this kind; everything that is not said here is the package's default."""
+    return lambda params, s, rho: kind(params, SGD, rho=radius(rho), backend=s.backend, **options, **s.sgd)
 
 
-def asam(params: Parameters, settings: Settings) -> Optimizer:
-    return ASAM(params, SGD, rho=settings.asam_rho, backend=settings.backend, **settings.sgd)
+def adaptive_policy(kind: type[SAM]) -> Build:
+    return lambda params, s, rho: inside(kind, steps=s.steps)(params, s, rho)
 
 
-def lets_sam(params: Parameters, settings: Settings, curvature: str) -> Optimizer:
-    radius = LearnedRadius(settings.rho, curvature=curvature, lr=settings.radius_lr)
-    return LETSSAM(params, SGD, rho=radius, backend=settings.backend, **settings.sgd)
+def sparse_sam(params: Parameters, settings: Settings, rho: float) -> Optimizer:
+    return inside(SparseSAM, interval=settings.steps_per_epoch)(params, settings, rho)
 
 
-def lets_asam(params: Parameters, settings: Settings, curvature: str) -> Optimizer:
-    # Element-wise, as ASAM is: a radius means the same in both.
-    radius = LearnedRadius(settings.asam_rho, curvature=curvature, lr=settings.radius_lr)
-    return LETSASAM(params, SGD, rho=radius, filterwise=False, backend=settings.backend, **settings.sgd)
-
-
-def other(kind: type[SAM], **options: Any) -> Callable[[Parameters, Settings], Optimizer]:
-    """SGD inside a method of this kind, with SAM's radius; everything else as its paper has it."""
-    return lambda params, s: kind(params, SGD, rho=s.rho, backend=s.backend, **options, **s.sgd)
-
-
-def adaptive_policy(kind: type[SAM]) -> Callable[[Parameters, Settings], Optimizer]:
-    return lambda params, s: other(kind, steps=s.epochs * s.steps_per_epoch)(params, s)
-
-
-def sparse_sam(params: Parameters, settings: Settings) -> Optimizer:
-    return other(SparseSAM, interval=settings.steps_per_epoch)(params, settings)
-
-
-def bsam(params: Parameters, settings: Settings) -> Optimizer:
+def bsam(params: Parameters, settings: Settings, rho: float) -> Optimizer:
     # Its momentum is an average, (1 - momentum) times that of SGD, so the same step needs a larger lr.
     return BSAM(
         params,
-        rho=settings.rho,
+        rho=rho,
         lr=settings.lr / (1 - settings.momentum),
         data_size=TRAIN_SIZE,
         beta1=settings.momentum,
@@ -121,35 +110,51 @@ def bsam(params: Parameters, settings: Settings) -> Optimizer:
     )
 
 
+secant = partial(LearnedRadius, curvature="secant")
+
 #: What the demo runs unless told otherwise.
 METHODS = {
-    "sgd": Method("SGD", 1, sgd),
-    "sam": Method("SAM", 2, sam),
-    "lets-sam-diagonal": Method("LETS-SAM diagonal", 4, lambda p, s: lets_sam(p, s, "diagonal")),
-    "lets-sam-secant": Method("LETS-SAM secant", 4, lambda p, s: lets_sam(p, s, "secant")),
-    "asam": Method("ASAM", 2, asam),
-    "lets-asam-diagonal": Method("LETS-ASAM diagonal", 4, lambda p, s: lets_asam(p, s, "diagonal")),
-    "lets-asam-secant": Method("LETS-ASAM secant", 4, lambda p, s: lets_asam(p, s, "secant")),
+    "sgd": Method("SGD", sgd, ()),
+    "sam": Method("SAM", inside(SAM), RADII),
+    "sam-auto": Method('SAM rho="auto"', inside(SAM, AutoRadius), STARTS),
+    "lets-sam": Method("LETS-SAM", inside(LETSSAM), STARTS),
 }
 
 #: What it runs if it is named.
 OTHERS = {
-    "rst": Method("RST", 1.5, other(RST)),
-    "looksam": Method("LookSAM", 1.2, other(LookSAM)),
-    "ae-sam": Method("AE-SAM", 1.5, adaptive_policy(AESAM)),
-    "ae-looksam": Method("AE-LookSAM", 1.5, adaptive_policy(AELookSAM)),
-    "gsam": Method("GSAM", 2, other(GSAM)),
-    "r-sam": Method("R-SAM", 2, other(RSAM)),
-    "r-gsam": Method("R-GSAM", 2, other(RGSAM)),
-    "gradient-norm-penalty": Method("Gradient-norm penalty", 2, other(GradientNormPenalty)),
-    "random-sam": Method("Random SAM", 1, other(RandomSAM)),
-    "friendly-sam": Method("Friendly SAM", 2, other(FriendlySAM)),
-    "vasso": Method("VaSSO", 2, other(VaSSO)),
-    "fisher-sam": Method("Fisher SAM", 2, other(FisherSAM)),
-    "sparse-sam": Method("Sparse SAM", 2, sparse_sam),
-    "esam": Method("ESAM", 1.5, other(ESAM)),
-    "delta-sam": Method("δ-SAM", 2, other(DeltaSAM)),
-    "bsam": Method("bSAM", 2, bsam),
+    "lets-sam-secant": Method("LETS-SAM secant", inside(LETSSAM, secant)),
+    "asam": Method("ASAM", inside(ASAM), (0.5,)),
+    "asam-auto": Method('ASAM rho="auto"', inside(ASAM, AutoRadius), (0.5,)),
+    "lets-asam": Method("LETS-ASAM", inside(LETSASAM), (0.5,)),
+    "lets-asam-secant": Method("LETS-ASAM secant", inside(LETSASAM, secant), (0.5,)),
+    "rst": Method("RST", inside(RST)),
+    "looksam": Method("LookSAM", inside(LookSAM)),
+    "ae-sam": Method("AE-SAM", adaptive_policy(AESAM)),
+    "ae-looksam": Method("AE-LookSAM", adaptive_policy(AELookSAM)),
+    "gsam": Method("GSAM", inside(GSAM)),
+    "r-sam": Method("R-SAM", inside(RSAM)),
+    "r-gsam": Method("R-GSAM", inside(RGSAM)),
+    "gradient-norm-penalty": Method("Gradient-norm penalty", inside(GradientNormPenalty)),
+    "random-sam": Method("Random SAM", inside(RandomSAM)),
+    "friendly-sam": Method("Friendly SAM", inside(FriendlySAM)),
+    "vasso": Method("VaSSO", inside(VaSSO)),
+    "fisher-sam": Method("Fisher SAM", inside(FisherSAM)),
+    "sparse-sam": Method("Sparse SAM", sparse_sam),
+    "esam": Method("ESAM", inside(ESAM)),
+    "delta-sam": Method("δ-SAM", inside(DeltaSAM)),
+    "bsam": Method("bSAM", bsam),
 }
 
 ALL = {**METHODS, **OTHERS}
+
+Task = tuple[str, float | None, int]  # method, first radius, seed
+
+
+def tasks(methods: list[str], settings: Settings) -> list[Task]:
+    """The runs, the longest first, so that no process idles at the end; names in the order of ALL."""
+    return [
+        (name, rho, seed)
+        for seed in range(settings.seeds)
+        for name in reversed(methods)
+        for rho in (ALL[name].radii and (settings.radii or ALL[name].radii)) or (None,)
+    ]

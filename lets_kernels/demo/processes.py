@@ -14,35 +14,30 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lets_kernels.demo.methods import ALL, Settings
+from lets_kernels.demo.methods import Settings, Task
 from lets_kernels.demo.train import Run, train
 
 
-def train_all(
-    methods: list[str], seeds: int, settings: Settings, jobs: int, console: Console
-) -> Generator[Run, None, None]:
-    """Trains every method with the seeds 0 ... seeds-1, and yields each run as it ends. Closing it ends its processes.
+def train_all(planned: list[Task], settings: Settings, jobs: int, console: Console) -> Generator[Run, None, None]:
+    """Trains all that is planned, and yields each run as it ends. Closing it ends its processes.
 
     The numbers do not depend on ``jobs``; the timings do.
     """
     context = multiprocessing.get_context("spawn")
-    gradients, stop = context.Value("d", 0.0), context.Event()  # how many epochs x gradients a step are done
-    longest_first = sorted(methods, key=lambda name: -ALL[name].gradients)  # so that no process idles at the end
-    tasks = [(name, seed) for seed in range(seeds) for name in longest_first]
-    total = settings.epochs * sum(ALL[name].gradients for name, _ in tasks)
+    epochs, stop = context.Value("i", 0), context.Event()  # how many epochs are done
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    pool = ProcessPoolExecutor(jobs, context, _start, (gradients, stop))
+    pool = ProcessPoolExecutor(jobs, context, _start, (epochs, stop))
     with Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task(f"starting {jobs} processes", total=total)
+        bar = progress.add_task(f"starting {jobs} processes", total=settings.epochs * len(planned))
         try:
             with _without_interrupts():  # the processes are born deaf to Ctrl-C; this one tells them when to stop
-                pending = {pool.submit(_train, name, seed, settings) for name, seed in tasks}
+                pending = {pool.submit(_train, task, settings) for task in planned}
             while pending:
                 ended, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in ended)
-                if gradients.value:
-                    text = f"{len(tasks) - len(pending)} of {len(tasks)} runs"
-                    progress.update(bar, completed=gradients.value, description=text)
+                if epochs.value:
+                    text = f"{len(planned) - len(pending)} of {len(planned)} runs"
+                    progress.update(bar, completed=epochs.value, description=text)
         except BaseException:
             progress.update(bar, description="stopping")
             raise
@@ -61,14 +56,14 @@ def _without_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-_gradients: "Synchronized[float]"
+_epochs: "Synchronized[int]"
 _stop: Event
 
 
-def _start(gradients: "Synchronized[float]", stop: Event) -> None:
+def _start(epochs: "Synchronized[int]", stop: Event) -> None:
     """Called once in each process."""
-    global _gradients, _stop
-    _gradients, _stop = gradients, stop
+    global _epochs, _stop
+    _epochs, _stop = epochs, stop
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -81,11 +76,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _train(name: str, seed: int, settings: Settings) -> Run:
+def _train(task: Task, settings: Settings) -> Run:
     def after_epoch() -> None:
-        with _gradients.get_lock():
-            _gradients.value += ALL[name].gradients
+        with _epochs.get_lock():
+            _epochs.value += 1
         if _stop.is_set():
             raise InterruptedError("the demo was stopped")
 
-    return train(name, seed, settings, after_epoch)
+    return train(*task, settings, after_epoch)

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -18,7 +19,7 @@ from rich.table import Table
 
 import lets_kernels
 from lets_kernels.demo.data import TEST_SIZE
-from lets_kernels.demo.methods import ALL, METHODS, Settings
+from lets_kernels.demo.methods import ALL, Settings
 from lets_kernels.demo.train import Run
 
 DEFINITIONS = {
@@ -28,6 +29,7 @@ DEFINITIONS = {
     "gap": "generalisation gap: noisy_test_loss - train_loss",
     "test_accuracy": "share of the test images, with their right labels, that are classified correctly",
     "rho": "the radius at the end of the epoch (epoch 0: at the start)",
+    "gradients": "how many gradients all steps so far have taken; that of a part of the batch is one, too",
     "step_ms": "wall time of optimizer.step in ms, median over the epoch; summary: median of epochs, mean of seeds",
     "optimizer_ms": "as step_ms, without the time spent in the closures, that is in zero_grad, forward and backward "
     "(null for ESAM and δ-SAM, which call backward themselves)",
@@ -36,11 +38,12 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A method over its seeds: means, and the sample standard deviation of the accuracy (None with one seed)."""
+    """A method from one radius, over its seeds: means, and the accuracy's sample deviation (None with one seed)."""
 
     method: str
     label: str
     seeds: int
+    gradients: float
     gradients_per_step: float
     test_accuracy: float
     test_accuracy_sd: float | None
@@ -50,22 +53,29 @@ class Row:
     optimizer_ms: float | None
 
 
-def summarise(runs: list[Run]) -> list[Row]:
-    """One row a method, in the order of ALL."""
-    by_method = {name: [run for run in runs if run.method == name] for name in ALL}
-    return [_row(name, group) for name, group in by_method.items() if group]
+def in_order(runs: list[Run]) -> list[Run]:
+    """By method as in ALL, then by radius and seed."""
+    order = list(ALL)
+    return sorted(runs, key=lambda run: (order.index(run.method), run.rho or 0.0, run.seed))
 
 
-def _row(name: str, runs: list[Run]) -> Row:
+def summarise(runs: list[Run], settings: Settings) -> list[Row]:
+    """One row a method and first radius, in order."""
+    return [_row(list(group), settings) for _, group in groupby(in_order(runs), lambda run: (run.method, run.rho))]
+
+
+def _row(runs: list[Run], settings: Settings) -> Row:
     accuracies = [run.epochs[-1].test_accuracy for run in runs]
+    gradients = fmean(run.epochs[-1].gradients for run in runs)
     return Row(
-        method=name,
-        label=ALL[name].label,
+        method=runs[0].method,
+        label=ALL[runs[0].method].label,
         seeds=len(runs),
-        gradients_per_step=ALL[name].gradients,
+        gradients=gradients,
+        gradients_per_step=gradients / settings.steps,
         test_accuracy=fmean(accuracies),
         test_accuracy_sd=stdev(accuracies) if len(accuracies) > 1 else None,
-        rho_start=_mean([run.epochs[0].rho for run in runs]),
+        rho_start=runs[0].rho,
         rho_end=_mean([run.epochs[-1].rho for run in runs]),
         step_ms=fmean(median(epoch.step_ms or 0.0 for epoch in run.epochs[1:]) for run in runs),
         optimizer_ms=_mean([_median([epoch.optimizer_ms for epoch in run.epochs[1:]]) for run in runs]),
@@ -89,45 +99,53 @@ def table(rows: list[Row], settings: Settings, jobs: int) -> Table:
         caption=(
             f"Accuracy: on {TEST_SIZE} test images with right labels, after the last epoch, mean ± sd over seeds "
             f"({rows[0].seeds}). Radius: mean. Times: median over steps, mean over seeds, {_processes(jobs)} of one "
-            f"thread; the optimizer's part is the step without its gradients: {_gradients(rows)}."
+            f"thread; the optimizer's part is the step without its gradients."
         ),
         caption_justify="left",
         box=SIMPLE,
     )
-    result.add_column("method", no_wrap=True)
-    for heading in ("test\naccuracy, %", "radius\nat start", "radius\nat end", "ms a\nstep", "of which\noptimizer"):
+    result.add_column("method")
+    gradients, times = "gradients\na step / all", "ms a step\n(optimizer)"
+    for heading in ("first\nradius", "last\nradius", "test\naccuracy, %", gradients, times):
         result.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         spread = "" if row.test_accuracy_sd is None else f" ± {100 * row.test_accuracy_sd:4.1f}"
         result.add_row(
             row.label,
-            f"{100 * row.test_accuracy:.1f}{spread}",
             *("-" if rho is None else f"{rho:.3f}" for rho in (row.rho_start, row.rho_end)),
-            f"{row.step_ms:.2f}",
-            "-" if row.optimizer_ms is None else f"{row.optimizer_ms:.2f}",
+            f"{100 * row.test_accuracy:.1f}{spread}",
+            f"{row.gradients_per_step:.3g} / {row.gradients:.0f}",
+            f"{row.step_ms:.2f} ({'-' if row.optimizer_ms is None else f'{row.optimizer_ms:.2f}'})",
         )
     return result
 
 
-def _gradients(rows: list[Row]) -> str:
-    if all(row.method in METHODS for row in rows):
-        return "1 for SGD, 2 for SAM and ASAM, 4 for LETS"
-    return ", ".join(f"{row.gradients_per_step:g} for {row.label}" for row in rows)
+def findings(rows: list[Row]) -> str:
+    """What the first radius decided, a sentence for each method that ran from several."""
+    sentences = []
+    for _, same in groupby(rows, lambda row: row.method):
+        by_accuracy = sorted(same, key=lambda row: row.test_accuracy)
+        worst, best = by_accuracy[0], by_accuracy[-1]
+        if worst is not best:
+            sentences.append(
+                f"{best.label} ends between {100 * worst.test_accuracy:.1f} % (from radius {worst.rho_start:g}) and "
+                f"{100 * best.test_accuracy:.1f} % (from {best.rho_start:g}), at {best.gradients_per_step:.3g} "
+                "gradients a step."
+            )
+    return " ".join([*sentences, "docs/radius.md says how each radius works, and which is for whom."])
 
 
 def _processes(jobs: int) -> str:
     return "in a process" if jobs == 1 else f"in {jobs} processes at once, each"
 
 
-def document(runs: list[Run], settings: Settings, seeds: int, jobs: int, seconds: float) -> dict[str, Any]:
+def document(runs: list[Run], settings: Settings, jobs: int, seconds: float) -> dict[str, Any]:
     """Everything there is to know about the runs, ready for JSON."""
-    order = list(ALL)
-    runs = sorted(runs, key=lambda run: (order.index(run.method), run.seed))
     return {
         "what": "lets_kernels demo",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
-        "config": {**asdict(settings), "seeds": seeds, "jobs": jobs, "threads_per_job": 1},
+        "config": {**asdict(settings), "jobs": jobs, "threads_per_job": 1},
         "hardware": {"cpu": _cpu(), "logical_cpus": os.cpu_count(), "platform": platform.platform()},
         "versions": {
             "lets_kernels": lets_kernels.__version__,
@@ -137,8 +155,8 @@ def document(runs: list[Run], settings: Settings, seeds: int, jobs: int, seconds
         },
         "backends": lets_kernels.backends(),
         "definitions": DEFINITIONS,
-        "summary": [asdict(row) for row in summarise(runs)],
-        "runs": [asdict(run) for run in runs],
+        "summary": [asdict(row) for row in summarise(runs, settings)],
+        "runs": [asdict(run) for run in in_order(runs)],
     }
 
 

@@ -1,4 +1,4 @@
-"""One training run: a method, a seed, and what is recorded after each epoch."""
+"""One training run: a method, a radius, a seed, and what is recorded after each epoch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lets_kernels import SAM, LearnedRadius
+from lets_kernels import SAM
 from lets_kernels.demo.data import Digits, batches, load, noisy_targets
 from lets_kernels.demo.methods import ALL, Settings
 from lets_kernels.demo.model import small_cnn
@@ -28,6 +28,7 @@ class Epoch:
     gap: float  # generalisation gap: noisy_test_loss - train_loss
     test_accuracy: float  # share of the test set, 0 ... 1
     rho: float | None  # the radius; None for SGD
+    gradients: int  # so far
     skipped_steps: int  # so far, for want of a finite gradient
     step_ms: float | None  # wall time of a step, median over the epoch
     optimizer_ms: float | None  # what is left of it without the closures (forward and backward passes), median
@@ -35,9 +36,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Run:
-    """A method's run with one seed."""
+    """A method's run from one radius with one seed."""
 
     method: str
+    rho: float | None  # the first radius; None for SGD
     seed: int
     backend: str | None  # which kernels ran; None for SGD
     epochs: list[Epoch]
@@ -58,18 +60,16 @@ class Timer:
         return timed
 
 
-def train(name: str, seed: int, settings: Settings, after_epoch: Callable[[], None] = lambda: None) -> Run:
+def train(
+    name: str, rho: float | None, seed: int, settings: Settings, after_epoch: Callable[[], None] = lambda: None
+) -> Run:
     """Trains one network. Data, initial weights and batches follow from ``seed`` and are the same for every method."""
     data = load(seed, settings.noise)
     torch.manual_seed(seed)
     model = small_cnn()
-    optimizer = ALL[name].build(model.parameters(), settings)
-    schedulers: list[LRScheduler] = [CosineAnnealingLR(optimizer, settings.epochs)]
+    optimizer = ALL[name].build(model.parameters(), settings, rho)
+    scheduler = CosineAnnealingLR(optimizer, settings.epochs)
     per_sample = isinstance(optimizer, SAM) and optimizer.samples.per_sample
-    radius = optimizer.radius if isinstance(optimizer, SAM) else None
-    if isinstance(radius, LearnedRadius):  # log(rho) has an optimizer of its own, which takes any scheduler, too
-        assert radius.optimizer is not None
-        schedulers.append(ExponentialLR(radius.optimizer, settings.radius_lr_end ** (1 / settings.epochs)))
 
     def gradient(images: Tensor, labels: Tensor) -> Callable[[], Any]:
         def closure() -> Tensor:
@@ -103,12 +103,11 @@ def train(name: str, seed: int, settings: Settings, after_epoch: Callable[[], No
                 optimizer.step(closure)
             step_ms = 1e3 * (perf_counter() - start)
             times.append((step_ms, step_ms - timer.ms))
-        for scheduler in schedulers:
-            scheduler.step()
+        scheduler.step()
         records.append(evaluate(epoch, model, data, settings.noise, optimizer, times))
         after_epoch()
     backend = optimizer.backend if isinstance(optimizer, SAM) else None
-    return Run(name, seed, backend, records)
+    return Run(name, rho, seed, backend, records)
 
 
 @torch.no_grad()
@@ -140,6 +139,7 @@ def evaluate(
         gap=noisy_test_loss - train_loss,
         test_accuracy=(logits.argmax(1) == data.test_labels).double().mean().item(),
         rho=float(sam.rho) if sam else None,
+        gradients=int(sam.metrics()["gradients"]) if sam else epoch * len(times),
         skipped_steps=int(sam.metrics()["skipped_steps"]) if sam else 0,
         step_ms=median(step for step, _ in times) if times else None,
         optimizer_ms=median(rest for _, rest in times) if times and not calls_backward else None,
