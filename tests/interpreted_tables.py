@@ -107,6 +107,24 @@ def test_a_flat_buffer_and_a_tensor_at_one_address_are_two_entries():
             assert ops.grad_norm([argument], [], table, None, 0.0, 2.0).item() == squares([run.double()])
 
 
+@pytest.mark.parametrize("kind", ["strides", "shape", "dtype"])
+def test_what_another_tensor_at_the_address_was_is_not_taken_for_this_one(kind):
+    """Memory that was freed comes back as a tensor of another kind; here a view begins where its base does."""
+    memory, table = torch.arange(16.0), torch.tensor([[0, 8, -1, 0, 0], [8, 8, -1, 0, 0]])
+    dense = {"strides": memory[:8], "shape": memory[:8].view(2, 4).t(), "dtype": memory[:8]}[kind]
+    holes = {
+        "strides": lambda: memory[::2],
+        "shape": lambda: memory.as_strided((2, 4), dense.stride()),
+        "dtype": lambda: memory[:4].view(torch.float16),
+    }[kind]()
+    assert dense.data_ptr() == holes.data_ptr() and dense.numel() == holes.numel()
+    other = torch.ones(8)
+    found = ops.grad_norm([other, dense], [], table, None, 0.0, 2.0).item()
+    assert found == pytest.approx(squares([other.double(), dense.double()]), rel=1e-6)  # a float32 sum of 16 terms
+    with pytest.raises(RuntimeError, match="float16" if kind == "dtype" else "holes or overlaps"):
+        ops.grad_norm([other, holes], [], table, None, 0.0, 2.0)
+
+
 def test_the_caches_are_bounded(monkeypatch):
     monkeypatch.setattr(launch, "PLANS", 3)
     monkeypatch.setattr(launch, "LISTS", 4)

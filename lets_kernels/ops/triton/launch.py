@@ -60,6 +60,13 @@ def addresses_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tensors.addresses if isinstance(tensors, Packed) else tuple(map(Tensor.data_ptr, tensors))
 
 
+def kinds_of(tensors: Sequence[Tensor]) -> Hashable:
+    """What is checked of the tensors at these addresses. Memory that was freed comes back as a tensor of another kind,
+    and a view begins where its base does.
+    """
+    return tuple((t.numel(), t.dtype, t.is_contiguous() or (t.shape, t.stride())) for t in tensors)
+
+
 # Tables that a captured graph reads. A graph holds addresses, not tensors, and nothing tells when it is gone; so these
 # are never freed, whatever the caches forget. They are small: 8 bytes a run and list.
 _captured: dict[int, "Resident"] = {}
@@ -158,8 +165,7 @@ class Plan:
         first = tensors[0]
         # The same memory may be a list of one tensor now and a flat buffer later, of another size or dtype.
         flat = len(tensors) == 1 and (len(self.rows) != 1 or first.numel() != self.numels[0])
-        numels = tuple(map(Tensor.numel, tensors))
-        key: Hashable = (dtype, first.dtype, flat, numels, addresses_of(tensors))
+        key: Hashable = (dtype, flat, kinds_of(tensors), addresses_of(tensors))
         found = recall(self.lists, key, LISTS, lambda: self._read(tensors, flat, dtype, what))
         if isinstance(tensors, Packed):
             tensors.found[self, dtype] = found
@@ -250,7 +256,7 @@ class Call:
             return Resident(table_of([t.data_ptr() for t in tensors]), self.device), True
 
         require(len(tensors) == len(self.plan.rows), "steps must hold one tensor a run")
-        key = ("steps", addresses_of(tensors))
+        key = ("steps", kinds_of(tensors), addresses_of(tensors))
         return self.use(recall(self.plan.lists, key, LISTS, read)[0])
 
     def scalar(self, t: Tensor, what: str, dtype: torch.dtype = torch.float64, count: int = 1) -> Tensor:
