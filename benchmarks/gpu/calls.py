@@ -250,14 +250,14 @@ def call(op: str, direction: str, module: Any, t: Tensors) -> Callable[[], Any]:
 
 
 def results(op: str, t: Tensors, returned: Any) -> list[Tensor]:
-    """What the op returned or wrote, tensor by tensor."""
-    found = [returned] if isinstance(returned, Tensor) else []
+    """What the op returned or wrote, one vector a list: an element alone may be what is left of two that cancel, and
+    is measured by the rms of all."""
+    found = [returned.reshape(-1)] if isinstance(returned, Tensor) else []
     for name in WRITES.get(op, ()):
         value = getattr(t, name)
         if name in FLAT:  # the padding between the runs belongs to nobody
-            found += [value[start : start + numel] for start, numel, *_ in table_of(t.space("plain")).tolist()]
-        else:
-            found += [value] if isinstance(value, Tensor) else value
+            value = [value[start : start + numel] for start, numel, *_ in table_of(t.space("plain")).tolist()]
+        found.append(torch.cat([x.reshape(-1) for x in ([value] if isinstance(value, Tensor) else value)]))
     return [x.detach() for x in found]
 
 

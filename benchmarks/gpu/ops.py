@@ -34,6 +34,9 @@ STORAGE = {torch.float32: 2.0**-20, torch.bfloat16: 1.01 * 2.0**-8}
 SCALAR = 1e-4
 # The average is rounded to storage before half of it goes into the vector, of whose rms its elements are six times.
 ROUNDINGS = {"average_": 1 + 3}
+# The average is rounded, and so is the vector whose squares are summed: in bfloat16 that moves the sum over some 90,000
+# elements by 4e-5 (median), by 1e-4 in one of 150 draws.
+SUMS_OF_ROUNDED = {("average_", torch.bfloat16): 1e-4}
 SCALARS_ALONE = ("filter_norms", "all_finite_")  # what they write is no vector
 
 
@@ -66,7 +69,8 @@ def checked(work: Work, backend: str, op: str, direction: str, dtype: torch.dtyp
     if isinstance(returned, Tensor):
         pairs.append(([returned], [expected]))
     errors = [error([x.cpu() for x in found], right) for found, right in pairs]
-    limits = [SCALAR if op in SCALARS_ALONE else ROUNDINGS.get(op, 1) * STORAGE[dtype], SCALAR]
+    limits = [SCALAR if op in SCALARS_ALONE else ROUNDINGS.get(op, 1) * STORAGE[dtype]]
+    limits.append(SCALAR + SUMS_OF_ROUNDED.get((op, dtype), 0.0))
     return max(zip(errors, limits, strict=False), key=lambda pair: pair[0] / pair[1])
 
 
