@@ -77,7 +77,7 @@ class AutoRadius(Radius):
 
     It holds the first gradient through the second pass, and the weights before the last step, which lie in the buffer
     that perturbations are undone from; these travel in the state dict (one tensor as large as each parameter). A step
-    reads four parameter-sized buffers more than one with a fixed radius.
+    reads four parameter-sized buffers more than one with a fixed radius; three where T = 1.
 
     ``metrics()`` has ``relative_change`` (m), ``headway`` (c̄) and ``aimed_rho``, where the rule is going.
 

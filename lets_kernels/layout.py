@@ -79,6 +79,7 @@ class Bucket:
             self.size += -(-part.numel() // PADDING) * PADDING
         self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         self.element_wise = any(row[2] == ELEMENT_WISE for row in rows)
+        self.scaled = any(row[2] != UNSCALED for row in rows)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.filter_norms = torch.empty(self.filters, dtype=wide, device=self.device) if self.filters else None
         #: Filters that several ranks hold together: the group of those ranks, and where the norms stand.

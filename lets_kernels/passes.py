@@ -218,21 +218,24 @@ def displacements(runs: Iterable[Runs], held: Held, count: int, home: torch.devi
     """This rank's shares of g·Δ and Δ·Δ, for the mean over ranks, where Δ is how far the weights have moved.
 
     Since the last step that perturbed, that is. A row for each of ``count`` param groups, or all in one: float64 of
-    shape [count, 2].
+    shape [count, 2]. What else this read of the gradients gives is left in ``Runs.squares``.
     """
     rows = torch.zeros(count, 2, dtype=torch.float64, device=home)
     for each in runs:
         b = each.bucket
         held.before(b)  # lets the weights before the last step stand in b.saved
         found = b.ops.displacement_dots(each.pack(each.grads), each.weights, b.saved, b.unscaled_table(each.indices))
+        each.squares = found[0]
         rows[b.group if count > 1 else 0] += b.parts * found[1:].to(home)
     return rows
 
 
 def squared(runs: Runs) -> Tensor:
     """This rank's share of ‖g‖² of one bucket, for the mean over ranks: 0-d float64."""
-    b = runs.bucket
-    return b.parts * b.ops.grad_norm(runs.pack(runs.grads), [], b.unscaled_table(runs.indices), None, 0.0, 2.0)
+    b, found = runs.bucket, runs.squares
+    if found is None:
+        found = b.ops.grad_norm(runs.pack(runs.grads), [], b.unscaled_table(runs.indices), None, 0.0, 2.0)
+    return b.parts * found
 
 
 @dataclass

@@ -73,6 +73,7 @@ class Runs:
     params: list[Tensor]
     grads: list[Tensor]
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    squares: Tensor | None = None  # Σ g², where an op that read these gradients has found it already: 0-d float64
     _packed: tuple[list[Tensor], list[Tensor]] | None = None
 
     @property

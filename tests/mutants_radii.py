@@ -59,6 +59,14 @@ GROUPS = [
         ],
     ),
     (
+        "lets_kernels/direction/base.py",
+        "tests/test_auto.py -k 'reference and (formula or norm)'",
+        [
+            ("r.grads and self.q == 2 and not (self.scaled and b.scaled)", "r.grads and self.q == 2"),
+            ("r.grads and self.q == 2 and not", "r.grads and not"),
+        ],
+    ),
+    (
         "lets_kernels/learned.py",
         FOLLOWING,
         [

@@ -10,6 +10,7 @@ import torch
 import family
 import lets_kernels as lk
 import oracle
+from backends import Recorder
 from methods import BASES
 from nets import Task
 from radii import auto
@@ -84,6 +85,37 @@ def test_twenty_steps_are_those_of_the_formula(backend, direction, base, rho):
     assert opt.metrics()["gradients"] == 2 * STEPS
     nus = [now["log_rho"] for now in expected]
     assert all(a != b for a, b in itertools.pairwise(nus)), "a step did not move the radius"
+
+
+def test_a_step_reads_no_vector_that_it_need_not(backend):
+    """The norm comes with the sums over what the weights have moved, where it is that of the gradient alone."""
+    found = {}
+    directions = {"sam": lk.Gradient(), "asam": lk.Adaptive(0.02), "max norm": lk.Gradient(p=math.inf)}
+    for name, direction in directions.items():
+        toy = Toy()
+        opt = lk.SAM(toy.params, SGD, "auto", direction=direction, backend=backend.name, lr=0.1, momentum=0.9)
+        toy.steps(opt, 1)
+        with Recorder() as recorder:
+            toy.steps(opt, 1)
+        found[name] = sorted(op for op in recorder.ops if op != "all_finite_")  # one of four scalars
+    step = ["displacement_dots", "dots", "perturb_", "restore_sgd_"]
+    norm = sorted([*step, "grad_norm"])
+    ran = {"sam": step, "asam": norm, "max norm": norm}
+    assert found == ({name: [] for name in ran} if backend.name == "reference" else ran)
+
+
+@pytest.mark.parametrize("p", [1.5, 4.0, math.inf])
+def test_the_norm_is_that_of_the_direction(backend, p):
+    """The first step goes as far as with a fixed radius."""
+    perturbed = []
+    for rho in (lk.AutoRadius(0.3), 0.3):
+        toy = Toy()
+        opt = lk.SAM(toy.params, SGD, rho, direction=lk.Gradient(p=p), backend=backend.name, lr=0.1)
+        toy.set_grads(toy.grads(0))
+        opt.first_step()
+        perturbed.append(weights(toy))
+        opt.restore()
+    assert same_bits(*perturbed)
 
 
 def test_the_transcription_has_been_through_every_phase():

@@ -5,40 +5,49 @@
 namespace lets::cpu::LETS_ISA {
 namespace {
 
-// One pass over the chunk; `second(begin, n)` is a block of y.
-template <class T, class Second>
-LETS_FN Dots dots_with(const T* x, int64_t numel, Second second) {
-  using C = typename ArithmeticOf<T>::type;
-  C x_buffer[kBlock];
-  Sum xx, xy, yy;
-  for (int64_t b = 0; b < numel; b += kBlock) {
-    const int64_t n = smaller(kBlock, numel - b);
-    const C* u = load<C>(x + b, x_buffer, n);
-    const C* v = second(b, n);
-    Sum::add(xx, n, [=](int64_t i) { return double(u[i]) * double(u[i]); });
-    Sum::add(xy, n, [=](int64_t i) { return double(u[i]) * double(v[i]); });
-    Sum::add(yy, n, [=](int64_t i) { return double(v[i]) * double(v[i]); });
-  }
-  return {Sum::total(xx), Sum::total(xy), Sum::total(yy)};
+// As three calls of Sum::add over u(i) u(i), u(i) v(i) and v(i) v(i); what is widened to double is widened once.
+template <class U, class V>
+LETS_FN void add(Sum& xx, Sum& xy, Sum& yy, int64_t n, U u, V v) {
+  double a[kLanes], b[kLanes], c[kLanes];
+  for (int l = 0; l < kLanes; ++l) a[l] = xx.lane[l], b[l] = xy.lane[l], c[l] = yy.lane[l];
+  auto term = [&](int64_t i, int l) {
+    const double x = u(i + l), y = v(i + l);
+    a[l] += x * x, b[l] += x * y, c[l] += y * y;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) term(i, l);
+  for (int l = 0; i + l < n; ++l) term(i, l);
+  for (int l = 0; l < kLanes; ++l) xx.lane[l] = a[l], xy.lane[l] = b[l], yy.lane[l] = c[l];
 }
 
 template <class T>
 Dots dots_of(const T* x, const T* y, int64_t numel) {
   using C = typename ArithmeticOf<T>::type;
-  C buffer[kBlock];
-  return dots_with(x, numel, [&](int64_t b, int64_t n) { return load<C>(y + b, buffer, n); });
+  C x_buffer[kBlock], y_buffer[kBlock];
+  Sum xx, xy, yy;
+  for (int64_t at = 0; at < numel; at += kBlock) {
+    const int64_t n = smaller(kBlock, numel - at);
+    const C* u = load<C>(x + at, x_buffer, n);
+    const C* v = load<C>(y + at, y_buffer, n);
+    add(xx, xy, yy, n, [=](int64_t i) { return u[i]; }, [=](int64_t i) { return v[i]; });
+  }
+  return {Sum::total(xx), Sum::total(xy), Sum::total(yy)};
 }
 
 template <class T>
 Dots displacement_dots_of(const T* g, const T* theta, const T* saved, int64_t numel) {
   using C = typename ArithmeticOf<T>::type;
-  C now_buffer[kBlock], before_buffer[kBlock];
-  return dots_with(g, numel, [&](int64_t b, int64_t n) -> const C* {
-    const C* now = load<C>(theta + b, now_buffer, n);
-    const C* before = load<C>(saved + b, before_buffer, n);
-    for (int64_t i = 0; i < n; ++i) before_buffer[i] = displacement(now[i], before[i]);
-    return before_buffer;
-  });
+  C g_buffer[kBlock], now_buffer[kBlock], before_buffer[kBlock];
+  Sum xx, xy, yy;
+  for (int64_t at = 0; at < numel; at += kBlock) {
+    const int64_t n = smaller(kBlock, numel - at);
+    const C* u = load<C>(g + at, g_buffer, n);
+    const C* now = load<C>(theta + at, now_buffer, n);
+    const C* before = load<C>(saved + at, before_buffer, n);
+    add(xx, xy, yy, n, [=](int64_t i) { return u[i]; }, [=](int64_t i) { return displacement(now[i], before[i]); });
+  }
+  return {Sum::total(xx), Sum::total(xy), Sum::total(yy)};
 }
 
 template <class T>

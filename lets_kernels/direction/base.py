@@ -93,10 +93,11 @@ class Ascent:
 
         ``saved``: T at the saved weights, not at the present ones.
         """
-        b = self.bucket
-        share = b.ops.grad_norm(
-            self.runs.pack(self.vectors), self._weights(saved), self.table, b.filter_norms, self.xi, self.q
-        )
+        b, r = self.bucket, self.runs
+        share = r.squares if self.vectors is r.grads and self.q == 2 and not (self.scaled and b.scaled) else None
+        if share is None:
+            vectors = r.pack(self.vectors)
+            share = b.ops.grad_norm(vectors, self._weights(saved), self.table, b.filter_norms, self.xi, self.q)
         return share * b.parts if b.parts != 1 else share
 
     def perturb(self, total: Tensor, rho: Tensor) -> None:
