@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import eager
 from benchmarks.common import CLOCK, NUMEL, SHAPES, combine, error, interleaved, ms, normal, verdict
-from lets_kernels import ASAM, LETSASAM, LETSSAM, SAM, LearnedRadius
+from lets_kernels import ASAM, LETSASAM, LETSSAM, SAM, AutoRadius, LearnedRadius
 
 pytest.importorskip("lets_kernels.ops.native", reason="the compiled extension is what is measured here")
 
@@ -25,6 +25,7 @@ ADAMW = {"lr": 1e-3, "weight_decay": 1e-2}
 TOLERANCE = 1e-5  # of the weights' rms in a tensor: the norm is a float32 sum in eager code
 TARGETS = {"per tensor": 3.5, "best foreach": 2.0}
 ISSUE_TARGET, RHO_GRAD_TARGET = 3.0, 10.0
+AUTO_TARGET = 1.05  # of the time with a fixed radius, a byte
 # Parameter-sized buffers moved: norm 1 (2 with T), perturb 4, restore and step 5 (AdamW 7); 1 for check_finite.
 FLOOR = {"SAM + SGD": 11, "adaptive SAM + SGD": 12, "SAM + AdamW": 13}
 
@@ -206,6 +207,56 @@ def test_adamw(passes, benchmark, rounds, report):
         "foreach, swapped": lambda: eager.ForeachSwap(weights(), base, RHO),
     }
     compare("SAM + AdamW", makers, passes, benchmark, rounds, report)
+
+
+# ---- radii that go by the gradients of the step ----------------------------------------------------------------------
+
+
+#: With the parameter-sized buffers of a step: auto reads θ and the weights before the last step with the norm's g, and
+#: g with the check's ĝ; LETS sums over four gradients once the next one is there.
+MOVING: dict[str, tuple[Callable[[], Any], int]] = {
+    "fixed": (lambda: RHO, 11),
+    "auto": (lambda: AutoRadius(RHO), 14),
+    "LETS, the next gradient": (lambda: LearnedRadius(RHO, validation="next", curvature="secant"), 15),
+}
+
+
+def test_radii_of_the_steps(passes, benchmark, rounds, report):
+    def own(backend: str, name: str) -> Ours:
+        made = Ours(SAM, torch.optim.SGD, rho=MOVING[name][0](), backend=backend, **SGD)
+        # Gradients that stay with the parameters would be copied, since the second pass may write over them.
+        made.first_step = lambda: made.optimizer.first_step(zero_grad=True)
+        return made
+
+    errors, runs = {}, {}
+    for name in MOVING:
+        expected: list[list[Tensor]] = []
+        check(own("reference", name), passes, expected)
+        contender = own("auto", name)
+        errors[name] = check(contender, passes, expected)
+        assert errors[name] <= TOLERANCE, f"{name}: wrong by {errors[name]:.0e}"
+        runs[name] = one_step(contender, passes)
+    timings = interleaved(benchmark, "fixed", runs, rounds)
+    if not timings:
+        return
+    table = report("radius", "What a radius costs that goes by the gradients: SAM + SGD, ResNet-50's 161 tensors")
+    for name, t in timings.items():
+        buffers = MOVING[name][1]
+        ratio, moved = t.over(timings["fixed"]), buffers / MOVING["fixed"][1]
+        kept: dict[str, Any] = {**t.summary(), "disturbed": t.disturbed, "ratio": round(ratio, 3)}
+        kept |= {
+            "error": float(f"{errors[name]:.1e}"),
+            "bytes": buffers * 4 * NUMEL,
+            "ratio_per_byte": round(ratio / moved, 3),
+        }
+        row = {"radius": name, "ms": ms(t.median), "takes": f"{ratio:.2f}x"}
+        row["p20 - p80"] = f"{ms(t.quantile(0.2))} - {ms(t.quantile(0.8))}"
+        row["target"] = f"{buffers}N, {ratio / moved:.2f}x a byte"
+        if name == "auto":
+            kept["most_per_byte"] = AUTO_TARGET
+            row["target"] += f", at most {AUTO_TARGET}: {'yes' if ratio / moved <= AUTO_TARGET else 'NO'}"
+        table.add(row, radius=name, **kept)
+    benchmark.extra_info.update({"errors": errors})
 
 
 # ---- LETS: learning the radius, once the two gradients at the new weights are there ----------------------------------
