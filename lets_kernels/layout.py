@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lets_kernels import ops
-from lets_kernels.runs import Runs, capturing, check_parameter, is_dense, is_lent, refuse_while_capturing
+from lets_kernels.runs import Runs, capturing, check_apart, check_parameter, is_dense, is_lent, refuse_while_capturing
 from lets_kernels.shards import cuts, filter_groups, is_apart, is_spread, local, local_gradient, mesh_of, part_of, parts
 
 PADDING = 16
@@ -93,9 +94,11 @@ class Bucket:
             self._flatten()
             memory = self.memory
         self._device_index = memory[0].get_device()
-        self._strides = [p.stride() for p in memory]
+        self._shapes, self._strides = [p.shape for p in memory], [p.stride() for p in memory]
         self.numels = [p.numel() for p in memory]
-        self._addresses: list[int] = [p.data_ptr() for p in memory] if self.flat is not None else []
+        self._addresses = list(map(Tensor.data_ptr, memory))
+        #: A parameter has been given other memory since somebody looked whether it shares that with another.
+        self.moved = False
 
     def _flatten(self) -> None:
         self.flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -174,25 +177,34 @@ class Bucket:
     def is_current(self) -> bool:
         """False once a parameter was re-typed, moved, resized or re-strided (or, where flattened, re-pointed)."""
         memory = self.memory
-        return (
-            [p.stride() for p in memory] == self._strides
-            and list(map(Tensor.numel, memory)) == self.numels
-            and {p.dtype for p in memory} == {self.dtype}
-            and {p.get_device() for p in memory} == {self._device_index}
-            and (self.flat is None or [p.data_ptr() for p in memory] == self._addresses)
-        )
+        if (
+            list(map(Tensor.stride, memory)) != self._strides
+            or list(map(Tensor.numel, memory)) != self.numels
+            or {p.dtype for p in memory} != {self.dtype}
+        ):
+            return False
+        addresses = list(map(Tensor.data_ptr, memory))
+        if addresses != self._addresses:  # nothing else tells of another device
+            if self.flat is not None or {p.get_device() for p in memory} != {self._device_index}:
+                return False
+            self._addresses, self.moved = addresses, True
+        return True
 
-    def gather(self, own: bool = False, whole: bool = False) -> Runs:
+    def gather(self, own: bool = False, whole: bool = False, current: bool = False) -> Runs:
         """The runs of the parameters that have a gradient.
 
         Args:
             own: the gradients are kept beyond the next backward: those that lie in memory which that may write again,
                 as views of the buckets of DistributedDataParallel do, are copied.
             whole: a gradient that is not there stands for zero.
+            current: somebody has just looked where the parameters lie.
 
         Raises:
             TypeError: a sparse gradient.
+            RuntimeError: a parameter lies otherwise than when the tables were made.
         """
+        if not current:
+            self.refuse_what_moved()
         runs = self._gather(whole)
         # What is written to a DTensor does not count as a version of its part, so nobody would notice.
         if own and (self.spread or any(map(is_lent, runs.grads))):
@@ -224,8 +236,6 @@ class Bucket:
         for i, (p, g) in enumerate(zip(memory, grads, strict=True)):
             if g is None:
                 continue
-            if p.numel() != self.numels[i]:
-                raise RuntimeError("a parameter was resized between the passes of a step; do that between steps")
             if g.layout is not torch.strided:
                 raise TypeError(
                     f"a gradient of layout {g.layout} (shape {tuple(g.shape)}) cannot give a perturbation of all "
@@ -235,7 +245,7 @@ class Bucket:
             weights: Tensor = p
             if not is_dense(p):
                 weights = p.detach().clone(memory_format=torch.contiguous_format)
-                runs.copies.append((p.detach(), weights))
+                runs.copies.append((i, weights))
             if g.stride() != weights.stride() or g.dtype is not self.dtype:
                 g = torch.empty_like(weights, memory_format=torch.preserve_format).copy_(g.detach())
             runs.params.append(weights)
@@ -245,13 +255,14 @@ class Bucket:
 
     def all_runs(self) -> Runs:
         """The runs of all parameters, without gradients."""
+        self.refuse_what_moved()
         runs, memory = Runs(self, self._all, self.memory, []), self.memory
         if not self._all_dense:
             runs.params = [
                 p if is_dense(p) else p.detach().clone(memory_format=torch.contiguous_format) for p in memory
             ]
             pairs = zip(memory, runs.params, strict=True)
-            runs.copies = [(p.detach(), dense) for p, dense in pairs if dense is not p]
+            runs.copies = [(i, dense) for i, (p, dense) in enumerate(pairs) if dense is not p]
         return runs
 
     def views(self, flat: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
@@ -264,10 +275,66 @@ class Bucket:
             found.append(flat.as_strided(p.shape, like.stride(), starts[i]))
         return found
 
+    def refuse_what_moved(self) -> None:
+        """Before anything is read or written by these tables.
+
+        Raises:
+            RuntimeError: a parameter was re-typed, moved, resized or re-strided (or, where flattened, re-pointed).
+        """
+        if self.is_current():
+            return
+        for p, shape, stride in zip(self.memory, self._shapes, self._strides, strict=True):
+            now, before = _kind(p), (self.dtype, self.device, shape, stride)
+            if now != before:
+                what = "resized" if p.shape != shape else "changed"
+                found = f"{what} between the passes of a step: it is now {_described(*now)}, and was "
+                found += _described(*before)
+                break
+        else:
+            found = "taken out of the buffer of flatten=True between the passes of a step (p.data = ...)"
+        raise RuntimeError(f"a parameter was {found}. This step is given up; do that between steps")
+
     def restore(self, runs: Runs) -> None:
-        """Bring back the saved weights of these runs, if they are perturbed. Bit-exact; waits for nothing."""
+        """Bring back the saved weights of these runs, if they are perturbed. Bit-exact; waits for nothing.
+
+        Parameters are followed to where they lie by now, and weights are rounded to the dtype that they have there.
+
+        Raises:
+            RuntimeError: a parameter has another number of elements by now, so that nothing fits; nothing is written.
+        """
+        if not self.is_current():
+            self._restore_what_moved(runs)
+            return
+        if self.apart and not runs.copies:  # views of what the parameters were
+            memory = self.memory
+            runs.params = [memory[i] for i in runs.indices]
         self.ops.restore_(runs.weights, self.saved, self.dirty, runs.table)
         runs.write_back()
+
+    def _restore_what_moved(self, runs: Runs) -> None:
+        memory, starts = self.memory, self._rows[:, 0].tolist()
+        for i in runs.indices:
+            if memory[i].shape != self._shapes[i]:
+                raise RuntimeError(
+                    f"a parameter was resized while it is perturbed: it is now {_described(*_kind(memory[i]))}. Give "
+                    f"it a tensor of shape {tuple(self._shapes[i])} again (p.data = ...) and call restore()"
+                )
+        for i in runs.indices:
+            shape, stride, p = self._shapes[i], self._strides[i], memory[i].detach()
+            if not is_dense(torch.empty_strided(shape, stride, device="meta")):
+                stride = torch.empty(shape, device="meta").stride()
+            home = self.saved.as_strided(shape, stride, starts[i]).to(p.device, p.dtype)
+            p.copy_(torch.where(self.dirty.to(p.device) != 0, home, p))
+        self.dirty.zero_()
+        increment_version([self.params[i] for i in runs.indices])
+
+
+def _kind(p: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
+    return p.dtype, p.device, p.shape, p.stride()
+
+
+def _described(dtype: torch.dtype, device: torch.device, shape: torch.Size, stride: tuple[int, ...]) -> str:
+    return f"{dtype} of shape {tuple(shape)} with strides {tuple(stride)} on {device}"
 
 
 class ParameterSpace:
@@ -283,11 +350,14 @@ class ParameterSpace:
         filter_dim: Callable[[Tensor], int] = lambda p: 0,
     ) -> None:
         self._key = self._signature(groups)
+        for index, group in enumerate(groups):
+            for p in group["params"]:
+                check_parameter(p, f"param_groups[{index}]")
+        self._check_apart(groups)
         self.buckets: list[Bucket] = []
         for index, group in enumerate(groups):
             kinds: dict[tuple[torch.device, torch.dtype, Any, tuple[int, ...]], list[Tensor]] = {}
             for p in group["params"]:
-                check_parameter(p, f"param_groups[{index}]")
                 if p.requires_grad:
                     kinds.setdefault((p.device, p.dtype, mesh_of(p), cuts(p)), []).append(p)
             own = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
@@ -303,5 +373,26 @@ class ParameterSpace:
     def _signature(groups: Sequence[dict[str, Any]]) -> list[Any]:
         return [(list(map(id, g["params"])), [p.requires_grad for p in g["params"]], g.get("adaptive")) for g in groups]
 
+    @staticmethod
+    def _check_apart(groups: Sequence[dict[str, Any]]) -> None:
+        """Refuse parameters that share memory."""
+        check_apart(
+            (f"parameter {place} of param_groups[{index}]", local(p))
+            for index, group in enumerate(groups)
+            for place, p in enumerate(group["params"])
+            if p.requires_grad
+        )
+
     def is_current(self, groups: Sequence[dict[str, Any]]) -> bool:
-        return self._key == self._signature(groups) and all(b.is_current() for b in self.buckets)
+        """False where the buckets must be made again.
+
+        Raises:
+            ValueError: parameters have come to share memory.
+        """
+        if self._key != self._signature(groups) or not all(b.is_current() for b in self.buckets):
+            return False
+        if any(b.moved for b in self.buckets):
+            self._check_apart(groups)
+            for b in self.buckets:
+                b.moved = False
+        return True

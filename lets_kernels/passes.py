@@ -318,7 +318,8 @@ class SecondPass:
 
     def targets(self, runs: Runs) -> list[Tensor]:
         """Where a descent may write what it makes of the gradients of a bucket."""
-        return [torch.empty_like(g) for g in runs.grads] if self.keeps else runs.grads
+        shared = len({g.data_ptr() for g in runs.grads if g.numel()}) < sum(g.numel() > 0 for g in runs.grads)
+        return [torch.empty_like(g) for g in runs.grads] if self.keeps or shared else runs.grads
 
     def combine(self, outs: Sequence[list[Tensor]], others: Sequence[list[Tensor]], coefficients: Tensor) -> None:
         """out <- a x + b y, where the gate is open; x are the gradients of ``runs``.

@@ -1,5 +1,6 @@
 """Runs: the parameters of a bucket that take part in one pass, as dense stretches of memory that kernels can take."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,45 @@ def check_parameter(p: Tensor, where: str) -> None:
     check_spread(p, where)
 
 
+def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse tensors that share memory: what moves one would move the other once more.
+
+    Args:
+        named: what each is called, and the tensor.
+
+    Raises:
+        ValueError: the same tensor twice, or elements of two tensors lie in one place; the message names both.
+    """
+    seen: list[tuple[str, int, int, str, Tensor]] = []
+    for name, t in named:
+        if t.numel() and t.device.type != "meta":
+            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            begin = t.data_ptr()
+            seen.append((str(t.device), begin, begin + (last + 1) * t.element_size(), name, t))
+    seen.sort(key=lambda entry: entry[:2])
+    open_: list[tuple[str, int, int, str, Tensor]] = []  # stretches that have begun and not ended
+    for entry in seen:
+        open_ = [other for other in open_ if other[0] == entry[0] and other[2] > entry[1]]
+        for other in open_:
+            if _overlap(other[4], entry[4], entry[1] - other[1]):
+                raise ValueError(
+                    f"{other[3]} and {entry[3]} share memory, so a step would move it twice: give the optimizer one of "
+                    "them. Tie weights by using one Parameter in both places (a.weight = b.weight), not by .data"
+                )
+        open_.append(entry)
+
+
+def _overlap(a: Tensor, b: Tensor, distance: int) -> bool:
+    """Do elements of ``b``, which begins so many bytes after ``a``, lie where elements of ``a`` lie?"""
+    size = a.element_size()
+    if (is_dense(a) and is_dense(b)) or b.element_size() != size or distance % size:
+        return True
+    extents = [sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) + 1 for t in (a, b)]
+    taken = torch.zeros(max(extents[0], distance // size + extents[1]), dtype=torch.bool, device="cpu")
+    taken.as_strided(a.shape, a.stride()).fill_(True)
+    return bool(taken.as_strided(b.shape, b.stride(), distance // size).any())
+
+
 def capturing() -> bool:
     """True while the work of the current stream goes into a CUDA graph instead of running."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -72,7 +112,7 @@ class Runs:
     indices: tuple[int, ...]
     params: list[Tensor]
     grads: list[Tensor]
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    copies: list[tuple[int, Tensor]] = field(default_factory=list)  # which parameter, and the dense copy of it
     squares: Tensor | None = None  # Σ g², where an op that read these gradients has found it already: 0-d float64
     _packed: tuple[list[Tensor], list[Tensor]] | None = None
 
@@ -86,9 +126,6 @@ class Runs:
         b = self.bucket
         if b.flat is not None and not self.copies:
             return [b.flat]
-        sizes = b.numels if len(self.indices) == len(b.params) else [b.numels[i] for i in self.indices]
-        if list(map(Tensor.numel, self.params)) != sizes:  # the ops would write past the end of what became smaller
-            raise RuntimeError("a parameter was resized between the passes of a step; do that between steps")
         return b.pack(self.params)
 
     def pack(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -104,8 +141,8 @@ class Runs:
     def only(self, places: list[int]) -> "Runs":
         """Some of these runs, by their places among them."""
         params = [self.params[j] for j in places]
-        copies = [pair for pair in self.copies if any(pair[1] is p for p in params)]
         indices, grads = tuple(self.indices[j] for j in places), [self.grads[j] for j in places]
+        copies = [pair for pair in self.copies if pair[0] in indices]
         return Runs(self.bucket, indices, params, grads, copies)
 
     def return_gradients(self) -> None:
@@ -116,7 +153,8 @@ class Runs:
 
     def write_back(self) -> None:
         """After an op wrote the weights: copies go home, and autograd learns that the parameters have changed."""
-        for home, copy in self.copies:
-            home.copy_(copy)
         b = self.bucket
+        memory = b.memory if self.copies else []
+        for i, copy in self.copies:
+            memory[i].detach().copy_(copy)
         increment_version(b.params if len(self.indices) == len(b.params) else [b.params[i] for i in self.indices])

@@ -204,3 +204,198 @@ def test_a_pass_without_any_gradient_is_no_error_while_the_parameters_are_the_mo
     before = [p.detach().clone() for p in net.parameters()]
     opt.step(lambda: torch.zeros(()))
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+# ---- memory that changes between the passes
+
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 4 * 4, 5))
+
+
+def begun(backend, flatten, holes=False):
+    """A network whose weights are perturbed, and what they were."""
+    model = net()
+    if holes:
+        model[2].weight.data = torch.empty(5, 64, 2)[:, :, 0].copy_(model[2].weight.data)
+    opt = lk.SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, backend=backend.name, flatten=flatten)
+    model(torch.randn(2, 3, 6, 6)).square().mean().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.first_step()
+    assert not any(map(torch.equal, model.parameters(), before))
+    return model, opt, before
+
+
+def columns(model):
+    home = torch.full((64, 5, 2), 7.0)
+    model[2].weight.data = home[:, :, 0].copy_(model[2].weight.data.t()).t()
+    return home[:, :, 1]
+
+
+CHANGES = {
+    "bfloat16": lambda model: model[2].bfloat16(),
+    "float64": lambda model: model.double(),
+    "channels last": lambda model: model.to(memory_format=torch.channels_last),
+    "columns of another tensor": columns,
+}
+
+
+@pytest.mark.parametrize("end", ["restore", "second_step", "radius_step"])
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_come_home_to_where_the_parameters_lie_by_now(backend, change, flatten, end):
+    if end == "radius_step":
+        model = net()
+        radius = lk.LearnedRadius(0.1)
+        opt = lk.SAM(model.parameters(), torch.optim.SGD, radius, lr=0.1, backend=backend.name, flatten=flatten)
+        for half in (opt.first_step, opt.second_step):
+            opt.zero_grad()
+            model(torch.randn(2, 3, 6, 6)).square().mean().backward()
+            half()
+        before = [p.detach().clone() for p in model.parameters()]
+    else:
+        model, opt, before = begun(backend, flatten)
+    beside = CHANGES[change](model)
+
+    def closure():
+        opt.zero_grad()
+        first = model[0](torch.randn(2, 3, 6, 6, dtype=model[0].weight.dtype)).to(model[2].weight.dtype)
+        loss = model[2](model[1](first)).square().mean()
+        loss.backward()
+        return loss
+
+    if end == "restore":
+        opt.restore()
+    else:
+        with pytest.raises(RuntimeError, match="was changed between the passes of a step: it is now torch"):
+            opt.second_step() if end == "second_step" else opt.radius_step(closure, closure)
+    assert all(torch.equal(p, old.to(p.dtype)) for p, old in zip(model.parameters(), before, strict=True))
+    if isinstance(beside, torch.Tensor) and beside.dim() == 2:
+        assert bool((beside == 7).all())
+    opt.step(*[closure] * (1 + opt.radius.learns))  # the next step is one of the parameters as they are
+    assert not any(torch.equal(p, old.to(p.dtype)) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["flat", "holes"])
+def test_weights_come_home_to_memory_that_took_the_place_of_the_old(backend, kind):
+    """As ``flatten_parameters`` of an RNN does."""
+    model, opt, before = begun(backend, flatten=kind == "flat", holes=kind == "holes")
+    for p in model.parameters():
+        if kind == "flat":
+            p.data = p.data.clone()
+        else:
+            p.data = torch.empty_strided(p.shape, p.stride()).copy_(p.data)
+    opt.restore()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_flat_parameter_that_was_taken_out_is_no_silent_step(backend):
+    model, opt, before = begun(backend, flatten=True)
+    model[2].weight.data = model[2].weight.data.clone()
+    with pytest.raises(RuntimeError, match="taken out of the buffer of flatten=True"):
+        opt.second_step()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_what_was_resized_comes_home_once_it_has_its_size_again(backend):
+    model, opt, before = begun(backend, flatten=False)
+    weight = model[2].weight
+    weight.data = torch.zeros(2, 2)
+    with pytest.raises(RuntimeError, match=r"Give it a tensor of shape \(5, 64\) again"):
+        opt.restore()
+    weight.data = torch.zeros(5, 64)
+    opt.restore()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_network_that_is_retyped_within_the_context_goes_on(backend):
+    model = net()
+    opt = lk.SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, backend=backend.name)
+    model(torch.randn(2, 3, 6, 6)).square().mean().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with opt.perturbed():
+        model.double()
+    assert all(torch.equal(p, old.double()) for p, old in zip(model.parameters(), before, strict=True))
+    with pytest.raises(RuntimeError, match=r"it is now torch\.float64"):
+        opt.step()
+    opt.zero_grad()
+    model(torch.randn(2, 3, 6, 6).double()).square().mean().backward()
+    with opt.perturbed():
+        opt.zero_grad()
+        model(torch.randn(2, 3, 6, 6).double()).square().mean().backward()
+    opt.step()
+    assert not any(torch.equal(p, old.double()) for p, old in zip(model.parameters(), before, strict=True))
+
+
+# ---- memory that the optimizer sees twice
+
+
+def tied():
+    x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    return [x, torch.nn.Parameter(x.data)]
+
+
+def twice():
+    x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    return [x, x]
+
+
+def sliced():
+    x = torch.ones(4, 4)
+    return [torch.nn.Parameter(x), torch.nn.Parameter(x[1])]
+
+
+def interleaved(step):
+    x = torch.ones(4, 4)
+    return [torch.nn.Parameter(x[:, 1]), torch.nn.Parameter(x[:, ::step])]
+
+
+SHARED = {"tied": tied, "twice": twice, "slice": sliced, "columns": lambda: interleaved(1)}
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("kind", SHARED)
+def test_parameters_that_share_memory_are_refused(backend, kind, flatten):
+    params = SHARED[kind]()
+    before = [p.detach().clone() for p in params]
+    opt = lk.SAM(params, torch.optim.SGD, rho=0.5, lr=0.0, backend=backend.name, flatten=flatten)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"parameter \d of param_groups\[0\] and .* share memory"):
+        opt.first_step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_parameters_that_come_to_share_memory_are_refused(backend):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = lk.SAM(params, torch.optim.SGD, rho=0.5, lr=0.1, backend=backend.name)
+    one_step(opt, params)
+    params[1].data = params[0].data
+    with pytest.raises(ValueError, match="share memory"):
+        one_step(opt, params)
+
+
+def test_parameters_in_one_memory_that_lie_apart_are_stepped(backend):
+    params = interleaved(2)
+    opt = lk.SAM(params, torch.optim.SGD, rho=0.5, lr=0.0, backend=backend.name)
+    before = [p.detach().clone() for p in params]
+    one_step(opt, params)
+    assert all(map(torch.equal, params, before))
+    assert opt.metrics()["gradients"] == 2
+
+
+@pytest.mark.parametrize("method", [lk.GSAM, lk.GradientNormPenalty])
+def test_one_gradient_tensor_of_two_parameters_is_written_once(backend, method):
+    stepped = []
+    for shared in (False, True):
+        params = [torch.nn.Parameter(torch.full((6,), value)) for value in (1.0, 2.0)]
+        opt = method(params, torch.optim.SGD, rho=0.5, lr=0.1, backend=backend.name)
+        for half, value in ((opt.first_step, 1.0), (opt.second_step, 3.0)):
+            grad = torch.linspace(-1, value, 6)
+            for p in params:
+                p.grad = grad if shared else grad.clone()
+            half()
+        stepped.append([p.detach().clone() for p in params])
+    assert same_bits(*stepped)

@@ -142,7 +142,7 @@ class Step:
         o.network.check_first_pass()
         # What one rank's own pass does not reach has gradient zero in the mean over ranks that the radius learns from.
         whole = self._observed and not o.network.sync_perturbation
-        first = [b.gather(own=self._holds and not keep, whole=whole) for b in self.buckets]
+        first = [b.gather(own=self._holds and not keep, whole=whole, current=True) for b in self.buckets]
         if not any(runs.indices for runs in first):
             o.network.check_parameters(p for b in self.buckets for p in b.params)
         if radius.waits:
