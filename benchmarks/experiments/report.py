@@ -18,7 +18,12 @@ NAMES = {
     "sam-ramp": "SAM, ramped",
     "asam": "ASAM",
     "loss-equated": "loss-equated",
+    "auto-asam": "auto, ASAM",
+    "auto-shuffled": "auto, its headway shuffled",
+    "random-walk": "ρ as a random walk",
+    "lets-next": "LETS-SAM by the next gradient",
     "lets-paper": "LETS-SAM as published",
+    "lets-warmup": "the same with rho_warmup",
 }
 
 
@@ -56,8 +61,8 @@ def lines(results: Results) -> list[Line]:
     for family, meaning in ((name, FAMILIES[name].meaning) for name in FAMILIES if name in results.members):
         members, name = results.members[family], NAMES.get(family, family)
         everywhere = dict.fromkeys(tasks, members)
-        if members == [family]:
-            found.append(_line(results, name, family, "all", everywhere, results.accuracies(family)))
+        if len(members) == 1 and meaning == "start":
+            found.append(_line(results, name, family, "all", everywhere, results.accuracies(members[0])))
         elif meaning == "start":
             of = results.over_members(family)
             found.append(_line(results, f"{name}, mean of {len(members)} starts", family, "mean", everywhere, of))
