@@ -47,4 +47,9 @@ struct Scaling {
   int64_t offset;  // the chunk's first element within its run
 };
 
+// How a packed list of tensors begins (runs.h): two words that no other int64 vector has, as in
+// lets_kernels/ops/native.py, and the number of a dtype.
+constexpr int64_t kPacked[] = {0x6c65747353414d2b, -0x3d9b1f8a7c52e046};
+constexpr int64_t kPackedWords = 3;
+
 }  // namespace lets

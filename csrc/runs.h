@@ -63,6 +63,17 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
+// The address of a dense tensor's first element. Its memory may have been given back since (FSDP, resize_(0)).
+inline void* memory_of(const Tensor& t, const char* what) {
+  int64_t offset = 0, bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  void* at = t.data_ptr();
+  const bool fits = at != nullptr && t.numel() <= bytes / int64_t(t.element_size()) - offset;
+  STD_TORCH_CHECK(t.numel() == 0 || fits, what, " has no memory of its own");
+  return at;
+}
+
 // The run table: a view of the int64 CPU tensor [n, 5].
 class Table {
  public:
@@ -70,7 +81,7 @@ class Table {
     STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(1) == kColumns && t.is_contiguous() &&
                         t.scalar_type() == torch::headeronly::ScalarType::Long,
                     "the run table must be a contiguous int64 CPU tensor of shape [n, ", kColumns, "]");
-    runs_ = static_cast<const Run*>(t.const_data_ptr());
+    runs_ = static_cast<const Run*>(memory_of(t, "the run table"));
     size_ = t.size(0);
     for (int64_t i = 0; i < size_; ++i) {
       const Run& run = runs_[i];
@@ -116,10 +127,15 @@ class Table {
   bool adaptive_ = false;
 };
 
-// A list may stand as two tensors: the addresses of its tensors (int64, on the CPU; their dtype's number comes first),
-// and an anchor, any int64 scalar on their device. Looking at a hundred tensors one by one takes longer than most ops.
+// A list may stand as two tensors: an int64 one on the CPU with two words that no other tensor has, the number of a
+// dtype and the addresses of its tensors; and an anchor, any int64 scalar on their device. Looking at a hundred tensors
+// one by one takes longer than most ops.
 inline bool is_packed(const Tensors& list) {
-  return list.size() == 2 && list[0].scalar_type() == torch::headeronly::ScalarType::Long && list[0].dim() == 1;
+  if (list.size() != 2 || list[0].scalar_type() != torch::headeronly::ScalarType::Long || list[0].dim() != 1 ||
+      !list[0].is_cpu() || !list[0].is_contiguous() || list[0].numel() < kPackedWords)
+    return false;
+  const auto* words = static_cast<const int64_t*>(list[0].const_data_ptr());
+  return words != nullptr && words[0] == kPacked[0] && words[1] == kPacked[1];
 }
 inline const Tensor& anchor(const Tensors& list) { return is_packed(list) ? list[1] : list.at(0); }
 
@@ -151,8 +167,8 @@ class Runs {
       STD_TORCH_CHECK(is_dense(t), what, "[", i, "] has holes or overlaps in memory; pass a contiguous copy");
       STD_TORCH_CHECK(flat ? t.numel() >= table.end() : t.numel() == table[int64_t(i)].numel, what, "[", i,
                       "] has not the number of elements that the run table says");
-      STD_TORCH_CHECK(t.numel() == 0 || t.data_ptr() != nullptr, what, "[", i, "] has no memory of its own");
-      if (!flat) address_.push_back(static_cast<char*>(t.data_ptr()));
+      auto* at = static_cast<char*>(memory_of(t, what));
+      if (!flat) address_.push_back(at);
     }
     if (flat) {
       auto* base = static_cast<char*>(list[0].data_ptr());
@@ -169,12 +185,12 @@ class Runs {
  private:
   void unpack(const Tensors& list, const Table& table, Dtype dtype, Where where, const char* what) {
     const Tensor& t = list[0];
-    STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.numel() == table.size() + 1 && where.has(list[1]), what,
+    STD_TORCH_CHECK(t.numel() == table.size() + kPackedWords && where.has(list[1]), what,
                     ": packed for another run table, or another device");
-    const auto* at = static_cast<const int64_t*>(t.const_data_ptr());
-    STD_TORCH_CHECK(at[0] == int64_t(dtype), what, " has another dtype than the rest");
+    const auto* at = static_cast<const int64_t*>(t.const_data_ptr()) + kPackedWords;
+    STD_TORCH_CHECK(at[-1] == int64_t(dtype), what, " has another dtype than the rest");
     address_.reserve(size_t(table.size()));
-    for (int64_t i = 1; i <= table.size(); ++i) address_.push_back(reinterpret_cast<char*>(at[i]));
+    for (int64_t i = 0; i < table.size(); ++i) address_.push_back(reinterpret_cast<char*>(at[i]));
   }
 
   int64_t item_;
@@ -208,7 +224,7 @@ class Scalings {
     STD_TORCH_CHECK(where.has(t) && t.is_contiguous() && t.numel() >= table.rows() &&
                         t.scalar_type() == (dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float),
                     what, " must hold one float32 (float64 for float64 parameters) a filter, on ", where.name());
-    return static_cast<char*>(t.data_ptr());
+    return static_cast<char*>(memory_of(t, what));
   }
 
  private:
@@ -223,7 +239,7 @@ inline void* element(const Tensor& t, torch::headeronly::ScalarType type, const 
                      const char* what) {
   STD_TORCH_CHECK(where.has(t) && t.numel() == 1 && t.scalar_type() == type, what, " must be a ", type_name,
                   " tensor with one element on ", where.name());
-  return t.data_ptr();
+  return memory_of(t, what);
 }
 inline double* scalar(const Tensor& t, Where where, const char* what) {
   return static_cast<double*>(element(t, torch::headeronly::ScalarType::Double, "float64", where, what));
@@ -236,7 +252,7 @@ inline uint8_t* mask_of(const Tensor& t, const Table& table, Where where) {
   STD_TORCH_CHECK(where.has(t) && t.is_contiguous() && t.numel() >= table.end() &&
                       t.scalar_type() == torch::headeronly::ScalarType::Byte,
                   "mask must be a flat uint8 tensor with one element for each of the bucket, on ", where.name());
-  return static_cast<uint8_t*>(t.data_ptr());
+  return static_cast<uint8_t*>(memory_of(t, "mask"));
 }
 inline void check_mask_value(int64_t value, int64_t least, const char* what) {
   STD_TORCH_CHECK(value >= least && value <= 255, what, " must be of ", least, " to 255, not ", value);
@@ -246,7 +262,7 @@ inline void* two_elements(const Tensor& t, torch::headeronly::ScalarType type, c
                           const char* what) {
   STD_TORCH_CHECK(where.has(t) && t.is_contiguous() && t.numel() == 2 && t.scalar_type() == type, what, " must be a ",
                   type_name, " tensor with two elements on ", where.name());
-  return t.data_ptr();
+  return memory_of(t, what);
 }
 inline const int64_t* random_of(const Tensor& t, Where where) {
   return static_cast<const int64_t*>(two_elements(t, torch::headeronly::ScalarType::Long, "int64", where, "random"));
@@ -273,8 +289,7 @@ inline std::vector<float*> step_counts(const Tensors& steps, const Table& table,
 inline Dtype dtype_of_list(const Tensors& list, const char* what) {
   if (list.empty()) return Dtype::float32;
   if (!is_packed(list)) return dtype_of(list[0], what);
-  STD_TORCH_CHECK(list[0].is_cpu() && list[0].numel() > 0, what, ": packed without a dtype");
-  const int64_t number = *static_cast<const int64_t*>(list[0].const_data_ptr());
+  const int64_t number = static_cast<const int64_t*>(list[0].const_data_ptr())[kPackedWords - 1];
   STD_TORCH_CHECK(number >= 0 && number <= int64_t(Dtype::float16), what, ": packed with an unknown dtype");
   return Dtype(number);
 }

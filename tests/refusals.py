@@ -1,10 +1,8 @@
 """For each argument of each op, what it must refuse: for test_refused_arguments.py and, in Triton, interpreted.py."""
 
-import copy
-
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from runs import same_bits
 from test_opcheck import WRITES, arguments, overload
@@ -19,7 +17,16 @@ def _replaced(change):
     return apply
 
 
+def given_back(t):
+    """What a tensor is whose storage was resized to nothing; a vector begins after the beginning of its own."""
+    freed = torch.cat([t.reshape(-1)[:1], t.reshape(-1)])[1:].view(t.shape) if t.dim() else t.clone()
+    freed.untyped_storage().resize_(0)
+    return freed
+
+
 LISTS = {
+    "two-int64": lambda tensors: [torch.arange(1, len(tensors) + 2), torch.zeros((), dtype=torch.int64)],
+    "no-memory": _replaced(given_back),
     "one-less": lambda tensors: tensors[:-1],
     "one-more": lambda tensors: [*tensors, tensors[0]],
     "another-dtype": _replaced(lambda t: t.to(torch.float64 if t.dtype is torch.float32 else torch.float32)),
@@ -32,12 +39,19 @@ WHOLE = {  # tensors that have as many elements as the table says, or more
     "too-small": lambda t: t[:-200].clone(),
     "another-dtype": lambda t: t.to(torch.int32),
     "holes": lambda t: t.repeat_interleave(2)[::2],
+    "no-memory": given_back,
 }
-NORMS = {"too-small": lambda t: t[:3].clone(), "another-dtype": lambda t: t.to(torch.float16), "none": lambda t: None}
+NORMS = {
+    "no-memory": given_back,
+    "too-small": lambda t: t[:3].clone(),
+    "another-dtype": lambda t: t.to(torch.float16),
+    "none": lambda t: None,
+}
 SCALAR = {
     "two-elements": lambda t: torch.stack([t, t]),
     "float32": lambda t: t.float(),
     "int32": lambda t: t.to(torch.int32),
+    "no-memory": given_back,
 }
 PAIR = {
     "three-elements": lambda t: torch.cat([t, t[:1]]),
@@ -45,6 +59,7 @@ PAIR = {
     "float32": lambda t: t.float(),
     "int32": lambda t: t.to(torch.int32),
     "holes": lambda t: t.repeat_interleave(2)[::2],
+    "no-memory": given_back,
 }
 STEPS = {"one-less": lambda s: s[:-1], "float64": lambda s: [*s[:-1], s[-1].double()]}
 TENSORS = {
@@ -67,7 +82,7 @@ def cases():
         for argument in overload(op)._schema.arguments:
             changes = TENSORS.get(argument.name, LISTS if str(argument.type) == "List[Tensor]" else {})
             if op == "filter_norms" and argument.name == "out":
-                changes = {name: NORMS[name] for name in ("too-small", "another-dtype")}
+                changes = {name: NORMS[name] for name in ("too-small", "another-dtype", "no-memory")}
             found += [pytest.param(op, argument.name, wrong, id=f"{op}-{argument.name}-{wrong}") for wrong in changes]
     return found
 
@@ -80,8 +95,9 @@ def check(ops, op, name, wrong):
     if given[where] == []:  # a list that may be left out
         given[where] = [t.clone() for t in given[0]]
     given[where] = changes[wrong](given[where])
-    before = copy.deepcopy(given)
+    before = tree_map(lambda t: t.clone() if torch.is_tensor(t) and t.untyped_storage().nbytes() else t, given)
     with pytest.raises(RuntimeError, match=r"\w"):
         getattr(ops, op)(*given)
-    was, now = ([t for t in tree_leaves(x) if torch.is_tensor(t)] for x in (before, given))
+    pairs = [(old, new) for old, new in zip(*map(tree_leaves, (before, given)), strict=True) if torch.is_tensor(new)]
+    was, now = zip(*[pair for pair in pairs if pair[1].untyped_storage().nbytes()], strict=True)
     assert same_bits(was, now), "something was written"

@@ -85,13 +85,31 @@ def test_packed_for_something_else(kernels):
 
     with pytest.raises(RuntimeError, match="packed for another run table"):
         norm(packed, bucket.table[:-1].contiguous())
+    words = packed[0].clone()
+    words[2] = 9
     with pytest.raises(RuntimeError, match="packed with an unknown dtype"):
-        norm([torch.cat([torch.tensor([9]), packed[0][1:]]), ANCHOR])
+        norm([words, ANCHOR])
     other = native.pack([x.double() for x in g], ANCHOR)
     with pytest.raises(RuntimeError, match="perturbed has another dtype than the rest"):
         ops.rho_grad_secant(g, g, other, g, bucket.table)
     with pytest.raises(RuntimeError, match="packed for another run table, or another device"):
-        ops.rho_grad_secant(g, g, [packed[0][::2], ANCHOR], g, bucket.table)
+        ops.rho_grad_secant(g, g, [packed[0][:-1], ANCHOR], g, bucket.table)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_only_what_was_packed_is_taken_for_packed(kernels):
+    """Every other list of two int64 tensors is one of tensors with a dtype that no op takes."""
+    ops = KERNELS[kernels]
+    table = torch.tensor([[0, 1, -1, 0, 0], [1, 1, -1, 0, 0]])
+    packed = native.pack([torch.ones(1)] * 4, ANCHOR)[0]
+    for wrong in (0, 1):
+        words = packed[:5].clone()
+        words[wrong] += 1
+        with pytest.raises(RuntimeError, match="must be float32"):
+            ops.grad_norm([words, ANCHOR], [], table, None, 0.0, 2.0)
+    for shape in ([words[:2], ANCHOR], [packed[::2], ANCHOR], [packed[None], ANCHOR]):
+        with pytest.raises(RuntimeError, match="must be float32"):
+            ops.grad_norm(shape, [], table, None, 0.0, 2.0)
 
 
 def test_short_lists_stay_lists():

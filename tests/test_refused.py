@@ -64,6 +64,6 @@ def test_packed_step_counts_of_no_runs(ops):
     """A packed list is a list, also where there is nothing in it."""
     table, number = torch.empty(0, 5, dtype=torch.int64), torch.ones((), dtype=torch.float64)
     flag = torch.zeros((), dtype=torch.int64)
-    packed = [torch.zeros(1, dtype=torch.int64), flag]
+    packed = [native.pack([torch.zeros(())] * 4, flag)[0][:3], flag]
     adam = 0.1, 0.9, 0.999, 1e-8, 0.0, True, False
     ops.restore_adamw_([], [], [], [], packed, torch.empty(0), flag, table, number, *adam)

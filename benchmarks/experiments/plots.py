@@ -26,7 +26,8 @@ COLOURS = {
     "lets-paper": "#D55E00",
 }
 REACH = 6.0  # points below the best that a panel shows in any case
-OTHERS = ("#009E73", "#7F3C8D", "#8C6D31", "#666666", "#A50026", "#2B4C9B")  # of families that are added, in their order
+#: Of families that are added, in their order.
+OTHERS = ("#009E73", "#7F3C8D", "#8C6D31", "#666666", "#A50026", "#2B4C9B")
 
 
 def colour(family: str) -> str:

@@ -68,6 +68,9 @@ OPS = (
 # As csrc/layout.h numbers them.
 _NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _WORTH_PACKING = 4
+_LEAST_ADDRESS = 1 << 16  # no system gives out memory below
+#: As csrc/runs.h has them: two words that a list of two int64 tensors has only where it was packed here.
+_PACKED = (0x6C65747353414D2B, -0x3D9B1F8A7C52E046)
 
 
 def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
@@ -78,15 +81,15 @@ def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
     if len(tensors) < _WORTH_PACKING or torch.compiler.is_compiling():
         return tensors
     addresses = tuple(map(Tensor.data_ptr, tensors))
-    if 0 in addresses and any(t.numel() and not t.data_ptr() for t in tensors):
+    if min(addresses) < _LEAST_ADDRESS and any(t.numel() and t.data_ptr() < _LEAST_ADDRESS for t in tensors):
         return tensors  # one has no memory of its own, which the op will say
     return [_table(_NUMBERS[tensors[0].dtype], addresses), anchor]
 
 
 @functools.lru_cache(maxsize=256)
 def _table(number: int, addresses: tuple[int, ...]) -> Tensor:
-    """A dtype's number and addresses, as the ops read them; mostly they are those of the last step."""
-    return torch.frombuffer(array("q", (number, *addresses)), dtype=torch.int64)
+    """Addresses, as the ops read them, behind a dtype's number; mostly they are those of the last step."""
+    return torch.frombuffer(array("q", (*_PACKED, number, *addresses)), dtype=torch.int64)
 
 
 def _fake_numbers(shape: tuple[int, ...], *args: object, **kwargs: object) -> Tensor:

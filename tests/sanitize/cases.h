@@ -106,7 +106,7 @@ class List {
       }
     }
     if (form == Form::packed) {
-      addresses_.push_back(int64_t(dtype));
+      addresses_ = {lets::kPacked[0], lets::kPacked[1], int64_t(dtype)};
       for (const Tensor& t : tensors) addresses_.push_back(reinterpret_cast<int64_t>(t.data_ptr()));
       const std::vector<int64_t> sizes{int64_t(addresses_.size())};
       tensors = {Tensor(addresses_.data(), ScalarType::Long, sizes, {1}), Tensor(&anchor_, ScalarType::Long, {}, {})};

@@ -39,7 +39,7 @@ inline void write_past_the_end() {
   theta.shrink_to_fit();
   std::vector<float> saved(kNumel);
   std::vector<Run> runs{{0, kNumel, -1, 0, 0}};
-  std::vector<int64_t> addresses{0, reinterpret_cast<int64_t>(theta.data())};
+  std::vector<int64_t> addresses{lets::kPacked[0], lets::kPacked[1], 0, reinterpret_cast<int64_t>(theta.data())};
   int64_t anchor = 0;
   auto dirty = flag(1);
   auto gate = number(1.0);
@@ -56,7 +56,7 @@ inline void read_past_the_end() {
   v.claim(0, kBytes);
   v.close();
   std::vector<Run> runs{{0, kNumel, -1, 0, 0}};
-  std::vector<int64_t> addresses{0, reinterpret_cast<int64_t>(v.data())};
+  std::vector<int64_t> addresses{lets::kPacked[0], lets::kPacked[1], 0, reinterpret_cast<int64_t>(v.data())};
   int64_t anchor = 0;
   standin::op<GradNorm>("grad_norm")(packed(addresses, anchor), {}, table_of(runs), std::nullopt, 0.0, 2.0);
 }
@@ -73,7 +73,7 @@ inline void write_into_a_band() {
 inline void unaligned() {
   std::vector<float> v(1001);
   std::vector<Run> runs{{0, 1000, -1, 0, 0}};
-  std::vector<int64_t> addresses{0, reinterpret_cast<int64_t>(v.data()) + 1};
+  std::vector<int64_t> addresses{lets::kPacked[0], lets::kPacked[1], 0, reinterpret_cast<int64_t>(v.data()) + 1};
   int64_t anchor = 0;
   standin::op<GradNorm>("grad_norm")(packed(addresses, anchor), {}, table_of(runs), std::nullopt, 0.0, 2.0);
 }

@@ -197,7 +197,8 @@ class Given {
   Tensors packed(const Tensors& tensors, Dtype type) {
     auto addresses = std::make_unique<std::vector<int64_t>>();
     const int64_t number = bytes_.seldom() ? any(bytes_) : int64_t(type);
-    addresses->push_back(number >= 0 && number < 4 ? int64_t(type) : number);
+    *addresses = {lets::kPacked[0], lets::kPacked[1], number >= 0 && number < 4 ? int64_t(type) : number};
+    if (bytes_.seldom()) addresses->at(size_t(any(bytes_) & 1)) ^= 1;  // a list of two int64 vectors, which none may be
     for (const Tensor& t : tensors) addresses->push_back(reinterpret_cast<int64_t>(t.data_ptr()));
     if (bytes_.seldom()) addresses->pop_back();
     addresses->shrink_to_fit();

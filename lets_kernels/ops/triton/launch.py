@@ -116,6 +116,11 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
+def has_memory(t: Tensor) -> bool:
+    """False for a dense tensor whose memory was given back."""
+    return not t.numel() or (t.storage_offset() + t.numel()) * t.element_size() <= t.untyped_storage().nbytes()
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise RuntimeError(message)
@@ -186,8 +191,8 @@ class Plan:
             addresses = [base + start * size for start in self.starts]
         else:
             addresses = [t.data_ptr() for t in tensors]
-        for i, (address, numel) in enumerate(zip(addresses, self.numels, strict=True)):
-            require(address != 0 or numel == 0, f"{what}[{i}] has no memory of its own")
+        for i, t in enumerate(tensors):
+            require(has_memory(t), f"{what}[{i}] has no memory of its own")
         aligned = not any(a % 16 for a, numel in zip(addresses, self.numels, strict=True) if numel)
         return Resident(table_of(addresses), self.device), aligned
 
@@ -262,6 +267,7 @@ class Call:
     def scalar(self, t: Tensor, what: str, dtype: torch.dtype = torch.float64, count: int = 1) -> Tensor:
         """A number that lives on the device, or a few side by side."""
         fits = t.numel() == count and t.is_contiguous() and t.dtype == dtype and t.device == self.device
+        fits = fits and has_memory(t)
         require(
             fits, f"{what} must be a {dtype} tensor with {('one element', 'two elements')[count - 1]} on {self.device}"
         )
@@ -280,6 +286,7 @@ class Call:
 
     def filter_norms(self, t: Tensor, what: str) -> Tensor:
         fits = t.device == self.device and t.is_contiguous() and t.numel() >= self.plan.filters and t.dtype == self.wide
+        fits = fits and has_memory(t)
         require(fits, f"{what} must hold one float32 (float64 for float64 parameters) a filter")
         return t
 

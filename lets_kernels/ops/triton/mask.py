@@ -140,6 +140,7 @@ def select_kernel(
 def mask_of(call: launch.Call, mask: Tensor) -> Tensor:
     """The mask, addressed by the runs' starts; whether that is aligned counts for the whole call."""
     fits = mask.device == call.device and mask.is_contiguous() and mask.numel() >= call.plan.end
+    fits = fits and launch.has_memory(mask)
     launch.require(
         fits and mask.dtype == torch.uint8,
         f"mask must be a flat uint8 tensor with one element for each of the bucket, on {call.device}",

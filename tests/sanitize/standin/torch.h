@@ -85,6 +85,17 @@ struct AtenTensorOpaque {
   std::shared_ptr<std::vector<double>> memory;
 };
 using AtenTensorHandle = AtenTensorOpaque*;
+// What a tensor here points to is all there. Handles are new, and whoever gets one deletes it.
+inline int aoti_torch_get_storage_offset(AtenTensorHandle handle, int64_t* offset) {
+  delete handle;
+  *offset = 0;
+  return 0;
+}
+inline int aoti_torch_get_storage_size(AtenTensorHandle handle, int64_t* bytes) {
+  delete handle;
+  *bytes = INT64_MAX;
+  return 0;
+}
 
 namespace torch::stable {
 
@@ -109,6 +120,10 @@ class Tensor {
     int64_t product = 1;
     for (int64_t size : sizes_) product *= size;
     return product;
+  }
+  size_t element_size() const {
+    using enum headeronly::ScalarType;
+    return type_ == Double || type_ == Long ? 8 : type_ == Float || type_ == Int ? 4 : type_ == Byte ? 1 : 2;
   }
   bool is_contiguous() const {
     int64_t expected = 1;
