@@ -8,7 +8,7 @@ an argument of a kernel, so a captured CUDA graph keeps the learning rate that i
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +77,9 @@ def _same(old: Sequence[object], new: Sequence[object]) -> bool:
 class FusedStep(Protocol):
     """How one base optimizer is fused."""
 
+    #: What a parameter's state holds, once there is any.
+    needs: ClassVar[tuple[str, ...]] = ()
+
     @staticmethod
     def refuses(group: Group) -> str | None:
         """Why these options need the optimizer itself, in words, or None."""
@@ -88,6 +91,8 @@ class FusedStep(Protocol):
 
 class FusedSGD:
     """torch.optim.SGD without dampening: its momentum buffers then begin at zero, which a skipped step can leave."""
+
+    needs: ClassVar[tuple[str, ...]] = ()  # without momentum there is no buffer
 
     @staticmethod
     def refuses(group: Group) -> str | None:
@@ -128,6 +133,8 @@ def _steps(runs: Runs, state: State) -> list[Tensor] | None:
 class FusedAdam:
     """torch.optim.Adam and AdamW, without amsgrad."""
 
+    needs: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
+
     @staticmethod
     def refuses(group: Group) -> str | None:
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
@@ -159,6 +166,8 @@ class FusedAdam:
 
 class FusedVariational:
     """The step of Variational SAM."""
+
+    needs: ClassVar[tuple[str, ...]] = ("exp_avg", "precision")
 
     @staticmethod
     def refuses(group: Group) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lets_kernels.fused import refusal
+from lets_kernels.fused import FUSED, refusal
 from lets_kernels.hypergradient import Trial
 from lets_kernels.shards import local as real
 
@@ -105,8 +105,67 @@ def check_held(held: Mapping[Any, Mapping[str, Any]], params: Sequence[Tensor], 
         for name, value in own.items():
             if name not in names:
                 _refuse(f"the state of parameter {key}", f"has a {name}, which no part of this optimizer keeps")
-            if not isinstance(value, Tensor) or value.numel() not in (params[key].numel(), real(params[key]).numel()):
-                _refuse(f"the {name} of parameter {key}", "has not as many elements as the parameter")
+            if not _shaped_as(value, params[key]):
+                _refuse(f"the {name} of parameter {key}", "is no tensor of the parameter's shape")
+
+
+def _shaped_as(value: Any, p: Tensor) -> bool:
+    """True for a tensor that goes with a parameter, or with this rank's part of it, element by element."""
+    return isinstance(value, Tensor) and value.shape in (p.shape, real(p).shape)
+
+
+def check_base(
+    state: Mapping[Any, Any],
+    groups: Sequence[Mapping[str, Any]],
+    base: torch.optim.Optimizer,
+    places: Mapping[Any, int],
+    params: Sequence[Tensor],
+) -> None:
+    """What the base optimizer would load: its numbers in every group, and state that goes with the parameters.
+
+    Options that are switches it fills in by itself, where an older version saved none. Of an optimizer that has no
+    fused step only that is looked at whose kind is known: step counts, and what it has a tensor for at present.
+
+    ``places`` has the place among ``params`` of each key of ``state``; another key is none of a parameter.
+    """
+    for index, group in enumerate(groups):
+        for name, now in base.defaults.items():
+            numbers = now if isinstance(now, (list, tuple)) else (now,)
+            if not all(_is_number(number) for number in numbers):
+                continue
+            what = f"state_dict['param_groups'][{index}]"
+            if name not in group:
+                _refuse(what, f"lacks {name}")
+            values = group[name] if isinstance(now, (list, tuple)) else (group[name],)
+            if not isinstance(values, (list, tuple)) or len(values) != len(numbers) or not all(map(_is_number, values)):
+                _refuse(what, f"has {group[name]!r} for {name}, where {now!r} has another kind")
+    kind = FUSED.get(type(base))
+    for key, entry in state.items():
+        if key not in places or not 0 <= places[key] < len(params):
+            continue
+        p = params[places[key]]
+        what = f"state_dict['state'][{key!r}]"
+        if not isinstance(entry, Mapping):
+            _refuse(what, f"is a {type(entry).__name__}, not a dict")
+        for name in kind.needs if kind is not None and entry else ():
+            if name not in entry:
+                _refuse(what, f"lacks {name}")
+        present = base.state.get(p, {})
+        for name, value in entry.items():
+            if name == "step":
+                if not _is_number(value):
+                    _refuse(f"{what}['step']", f"is {value!r}, not a number")
+            elif kind is not None:
+                if not _shaped_as(value, p) and not (value is None and name not in kind.needs):
+                    _refuse(f"{what}[{name!r}]", "is no tensor of the parameter's shape")
+            elif isinstance(present.get(name), Tensor) and present[name].shape == p.shape and not _shaped_as(value, p):
+                _refuse(f"{what}[{name!r}]", "is no tensor of the parameter's shape")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.dtype is not torch.bool
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_kept(held: Mapping[Any, Mapping[str, Any]], names: Iterable[str], begun: bool, what: str) -> None:

@@ -148,6 +148,7 @@ KEEPING = [name for name in ONE_EACH if name in ("looksam", "aelooksam", "friend
 BROKEN = {
     "a-word": lambda t: "a word",
     "another-size": lambda t: t.flatten()[:-1],
+    "another-shape": lambda t: t[None].clone(),
     "a-number": lambda t: 3.0,
     "another-name": None,
     "for-nobody": None,
@@ -172,6 +173,79 @@ def test_what_is_kept_for_a_parameter_is_looked_at(name, broken):
     with pytest.raises(ValueError, match="nothing of it was loaded"):
         opt.load_state_dict(whole)
     family.assert_same(before, family.held(opt))
+
+
+BASE = {
+    "adamw": (torch.optim.AdamW, {"lr": 0.02}),
+    "momentum": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.02}),
+}
+DAMAGED = {
+    "no count": ("adamw", "step", torch.empty(0)),
+    "counts": ("adamw", "step", torch.ones(3)),
+    "a count in words": ("adamw", "step", "three"),
+    "a count is gone": ("adamw", "step", None),
+    "an average of another size": ("adamw", "exp_avg", torch.zeros(7, 7)),
+    "an average of another shape": ("adamw", "exp_avg_sq", "flat"),
+    "an average that is a number": ("adamw", "exp_avg", 0.5),
+    "an average is gone": ("adamw", "exp_avg", None),
+    "a momentum of another shape": ("momentum", "momentum_buffer", "flat"),
+    "no entry but a list": ("momentum", None, [1, 2]),
+    "another base's average": ("rmsprop", "square_avg", "flat"),
+    "another base's count": ("rmsprop", "step", torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("wrong", DAMAGED)
+def test_what_the_base_optimizer_keeps_is_looked_at(wrong):
+    """Ops and torch's own steps take it for what it was; some would die of it, long after the load."""
+    base, name, value = DAMAGED[wrong]
+    optimizer, options = BASE[base]
+    opt = run(lambda net: lk.SAM(net.parameters(), optimizer, rho=0.1, **options), 2)[1]
+    state = copy.deepcopy(opt.state_dict())
+    state["param_groups"][0]["lr"] = 7.0
+    last = max(state["state"])
+    entry = state["state"][last]
+    if name is None:
+        state["state"][last] = value
+    elif value is None:
+        del entry[name]
+    else:
+        entry[name] = entry[name][None].clone() if isinstance(value, str) and value == "flat" else value
+    with pytest.raises(ValueError, match=rf"nothing of it was loaded: state_dict\['state'\]\[{last}\]"):
+        opt.load_state_dict(state)
+    assert_refused(opt, state, wrong)
+
+
+@pytest.mark.parametrize("damage", ["gone", "words", "a pair", "a flag"])
+@pytest.mark.parametrize("base, option", [("adamw", "lr"), ("adamw", "betas"), ("momentum", "momentum")])
+def test_the_numbers_of_the_groups_are_looked_at(base, option, damage):
+    optimizer, options = BASE[base]
+    opt = run(lambda net: lk.SAM(net.parameters(), optimizer, rho=0.1, **options), 1)[1]
+    state = copy.deepcopy(opt.state_dict())
+    group = state["param_groups"][0]
+    if damage == "gone":
+        del group[option]
+    else:
+        group[option] = {"words": "fast", "a pair": torch.ones(2), "a flag": True}[damage]
+    with pytest.raises(ValueError, match=rf"nothing of it was loaded: state_dict\['param_groups'\]\[0\] .*{option}"):
+        opt.load_state_dict(state)
+    assert_refused(opt, state, damage)
+
+
+def test_what_an_older_version_did_not_save_is_filled_in():
+    """Switches that torch added since, and a learning rate that is a tensor."""
+    optimizer, options = BASE["adamw"]
+    opt = run(lambda net: lk.SAM(net.parameters(), optimizer, rho=0.1, **options), 2)[1]
+    state = copy.deepcopy(opt.state_dict())
+    for name in ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+        state["param_groups"][0].pop(name, None)
+    state["param_groups"][0]["lr"] = torch.tensor(0.5)
+    for entry in state["state"].values():
+        entry["step"] = float(entry["step"])
+    opt.load_state_dict(state)
+    assert float(opt.param_groups[0]["lr"]) == 0.5
+    assert all(float(entry["step"]) == 2 for entry in opt.base_optimizer.state.values())
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

@@ -10,7 +10,7 @@ from lets_kernels.optimizers import carried
 from lets_kernels.optimizers.base import KEY, Wrapper
 from lets_kernels.passes import Held
 from lets_kernels.radius import check_rho
-from lets_kernels.saved import check_count, check_held, check_kept, check_keys, check_part, check_scalar
+from lets_kernels.saved import check_base, check_count, check_held, check_kept, check_keys, check_part, check_scalar
 
 
 class Saved(Wrapper):
@@ -101,6 +101,7 @@ class Saved(Wrapper):
         places = {key: i for i, key in enumerate(key for group in groups for key in group["params"])}
         held = {places.get(key, f"{key}"): own_tensors for key, own_tensors in held.items()}
         params = self._all_params()
+        check_base(rest["state"], groups, self.base_optimizer, places, params)
         check_held(held, params, {*self.direction.held, *self.descent.held, *self.radius.held})
         if own is not None:
             counts = own["direction"].values()
