@@ -8,6 +8,7 @@ an argument of a kernel, so a captured CUDA graph keeps the learning rate that i
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -196,6 +197,23 @@ FUSED: dict[type, type[FusedStep]] = {
 }
 
 
+_TORCH, _HERE = (str(Path(module).parent) for module in (torch.__file__, __file__))  # where layers of ours come from
+
+
+def _is_foreign(step: Any) -> bool:
+    """True if some of the code that ``step()`` runs is not torch's: its optimizers, and what its schedulers put around.
+
+    Each layer that ``functools.wraps`` another is looked at, since the copied attributes tell nothing.
+    """
+    layer = getattr(step, "__func__", step)
+    while layer is not None:
+        code = getattr(layer, "__code__", None)
+        if code is None or not code.co_filename.startswith((_TORCH, _HERE)):
+            return True
+        layer = getattr(layer, "__wrapped__", None)
+    return False
+
+
 def refusal(base: torch.optim.Optimizer) -> str | None:
     """Why the base optimizer must step by itself, in words; None where the fused step may stand for it."""
     kind = FUSED.get(type(base))
@@ -203,8 +221,7 @@ def refusal(base: torch.optim.Optimizer) -> str | None:
         return f"{type(base).__name__} has no fused step"
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
         return "the base optimizer has step hooks"
-    patched = base.__dict__.get("step")
-    if patched is not None and not getattr(patched, "_wrapped_by_lr_sched", False):
+    if _is_foreign(base.step):
         return "the base optimizer's step was replaced"
     for group in base.param_groups:
         reason = kind.refuses(group)

@@ -304,7 +304,7 @@ class SecondPass:
         if not per_tensor:
             total = add_up(found, self.home) if found else torch.zeros(3, dtype=torch.float64, device=self.home)
             return self.replicas.mean(total[None])
-        if len(found) == self.offsets[-1]:
+        if found and len(found) == self.offsets[-1]:
             return self.replicas.mean(torch.stack(found))
         rows = torch.zeros(self.offsets[-1], 3, dtype=torch.float64, device=self.home)  # as many on every rank
         if found:

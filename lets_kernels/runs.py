@@ -31,12 +31,19 @@ def is_lent(grad: Tensor) -> bool:
 
 
 def check_parameter(p: Tensor, where: str) -> None:
-    """Refuse what no method can perturb.
+    """Refuse what no method can perturb; what is frozen (``requires_grad=False``) nobody does.
 
     Raises:
         TypeError: the dtype has no gradient, or no kernels (8-bit, complex32); the message names the way out.
         ValueError: elements share memory (an expanded tensor), or their memory does not say what they are.
     """
+    if not p.requires_grad:
+        return
+    if p.layout is not torch.strided:
+        raise TypeError(
+            f"{where}: a parameter of layout {p.layout} cannot be perturbed; make it dense (p.to_dense()), or keep it "
+            "out of the groups"
+        )
     if p.dtype not in (*ops.DTYPES, torch.complex64, torch.complex128):
         what = "make it complex64" if p.is_complex() else "keep it out of the groups"
         raise TypeError(f"{where}: a parameter of dtype {p.dtype} cannot be perturbed; {what}")

@@ -325,3 +325,50 @@ def test_what_a_user_reads_is_tensors(backend):
     assert {"rho_grad"} <= set(metrics)
     opt.rho.fill_(-1.0)  # a copy: nobody's radius changes by it
     assert opt.rho.item() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn, torch.bool])
+def test_a_frozen_parameter_may_have_any_dtype(backend, dtype):
+    """As torch's optimizers take it: quantised weights and buffers that are parameters."""
+    frozen = torch.nn.Parameter(torch.ones(4).to(dtype), requires_grad=False)
+    theta = torch.nn.Parameter(torch.ones(4))
+    opt = lk.SAM([theta, frozen], torch.optim.SGD, rho=0.5, backend=backend.name, lr=0.1)
+    for half in (opt.first_step, opt.second_step):
+        theta.grad = torch.ones(4)
+        half()
+    assert torch.allclose(theta, torch.full((4,), 0.9))
+    opt.load_state_dict(opt.state_dict())
+
+
+def test_sparse_parameters_are_told_what_they_are():
+    sparse = torch.nn.Parameter(torch.eye(3).to_sparse())
+    with pytest.raises(TypeError, match=r"layout torch.sparse_coo cannot be perturbed; make it dense"):
+        lk.SAM([sparse], torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("what", ["rho", "metrics", "state_dict", "load_state_dict", "add_param_group"])
+@pytest.mark.parametrize("radius", [0.5, "auto"])
+def test_a_group_that_the_base_optimizer_was_given_is_taken_in_at_once(what, radius):
+    thetas = [torch.nn.Parameter(torch.ones(4)) for _ in range(3)]
+    opt = lk.SAM(thetas[:1], torch.optim.SGD, radius, lr=0.1)
+    saved = lk.SAM([{"params": p} for p in thetas[:2]], torch.optim.SGD, radius, lr=0.1).state_dict()
+    opt.base_optimizer.add_param_group({"params": thetas[1]})
+    calls = {
+        "rho": lambda: opt.rho,
+        "metrics": opt.metrics,
+        "state_dict": opt.state_dict,
+        "load_state_dict": lambda: opt.load_state_dict(saved),
+        "add_param_group": lambda: opt.add_param_group({"params": thetas[2]}),
+    }
+    calls[what]()
+    rho = 0.005 if radius == "auto" else 0.5
+    assert [float(group["rho"]) for group in opt.param_groups] == pytest.approx([rho] * len(opt.param_groups))
+
+
+def test_looksam_by_tensor_with_everything_frozen(backend):
+    theta = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+    opt = lk.LookSAM([theta], torch.optim.SGD, per_tensor=True, backend=backend.name, lr=0.1)
+    for _ in range(6):
+        opt.first_step()
+        opt.second_step()
+    assert bool((theta == 1).all())

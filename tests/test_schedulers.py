@@ -1,5 +1,7 @@
 """LR schedulers on the wrapper, on its base, on the optimizer of nu: read at every step, and no warning."""
 
+import functools
+import types
 import warnings
 
 import pytest
@@ -130,3 +132,42 @@ def test_a_tensor_learning_rate_is_read_at_every_step(backend):
         ends.append(weights(toy))
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # 0.1 in float32 and in float64
+
+
+PATCHED = {
+    "on the instance": lambda base, step: base.__dict__.__setitem__("step", types.MethodType(step, base)),
+    "on the instance, in torch's clothes": lambda base, step: base.__dict__.__setitem__(
+        "step", types.MethodType(functools.wraps(type(base).step)(step), base)
+    ),
+    "on the class": lambda base, step: setattr(type(base), "step", step),
+    "on the class, in torch's clothes": lambda base, step: setattr(
+        type(base), "step", functools.wraps(type(base).step)(step)
+    ),
+}
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("patch", PATCHED)
+def test_a_step_that_was_replaced_is_the_one_that_runs(monkeypatch, patch, scheduled):
+    """Whether or not a scheduler has wrapped it since, and whatever attributes it has copied."""
+    theta = torch.nn.Parameter(torch.ones(4))
+    base = torch.optim.SGD([theta], lr=0.1)
+    monkeypatch.setattr(torch.optim.SGD, "step", torch.optim.SGD.step)  # put back, whatever the patch does
+    ran, original = [], torch.optim.SGD.step
+
+    def step(self, closure=None):
+        ran.append(1)
+        return original(self, closure)
+
+    PATCHED[patch](base, step)
+    opt = lk.SAM([theta], base, rho=0.5)
+    assert opt.base_optimizer is base
+    if scheduled:
+        torch.optim.lr_scheduler.StepLR(base, 1)
+    for _ in range(3):
+        for half in (opt.first_step, opt.second_step):
+            theta.grad = torch.ones(4)
+            half()
+    assert len(ran) == 3
+    assert not opt.fused and opt.fused_reason == "the base optimizer's step was replaced"
+    assert torch.allclose(theta, torch.full((4,), 0.7))

@@ -169,6 +169,7 @@ class Wrapper(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         self._refuse_while_perturbed("add_param_group()")
+        self._take_in_new_groups()
         group = {**self._own, **param_group}
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         self._check_groups([{**group, "params": [p[1] if isinstance(p, tuple) else p for p in group["params"]]}])

@@ -37,6 +37,7 @@ class Engine(Saved):
     @property
     def rho(self) -> Tensor:
         """The radius: 0-d if all groups share one, else one value a group. Nothing waits for the device."""
+        self._take_in_new_groups()
         groups = self.param_groups[:1] if self.radius.shared else self.param_groups
         values = radii([self.radius.present(i, group) for i, group in enumerate(groups)])
         return values[0].clone() if len(values) == 1 else torch.stack(values)

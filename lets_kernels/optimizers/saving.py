@@ -31,6 +31,7 @@ class Saved(Wrapper):
             RuntimeError: while the weights are perturbed.
         """
         self._refuse_while_perturbed("state_dict()")
+        self._take_in_new_groups()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict, own = dict(self.base_optimizer.state_dict()), self._own_state()
@@ -83,6 +84,7 @@ class Saved(Wrapper):
                 been loaded then.
         """
         self._refuse_while_perturbed("load_state_dict()")
+        self._take_in_new_groups()
         state_dict = dict(state_dict)  # what hooks put in or take out of it stays among them
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
