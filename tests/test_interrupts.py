@@ -214,3 +214,60 @@ def test_a_process_that_a_signal_ends_saves_the_weights_of_a_step(tmp_path):
         assert same_bits(weights(task), saved) or any(
             interrupted.by_closure(task, opt, batch) or same_bits(weights(task), saved) for batch, _ in steps
         ), "saved weights that no step has"
+
+
+class Handler(Tracer):
+    """Calls ``restore()`` before a random instruction and goes on, as a handler of a signal may do."""
+
+    def __init__(self, seed, opt, look):
+        super().__init__(seed)
+        self.opt, self.look, self.called = opt, look, False
+
+    def _local(self, frame, event, argument):
+        if event != "exception":
+            self.count += 1
+            if self.count == self.target:
+                sys.settrace(None)
+                self.called = True
+                self.opt.restore()
+                self.look()
+        return self._local
+
+
+@pytest.mark.parametrize("take", TAKES)
+@pytest.mark.parametrize("method, base", [("sam", "momentum"), ("sam", "rmsprop"), ("rsam", "momentum")])
+def test_a_handler_that_restores_and_returns_leaves_no_perturbation(backend, method, base, take):
+    """At any instruction: for the handler the weights are home, and so they are when the call is over."""
+    optimizer, options = BASES[base]
+
+    def build(groups):
+        if method in FAMILY:
+            return family.build(method, groups, rho=0.5, backend=backend.name)
+        return lk.SAM(groups, optimizer, rho=0.5, backend=backend.name, **options)
+
+    problem, twin = Problem(torch.float32, build), Problem(torch.float32, build)
+    groups = PARAMETERS if base == "rmsprop" or backend.name == "reference" else BUCKETS
+    seen, ended = [], {"taken": 0, "given up": 0}
+    with Handler(f"{method} {base} {take.__name__}", problem.opt, lambda: seen.append(problem.weights())) as handler:
+        handler.measure(lambda: take(problem, 0))
+        for i in range(150 if backend.name == "cpu" else 40):
+            twin.take_over(problem)
+            before = problem.weights()
+            take(twin, i)
+            after = twin.weights()
+            seen.clear()
+            handler.called, words = False, ""
+            try:
+                handler.strike(lambda i=i: take(problem, i))
+            except RuntimeError as error:
+                words = str(error)
+            if handler.called:
+                ended["given up" if words else "taken"] += 1
+            assert not words or "restore()" in words or "first_step()" in words or "first_pass()" in words
+            for now in (*seen, problem.weights()):
+                for group in groups:
+                    own = [[x[j] for j in group] for x in (now, before, after)]
+                    assert same_bits(own[0], own[1]) or same_bits(own[0], own[2])
+            problem.opt.restore()
+            assert same_bits(problem.weights(), now), "a perturbation was left"
+    assert min(ended.values()) > 3, ended

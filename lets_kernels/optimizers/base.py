@@ -42,6 +42,14 @@ def _check_options(groups: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def given_up() -> RuntimeError:
+    """For a step that cannot go on."""
+    return RuntimeError(
+        "restore() was called in the middle of this step, by a signal handler perhaps: the step is given up, and the "
+        "weights are those from before it"
+    )
+
+
 class Wrapper(torch.optim.Optimizer):
     """Groups and state are the base optimizer's own; the rest of the state travels beside them under one key.
 
@@ -221,7 +229,8 @@ class Wrapper(torch.optim.Optimizer):
                 f"{what} while the weights are beside themselves for the first pass: leave `with opt.first_pass():` "
                 "first, or call restore() to give the pass up"
             )
-        if self._step is not None and self._step.is_perturbed:
+        step = self._step
+        if step is not None and step.is_perturbed:
             raise RuntimeError(
                 f"{what} while the weights are perturbed: call second_step() after the second backward first, or "
                 "restore() to give the perturbation up"

@@ -43,8 +43,7 @@ class PerturbedContext:
 @untraced
 def _enter(optimizer: "SAM", loss: Any) -> bool:
     needed = optimizer.first_step(loss=loss)
-    assert optimizer._step is not None
-    optimizer._step.in_context = True
+    optimizer.begun_step.in_context = True
     return needed
 
 
@@ -53,6 +52,8 @@ def _enter(optimizer: "SAM", loss: Any) -> bool:
 def _leave(optimizer: "SAM", failed: bool) -> None:
     if failed:
         optimizer.restore()
-    elif optimizer._step is not None:  # else given up inside, by restore()
-        optimizer._step.restore()
-        optimizer._step.in_context = False
+        return
+    step = optimizer._step
+    if step is not None:  # else given up inside, by restore()
+        step.restore()
+        step.in_context = False

@@ -30,8 +30,7 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
             with o.first_pass():
                 losses.append(o._call(closure, scaler))
             o.first_step(zero_grad=True, loss=losses[-1])
-            step = o._step
-            assert step is not None
+            step = o.begun_step
             if step.perturbs:
                 step.perturbed_loss = as_scalar(o._call(closure, scaler))
                 step.passes += 1
@@ -45,10 +44,10 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
             _add(sums, o)
         for p, total in sums.items():
             p.grad = total.div_(len(closures))
-        assert o._step is not None
-        o._step.totals, o._step.passes = totals, passes
-        o._step.returned = True  # no pass is left that the end of the step would have to count
-        o._step.loss, o._step.perturbed_loss = _mean(map(as_scalar, losses)), _mean(perturbed)
+        step = o.begun_step
+        step.totals, step.passes = totals, passes
+        step.returned = True  # no pass is left that the end of the step would have to count
+        step.loss, step.perturbed_loss = _mean(map(as_scalar, losses)), _mean(perturbed)
         o._finish()
     except BaseException:
         o.restore()

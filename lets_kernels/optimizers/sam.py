@@ -334,12 +334,10 @@ class SAM(Undone):
                 self._scaling.unscale(scaler, self.param_groups)
             if self.first_step(zero_grad=True, loss=self.samples.loss(loss)):
                 returned = self.samples.second(passed, closure)
-                assert self._step is not None
-                self._step.perturbed_loss = as_scalar(self.samples.loss(returned))
+                self.begun_step.perturbed_loss = as_scalar(self.samples.loss(returned))
                 loss = loss if self.direction.needs_gradient else returned
             else:
-                assert self._step is not None
-                self._step.return_gradients()
+                self.begun_step.return_gradients()
             self._finish()
         except BaseException:
             self.restore()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lets_kernels.direction import Ascent
-from lets_kernels.optimizers.base import untraced
+from lets_kernels.optimizers.base import given_up, untraced
 from lets_kernels.passes import FirstPass
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Start:
         self._optimizer = optimizer
         self._runs = [b.all_runs() for b in optimizer._space().buckets]
         #: The weights are on their way there or back.
-        self.torn = False
+        self.torn = self.given_up = False
 
     @torch.no_grad()
     def move(self) -> None:
@@ -39,6 +39,11 @@ class Start:
             near = one.to(runs.bucket.device)
             Ascent.along(runs, room).perturb(near, near)
         self.torn = False
+        if self.given_up:
+            for runs in self._runs:
+                runs.bucket.dirty.fill_(1)
+            self.restore()
+            raise given_up()
 
     @torch.no_grad()
     def restore(self) -> None:

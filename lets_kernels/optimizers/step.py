@@ -12,6 +12,7 @@ from lets_kernels.fused import FUSED, refusal
 from lets_kernels.guarded import guarded_step
 from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import Bucket
+from lets_kernels.optimizers.base import given_up
 from lets_kernels.passes import FirstPass, Gradients, SecondPass, add_up, by_index, displacements, squared
 from lets_kernels.precision import INTERVAL, NARROW, measure
 from lets_kernels.radius import radii
@@ -80,6 +81,7 @@ class Step:
         self.perturbed_loss: Tensor | None = None
         self.trial: tuple[Trial, list[tuple[Tensor, int]]] | None = None
         self.is_perturbed = self.torn = self.in_context = self.returned = False
+        self.given_up = False  # by restore(), perhaps of a signal handler within one of the methods here
         #: Passes that this step has gone along so far.
         self.passes = int(o.direction.needs_gradient)
         self.captured = check_capture(o)
@@ -186,6 +188,12 @@ class Step:
         if self._measures:
             self.optimizer._precision = measure(self.ascents, self.total, self.rho)
         self.torn = False
+        if self.given_up:  # and so some of the buckets, or of their parameters, were perturbed after they were restored
+            self.is_perturbed = True
+            for a in self.ascents:
+                a.bucket.dirty.fill_(1)  # all of them are saved
+            self.restore()
+            raise given_up()
         if not self._holds:  # nothing parameter-sized but the saved weights lives through the second pass
             for a in self.ascents:
                 a.vectors = a.runs.grads = []

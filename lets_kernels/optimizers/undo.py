@@ -2,7 +2,7 @@
 
 import torch
 
-from lets_kernels.optimizers.base import untraced
+from lets_kernels.optimizers.base import given_up, untraced
 from lets_kernels.optimizers.engine import Engine
 from lets_kernels.optimizers.start import Start
 from lets_kernels.optimizers.step import Step, check_same_graph
@@ -15,6 +15,10 @@ class Undone(Engine):
     def restore(self) -> None:
         """Bring the weights back to θ, to the bit, and give up the step that was begun. Harmless at any time.
 
+        That includes a signal handler that runs in the middle of a step: the weights are then home for the handler (of
+        a fused step that is under way the first buckets may have stepped), and once it has returned. A step that was
+        still going to perturb ends with ``RuntimeError``; one that was coming home is taken.
+
         After an exception between ``first_step()`` and ``second_step()`` the weights stay perturbed until this is
         called, or ``step(closure)``, which does so first; a forward pass or ``zero_grad()`` notices nothing.
         """
@@ -22,6 +26,7 @@ class Undone(Engine):
             self.end_start(failed=True)
         step = self._step
         if step is not None:
+            step.given_up = True
             if step.is_perturbed:
                 self.network.pass_failed()
             with torch.no_grad():
@@ -40,11 +45,13 @@ class Undone(Engine):
 
     def end_start(self, failed: bool) -> None:
         """Bring them back."""
-        if self._start is not None:
+        start = self._start
+        if start is not None:
             if failed:
+                start.given_up = True
                 self.network.pass_failed()
-            self._start.restore()
-            self._start, self._started = None, not failed
+            start.restore()
+            self._start, self._started = None, not failed and not start.given_up
 
     @untraced
     def refuse_another_step(self, what: str) -> None:
@@ -52,9 +59,18 @@ class Undone(Engine):
         self._heal()
         self._refuse_while_perturbed(what)
 
+    @property
+    def begun_step(self) -> Step:
+        """The step that was begun, or ``RuntimeError`` if a signal handler has called :meth:`restore` since."""
+        step = self._step
+        if step is None:
+            raise given_up()
+        return step
+
     def _heal(self) -> None:
         """Undo a perturbation that an interrupt cut off before it was complete, or while it was being undone."""
-        if (self._step is not None and self._step.torn) or (self._start is not None and self._start.torn):
+        step, start = self._step, self._start  # a signal handler may take them away at any time
+        if (step is not None and step.torn) or (start is not None and start.torn):
             self.restore()
 
     def _refuses_to_finish(self, step: Step) -> RuntimeError | None:
