@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lets_kernels import ops
-from lets_kernels.runs import Runs, capturing, check_apart, check_parameter, is_dense, is_lent, refuse_while_capturing
+from lets_kernels.runs import (
+    Runs,
+    addresses,
+    capturing,
+    check_apart,
+    check_parameter,
+    is_dense,
+    is_lent,
+    refuse_while_capturing,
+)
 from lets_kernels.shards import cuts, filter_groups, is_apart, is_spread, local, local_gradient, mesh_of, part_of, parts
 
 PADDING = 16
@@ -96,7 +105,7 @@ class Bucket:
         self._device_index = memory[0].get_device()
         self._shapes, self._strides = [p.shape for p in memory], [p.stride() for p in memory]
         self.numels = [p.numel() for p in memory]
-        self._addresses = list(map(Tensor.data_ptr, memory))
+        self._addresses = addresses(memory)
         #: A parameter has been given other memory since somebody looked whether it shares that with another.
         self.moved = False
 
@@ -183,11 +192,11 @@ class Bucket:
             or {p.dtype for p in memory} != {self.dtype}
         ):
             return False
-        addresses = list(map(Tensor.data_ptr, memory))
-        if addresses != self._addresses:  # nothing else tells of another device
+        found = addresses(memory)
+        if found != self._addresses:  # nothing else tells of another device
             if self.flat is not None or {p.get_device() for p in memory} != {self._device_index}:
                 return False
-            self._addresses, self.moved = addresses, True
+            self._addresses, self.moved = found, True
         return True
 
     def gather(self, own: bool = False, whole: bool = False, current: bool = False) -> Runs:

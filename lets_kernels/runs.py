@@ -1,6 +1,7 @@
 """Runs: the parameters of a bucket that take part in one pass, as dense stretches of memory that kernels can take."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,14 @@ def check_parameter(p: Tensor, where: str) -> None:
     check_spread(p, where)
 
 
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where tensors of one kind begin in memory; zeros for those that have none (meta and fake tensors)."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    if tensors and fakes is not None and isinstance(tensors[0], fakes.FakeTensor):
+        return [0] * len(tensors)
+    return list(map(Tensor.data_ptr, tensors))
+
+
 def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse tensors that share memory: what moves one would move the other once more.
 
@@ -65,9 +74,9 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
     """
     seen: list[tuple[str, int, int, str, Tensor]] = []
     for name, t in named:
-        if t.numel() and t.device.type != "meta":
+        begin = addresses([t])[0]
+        if begin:
             last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-            begin = t.data_ptr()
             seen.append((str(t.device), begin, begin + (last + 1) * t.element_size(), name, t))
     seen.sort(key=lambda entry: entry[:2])
     open_: list[tuple[str, int, int, str, Tensor]] = []  # stretches that have begun and not ended
