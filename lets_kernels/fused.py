@@ -7,6 +7,7 @@ an argument of a kernel, so a captured CUDA graph keeps the learning rate that i
 """
 
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -197,7 +198,7 @@ FUSED: dict[type, type[FusedStep]] = {
 }
 
 
-_TORCH, _HERE = (str(Path(module).parent) for module in (torch.__file__, __file__))  # where layers of ours come from
+_OWN = tuple(f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
 
 
 def _is_foreign(step: Any) -> bool:
@@ -208,7 +209,7 @@ def _is_foreign(step: Any) -> bool:
     layer = getattr(step, "__func__", step)
     while layer is not None:
         code = getattr(layer, "__code__", None)
-        if code is None or not code.co_filename.startswith((_TORCH, _HERE)):
+        if code is None or not code.co_filename.startswith(_OWN):
             return True
         layer = getattr(layer, "__wrapped__", None)
     return False

@@ -314,9 +314,9 @@ class Bucket:
         if not self.is_current():
             self._restore_what_moved(runs)
             return
-        if self.apart and not runs.copies:  # views of what the parameters were
-            memory = self.memory
-            runs.params = [memory[i] for i in runs.indices]
+        if self.apart:  # views of what the parameters were
+            memory, copies = self.memory, dict(runs.copies)
+            runs.params = [copies.get(i, memory[i]) for i in runs.indices]
         self.ops.restore_(runs.weights, self.saved, self.dirty, runs.table)
         runs.write_back()
 
@@ -384,13 +384,20 @@ class ParameterSpace:
 
     @staticmethod
     def _check_apart(groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse parameters that share memory."""
+        """Refuse parameters that share memory, ``ValueError``."""
         check_apart(
             (f"parameter {place} of param_groups[{index}]", local(p))
             for index, group in enumerate(groups)
             for place, p in enumerate(group["params"])
             if p.requires_grad
         )
+
+    def look_again(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Refuse parameters that have come to share memory, ``ValueError``; nearly free where none has moved."""
+        if any(b.moved for b in self.buckets):
+            self._check_apart(groups)
+            for b in self.buckets:
+                b.moved = False
 
     def is_current(self, groups: Sequence[dict[str, Any]]) -> bool:
         """False where the buckets must be made again.
@@ -400,8 +407,5 @@ class ParameterSpace:
         """
         if self._key != self._signature(groups) or not all(b.is_current() for b in self.buckets):
             return False
-        if any(b.moved for b in self.buckets):
-            self._check_apart(groups)
-            for b in self.buckets:
-                b.moved = False
+        self.look_again(groups)
         return True

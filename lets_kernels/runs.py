@@ -72,34 +72,62 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
     Raises:
         ValueError: the same tensor twice, or elements of two tensors lie in one place; the message names both.
     """
-    seen: list[tuple[str, int, int, str, Tensor]] = []
+    places = []
     for name, t in named:
         begin = addresses([t])[0]
-        if begin:
+        if t.numel() and begin:
             last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-            seen.append((str(t.device), begin, begin + (last + 1) * t.element_size(), name, t))
-    seen.sort(key=lambda entry: entry[:2])
-    open_: list[tuple[str, int, int, str, Tensor]] = []  # stretches that have begun and not ended
-    for entry in seen:
-        open_ = [other for other in open_ if other[0] == entry[0] and other[2] > entry[1]]
-        for other in open_:
-            if _overlap(other[4], entry[4], entry[1] - other[1]):
-                raise ValueError(
-                    f"{other[3]} and {entry[3]} share memory, so a step would move it twice: give the optimizer one of "
-                    "them. Tie weights by using one Parameter in both places (a.weight = b.weight), not by .data"
-                )
-        open_.append(entry)
+            places.append(_Place(str(t.device), begin, begin + (last + 1) * t.element_size(), name, t))
+    places.sort(key=lambda place: (place.device, place.begin))
+    stretch: list[_Place] = []  # those that reach into each other
+    end = 0
+    for place in places:
+        if stretch and place.device == stretch[0].device and place.begin < end:
+            if is_dense(place.tensor) and is_dense(stretch[-1].tensor) and place.begin < stretch[-1].end:
+                raise _shared(stretch[-1], place)
+            stretch.append(place)
+            end = max(end, place.end)
+            continue
+        _check_stretch(stretch, end)
+        stretch, end = [place], place.end
+    _check_stretch(stretch, end)
 
 
-def _overlap(a: Tensor, b: Tensor, distance: int) -> bool:
-    """Do elements of ``b``, which begins so many bytes after ``a``, lie where elements of ``a`` lie?"""
-    size = a.element_size()
-    if (is_dense(a) and is_dense(b)) or b.element_size() != size or distance % size:
-        return True
-    extents = [sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) + 1 for t in (a, b)]
-    taken = torch.zeros(max(extents[0], distance // size + extents[1]), dtype=torch.bool, device="cpu")
-    taken.as_strided(a.shape, a.stride()).fill_(True)
-    return bool(taken.as_strided(b.shape, b.stride(), distance // size).any())
+@dataclass
+class _Place:
+    """Where a tensor lies: from its first byte to the one behind its last, perhaps with holes in between."""
+
+    device: str
+    begin: int
+    end: int
+    name: str
+    tensor: Tensor
+
+    def of(self, memory: Tensor, start: int) -> Tensor:
+        """Its own bytes in a map of the bytes from ``start`` on."""
+        t, size = self.tensor, self.tensor.element_size()
+        return memory.as_strided((*t.shape, size), (*(s * size for s in t.stride()), 1), self.begin - start)
+
+
+def _check_stretch(stretch: list[_Place], end: int) -> None:
+    if len(stretch) < 2:
+        return
+    start = stretch[0].begin
+    taken = torch.zeros(end - start, dtype=torch.bool, device="cpu")
+    for i, place in enumerate(stretch):
+        if bool(place.of(taken, start).any()):
+            for other in stretch[:i]:
+                other.of(taken.zero_(), start).fill_(True)
+                if bool(place.of(taken, start).any()):
+                    raise _shared(other, place)
+        place.of(taken, start).fill_(True)
+
+
+def _shared(a: _Place, b: _Place) -> ValueError:
+    return ValueError(
+        f"{a.name} and {b.name} share memory, so a step would move it twice: give the optimizer one of them. Tie "
+        "weights by using one Parameter in both places (a.weight = b.weight), not by .data"
+    )
 
 
 def capturing() -> bool:

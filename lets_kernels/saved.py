@@ -124,10 +124,14 @@ def check_base(
     """What the base optimizer would load: its numbers in every group, and state that goes with the parameters.
 
     Options that are switches it fills in by itself, where an older version saved none. Of an optimizer that has no
-    fused step only that is looked at whose kind is known: step counts, and what it has a tensor for at present.
+    fused step only that is looked at whose kind is known: step counts, and what it has a tensor for at present. One
+    that has hooks of its own on what it loads knows best.
 
     ``places`` has the place among ``params`` of each key of ``state``; another key is none of a parameter.
     """
+    if base._optimizer_load_state_dict_pre_hooks:  # they may make of it what they want
+        return
+    kind = FUSED.get(type(base))
     for index, group in enumerate(groups):
         for name, now in base.defaults.items():
             numbers = now if isinstance(now, (list, tuple)) else (now,)
@@ -135,11 +139,12 @@ def check_base(
                 continue
             what = f"state_dict['param_groups'][{index}]"
             if name not in group:
+                if kind is None:  # it may fill in what it had not yet when the state was saved
+                    continue
                 _refuse(what, f"lacks {name}")
             values = group[name] if isinstance(now, (list, tuple)) else (group[name],)
             if not isinstance(values, (list, tuple)) or len(values) != len(numbers) or not all(map(_is_number, values)):
                 _refuse(what, f"has {group[name]!r} for {name}, where {now!r} has another kind")
-    kind = FUSED.get(type(base))
     for key, entry in state.items():
         if key not in places or not 0 <= places[key] < len(params):
             continue
@@ -152,14 +157,19 @@ def check_base(
                 _refuse(what, f"lacks {name}")
         present = base.state.get(p, {})
         for name, value in entry.items():
-            if name == "step":
+            known = kind is not None and name in (*kind.needs, *_OPTIONAL)
+            now = present.get(name)
+            if name == "step" and (known or (now is not None and _is_number(now))):
                 if not _is_number(value):
                     _refuse(f"{what}['step']", f"is {value!r}, not a number")
-            elif kind is not None:
-                if not _shaped_as(value, p) and not (value is None and name not in kind.needs):
-                    _refuse(f"{what}[{name!r}]", "is no tensor of the parameter's shape")
-            elif isinstance(present.get(name), Tensor) and present[name].shape == p.shape and not _shaped_as(value, p):
+                continue
+            alike = known or (kind is None and isinstance(now, Tensor) and now.shape == p.shape)
+            if alike and not _shaped_as(value, p) and not (value is None and name in _OPTIONAL):
                 _refuse(f"{what}[{name!r}]", "is no tensor of the parameter's shape")
+
+
+#: What SGD and Adam keep where their options ask for it.
+_OPTIONAL = ("momentum_buffer", "max_exp_avg_sq")
 
 
 def _is_number(value: Any) -> bool:

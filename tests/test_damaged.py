@@ -233,6 +233,57 @@ def test_the_numbers_of_the_groups_are_looked_at(base, option, damage):
     assert_refused(opt, state, damage)
 
 
+class RowWise(torch.optim.SGD):
+    """With a count a row, an option that older versions had not, and what a user keeps beside."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr, momentum=0.9)
+        self.defaults["beta3"] = 0.5
+        for group in self.param_groups:
+            group["beta3"] = 0.5
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("beta3", 0.5)
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p, own in self.state.items():
+            own["step"] = torch.zeros(p.shape[0] if p.dim() else 1)
+
+
+def test_what_another_optimizer_keeps_in_its_own_way_is_loaded():
+    opt = run(lambda net: lk.SAM(net.parameters(), RowWise, rho=0.1), 2)[1]
+    state = copy.deepcopy(opt.state_dict())
+    del state["param_groups"][0]["beta3"]
+    opt.load_state_dict(state)
+    assert opt.param_groups[0]["beta3"] == 0.5
+
+
+def test_what_a_user_keeps_beside_is_loaded():
+    task, opt = run(lambda net: lk.SAM(net.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9), 2)
+    first = next(task.net.parameters())
+    opt.state[first]["lr_scale"] = 0.5
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert opt.state[first]["lr_scale"] == 0.5
+
+
+def test_what_the_base_optimizers_own_hooks_make_of_a_state_is_theirs():
+    opt = run(lambda net: lk.SAM(net.parameters(), torch.optim.Adam, rho=0.1, lr=0.1), 2)[1]
+    old = copy.deepcopy(opt.state_dict())
+    for entry in old["state"].values():
+        entry["average"] = entry.pop("exp_avg")
+
+    def rename(optimizer, state):
+        entries = {k: {"exp_avg" if n == "average" else n: v for n, v in e.items()} for k, e in state["state"].items()}
+        return {**state, "state": entries}
+
+    opt.base_optimizer.register_load_state_dict_pre_hook(rename)
+    opt.load_state_dict(old)
+    assert all("exp_avg" in entry for entry in opt.base_optimizer.state.values())
+
+
 def test_what_an_older_version_did_not_save_is_filled_in():
     """Switches that torch added since, and a learning rate that is a tensor."""
     optimizer, options = BASE["adamw"]

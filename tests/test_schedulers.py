@@ -3,6 +3,7 @@
 import functools
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,3 +172,16 @@ def test_a_step_that_was_replaced_is_the_one_that_runs(monkeypatch, patch, sched
     assert len(ran) == 3
     assert not opt.fused and opt.fused_reason == "the base optimizer's step was replaced"
     assert torch.allclose(theta, torch.full((4,), 0.7))
+
+
+def test_a_package_whose_name_begins_as_torchs_is_not_torch():
+    theta = torch.nn.Parameter(torch.ones(4))
+    base, scope = torch.optim.SGD([theta], lr=0.1), {}
+    code = compile("def step(self, closure=None): self.ran = True", f"{Path(torch.__file__).parent}_ema/x.py", "exec")
+    exec(code, scope)
+    base.step = types.MethodType(scope["step"], base)
+    opt = lk.SAM([theta], base, rho=0.5)
+    for half in (opt.first_step, opt.second_step):
+        theta.grad = torch.ones(4)
+        half()
+    assert base.ran and not opt.fused

@@ -68,7 +68,7 @@ OPS = (
 # As csrc/layout.h numbers them.
 _NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _WORTH_PACKING = 4
-_LEAST_ADDRESS = 1 << 16  # no system gives out memory below
+_LEAST_ADDRESS = 1 << 32  # below lies what has no memory any more, at its offset, and little else
 #: As csrc/runs.h has them: two words that a list of two int64 tensors has only where it was packed here.
 _PACKED = (0x6C65747353414D2B, -0x3D9B1F8A7C52E046)
 
@@ -81,7 +81,8 @@ def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
     if len(tensors) < _WORTH_PACKING or torch.compiler.is_compiling():
         return tensors
     addresses = tuple(map(Tensor.data_ptr, tensors))
-    if min(addresses) < _LEAST_ADDRESS and any(t.numel() and t.data_ptr() < _LEAST_ADDRESS for t in tensors):
+    least = min(addresses)
+    if least < _LEAST_ADDRESS and any(t.numel() and not t.untyped_storage().nbytes() for t in tensors):
         return tensors  # one has no memory of its own, which the op will say
     return [_table(_NUMBERS[tensors[0].dtype], addresses), anchor]
 

@@ -205,9 +205,14 @@ class Step:
         self.torn = self.is_perturbed
         if self.is_perturbed:
             self.optimizer.network.weights_move()
-        for a in self.ascents:
-            if self.is_perturbed:
+        refused: RuntimeError | None = None
+        for a in self.ascents if self.is_perturbed else ():
+            try:
                 a.bucket.restore(a.runs)
+            except RuntimeError as error:  # a parameter that was resized: the others come home all the same
+                refused = error
+        if refused is not None:
+            raise refused
         self.optimizer.network.statistics.release()
         self.is_perturbed = self.torn = False
 
@@ -232,6 +237,8 @@ class Step:
         o = self.optimizer
         o.network.weights_move()
         second = [b.gather(own=self._observed) for b in self.buckets]
+        if o._buckets is not None:
+            o._buckets.look_again(o.param_groups)
         hats = [by_index(r) for r in second]
         active = [r for r in second if r.indices]
         held = [by_index(r) if self._holds and r.grads else {} for r in self.first]

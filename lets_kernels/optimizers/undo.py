@@ -16,8 +16,9 @@ class Undone(Engine):
         """Bring the weights back to θ, to the bit, and give up the step that was begun. Harmless at any time.
 
         That includes a signal handler that runs in the middle of a step: the weights are then home for the handler (of
-        a fused step that is under way the first buckets may have stepped), and once it has returned. A step that was
-        still going to perturb ends with ``RuntimeError``; one that was coming home is taken.
+        a fused step that is under way the first buckets may have stepped), and once it has returned. A step whose
+        perturbation was under way ends with ``RuntimeError``; one that had not moved a weight yet goes on, and one that
+        was coming home is taken.
 
         After an exception between ``first_step()`` and ``second_step()`` the weights stay perturbed until this is
         called, or ``step(closure)``, which does so first; a forward pass or ``zero_grad()`` notices nothing.
