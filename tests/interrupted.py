@@ -51,6 +51,7 @@ SHAPES = {shape.__name__: shape for shape in (by_closure, by_two_steps, by_conte
 
 def main(shape, path):
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))
     task, opt = training(shape)
     print("ready", flush=True)

@@ -106,7 +106,7 @@ GROUPS = [
         "lets_kernels/optimizers/undo.py",
         "tests/test_faults.py -k reference",
         [
-            ("(self._step is not None and self._step.torn) or", "False or"),
+            ("(step is not None and step.torn) or", "False or"),
         ],
     ),
     (

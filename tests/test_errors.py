@@ -70,10 +70,10 @@ CONSTRUCTION = {
     ),
     "no-parameters": (lambda p: lk.SAM([], SGD, lr=0.1), ValueError, "empty parameter list"),
     "a-parameter-twice": (lambda p: lk.SAM([{"params": p}, {"params": p}], SGD, lr=0.1), ValueError, "more than one"),
-    "integer-parameters": (
-        lambda p: lk.SAM([*p, torch.nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)], SGD, lr=0.1),
+    "float8-parameters": (
+        lambda p: lk.SAM([*p, torch.nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn))], SGD, lr=0.1),
         TypeError,
-        "int64.*keep it out",
+        "float8.*keep it out",
     ),
     "complex32-parameters": (
         lambda p: lk.SAM([torch.nn.Parameter(torch.ones(3, dtype=torch.complex64).to(torch.complex32))], SGD, lr=0.1),

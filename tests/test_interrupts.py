@@ -282,4 +282,4 @@ def test_a_handler_that_restores_and_returns_leaves_no_perturbation(backend, met
                     assert same_bits(own[0], own[1]) or same_bits(own[0], own[2])
             problem.opt.restore()
             assert same_bits(problem.weights(), now), "a perturbation was left"
-    assert min(ended.values()) > 3, ended
+    assert min(ended.values()) > 0, ended

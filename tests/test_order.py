@@ -83,7 +83,7 @@ def test_a_bad_group_is_refused_and_not_added(made):
     opt, toy = made
     for bad, error in (
         ({"params": [parameter()], "rho": -1.0}, ValueError),
-        ({"params": [torch.nn.Parameter(torch.ones(3, dtype=torch.int32), requires_grad=False)]}, TypeError),
+        ({"params": [torch.nn.Parameter(torch.ones(3).to(torch.float8_e5m2))]}, TypeError),
         ({"params": [torch.nn.Parameter(torch.randn(1, 4).expand(3, 4))]}, ValueError),
         ({"params": toy.params[:1]}, ValueError),
     ):

@@ -41,8 +41,8 @@ class Undone(Engine):
         if self.direction.starts:
             self._agreed_space()  # the schedule may draw
             if self._perturbs(None):
-                self._start = Start(self)
-                self._start.move()
+                self._start = start = Start(self)
+                start.move()
 
     def end_start(self, failed: bool) -> None:
         """Bring them back."""
