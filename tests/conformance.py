@@ -83,7 +83,7 @@ def errors(method, of_base, device, dtype):
         )
         for e in of_base(device, dtype)
     ]
-    whole = torch.nn.Parameter(torch.ones(3, dtype=torch.int64, device=device), requires_grad=False)
+    eighth = torch.nn.Parameter(torch.ones(3, dtype=torch.float8_e5m2, device=device))
     own = [
         ([p], {"rho": -1.0}, ValueError, "rho"),
         ([p], {"rho": math.nan}, ValueError, "rho"),
@@ -92,7 +92,7 @@ def errors(method, of_base, device, dtype):
         ([p], {"differentiable": True}, ValueError, "leave it out"),
         ([p], {"backend": "none"}, ValueError, "choose one of"),
         ([torch.nn.Parameter(p.detach().to(torch.complex32))], {}, TypeError, "make it complex64"),
-        ([whole], {}, TypeError, "keep it out"),
+        ([eighth], {}, TypeError, "keep it out"),
         ([torch.nn.Parameter(p.detach()[:, :1].expand(2, 3))], {}, ValueError, "clone"),
         ([{"params": []}], {}, ValueError, "no parameters"),
     ]
