@@ -116,10 +116,13 @@ LETS_FN C adaptive_scale(C magnitude, C xi) {
   return magnitude + xi;
 }
 
-// T of the diagonal Fisher information f = v^2 (Kim et al., 2022): T^2 = 1 / (1 + xi f).
+// T of the diagonal Fisher information f = v^2 (Kim et al., 2022): T^2 = 1 / (1 + xi f). Where xi f overflows the 1 is
+// far below it, and T = 1 / (sqrt(xi) |v|).
 template <class C>
 LETS_FN C fisher_scale(C v, C xi) {
-  return C(1) / square_root(C(1) + xi * (v * v));
+  const C f = xi * (v * v);
+  const bool near = f - f == 0;
+  return (near ? C(1) : C(1) / square_root(xi)) / (near ? square_root(C(1) + f) : absolute(v));
 }
 
 // sign(x) |x|^(q-1), the gradient of |x|^q / q: how the dual norm's exponent shapes the perturbation.

@@ -134,8 +134,8 @@ inline bool is_packed(const Tensors& list) {
   if (list.size() != 2 || list[0].scalar_type() != torch::headeronly::ScalarType::Long || list[0].dim() != 1 ||
       !list[0].is_cpu() || !list[0].is_contiguous() || list[0].numel() < kPackedWords)
     return false;
-  const auto* words = static_cast<const int64_t*>(list[0].const_data_ptr());
-  return words != nullptr && words[0] == kPacked[0] && words[1] == kPacked[1];
+  const auto* words = static_cast<const int64_t*>(memory_of(list[0], "a list's first tensor"));
+  return words[0] == kPacked[0] && words[1] == kPacked[1];
 }
 inline const Tensor& anchor(const Tensors& list) { return is_packed(list) ? list[1] : list.at(0); }
 

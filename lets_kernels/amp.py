@@ -82,7 +82,7 @@ def handed_over(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor | Non
     own = optimizer.__dict__
     try:
         found = own.get("found_inf")
-        yield own.get("grad_scale"), None if found is None else torch.as_tensor(found)
+        yield own.get("grad_scale"), torch.tensor(found, device="cpu") if isinstance(found, (int, float)) else found
     except BaseException:
         own.pop("grad_scale", None)
         own.pop("found_inf", None)

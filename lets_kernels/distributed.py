@@ -1,5 +1,6 @@
 """The few scalars that cross ranks, so that all of them take the same step to the bit."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,23 @@ from torch import Tensor
 from lets_kernels import shards
 
 ALONE = "alone"
+
+
+def check_whole(name: str) -> None:
+    """Refuse to be built by ZeroRedundancyOptimizer, which gives each rank a part of the parameters: ``TypeError``.
+
+    Norms, perturbations and passes are of all parameters, and nothing tells a part from a whole network.
+    """
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(1) if zero is not None else None
+    while frame is not None:
+        if frame.f_code.co_filename == zero.__file__:  # type: ignore[union-attr]
+            raise TypeError(
+                f"ZeroRedundancyOptimizer(params, optimizer_class={name}) would perturb each rank's part of the "
+                "parameters by itself. Put it inside: "
+                f"{name}(params, ZeroRedundancyOptimizer(params, optimizer_class=torch.optim.SGD, ...), model=model)"
+            )
+        frame = frame.f_back
 
 
 class Replicas:

@@ -53,6 +53,9 @@ def state_of(runs: Runs, state: State, name: str) -> list[Tensor] | None:
             refuse_while_capturing(f"the optimizer's {name}")
             like = b.params[i] if b.apart else p
             own[name] = torch.zeros_like(like, memory_format=torch.preserve_format, requires_grad=False)
+        if own[name].is_conj() or own[name].is_neg():  # what is written to its memory has another sign when it is read
+            refuse_while_capturing(f"the optimizer's {name}")
+            own[name] = own[name].resolve_conj().resolve_neg()
         tensors.append(local(own[name]))
     if not _fit(tensors, runs.params):
         return None
@@ -124,10 +127,10 @@ def _steps(runs: Runs, state: State) -> list[Tensor] | None:
     for i in runs.indices:
         own = state[runs.bucket.params[i]]
         count = own.get("step")
-        if count is None or count.device != runs.bucket.device:
+        if count is None or count.device != runs.bucket.device or count.is_neg():
             refuse_while_capturing("the optimizer's step count")
-            count = torch.zeros((), dtype=torch.float32) if count is None else count
-            own["step"] = count = count.to(runs.bucket.device)
+            count = torch.zeros((), dtype=torch.float32, device="cpu") if count is None else count
+            own["step"] = count = count.to(runs.bucket.device).resolve_neg()
         steps.append(count)
     return steps if all(s.dtype is torch.float32 for s in steps) else None
 
@@ -198,7 +201,8 @@ FUSED: dict[type, type[FusedStep]] = {
 }
 
 
-_OWN = tuple(f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
+#: Where torch's code lies and where ours does, as files' names begin there.
+OWN_CODE = tuple(f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
 
 
 def _is_foreign(step: Any) -> bool:
@@ -209,7 +213,7 @@ def _is_foreign(step: Any) -> bool:
     layer = getattr(step, "__func__", step)
     while layer is not None:
         code = getattr(layer, "__code__", None)
-        if code is None or not code.co_filename.startswith(_OWN):
+        if code is None or not code.co_filename.startswith(OWN_CODE):
             return True
         layer = getattr(layer, "__wrapped__", None)
     return False

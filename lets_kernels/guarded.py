@@ -1,19 +1,12 @@
 """Steps of other people's optimizers that happen only if a flag on the device says so."""
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lets_kernels.bases import own_step
 from lets_kernels.shards import local
-
-
-def check_steps_alone(optimizer: type) -> None:
-    """Refuse an optimizer that calls the closure itself, as LBFGS does: ``TypeError``."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")  # type: ignore[attr-defined]
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(f"{optimizer.__name__} calls the closure itself; take an optimizer whose step() needs none")
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
@@ -26,7 +19,7 @@ def guarded_step(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
     """
     if gate.device.type == "cpu" or any(d.type == "cpu" for d in _devices(optimizer)):
         if gate.item() != 0:
-            optimizer.step()
+            own_step(optimizer)
         return
     step_and_undo(optimizer, gate)
 
@@ -35,7 +28,7 @@ def step_and_undo(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
     """The way of :func:`guarded_step` that never reads ``gate`` on the host."""
     closed = {device: gate.to(device) == 0 for device in _devices(optimizer)}
     before = {key: t.detach().clone() for key, t in _tensors(optimizer).items() if t.device in closed}
-    optimizer.step()
+    own_step(optimizer)
     with torch.no_grad():
         for key, t in _tensors(optimizer).items():
             if t.device in closed:
@@ -57,7 +50,7 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
     try:
-        optimizer.step()
+        own_step(optimizer)
     finally:
         for group, lr in zip(optimizer.param_groups, before, strict=True):
             if lr is not None:

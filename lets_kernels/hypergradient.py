@@ -107,6 +107,8 @@ class Trial:
         out = []
         for a in ascents:
             k, runs = a.bucket.index, self._common(a)
+            if not runs.indices:  # ĝ is zero there, and an op on nothing would not know its dtype
+                continue
             like = dict(zip(runs.indices, runs.params, strict=True))
             lists = self._aligned(runs.indices, like, val[k], None if train is None else train[k])
             vectors = dict(zip(a.runs.indices, a.vectors, strict=True))
@@ -166,7 +168,12 @@ class Trial:
             if (bucket.group, bucket.places) != (entry["group"], entry["places"]):
                 return False
             vectors = dict(zip(entry["indices"], entry["vectors"], strict=False))  # none are needed for a secant
-            if not _alike(vectors, bucket):
+            if not _alike(vectors, bucket) or any(i >= len(bucket.params) for i in entry["indices"]):
+                return False
+            saved, norms = entry["saved"], entry["filter_norms"]
+            if bucket.element_wise and (saved is None or saved.shape != (bucket.size,)):
+                return False
+            if bucket.filter_norms is not None and (norms is None or norms.shape != bucket.filter_norms.shape):
                 return False
         lists = (state["first"], state["perturbed"], state["stepped"])
         return all(fit(each, buckets) for each in lists)
@@ -179,7 +186,7 @@ class Trial:
                 "indices": list(a.runs.indices),
                 "group": a.bucket.group,
                 "places": a.bucket.places,
-                "vectors": a.vectors,
+                "vectors": [v.clone() for v in a.vectors],  # a direction may hold them too, as complex numbers
                 "xi": a.xi,
                 "q": a.q,
                 "scaled": a.scaled,
@@ -203,7 +210,7 @@ class Trial:
             vectors, memory = [v.to(bucket.device) for v in entry["vectors"]], bucket.memory
             runs = Runs(bucket, indices, [memory[i] for i in indices], vectors)
             ascents.append(Ascent(runs, vectors, entry["xi"], entry["q"], entry["scaled"]))
-            if entry["saved"] is not None:
+            if bucket.element_wise:
                 bucket.saved.copy_(entry["saved"])
             if bucket.filter_norms is not None:
                 bucket.filter_norms.copy_(entry["filter_norms"])

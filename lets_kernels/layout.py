@@ -196,6 +196,8 @@ class Bucket:
         if found != self._addresses:  # nothing else tells of another device
             if self.flat is not None or {p.get_device() for p in memory} != {self._device_index}:
                 return False
+            if any(map(Tensor.is_neg, memory)):  # p.data = x.conj().imag
+                return False
             self._addresses, self.moved = found, True
         return True
 
@@ -234,7 +236,7 @@ class Bucket:
             except RuntimeError:  # a sparse gradient has none
                 strides = []
             same = strides == self._strides and list(map(Tensor.numel, found)) == self.numels
-            if same and {g.dtype for g in found} == {self.dtype}:
+            if same and {g.dtype for g in found} == {self.dtype} and not any(map(Tensor.is_neg, found)):
                 return Runs(self, self._all, memory, found)
         return self._gather_some(memory, grads)
 
@@ -255,7 +257,8 @@ class Bucket:
             if not is_dense(p):
                 weights = p.detach().clone(memory_format=torch.contiguous_format)
                 runs.copies.append((i, weights))
-            if g.stride() != weights.stride() or g.dtype is not self.dtype:
+            # Kernels read memory, where a lazily negated tensor has the numbers with the other sign.
+            if g.stride() != weights.stride() or g.dtype is not self.dtype or g.is_neg():
                 g = torch.empty_like(weights, memory_format=torch.preserve_format).copy_(g.detach())
             runs.params.append(weights)
             runs.grads.append(g)
@@ -294,6 +297,9 @@ class Bucket:
             return
         for p, shape, stride in zip(self.memory, self._shapes, self._strides, strict=True):
             now, before = _kind(p), (self.dtype, self.device, shape, stride)
+            if p.is_neg():
+                found = "given memory that is lazily negated (p.data = ...); give it p.data.resolve_neg()"
+                break
             if now != before:
                 what = "resized" if p.shape != shape else "changed"
                 found = f"{what} between the passes of a step: it is now {_described(*now)}, and was "

@@ -4,16 +4,18 @@ import inspect
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lets_kernels.bases import check_steps_alone
 from lets_kernels.direction import Direction
 from lets_kernels.distributed import Replicas
 from lets_kernels.fused import OwnStep, refusal
-from lets_kernels.guarded import check_steps_alone, make_state
+from lets_kernels.guarded import make_state
 from lets_kernels.hypergradient import Trial, fit, placed
 from lets_kernels.layout import Bucket
 from lets_kernels.passes import Gradients
@@ -25,6 +27,10 @@ METRICS = ("squared_gap", "gap", "validation_loss")
 CURVATURES = ("diagonal", "secant")
 DIRECTIONS = ("epsilon", "algorithm1")
 VALIDATIONS = ("closure", "next")
+
+
+#: log ρ stays within ± this, where ρ fits float32: from 1.8e-35 to 5.5e34.
+MOST_NU = 80.0
 
 
 class CurvatureWarning(UserWarning):
@@ -39,6 +45,9 @@ class LearnedRadius(Radius):
     parameters here: the optimizer for ν, one radius or one a group, and how a step of the base optimizer other than
     plain SGD enters: as −η ĝ.
 
+    ν stays within ±80, so ρ in [1.8e-35, 5.5e34], wherever its optimizer would take it: ρ is finite and positive in
+    float32 after any step, and so is what a state saves.
+
     ``group["rho"]`` shows the radius, as a 0-d tensor; what is written there is not read.
 
     A step with it, and the learning after it, can be captured in a CUDA graph with ``interval=1``, with validation
@@ -46,7 +55,7 @@ class LearnedRadius(Radius):
     follows the replays.
 
     Args:
-        rho: ρ_0 > 0. With ``per_group``, for groups without their own ``rho``.
+        rho: ρ_0 > 0, in the bounds above. With ``per_group``, for groups without their own ``rho``.
         metric: F. ``"squared_gap"`` (the paper) is ½(L_vl − L_tr)², ``"gap"`` is L_vl − L_tr, ``"validation_loss"``
             is L_vl; the last needs one gradient fewer. None takes ``"squared_gap"`` with ``validation="closure"``, and
             ``"validation_loss"``, the only one that goes with it, with ``"next"``.
@@ -278,6 +287,7 @@ class LearnedRadius(Radius):
         buckets: list[Bucket],
         groups: Sequence[dict[str, Any]],
         replicas: Replicas,
+        finite: Tensor,
     ) -> None:
         if self._packed is not None:
             state, self._packed = self._packed, None
@@ -291,6 +301,7 @@ class LearnedRadius(Radius):
         # Where parameters have been frozen, added or moved since, that step's gradients go with others than these.
         if any(a.bucket not in buckets for a in trial.ascents):
             return
+        trial = replace(trial, gate=torch.where(finite, trial.gate, torch.zeros_like(trial.gate)))
         if val is None:  # this step's first gradient, on a batch that the last step has not seen
             self._learn(trial, train, train_loss, None, None, groups, replicas)
         else:
@@ -333,7 +344,14 @@ class LearnedRadius(Radius):
             nu.grad = torch.where(ok != 0, d, torch.zeros_like(d))
         beside = [a.bucket.backend for a in trial.ascents if a.bucket.device == ok.device]
         self._step_nu(self.optimizer, ok, beside[0] if beside else "auto")
+        self._bound()
         self._publish(groups)
+
+    def _bound(self) -> None:
+        """Keep every ν within its bounds: in place and on the device, so a captured graph does it too."""
+        present = [nu.detach() for nu in self.nu]
+        torch._foreach_clamp_min_(present, -MOST_NU)
+        torch._foreach_clamp_max_(present, MOST_NU)
 
     # ---- state -------------------------------------------------------------------------------------------------
 
@@ -361,13 +379,14 @@ class LearnedRadius(Radius):
     def check_state_dict(self, state: dict[str, Any]) -> None:
         assert self.optimizer is not None
         super().check_state_dict(state)
-        check_learned(state, self.nu, self.optimizer, self.learns)
+        check_learned(state, self.nu, self.optimizer, self.learns, self.needs_vectors)
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         assert self.optimizer is not None
         with torch.no_grad():
             for nu, value in zip(self.nu, state["nu"], strict=True):
                 nu.copy_(value)
+        self._bound()
         self._load_optimizer(state["optimizer"])
         self._pending, self._packed = None, state["pending"]
         self._publish(groups)
@@ -395,7 +414,10 @@ class LearnedRadius(Radius):
 def _check_learned(rho: float) -> float:
     if isinstance(rho, (Real, Tensor)) and not (math.isfinite(rho) and rho > 0):
         raise ValueError(f"a learned radius starts at a finite rho > 0 (rho = exp(nu)), not {rho}")
-    return check_rho(rho)
+    value = check_rho(rho)
+    if abs(math.log(value)) > MOST_NU + 1e-9:  # the bound itself, as exp(nu) shows it
+        raise ValueError(f"a learned radius stays within exp(-80) = 1.8e-35 and exp(80) = 5.5e34; rho={value} is not")
+    return value
 
 
 def _one_or_all(values: list[Tensor]) -> Tensor:

@@ -235,6 +235,7 @@ def squared(runs: Runs) -> Tensor:
     b, found = runs.bucket, runs.squares
     if found is None:
         found = b.ops.grad_norm(runs.pack(runs.grads), [], b.unscaled_table(runs.indices), None, 0.0, 2.0)
+        runs.squares = found
     return b.parts * found
 
 

@@ -127,8 +127,12 @@ class Radius:
         buckets: list[Bucket],
         groups: Sequence[dict[str, Any]],
         replicas: Replicas,
+        finite: Tensor,
     ) -> None:
-        """Learn from the step that waits, now that the next one's first gradient is there."""
+        """Learn from the step that waits, now that the next one's first gradient is there.
+
+        ``finite``: bool, 0-d: that gradient is, in every element and on every rank; else nothing may be learned.
+        """
         raise NotImplementedError
 
     # For a radius that goes by the two gradients of each step that perturbs.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lets_kernels import ops
-from lets_kernels.shards import check_spread, whole_gradient
+from lets_kernels.shards import check_spread, is_spread, local, whole_gradient
 
 if TYPE_CHECKING:
     from lets_kernels.layout import Bucket
@@ -35,11 +35,19 @@ def check_parameter(p: Tensor, where: str) -> None:
     """Refuse what no method can perturb; what is frozen (``requires_grad=False``) nobody does.
 
     Raises:
-        TypeError: the dtype has no gradient, or no kernels (8-bit, complex32); the message names the way out.
+        TypeError: the dtype has no gradient, or no kernels (8-bit, complex32); the class keeps its numbers in other
+            tensors than itself; the message names the way out.
         ValueError: elements share memory (an expanded tensor), or their memory does not say what they are.
     """
     if not p.requires_grad:
         return
+    found = _keeps_elsewhere(p)
+    if found is not None:
+        raise TypeError(
+            f"{where}: a parameter of class {found.__module__}.{found.__qualname__} cannot be perturbed: it dispatches "
+            "what is done to it by itself (__torch_dispatch__), so its numbers need not lie in its memory. Keep it out "
+            "of the groups, train the tensors in it as parameters, or dequantise it (p.dequantize())"
+        )
     if p.layout is not torch.strided:
         raise TypeError(
             f"{where}: a parameter of layout {p.layout} cannot be perturbed; make it dense (p.to_dense()), or keep it "
@@ -55,10 +63,23 @@ def check_parameter(p: Tensor, where: str) -> None:
     check_spread(p, where)
 
 
+def _keeps_elsewhere(p: Tensor) -> type | None:
+    """The class, of the parameter or of this rank's part of it, that is known by its own dispatch alone."""
+    for t in (p, local(p)) if is_spread(p) else (p,):
+        kind = type(t)
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not (is_spread(t) or _is_fake(t)):
+            return kind
+    return None
+
+
+def _is_fake(t: Tensor) -> bool:
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    return fakes is not None and isinstance(t, fakes.FakeTensor)
+
+
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Where tensors of one kind begin in memory; zeros for those that have none (meta and fake tensors)."""
-    fakes = sys.modules.get("torch._subclasses.fake_tensor")
-    if tensors and fakes is not None and isinstance(tensors[0], fakes.FakeTensor):
+    if tensors and _is_fake(tensors[0]):
         return [0] * len(tensors)
     return list(map(Tensor.data_ptr, tensors))
 

@@ -67,11 +67,16 @@ def check_part(state: Any, present: Mapping[str, Any], what: str) -> None:
         scalar = isinstance(now, Tensor) and now.dim() == 0
         if not _alike(value, now) or (number and isinstance(value, (bool, Tensor))) or (scalar and value is None):
             _refuse(label, f"is {value!r}, and {now!r} has another kind")
-        if (number or scalar) and not bool(torch.isfinite(torch.as_tensor(value))):
+        if (number or scalar) and not bool(torch.isfinite(torch.as_tensor(value, device=_device(value)))):
             _refuse(label, f"is {value!r}, not a finite number")
         counts = isinstance(now, int) if number else scalar and not now.is_floating_point()
         if counts and (value < 0 or float(value) != int(value)):
             _refuse(label, f"is {value!r}, not a count")
+
+
+def _device(value: Any) -> torch.device:
+    """Where a number is looked at: where it is, and for those of Python not where torch makes tensors by default."""
+    return value.device if isinstance(value, Tensor) else torch.device("cpu")
 
 
 def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
@@ -178,13 +183,22 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_kept(held: Mapping[Any, Mapping[str, Any]], names: Iterable[str], begun: bool, what: str) -> None:
-    """What a part keeps is there if it had begun: a state that lost it on its way would go on wrongly, in silence."""
-    for name in names if begun else ():
-        if not any(name in own for own in held.values()):
+def check_kept(
+    held: Mapping[Any, Mapping[str, Any]], names: Iterable[str], kept: Mapping[str, int] | None, begun: bool, what: str
+) -> None:
+    """What a part keeps is there: a state that lost it on its way would go on wrongly, in silence.
+
+    ``kept`` has the number of parameters for which it kept each name when the state was saved. None for states of
+    before that was counted: then there must be one of each if the part had begun.
+    """
+    for name in names:
+        count = int(begun) if kept is None else kept[name]
+        found = sum(name in own for own in held.values())
+        if found < count:
+            whose = f"{count - found} of {count} parameters" if found else "every parameter"
             _refuse(
                 what,
-                f"has lost the {name} of every parameter, as flatten_optimizer_state_dict=True of "
+                f"has lost the {name} of {whose}, as flatten_optimizer_state_dict=True of "
                 "torch.distributed.checkpoint loses it, which you then should leave out",
             )
 
@@ -204,31 +218,33 @@ def _alike(value: Any, present: Any) -> bool:
 
 
 def check_learned(
-    state: Mapping[str, Any], nus: Sequence[Tensor], optimizer: torch.optim.Optimizer, closures: bool
+    state: Mapping[str, Any], nus: Sequence[Tensor], optimizer: torch.optim.Optimizer, closures: bool, vectors: bool
 ) -> None:
-    """The state of a learned radius: as many ν as there are, an optimizer for them, and perhaps a step that waits."""
+    """The state of a learned radius: as many ν as there are, an optimizer for them, and perhaps a step that waits.
+
+    ``closures``: such a step holds the validation gradient, for which it waits otherwise. ``vectors``: it holds those
+    of the perturbation.
+    """
     found = len(state["nu"]) if _is_list(state["nu"]) else "no list of"
     if found != len(nus):
         raise ValueError(f"the state holds {found} learned radii, this optimizer has {len(nus)}")
     for nu in state["nu"]:
         check_scalar(nu, "log rho")
     check_optimizer(state["optimizer"], optimizer, "the radius's optimizer")
-    _check_waiting(state["pending"], "the step that waits", closures)
+    _check_waiting(state["pending"], "the step that waits", closures, vectors)
 
 
-def _check_waiting(pending: Any, what: str, closures: bool) -> None:
-    """None, or a packed trial; whether it goes with the parameters is seen when it is unpacked.
-
-    ``closures``: it holds the validation gradient, for which it waits otherwise.
-    """
+def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool) -> None:
+    """None, or a packed trial; whether it goes with the parameters is seen when it is unpacked."""
     if pending is None:
         return
     check_keys(pending, ("trial", "val", "val_loss"), what)
     trial = pending["trial"]
     check_keys(trial, _TRIAL, f"{what}['trial']")
-    tensors = [trial["total"], trial["gate"]]
+    scalars = [trial["total"], trial["gate"]]
+    tensors: list[Any] = []
     if closures:
-        tensors.append(pending["val_loss"])
+        scalars.append(pending["val_loss"])
     elif pending["val"] is not None or pending["val_loss"] is not None:
         _refuse(what, "holds a validation gradient, and this radius takes that of the next step")
     if isinstance(trial["slope"], bool) or not isinstance(trial["slope"], Real):
@@ -242,27 +258,54 @@ def _check_waiting(pending: Any, what: str, closures: bool) -> None:
             _refuse(f"{what}: {name}", f"is a {type(entries).__name__}, not a list")
         counts.add(len(entries))
         if name == "rho":
-            tensors += entries
-        elif name != "lr":
+            scalars += entries
+        elif name == "lr":
+            if not all(map(_is_number, entries)):
+                _refuse(f"{what}: lr", "holds something else than numbers")
+        else:
             for each in entries:
-                if not isinstance(each, Mapping) or not all(isinstance(i, int) and i >= 0 for i in each):
+                if not isinstance(each, Mapping) or not all(map(_is_place, each)):
                     _refuse(f"{what}: {name}", "does not hold gradients by their places")
                 tensors += each.values()
     if len(counts) != 1:
         _refuse(what, "has lists of different lengths")
     if not _is_list(trial["ascents"]):
         _refuse(f"{what}: ascents", f"is a {type(trial['ascents']).__name__}, not a list")
+    named: list[tuple[int, int, Any]] = []  # by bucket and place
     for ascent in trial["ascents"]:
         check_keys(ascent, _ASCENT, f"{what}: an ascent")
         check_count(ascent["bucket"], f"{what}: an ascent's bucket")
         if not isinstance(ascent["scaled"], bool):
             _refuse(f"{what}: an ascent", f"has {ascent['scaled']!r} for a flag")
+        for name, least in (("xi", 0), ("q", 1)):
+            if not _is_number(ascent[name]) or not ascent[name] >= least:
+                _refuse(f"{what}: an ascent", f"has {ascent[name]!r} for {name}")
         indices, vectors = ascent["indices"], ascent["vectors"]
         if not (_is_list(indices) and _is_list(vectors) and len(vectors) in (0, len(indices))):
             _refuse(f"{what}: an ascent", "has not one vector for every index")
+        if needs_vectors and len(vectors) != len(indices):
+            _refuse(f"{what}: an ascent", "has no vectors, and this radius needs those of the perturbation")
+        if not all(map(_is_place, indices)) or len(set(indices)) != len(indices):
+            _refuse(f"{what}: an ascent's indices", f"are {indices!r}, not places that differ")
+        named += [(ascent["bucket"], i, v) for i, v in zip(indices, vectors, strict=False)]
         tensors += [*vectors, *(ascent[name] for name in ("saved", "filter_norms") if ascent[name] is not None)]
-    if not all(isinstance(t, Tensor) for t in tensors):
+    if not all(isinstance(t, Tensor) for t in (*scalars, *tensors)):
         _refuse(what, "holds something else where tensors belong")
+    if any(t.dim() for t in scalars):
+        _refuse(what, "holds a larger tensor where a 0-d one belongs")
+    buckets = [ascent["bucket"] for ascent in trial["ascents"]]
+    if len(set(buckets)) != len(buckets):
+        _refuse(f"{what}: ascents", "hold one bucket twice")
+    for name in lists.keys() - {"lr", "rho"}:
+        named += [(k, i, g) for k, each in enumerate(lists[name]) for i, g in each.items()]
+    kinds: dict[tuple[int, int], Any] = {}
+    for k, i, t in named:  # all of them are as large as the parameter
+        if kinds.setdefault((k, i), (t.shape, t.dtype)) != (t.shape, t.dtype):
+            _refuse(what, f"holds tensors of different kinds for parameter {i} of bucket {k}")
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_list(value: Any) -> bool:

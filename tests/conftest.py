@@ -30,6 +30,8 @@ NEEDS = {
     "test_frameworks_replicas.py": FRAMEWORKS,
     "test_frameworks_transformers.py": ("transformers",),
     "test_hypothesis.py": ("hypothesis",),
+    "test_sequences.py": ("hypothesis",),
+    "test_random_calls.py": ("hypothesis",),
 }
 collect_ignore = [
     file for file, names in NEEDS.items() if any(importlib.util.find_spec(name) is None for name in names)

@@ -59,8 +59,8 @@ GROUPS = [
         MATH,
         FISHER.format("cpu"),
         [
-            ("C(1) / square_root(C(1) + xi * (v * v))", "C(1) / square_root(C(1) + xi * v)"),
-            ("C(1) / square_root(C(1) + xi * (v * v))", "C(1) / (C(1) + xi * (v * v))"),
+            ("const C f = xi * (v * v);", "const C f = xi * v;"),
+            ("near ? square_root(C(1) + f) : absolute(v)", "near ? C(1) + f : absolute(v)"),
         ],
     ),
     (

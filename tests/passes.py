@@ -83,8 +83,10 @@ def by_closure(opt, passes, batch, val):
 
 
 def by_old_closure(opt, passes, batch, val):
+    """The caller does the first backward, and the closure does not zero."""
     passes(batch)
-    by_closure(opt, passes, batch, val)
+    validation = [passes.closure(val)] if opt.radius.learns else []
+    opt.step(lambda: passes(batch), *validation, scaler=passes.scaler)
     opt.zero_grad()
 
 

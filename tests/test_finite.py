@@ -225,3 +225,14 @@ def test_the_two_passes_may_have_different_gradients(backend, base, first, secon
             torch.testing.assert_close(p.detach(), theta[k], rtol=0, atol=1e-13)
             if k not in g_hat:
                 assert same_bits(p.detach(), old)
+
+
+def test_a_bad_first_gradient_counts_where_no_second_one_is_there(backend):
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = lk.SAM([p], torch.optim.SGD, rho=0.1, lr=0.1, backend=backend.name)
+    for value, skipped in ((torch.nan, 1), (1.0, 1), (torch.inf, 2)):
+        p.grad = torch.full((3,), value)
+        opt.first_step(zero_grad=True)
+        opt.second_step()
+        assert opt.metrics()["skipped_steps"] == skipped
+        assert p.tolist() == [1.0] * 3

@@ -307,3 +307,30 @@ def test_groups_rise_each_to_its_own():
     toy.steps(opt, 1)
     assert opt.metrics()["applied_rho"].tolist() == pytest.approx([0.1, 0.2])
     assert opt.rho.tolist() == pytest.approx([0.2, 0.4])
+
+
+@pytest.mark.parametrize("options", [{"validation": "next"}, {"metric": "gap", "reuse_train_gradient": True}])
+@pytest.mark.parametrize("value", [2.0, math.nan])
+def test_a_first_gradient_that_is_not_finite_moves_no_radius(backend, options, value):
+    """Also where its bad element has no part in what is learned: that parameter had no second gradient before."""
+    a, b = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    radius = lk.LearnedRadius(0.1, curvature="secant", optimizer=torch.optim.SGD, lr=0.3, **options)
+    opt = lk.SAM([a, b], torch.optim.SGD, radius, lr=0.1, backend=backend.name)
+
+    def give(x, y):
+        a.grad, b.grad = x, y
+        return torch.ones(())
+
+    give(torch.ones(2), torch.ones(2))
+    opt.first_step(zero_grad=True)
+    give(None, torch.full((2,), 3.0))
+    opt.second_step(zero_grad=True)
+    if radius.learns:
+        opt.radius_step(None, lambda: give(torch.ones(2), torch.full((2,), 4.0)))
+    before = opt.rho.clone()
+    give(torch.full((2,), value), torch.ones(2))
+    opt.first_step(zero_grad=True)
+    assert (opt.rho == before) == math.isnan(value)
+    give(torch.ones(2), torch.ones(2))
+    opt.second_step(zero_grad=True)
+    assert opt.metrics()["skipped_steps"] == math.isnan(value)

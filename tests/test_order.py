@@ -176,7 +176,7 @@ def test_a_radius_step_out_of_order_or_without_its_closures_is_refused(learning)
         opt.radius_step(train, val)
     train()
     opt.first_step(zero_grad=True)
-    with pytest.raises(RuntimeError, match="after second_step"):
+    with pytest.raises(RuntimeError, match="while the weights are perturbed"):
         opt.radius_step(train, val)
     train()
     opt.second_step()

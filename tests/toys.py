@@ -39,6 +39,23 @@ class Toy:
             self.two_steps(opt, self.grads(2 * i), self.grads(2 * i + 1))
 
 
+def closures(opt, *losses):
+    """One closure for each loss, a function of how often it was called."""
+
+    def closure_of(loss):
+        calls = iter(range(1000))
+
+        def closure():
+            opt.zero_grad()
+            value = loss(next(calls))
+            value.backward()
+            return value
+
+        return closure
+
+    return [closure_of(loss) for loss in losses]
+
+
 def weights(source):
     """Copies of the weights of a Task, a Toy, a module or a list of parameters."""
     if isinstance(source, Task):

@@ -54,7 +54,8 @@ class _Averaged(Direction):
         return {"updates": self._updates.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._updates.copy_(torch.as_tensor(state["updates"]))
+        updates = state["updates"]
+        self._updates.copy_(updates) if isinstance(updates, torch.Tensor) else self._updates.fill_(updates)
 
 
 class Smoothed(_Averaged):

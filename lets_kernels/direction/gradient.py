@@ -12,8 +12,8 @@ from lets_kernels.layout import ELEMENT_WISE, FISHER, UNSCALED
 from lets_kernels.passes import FirstPass
 from lets_kernels.runs import Runs
 
-#: Exponents from which |g|^q of a small gradient is no number any more, even in float64.
-_HIGH = 16.0
+#: Exponents from which |g|^q of a small or a large float32 may be no number any more, even in float64.
+_HIGH = 6.0
 
 
 class Gradient(Direction):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lets_kernels import _C  # type: ignore[attr-defined]
 
@@ -98,17 +99,33 @@ def _fake_numbers(shape: tuple[int, ...], *args: object, **kwargs: object) -> Te
     given = (*args, *kwargs.values())
     tensors = [x[-1] for x in given if isinstance(x, list | tuple) and x]
     tensors += [x for x in given if isinstance(x, Tensor) and x.ndim != 2]
+    _fake_nothing(*args, **kwargs)
     return torch.empty(shape, dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
 
 
-def _fake_nothing(*_: object, **__: object) -> None:
-    return None
+def _fake_nothing(*args: object, **kwargs: object) -> None:
+    """``RuntimeError`` for some tensors that have memory beside others that have none: nothing could be computed."""
+    given = (*args, *kwargs.values())
+    lists = [x for x in given if isinstance(x, list | tuple)]
+    tensors = [t for x in lists for t in x] + [x for x in given if isinstance(x, Tensor) and x.ndim != 2]
+    if any(t.device.type != "meta" and not isinstance(t, FakeTensor) for t in tensors):
+        raise RuntimeError("tensors on the meta device beside others: an op needs all of them on one device")
 
 
+def _refuse_negated(*_: object, **__: object) -> None:
+    raise RuntimeError(
+        "a lazily negated or conjugated tensor: ops read memory, where its numbers are others; pass "
+        "t.resolve_conj().resolve_neg()"
+    )
+
+
+_lazy = torch.library.Library("lets_kernels", "IMPL")  # lives as long as what it registers
 for _op in OPS:
     _shape = (3,) if _op in (dots, displacement_dots) else ()
     _fake = functools.partial(_fake_numbers, _shape) if _op._schema.returns else _fake_nothing
     torch.library.register_fake(_op.name(), _fake)
+    for _key in ("Negative", "Conjugate"):
+        _lazy.impl(_op.name().partition("::")[2], _refuse_negated, _key)
 
 if os.environ.get("LETS_KERNELS_CPU_ISA"):
     _C.use_cpu_isa(os.environ["LETS_KERNELS_CPU_ISA"])

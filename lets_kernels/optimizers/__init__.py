@@ -2,6 +2,7 @@
 
 from lets_kernels.optimizers.asam import ASAM
 from lets_kernels.optimizers.bsam import BSAM
+from lets_kernels.optimizers.convention import ClosureWarning
 from lets_kernels.optimizers.esam import ESAM, DeltaSAM
 from lets_kernels.optimizers.fisher import FisherSAM, SparseSAM
 from lets_kernels.optimizers.friendly import FriendlySAM, VaSSO
@@ -25,6 +26,7 @@ __all__ = [
     "RST",
     "SAM",
     "AELookSAM",
+    "ClosureWarning",
     "DeltaSAM",
     "FisherSAM",
     "FriendlySAM",

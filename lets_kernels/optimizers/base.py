@@ -2,17 +2,20 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # what torch's own optimizers use; imports the compiler at the first call
 
+from lets_kernels.bases import check_saves, check_steps_alone
 from lets_kernels.descent import Descent
 from lets_kernels.direction import Direction, check_xi
-from lets_kernels.guarded import check_steps_alone
+from lets_kernels.distributed import check_whole
 from lets_kernels.hypergradient import Trial
 from lets_kernels.layout import ParameterSpace
+from lets_kernels.optimizers.convention import Convention
 from lets_kernels.optimizers.frameworks import stand_aside
 from lets_kernels.passes import Held
 from lets_kernels.publication import Publication
@@ -85,6 +88,7 @@ class Wrapper(torch.optim.Optimizer):
         if not is_class and not isinstance(base, torch.optim.Optimizer):
             raise TypeError(f"base_optimizer must be a torch optimizer class or instance, not {base!r}")
         check_steps_alone(base if isinstance(base, type) else type(base))
+        check_whole(type(self).__name__)
         super().__init__(params, dict(self._own))
         if not any(group["params"] for group in self.param_groups):
             raise ValueError("no parameters: every group is empty")
@@ -96,10 +100,11 @@ class Wrapper(torch.optim.Optimizer):
             base = base(self.param_groups, **kwargs)
             self._check_names(base)
         _check_options(base.param_groups)
+        check_saves(base)
         self.base_optimizer = base
         del self.__dict__["_early_groups"], self.__dict__["_early_state"]
         self.defaults = {**base.defaults, **self._own}
-        first = next((p for group in base.param_groups for p in group["params"]), torch.empty(0))
+        first = next((p for group in base.param_groups for p in group["params"]), torch.empty(0, device="cpu"))
         self.radius.bind(self.param_groups, first.device)
         self.radius.bound = True
         #: Skipped steps, on the device where all scalars of a step meet: that of the first bucket.
@@ -122,8 +127,9 @@ class Wrapper(torch.optim.Optimizer):
         self._radius_waits = False
         #: Steps from which a radius could have learned and did not; None once it has.
         self._missed: int | None = 0
-        #: Whether the caller does the first backward and the closure the others; the first `step(closure)` shows.
-        self._caller_begins: bool | None = None
+        self._convention = Convention()
+        #: Calls of ``zero_grad``.
+        self._zeroed = 0
         self._last: dict[str, Tensor] = {}
         self._precision: dict[str, Tensor] = {}
         #: What the schedule said of a step, and of which: as a rule it is asked once.
@@ -240,6 +246,7 @@ class Wrapper(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`; a first pass that no step followed is then forgotten."""
+        self._zeroed += 1
         if self._step is None:
             self._forget_pass()
         super().zero_grad(set_to_none)
@@ -253,14 +260,20 @@ class Wrapper(torch.optim.Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.requires_grad]
         return [g for g in grads if g is not None]
 
+    def _marked(self) -> list[Tensor]:
+        """The gradients that are marked; the first stands for all where closures make every one, as is seldom asked."""
+        if not self._convention.settled:
+            return self._gradients()
+        each = (p.grad for group in self.param_groups for p in group["params"] if p.requires_grad)
+        return list(islice((g for g in each if g is not None), 1))
+
     def _mark_gradients(self) -> None:
         """Remember that these gradients, in this version, have been used; a later backward makes others."""
-        if self._caller_begins is not False:  # else nobody asks
-            for g in self._gradients():
-                setattr(g, _SEEN, version(g))
+        for g in self._marked():
+            setattr(g, _SEEN, version(g))
 
     def _has_new_gradients(self) -> bool:
-        return any(getattr(g, _SEEN, None) != version(g) for g in self._gradients())
+        return any(getattr(g, _SEEN, None) != version(g) for g in self._marked())
 
     def _drop_gradients(self) -> None:
         for p in (p for group in self.param_groups for p in group["params"]):

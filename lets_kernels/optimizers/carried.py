@@ -12,6 +12,8 @@ from torch import Tensor
 
 #: The step that waits for its gradient: as large as the parameters, and cut as this rank's parameters are.
 _WAITING = "pending"
+#: For how many parameters something is kept. States of before that was counted lack it.
+KEPT = "kept"
 #: Options of an optimizer, which differ from one torch to the next.
 _OPTIONS = ".param_groups."
 
@@ -42,11 +44,15 @@ def numbers(entry: Any, path: str = "") -> dict[str, Any]:
 def filled(entry: dict[str, Any], carried: Mapping[str, Any]) -> dict[str, Any]:
     """The entry with the carried numbers in the place of its own, and no step that waits.
 
+    Without ``KEPT`` where they have none of it.
+
     Raises:
         ValueError: numbers are missing, or there are others than this optimizer has.
     """
     if not isinstance(carried, Mapping):
         raise ValueError(f"the numbers that param_groups[0] carries are a {type(carried).__name__}, not a dict")
+    if not any(str(path).startswith(f"{KEPT}.") for path in carried):
+        entry = {name: value for name, value in entry.items() if name != KEPT}
     own = numbers(entry)
     lacks, beside = (
         sorted(path for path in there - here if _OPTIONS not in path)

@@ -75,6 +75,7 @@ class Engine(Saved):
         """The buckets, built anew where the groups or the parameters have changed."""
         if self._buckets is None or not self._buckets.is_current(self.param_groups):
             self._take_in_new_groups()
+            self._forget_replaced()
             self.network.bind()
             self.network.weights_move()  # parameters are found, and stand in their modules, in one piece a rank
             self.direction.bind(self.model)
@@ -140,9 +141,13 @@ class Engine(Saved):
             return 1.0
         return (self._step_number + 1) / self.rho_warmup
 
-    def _notice_missed_learning(self) -> None:
-        """Say it once if steps pass by from which the radius does not learn, since nobody calls what it learns from."""
-        if self._missed is None:
+    def _forget_trial(self) -> None:
+        """The next step begins, and writes where the last one left what the radius would learn from.
+
+        Say it once if steps pass by from which it does not learn, since nobody calls what it learns from.
+        """
+        missed, self._trial, self._radius_waits = self._trial is not None, None, False
+        if self._missed is None or not missed:
             return
         self._missed += 1
         if self._missed == _MISSED:

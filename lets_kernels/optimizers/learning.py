@@ -23,8 +23,12 @@ def learn(o: "SAM", train_closure: Closure | None, val_closure: Closure | None, 
         )
     if val_closure is None or (train_closure is None and radius.needs_train_closure):
         raise ValueError("radius_step(train_closure, val_closure) needs both closures for this radius")
+    o.refuse_another_step("radius_step()")
     if not o._radius_waits:
-        raise RuntimeError("radius_step() comes after second_step(), once a step")
+        raise RuntimeError(
+            "radius_step() comes after second_step(), once a step, and before the next first_step() or perturbed(), "
+            "which write where the last step has left what the radius learns from"
+        )
     observed, o._trial, o._radius_waits, o._missed = o._trial, None, False, None
     if observed is None:  # a step that the radius does not learn from
         return

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lets_kernels.amp import Scaler
 from lets_kernels.optimizers.combinations import check_micro_batches
-from lets_kernels.optimizers.step import Closure, as_scalar
+from lets_kernels.optimizers.step import Closure, loss_in
 
 if TYPE_CHECKING:
     from lets_kernels.optimizers.sam import SAM
@@ -29,10 +29,10 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
             o._drop_gradients()
             with o.first_pass():
                 losses.append(o._call(closure, scaler))
-            o.first_step(zero_grad=True, loss=losses[-1])
+            o.first_step(zero_grad=True, loss=loss_in(losses[-1]))
             step = o.begun_step
             if step.perturbs:
-                step.perturbed_loss = as_scalar(o._call(closure, scaler))
+                step.perturbed_loss = loss_in(o._call(closure, scaler))
                 step.passes += 1
             else:
                 step.return_gradients()
@@ -47,7 +47,7 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
         step = o.begun_step
         step.totals, step.passes = totals, passes
         step.returned = True  # no pass is left that the end of the step would have to count
-        step.loss, step.perturbed_loss = _mean(map(as_scalar, losses)), _mean(perturbed)
+        step.loss, step.perturbed_loss = _mean(map(loss_in, losses)), _mean(perturbed)
         o._finish()
     except BaseException:
         o.restore()

@@ -12,15 +12,16 @@ from lets_kernels.auto import as_radius
 from lets_kernels.descent import Descent, Perturbed
 from lets_kernels.direction import Adaptive, Direction
 from lets_kernels.distributed import Replicas
-from lets_kernels.network import Network
+from lets_kernels.network import Named, Network
 from lets_kernels.optimizers.base import untraced
+from lets_kernels.optimizers.closures import closure_step
 from lets_kernels.optimizers.combinations import check_parts
 from lets_kernels.optimizers.context import PerturbedContext
 from lets_kernels.optimizers.frameworks import unwrap
 from lets_kernels.optimizers.learning import learn
 from lets_kernels.optimizers.micro import micro_step
 from lets_kernels.optimizers.start import FirstPassContext
-from lets_kernels.optimizers.step import Closure, Step, as_loss, as_scalar, check_capture
+from lets_kernels.optimizers.step import Closure, Step, as_scalar, check_capture
 from lets_kernels.optimizers.undo import Undone
 from lets_kernels.radius import RadiusLike
 from lets_kernels.randomness import Randomness
@@ -67,10 +68,15 @@ class SAM(Undone):
             schedule or a learned radius; a large radius fails mostly in the first steps. ``opt.rho`` says what is risen
             to, ``metrics()["applied_rho"]`` what the last step perturbed by.
         same_rng: the second pass draws the same random numbers as the first, so dropout has the same masks.
+        running_state: what else than torch's normalisation layers is to count the first pass of a step only: modules in
+            ``model`` (with those in them), classes of modules, or names as in ``model.named_modules()`` and
+            ``model.named_buffers()``. Their buffers are brought back after the second pass, also those that the
+            module replaces (``self.ema = ...``).
 
     Raises:
         TypeError: parameters of a dtype without gradients, or a base optimizer that is none.
-        ValueError: no parameters; ρ or ξ negative or not finite; settings that contradict each other.
+        ValueError: no parameters; ρ or ξ negative or not finite; settings that contradict each other; ``model`` holds
+            none of the parameters.
         RuntimeError: the backend asked for does not run here.
     """
 
@@ -96,6 +102,7 @@ class SAM(Undone):
         process_group: "torch.distributed.ProcessGroup | str | None" = None,
         sync_perturbation: bool = True,
         same_rng: bool = False,
+        running_state: Iterable[Named] = (),
         rho_warmup: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -115,11 +122,12 @@ class SAM(Undone):
             raise ValueError("rho='auto' begins small by itself: leave rho_warmup out")
         self._backend, self._flatten = backend, flatten
         self.check_finite, self.replicas = check_finite, Replicas(process_group)
-        self.network, self._scaling = Network(model, sync_perturbation, same_rng), LossScaling()
+        self.network, self._scaling = Network(model, sync_perturbation, same_rng, running_state), LossScaling()
         check_parts(self)
         self.random = Randomness(seed, used=self.direction.draws or self.schedule.draws)
         self._own = {"rho": self.radius.rho, "adaptive": False, **direction.defaults}
         super().__init__(params, base_optimizer, kwargs)
+        self.network.check_holds(self._all_params())
         self.random.to(self.skipped.device)
 
     # ---- the three call shapes -------------------------------------------------------------------------------------
@@ -180,6 +188,7 @@ class SAM(Undone):
         try:
             self._step = step = Step(self, as_scalar(loss), keep=not zero_grad)
         except BaseException:
+            self._forget_pass()
             self._scaling.give_up()
             raise
         try:
@@ -189,6 +198,7 @@ class SAM(Undone):
                 self.zero_grad()
             elif unscaled:
                 self._drop_gradients()
+            self._forget_trial()
             step.perturb()
         except BaseException:
             self.restore()
@@ -212,7 +222,7 @@ class SAM(Undone):
     def _finish(self, zero_grad: bool = False) -> None:
         """What :meth:`second_step` does, without the hooks, which around :meth:`step` have run."""
         self._heal()
-        step, self._trial, missed = self._step, None, self._trial is not None
+        step = self._step
         if step is None:
             raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
         if step.in_context:
@@ -245,8 +255,6 @@ class SAM(Undone):
             self.zero_grad()
         else:
             self._mark_gradients()
-        if missed:
-            self._notice_missed_learning()
 
     @untraced
     def perturbed(self, *, loss: Any = None) -> PerturbedContext:
@@ -266,27 +274,33 @@ class SAM(Undone):
         val_closure: Closure | None = None,
         *,
         scaler: Scaler | None = None,
+        first_backward: bool | None = None,
     ) -> Any:
         """One step of the method.
 
         Args:
             closure: zeroes the gradients, computes the loss, calls backward and returns the loss. It is called once
-                for each gradient that the step needs. If there are gradients at the first call of ``step(closure)``,
-                the caller is taken to do the first backward of every step, and the closure is called for the others
-                only; a step that finds no new gradients calls it for the first as well. None: the second backward
+                for each gradient that the step needs, whatever lies in ``p.grad`` before. In the older convention the
+                caller does the first backward of every step, and a closure that does not zero does the others; a step
+                that finds no new gradients calls that one for the first as well. Which it is shows in what the closure
+                does to the gradients. None: the second backward
                 has been done; finish what ``first_step`` or ``perturbed`` began. A list: one closure a micro-batch,
                 each perturbed along its own gradient (m-sharpness); the step is along the mean of theirs.
             val_closure: the same on a validation batch; for a learned radius, and only for it.
             scaler: a ``torch.amp.GradScaler`` with which the closures scale the loss for their backward (they return
                 the loss itself). Every pass is unscaled here, a first backward of the caller's too, and looked at for
                 overflow even if ``check_finite`` is False; ``scaler.update()`` is still the caller's.
+            first_backward: says aloud who makes the first gradient: True, the caller, by a backward before this call;
+                False, the closure. None: what the closure does shows it. :class:`~lets_kernels.ClosureWarning` where
+                it does not, once: new gradients before a closure that does not zero and made those of earlier steps.
 
         Returns:
-            The first loss, as the closure returned it, or a list of them; None if the closure did not compute it.
+            What the closure returned for the first pass, or a list of that; None if the caller made that pass.
 
         Raises:
-            RuntimeError: gradients, but no first pass and no closure.
-            ValueError: a validation closure missing or superfluous.
+            RuntimeError: gradients, but no first pass and no closure; ``first_backward=True``, but no new gradients.
+            ValueError: a validation closure missing or superfluous; ``first_backward=True`` with what makes every
+                gradient itself.
         """
         closure = unwrap(closure)
         with handed_over(self) as (scale, overflow):
@@ -311,39 +325,10 @@ class SAM(Undone):
         self.restore()
         self._scaling.begin(scaler)
         if isinstance(closure, Sequence):
+            if first_backward:
+                raise ValueError("first_backward=True goes with one closure; a list makes every gradient itself")
             return micro_step(self, closure, scaler)
-        if self._caller_begins is None:
-            self._caller_begins = self._has_new_gradients()
-        passed = self._pass(scaler)
-        loss = None
-        try:
-            if not self.direction.needs_gradient:
-                self._drop_gradients()
-            elif not (self._caller_begins and self._has_new_gradients()):
-                self._drop_gradients()
-                with self.first_pass():
-                    loss = self.samples.first(passed, closure)
-                if self.radius.learns:
-                    as_loss(self.samples.loss(loss), "closure")
-            elif self.samples.per_sample:
-                raise RuntimeError(
-                    f"{type(self.samples).__name__} needs the loss of each sample from both passes, but there are "
-                    "gradients already: let step(closure) call the closure for the first pass too"
-                )
-            elif scaler is not None:
-                self._scaling.unscale(scaler, self.param_groups)
-            if self.first_step(zero_grad=True, loss=self.samples.loss(loss)):
-                returned = self.samples.second(passed, closure)
-                self.begun_step.perturbed_loss = as_scalar(self.samples.loss(returned))
-                loss = loss if self.direction.needs_gradient else returned
-            else:
-                self.begun_step.return_gradients()
-            self._finish()
-        except BaseException:
-            self.restore()
-            self._scaling.give_up()
-            self._mark_gradients()  # of a pass that failed: no step may start from them
-            raise
+        loss = closure_step(self, closure, scaler, first_backward)
         if self._trial is not None:
             self.radius_step(closure, val_closure, scaler=scaler)
         return loss
@@ -382,7 +367,7 @@ class SAM(Undone):
             scaler: as for :meth:`step`; ``scaler.update()`` comes after this.
 
         Raises:
-            RuntimeError: the radius is not learned, or no step has just been taken.
+            RuntimeError: the radius is not learned, or no step has just been taken, or the next one has been begun.
             ValueError: a closure is missing.
         """
         learn(self, train_closure, val_closure, scaler)

@@ -1,6 +1,6 @@
 """Saving, loading, copying: everything that training goes on from, checked before it is taken over."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,9 @@ from lets_kernels.saved import check_base, check_count, check_held, check_kept, 
 
 class Saved(Wrapper):
     """State dictionaries, pickles and copies."""
+
+    #: What stood in the groups when that was looked at last.
+    _placed: Sequence[Sequence[Tensor]] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and groups, and beside them the radius and the counters.
@@ -32,6 +35,7 @@ class Saved(Wrapper):
         """
         self._refuse_while_perturbed("state_dict()")
         self._take_in_new_groups()
+        self._forget_replaced()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict, own = dict(self.base_optimizer.state_dict()), self._own_state()
@@ -46,7 +50,7 @@ class Saved(Wrapper):
         return state_dict
 
     def _own_state(self) -> dict[str, Any]:
-        return {
+        own = {
             "direction": self.direction.state_dict(),
             "schedule": self.schedule.state_dict(),
             "descent": self.descent.state_dict(),
@@ -57,10 +61,22 @@ class Saved(Wrapper):
             "perturbed_steps": self._perturbed_steps,
             "skipped": self.skipped.clone(),
         }
+        names = sorted({*self.direction.held, *self.descent.held, *self.radius.held})
+        if names:  # else as ever
+            held = [self.held.state.get(p, {}) for p in self._all_params()]
+            own[carried.KEPT] = {name: sum(name in each for each in held) for name in names}
+        return own
 
     def _check_own(self, own: Any, groups: Sequence[dict[str, Any]]) -> None:
         """Refuse a damaged entry of a saved state, before anything of the state is loaded."""
-        check_keys(own, self._own_state(), f"state[{KEY!r}]")
+        present = self._own_state()
+        if isinstance(own, Mapping) and carried.KEPT not in own:  # saved before it was counted
+            present.pop(carried.KEPT, None)
+        check_keys(own, present, f"state[{KEY!r}]")
+        if carried.KEPT in present:
+            check_keys(own[carried.KEPT], present[carried.KEPT], "the numbers of what is kept")
+            for name, count in own[carried.KEPT].items():
+                check_count(count, f"the number of parameters with {name}")
         for part in ("direction", "schedule", "descent"):
             check_part(own[part], getattr(self, part).state_dict(), f"the {part}")
         check_keys(own["random"], self.random.state_dict(), "the random numbers")
@@ -85,6 +101,7 @@ class Saved(Wrapper):
         """
         self._refuse_while_perturbed("load_state_dict()")
         self._take_in_new_groups()
+        self._forget_replaced()
         state_dict = dict(state_dict)  # what hooks put in or take out of it stays among them
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -108,9 +125,10 @@ class Saved(Wrapper):
         if own is not None:
             counts = own["direction"].values()
             begun = own["step"] > 0 and (not counts or any(bool(value) for value in counts))
-            check_kept(held, self.direction.held, begun, "the direction")
-            check_kept(held, self.descent.held, own["step"] > 0, "the descent")
-            check_kept(held, self.radius.held, own["perturbed_steps"] > 0, "the radius")
+            kept = own.get(carried.KEPT)
+            check_kept(held, self.direction.held, kept, begun, "the direction")
+            check_kept(held, self.descent.held, kept, own["step"] > 0, "the descent")
+            check_kept(held, self.radius.held, kept, own["perturbed_steps"] > 0, "the radius")
         self.base_optimizer.load_state_dict({**rest, "param_groups": groups})
         for group, values in zip(self.param_groups, before, strict=True):
             for name, value in values.items():
@@ -135,6 +153,21 @@ class Saved(Wrapper):
         """In the order in which a saved state numbers them."""
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _forget_replaced(self) -> None:
+        """Drop what is kept for parameters in whose places others stand by now, and which are in no group any more.
+
+        That of a parameter that was taken out, so that its group is of another length, stays, as in torch.
+        """
+        groups = [list(group["params"]) for group in self.param_groups]
+        present = {id(p) for group in groups for p in group}
+        known = self._placed if len(self._placed) <= len(groups) else ()  # else a group was taken out
+        for before, now in zip(known, groups, strict=False):
+            for p in before if len(before) == len(now) else ():
+                if id(p) not in present:
+                    self.held.state.pop(p, None)
+                    self.state.pop(p, None)
+        self._placed = groups
+
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("copying or pickling the optimizer")
         return {name: value for name, value in self.__dict__.items() if name not in _TRANSIENT}
@@ -142,6 +175,7 @@ class Saved(Wrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._reset()
         super().__setstate__(state)
+        self._mark_gradients()  # those that a copy takes along
 
 
 _HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "state_dict_pre", "state_dict_post")}
@@ -153,7 +187,8 @@ _STEP = {
     "_trial",
     "_radius_waits",
     "_missed",
-    "_caller_begins",
+    "_convention",
+    "_zeroed",
     "_last",
     "_precision",
     "_decision",

@@ -1,12 +1,14 @@
 """One step of the engine, from the first gradients to the base optimizer's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lets_kernels.bases import own_step
 from lets_kernels.direction import Perturbation
 from lets_kernels.fused import FUSED, refusal
 from lets_kernels.guarded import guarded_step
@@ -55,16 +57,47 @@ def check_same_graph(captured: bool, now: str, before: str) -> None:
 
 
 def as_scalar(loss: Any) -> Tensor | None:
-    """A loss as a 0-d float64 tensor without a graph; None stays None."""
-    return None if loss is None else torch.as_tensor(loss).detach().double().reshape(())
+    """A loss as a 0-d float64 tensor without a graph; None stays None.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    found = loss_in(loss)
+    if found is None and loss is not None:
+        raise ValueError(f"loss must be a number, or a tensor with one element, not {_described(loss)}")
+    return found
 
 
-def as_loss(loss: Any, name: str) -> Tensor:
-    """As :func:`as_scalar`; ``ValueError`` for None."""
-    scalar = as_scalar(loss)
-    if scalar is None:
-        raise ValueError(f"{name} must return the loss, which a learned radius needs")
-    return scalar
+def loss_in(returned: Any) -> Tensor | None:
+    """The loss in what a closure returned, as a 0-d float64 tensor without a graph; None where there is none to see.
+
+    A number, a tensor with one element, or such a one under ``"loss"`` in a mapping or first in a tuple or list.
+    """
+    if isinstance(returned, Mapping):
+        returned = returned.get("loss")
+    elif isinstance(returned, (tuple, list)):
+        returned = returned[0] if returned else None
+    if isinstance(returned, Tensor):
+        one = returned.numel() == 1 and not returned.is_complex()
+        return returned.detach().double().reshape(()) if one else None
+    return torch.tensor(float(returned), dtype=torch.float64, device="cpu") if isinstance(returned, Real) else None
+
+
+def as_loss(returned: Any, name: str) -> Tensor:
+    """As :func:`loss_in`; ``ValueError`` where there is none."""
+    found = loss_in(returned)
+    if found is None:
+        raise ValueError(
+            f"{name} must return the loss, which a learned radius needs: a number or a tensor with one element, by "
+            f"itself, first in a tuple, or under 'loss' in a dict. It returned {_described(returned)}"
+        )
+    return found
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 class Step:
@@ -99,6 +132,8 @@ class Step:
             o.state,
             self._keeps_vectors(),
         )
+        if o.radius.waits and o.direction.needs_gradient:
+            self._complete(first)
         self.perturbs = o._perturbs(first)
         started, o._started = o._started, False
         if o.direction.starts and self.perturbs and not started:
@@ -139,7 +174,7 @@ class Step:
         return self._observed or o.descent.holds_first or o.radius.compares
 
     def _gather(self, keep: bool) -> list[Runs]:
-        """The first gradients, from which a radius that waits for them learns."""
+        """The first gradients."""
         o, radius = self.optimizer, self.optimizer.radius
         o.network.check_first_pass()
         # What one rank's own pass does not reach has gradient zero in the mean over ranks that the radius learns from.
@@ -147,15 +182,18 @@ class Step:
         first = [b.gather(own=self._holds and not keep, whole=whole, current=True) for b in self.buckets]
         if not any(runs.indices for runs in first):
             o.network.check_parameters(p for b in self.buckets for p in b.params)
-        if radius.waits:
-            if radius.needs_train_loss and self.loss is None:
-                raise RuntimeError(
-                    "the radius learns from the last step and this one's first loss: pass it, first_step(loss=loss), "
-                    "or let step(closure, val_closure) call the closure for the first gradient too"
-                )
-            with torch.no_grad():
-                radius.complete([by_index(r) for r in first], self.loss, self.buckets, o.param_groups, o.replicas)
+        if radius.waits and radius.needs_train_loss and self.loss is None:
+            raise RuntimeError(
+                "the radius learns from the last step and this one's first loss: pass it, first_step(loss=loss), "
+                "or let step(closure, val_closure) call the closure for the first gradient too"
+            )
         return first
+
+    def _complete(self, first: FirstPass) -> None:
+        """Let a radius that waits for the first gradients learn from them, unless they skip this step."""
+        o, found = self.optimizer, [by_index(r) for r in self.first]
+        finite = torch.isfinite(first.squared_norm)
+        o.radius.complete(found, self.loss, self.buckets, o.param_groups, o.replicas, finite)
 
     def _keeps_vectors(self) -> bool:
         o = self.optimizer
@@ -281,7 +319,7 @@ class Step:
             if self.gated:
                 guarded_step(o.base_optimizer, self.gate)
             else:
-                o.base_optimizer.step()
+                own_step(o.base_optimizer)
         if self._observed and self.perturbs and (self.ascents or o.replicas.groups):
             hat_list = [g for h in hats for g in h.values()]
             self.trial = self._record(hats, [by_index(r) for r in second]), [(g, g._version) for g in hat_list]
@@ -307,7 +345,7 @@ class Step:
         o = self.optimizer
         reads = o.check_finite or o._scaling.every_pass  # else nobody asks, or a gradient scaler has read them
         flags: list[Tensor] = []
-        if (reads or self.overflow is not None) and (active or o.replicas.groups):
+        if reads or self.overflow is not None:
             sums = [squared(r) for r in active] if reads and squared_norm is None else []
             if self.overflow is not None:
                 overflow = self.overflow.to(self.total.device, torch.float64).reshape(())

@@ -2,6 +2,7 @@
 
 import torch
 
+from lets_kernels.bases import own_step
 from lets_kernels.optimizers.base import given_up, untraced
 from lets_kernels.optimizers.engine import Engine
 from lets_kernels.optimizers.start import Start
@@ -41,6 +42,7 @@ class Undone(Engine):
         if self.direction.starts:
             self._agreed_space()  # the schedule may draw
             if self._perturbs(None):
+                self._forget_trial()
                 self._start = start = Start(self)
                 start.move()
 
@@ -95,7 +97,7 @@ class Undone(Engine):
             return
         if all(float(group.get("lr", 1.0)) == 0 for group in self.param_groups):
             if not self.state:
-                self.base_optimizer.step()  # makes the state, moves nothing
+                own_step(self.base_optimizer)  # makes the state, moves nothing
             kept = (*self.direction.held, *self.descent.held, *self.radius.held)
             self.held.make([b.all_runs() for b in self._space().buckets], kept)
             self.radius.make_state()

@@ -138,7 +138,7 @@ class SAF(Term):
         seen = self._recorded_at[place].index_select(0, index) == epoch
         if not _pinned(records.device, device):
             return records.index_select(0, index).to(device), seen.to(device)
-        past = torch.empty(len(index), records.shape[1], dtype=records.dtype, pin_memory=True)
+        past = torch.empty(len(index), records.shape[1], dtype=records.dtype, device="cpu", pin_memory=True)
         torch.index_select(records, 0, index, out=past)
         return past.to(device, non_blocking=True), seen.pin_memory().to(device, non_blocking=True)
 
@@ -149,7 +149,7 @@ class SAF(Term):
         if not _pinned(self._records.device, kept.device):
             self._write(epoch, index, kept.to(self._records.device))
             return
-        staged = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
+        staged = torch.empty(kept.shape, dtype=kept.dtype, device="cpu", pin_memory=True)
         staged.copy_(kept, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(kept.device))

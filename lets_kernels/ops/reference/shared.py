@@ -41,7 +41,9 @@ def scaling(
     row_length = row[2]
     if row_length == -2:
         v = wide(vector)
-        return root(1 + xi * (v * v)).reciprocal()
+        f = xi * (v * v)
+        far = root(torch.full_like(v, xi)).reciprocal() / v.abs()  # where f overflows, and so 1 + f = f
+        return torch.where(f - f == 0, root(1 + f).reciprocal(), far)
     if row_length < 0:
         return 1.0
     if row_length == 0:

@@ -165,7 +165,9 @@ def scale(scaling, theta, v, norms, xi, at, SCALED: tl.constexpr, BLOCK: tl.cons
             t = tl.load(norms + start + filters_of(scaling, at, BLOCK)) + xi
     if SCALED >= 4:  # noqa: SIM102
         if length == -2:
-            t = divide(tl.full([BLOCK], 1, C), square_root(1 + xi * (v * v), C), C)
+            f = xi * (v * v)
+            far = divide(divide(t, square_root(t * xi, C), C), tl.abs(v), C)  # where f overflows, and so 1 + f = f
+            t = tl.where(f - f == 0, divide(t, square_root(1 + f, C), C), far)
     return t
 
 

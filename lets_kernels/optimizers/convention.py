@@ -1,0 +1,231 @@
+"""Who makes the first gradient of ``step(closure)``: told by what the closure does to gradients."""
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.fused import OWN_CODE
+from lets_kernels.runs import capturing
+from lets_kernels.samples import Closure
+from lets_kernels.shards import is_spread, version
+
+if TYPE_CHECKING:
+    from lets_kernels.optimizers.sam import SAM
+
+_CODES = 64
+
+
+class ClosureWarning(UserWarning):
+    """``step(closure)`` found gradients, and its closures do not tell whether they are the first of the step."""
+
+
+class Convention:
+    """Who makes the first gradient of a step: the closure, or its caller in a backward before ``step(closure)``.
+
+    A closure that zeroes gradients makes all of them, whatever lies there. Of one that does not, gradients that are new
+    since the last step are the caller's, unless the closure has begun an earlier step. Whether closures zero is not
+    guessed from gradients: it is seen once for each, by zeros in the place of the gradients.
+    """
+
+    def __init__(self) -> None:
+        #: Whether closures zero gradients, by their code, as far as was seen.
+        self._zeroing: dict[object, bool] = {}
+        #: Whether the caller began the last step, where anything showed it.
+        self._caller: bool | None = None
+        #: Closures make every gradient, and nobody asks any more: they zero, or it was said that they do not.
+        self.settled = False
+
+    def look(self, o: "SAM", closure: Closure, said: bool | None) -> tuple[bool, bool]:
+        """Is the first gradient the caller's, and is that certain before the closure has been called?
+
+        Raises:
+            RuntimeError: it was said that it is, and there is no new gradient.
+            ValueError: it was said that it is, and the method has no use for it.
+        """
+        if said:
+            _check_said(o)
+        if said is not None or o.samples.per_sample or not o.direction.needs_gradient or self.settled:
+            return bool(said), True
+        if o.network.passed or o._started:  # with opt.first_pass(): was around it
+            return True, True
+        if not o._has_new_gradients():
+            return False, True
+        zeroing = self._zeroing.get(_code(closure))
+        if zeroing is None:
+            seems = _mentions_zeroing(closure) or self._caller is False
+            return not seems and self.are_callers(o._gradients()), False
+        return not zeroing and self.are_callers(o._gradients()), True
+
+    def are_callers(self, gradients: Sequence[Tensor]) -> bool:
+        """Are new gradients, before a closure that does not zero, the caller's? Where they are nobody's, it is said."""
+        if self._caller:
+            return True
+        nothing = _are_nothing(gradients)
+        if self._caller is False:
+            self.settled = True
+            if not nothing:
+                _warn_of_gradients()
+        return self._caller is None and not nothing
+
+    def saw(self, closure: Closure, zeroes: bool) -> None:
+        """What this closure has done to zeros in the place of gradients."""
+        if len(self._zeroing) >= _CODES:
+            self._zeroing.clear()
+        self._zeroing[_code(closure)] = zeroes
+
+    def knows(self, closure: Closure) -> bool:
+        """True if it need not be watched."""
+        return self.settled or _code(closure) in self._zeroing
+
+    def began(self, by_caller: bool, closure: Closure) -> None:
+        """A step was taken whose first gradient was made so."""
+        self._caller = by_caller
+        self.settled = self.settled or (not by_caller and self._zeroing.get(_code(closure), False))
+
+
+def _warn_of_gradients() -> None:
+    warnings.warn(
+        "there are new gradients before step(closure), and the closure does not zero gradients. It made the first "
+        "gradient of the steps before, so those that lie there were dropped, and it makes this one's too. Say which is "
+        "meant: step(closure, first_backward=True) takes them for the first gradient, first_backward=False drops them. "
+        "A closure that begins with optimizer.zero_grad() needs neither",
+        ClosureWarning,
+        stacklevel=_outside(),
+    )
+
+
+def _outside() -> int:
+    """The ``stacklevel`` of the code that called the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(OWN_CODE):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _check_said(o: "SAM") -> None:
+    if o.samples.per_sample:
+        raise ValueError(
+            f"first_backward=True: {type(o.samples).__name__} needs the loss of each sample from both passes; let "
+            "step(closure) call the closure for the first pass too"
+        )
+    if not o.direction.needs_gradient:
+        raise ValueError(
+            f"first_backward=True: {type(o.direction).__name__} has no first pass: call step(closure) alone"
+        )
+    if not o._has_new_gradients():
+        raise RuntimeError(
+            "first_backward=True, and there is no new gradient: call backward() before step(closure), or leave "
+            "first_backward out"
+        )
+
+
+def _code(closure: Closure) -> object:
+    """What closures that are made anew for every step have in common."""
+    while isinstance(closure, partial):
+        closure = closure.func
+    function = getattr(closure, "__func__", closure)
+    return getattr(function, "__code__", type(closure))
+
+
+def _mentions_zeroing(closure: Closure) -> bool:
+    """True if ``zero_grad`` stands in the closure's code, or in functions that it calls by name.
+
+    A guess that saves a pass: what the closure is seen to do decides.
+    """
+    seen: set[CodeType] = set()
+
+    def search(function: Any, depth: int) -> bool:
+        while isinstance(function, partial):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, FunctionType):
+            function = vars(type(function)).get("__call__")
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            return False
+        seen.add(function.__code__)
+        names = {name for code in _codes(function.__code__) for name in code.co_names}
+        if "zero_grad" in names:
+            return True
+        called = [function.__globals__.get(name) for name in names]
+        for cell in function.__closure__ or ():
+            try:
+                called.append(cell.cell_contents)
+            except ValueError:  # not filled yet
+                continue
+        return depth > 0 and any(search(f, depth - 1) for f in called if isinstance(f, (FunctionType, partial)))
+
+    return search(closure, depth=2)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _are_nothing(gradients: Sequence[Tensor]) -> bool:
+    """True for zeros that ``zero_grad(set_to_none=False)`` has left.
+
+    Values are looked at only where the gradients have been written to since backward made them. That is asked where
+    the first steps are in doubt, so later ones do not wait for it.
+    """
+    if capturing() or any(is_spread(g) or g.layout is not torch.strided for g in gradients):
+        return False  # a part of a gradient tells nothing of the others
+    if any(g._version == 0 for g in gradients):  # as backward leaves them
+        return False
+    return not any(bool(g.any()) for g in gradients)
+
+
+class Watch:
+    """Zeros in the place of gradients, by which a closure is seen to zero: it drops them, or writes zeros over them.
+
+    They are -0, to which any gradient can be added and stays what it is.
+    """
+
+    def __init__(self, o: "SAM", params: Sequence[Tensor]) -> None:
+        self._optimizer, self._calls = o, o._zeroed
+        self._before = [(p, p.grad) for p in params]
+        self._zeros: list[Tensor] = []
+        with torch.no_grad():
+            for p in params:
+                zero = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False).neg_()
+                p.grad = zero
+                self._zeros.append(zero)
+        self._versions = list(map(version, self._zeros))
+        self._written = False
+        self._hooks = [p.register_post_accumulate_grad_hook(partial(self._added, i)) for i, p in enumerate(params)]
+
+    def _added(self, i: int, p: Tensor) -> None:
+        """Backward has added to the i-th, for the first time: was it written to before?"""
+        self._hooks[i].remove()
+        if p.grad is self._zeros[i] and sum(version(self._zeros[i])) > sum(self._versions[i]) + 1:
+            self._written = True
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Those that were there before."""
+        return [grad for _, grad in self._before if grad is not None]
+
+    def ends(self) -> bool:
+        """The closure has been called: did it zero? What it did not touch is None again."""
+        for hook in self._hooks:
+            hook.remove()
+        zeroed = self._written or self._optimizer._zeroed != self._calls
+        for (p, _), zero, before in zip(self._before, self._zeros, self._versions, strict=True):
+            if p.grad is not zero:
+                zeroed = True
+            elif version(zero) == before:
+                p.grad = None
+        return zeroed
+
+    def give_back(self) -> None:
+        """The gradients that were there before."""
+        for p, grad in self._before:
+            p.grad = grad

@@ -1,0 +1,490 @@
+"""Whose the gradients are that lie there before ``step(closure)``: told by what the closure does, or said aloud."""
+
+import copy
+import functools
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+
+import lets_kernels as lk
+from nets import Task
+from runs import same_bits
+from toys import snapshot
+
+ZEROING = ("optimizer", "base", "module", "in-place", "module-in-place", "none", "after-the-forward", "in-a-function")
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lk.ClosureWarning)
+        yield
+
+
+def built(task, backend, base=torch.optim.SGD, **options):
+    options = {"rho": 0.1, "lr": 0.1, "backend": backend.name, **options}
+    return lk.SAM(task.net.parameters(), base, **options)
+
+
+def zero(task, opt, how):
+    if how == "optimizer":
+        opt.zero_grad()
+    elif how == "base":
+        opt.base_optimizer.zero_grad()
+    elif how == "in-place":
+        opt.zero_grad(set_to_none=False)
+    elif how == "module-in-place":
+        task.net.zero_grad(set_to_none=False)
+    elif how == "none":
+        for p in task.net.parameters():
+            p.grad = None
+    else:
+        task.net.zero_grad()
+
+
+def zeroing(task, opt, batch, how="optimizer", calls=None):
+    """A closure that zeroes, in one of the ways there are."""
+
+    def clear():
+        zero(task, opt, how)
+
+    def run():
+        if calls is not None:
+            calls.append(batch)
+        if how == "after-the-forward":
+            loss = task.loss(batch)
+            opt.zero_grad()
+        else:
+            clear()
+            loss = task.loss(batch)
+        loss.backward()
+        return loss
+
+    return run
+
+
+def adding(task, batch, calls=None):
+    """A closure that does not zero."""
+
+    def run():
+        if calls is not None:
+            calls.append(batch)
+        loss = task.loss(batch)
+        loss.backward()
+        return loss
+
+    return run
+
+
+def expected(task_of, backend, steps, base=torch.optim.SGD):
+    """What the steps lead to where nothing lies in anyone's way."""
+    task = task_of()
+    opt = built(task, backend, base)
+    for batch, _ in task.batches[:steps]:
+        opt.step(zeroing(task, opt, batch))
+    return snapshot(opt)
+
+
+def a_backward_by_others(task, batch):
+    """As for an adversarial input, or the other network of a GAN."""
+    (task.loss(batch) * 3).backward()
+
+
+@pytest.mark.parametrize("how", ZEROING)
+@pytest.mark.parametrize("left_by", ["others", "plain-steps", "both"])
+def test_a_closure_that_zeroes_is_called_for_every_gradient_whatever_lay_there(backend, how, left_by):
+    task_of = functools.partial(Task, torch.float32, steps=4)
+    task = task_of()
+    opt, other = built(task, backend), task.batches[-1][0]
+    for batch, _ in task.batches[:3]:
+        if left_by != "others":
+            kept = [p.detach().clone() for p in task.net.parameters()]
+            a_backward_by_others(task, other)
+            opt.base_optimizer.step()
+            with torch.no_grad():
+                for p, old in zip(task.net.parameters(), kept, strict=True):
+                    p.copy_(old)
+        if left_by != "plain-steps":
+            a_backward_by_others(task, other)
+        calls, loss = [], task.loss(batch).item()
+        assert opt.step(zeroing(task, opt, batch, how, calls)).item() == loss
+        assert calls == [batch, batch]
+    assert same_bits(snapshot(opt), expected(task_of, backend, 3))
+    assert opt.metrics()["gradients"] == 6
+
+
+def test_plain_steps_between_leave_no_stale_gradient(backend):
+    """Two of three steps are the base optimizer's own, and the closure of the third zeroes first."""
+    task = Task(torch.float64, steps=9)
+    opt, theta = built(task, backend), task.weights()
+    loss = task.functional()
+    for i, (batch, _) in enumerate(task.batches):
+        calls = []
+        g = torch.autograd.grad(loss(with_grad(theta), batch), list(theta.values()))
+        if i % 3 < 2:
+            task.net.zero_grad()
+            task.loss(batch).backward()
+            opt.base_optimizer.step()
+        else:
+            assert opt.step(zeroing(task, opt, batch, calls=calls)) is not None
+            assert len(calls) == 2
+            norm = torch.stack([x.square().sum() for x in g]).sum().sqrt()
+            moved = {k: (v.detach() + 0.1 * x / norm) for (k, v), x in zip(theta.items(), g, strict=True)}
+            g = torch.autograd.grad(loss(with_grad(moved), batch), list(moved.values()))
+        theta = {k: (v.detach() - 0.1 * x) for (k, v), x in zip(theta.items(), g, strict=True)}
+    for name, p in task.net.named_parameters():
+        torch.testing.assert_close(p.detach(), theta[name], rtol=0, atol=1e-12)  # nine steps of float64
+
+
+def with_grad(theta):
+    for x in theta.values():
+        x.requires_grad_(True)
+    return theta
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_older_convention_calls_the_closure_once_a_step_from_the_first_on(backend, base, in_place):
+    task_of = functools.partial(Task, torch.float32, steps=4)
+    task = task_of()
+    opt = built(task, backend, base)
+    for batch, _ in task.batches:
+        calls = []
+        task.loss(batch).backward()
+        assert opt.step(adding(task, batch, calls)) is None
+        assert calls == [batch]
+        opt.zero_grad(set_to_none=not in_place)
+    assert same_bits(snapshot(opt), expected(task_of, backend, 4, base))
+    assert opt.metrics()["gradients"] == 8
+
+
+def test_the_older_convention_keeps_parameters_without_gradients_out_of_the_step(backend):
+    """The zeros by which a closure is watched must not become gradients: a weight decay would act on them."""
+    used, unused = (torch.nn.Parameter(torch.full((3,), 2.0)) for _ in range(2))
+    opt = lk.SAM([used, unused], torch.optim.SGD, backend=backend.name, lr=0.1, weight_decay=0.5)
+    unused.grad = torch.ones(3)  # the first pass reaches it, the second does not
+    used.square().sum().backward()
+    opt.step(lambda: used.square().sum().backward())
+    assert unused.tolist() == [2.0] * 3
+    assert unused.grad is None
+
+
+def test_one_who_only_looks_like_zeroing_is_found_out(backend):
+    """The closure zeroes somebody else's gradients: those before it are the caller's, and each step is right."""
+    task_of = functools.partial(Task, torch.float32, steps=3)
+    task, other = task_of(), torch.nn.Linear(2, 2)
+    opt, counts = built(task, backend), []
+    for batch, _ in task.batches:
+        calls = []
+        task.loss(batch).backward()
+        inner = adding(task, batch, calls)
+
+        def closure(inner=inner):
+            other.zero_grad()
+            return inner()
+
+        assert opt.step(closure) is None
+        counts.append(len(calls))
+        opt.zero_grad()
+    assert counts == [2, 1, 1]  # found out once
+    assert same_bits(snapshot(opt), expected(task_of, backend, 3))
+    assert opt.metrics()["gradients"] == 7
+
+
+def test_one_who_zeroes_out_of_sight_is_found_out(backend):
+    """What the closure calls cannot be read; the step that finds out is taken once more from its beginning."""
+    task_of = functools.partial(Task, torch.float32, steps=3)
+    task = task_of()
+    opt, counts = built(task, backend), []
+    hidden = {"clear": task.net.zero_grad}
+    for batch, _ in task.batches:
+        calls = []
+        a_backward_by_others(task, batch)
+        inner = adding(task, batch, calls)
+
+        def closure(inner=inner):
+            hidden["clear"]()
+            return inner()
+
+        loss = task.loss(batch).item()
+        assert opt.step(closure).item() == loss
+        counts.append(len(calls))
+    assert counts == [3, 2, 2]
+    assert same_bits(snapshot(opt), expected(task_of, backend, 3))
+
+
+@pytest.mark.parametrize("who", ["base", "module"])
+def test_zeros_that_were_left_outside_are_no_first_gradient(backend, who):
+    """After a warm-up with zero_grad(set_to_none=False) outside the closure no step may be plain SGD."""
+    task_of = functools.partial(Task, torch.float32, steps=5)
+    task, plain = task_of(), task_of()
+    opt, reference = built(task, backend), built(plain, backend)
+    for i, (batch, _) in enumerate(task.batches):
+        (opt.base_optimizer if who == "base" else task.net).zero_grad(set_to_none=False)
+        calls = []
+        if i < 2:
+            task.loss(batch).backward()
+            opt.base_optimizer.step()
+            plain.net.zero_grad()
+            plain.loss(batch).backward()
+            reference.base_optimizer.step()
+        else:
+            assert opt.step(adding(task, batch, calls)) is not None
+            assert len(calls) == 2
+            reference.step(zeroing(plain, reference, batch))
+    assert same_bits(snapshot(opt), snapshot(reference))
+
+
+def test_what_is_ambiguous_is_said_once_and_the_closure_makes_every_gradient(backend):
+    task_of = functools.partial(Task, torch.float32, steps=4)
+    task = task_of()
+    opt, warned = built(task, backend), []
+    for batch, _ in task.batches:
+        calls = []
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert opt.step(adding(task, batch, calls)) is not None
+        warned += [w for w in found if w.category is lk.ClosureWarning]
+        assert len(calls) == 2
+        task.loss(batch).backward()  # by whom?
+    assert len(warned) == 1
+    assert "first_backward=True" in str(warned[0].message)
+    assert "first_backward=False" in str(warned[0].message)
+    assert warned[0].filename == __file__
+    assert same_bits(snapshot(opt), expected(task_of, backend, 4))
+
+
+@pytest.mark.parametrize("zeroes", [False, True])
+def test_said_aloud_it_holds_whatever_the_closure_does(backend, zeroes):
+    for caller in (True, False):
+        task_of = functools.partial(Task, torch.float32, steps=3)
+        task = task_of()
+        opt = built(task, backend)
+        for i, (batch, _) in enumerate(task.batches):
+            calls = []
+            (task.loss(batch) if caller else 3 * task.loss(task.batches[i - 1][0])).backward()
+            make = zeroing(task, opt, batch, calls=calls) if zeroes else adding(task, batch, calls)
+            opt.step(make, first_backward=caller)
+            assert len(calls) == (1 if caller else 2)
+            opt.zero_grad()
+        assert same_bits(snapshot(opt), expected(task_of, backend, 3))
+
+
+def test_saying_what_cannot_be_is_refused(backend):
+    task = Task(torch.float32, steps=1)
+    batch = task.batches[0][0]
+    opt = built(task, backend)
+    with pytest.raises(RuntimeError, match="no new gradient: call backward"):
+        opt.step(adding(task, batch), first_backward=True)
+    opt.step(zeroing(task, opt, batch))
+    assert all(p.grad is not None for p in task.net.parameters())
+    with pytest.raises(RuntimeError, match="no new gradient"):  # those of the last step are there
+        opt.step(adding(task, batch), first_backward=True)
+    task.loss(batch).backward()
+    with pytest.raises(ValueError, match="a list makes every gradient itself"):
+        opt.step([adding(task, batch)], first_backward=True)
+    random = lk.RandomSAM(task.net.parameters(), torch.optim.SGD, lr=0.1, backend=backend.name)
+    with pytest.raises(ValueError, match="has no first pass"):
+        random.step(adding(task, batch), first_backward=True)
+    chosen = lk.ESAM(task.net.parameters(), torch.optim.SGD, lr=0.1, backend=backend.name)
+    with pytest.raises(ValueError, match="let step\\(closure\\) call the closure for the first pass"):
+        chosen.step(lambda subset=None: None, first_backward=True)
+
+
+def test_closures_that_return_the_losses_of_samples_make_every_gradient(backend):
+    ends = []
+    for left in (False, True):
+        task = Task(torch.float32, steps=2)
+        opt = lk.ESAM(task.net.parameters(), torch.optim.SGD, lr=0.1, backend=backend.name, seed=1)
+        for (x, y), _ in task.batches:
+            if left:
+                a_backward_by_others(task, (x, y))
+
+            def closure(subset=None, x=x, y=y):
+                chosen = slice(None) if subset is None else subset
+                return torch.nn.functional.cross_entropy(task.net(x[chosen]), y[chosen], reduction="none")
+
+            assert opt.step(closure).shape == y.shape
+        ends.append(snapshot(opt))
+    assert same_bits(*ends)
+
+
+def test_the_gradients_that_a_copy_takes_along_are_no_new_ones(backend):
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    opt = lk.SAM([x], torch.optim.SGD, rho=0.1, lr=0.1, backend=backend.name)
+    opt.step(lambda: (x**2).sum().backward())
+    y, twin = copy.deepcopy((x, opt))
+    calls = []
+
+    def closure_of(x):
+        def closure():
+            calls.append(x)
+            loss = (x**2).sum()
+            loss.backward()
+            return loss
+
+        return closure
+
+    for each, o in ((x, opt), (y, twin)):
+        o.step(closure_of(each))
+    assert len(calls) == 4
+    assert same_bits(x.detach(), y.detach())
+
+
+@pytest.mark.parametrize("kind", ["partial", "method", "object", "lambda"])
+def test_closures_of_every_kind_are_told_apart(backend, kind):
+    task = Task(torch.float32, steps=3)
+    opt = built(task, backend)
+
+    class Holder:
+        def __init__(self, batch):
+            self.batch = batch
+
+        def run(self):
+            opt.zero_grad()
+            loss = task.loss(self.batch)
+            loss.backward()
+            return loss
+
+        __call__ = run
+
+    def of(batch):
+        opt.zero_grad()
+        loss = task.loss(batch)
+        loss.backward()
+        return loss
+
+    for batch, _ in task.batches:
+        a_backward_by_others(task, batch)
+        holder = Holder(batch)
+        closure = {
+            "partial": functools.partial(of, batch),
+            "method": holder.run,
+            "object": holder,
+            "lambda": lambda batch=batch: of(batch),
+        }[kind]
+        before = opt.metrics()["gradients"].item()
+        assert opt.step(closure) is not None
+        assert opt.metrics()["gradients"].item() == before + 2
+
+
+def test_nothing_of_the_closures_is_kept_alive(backend):
+    task = Task(torch.float32, steps=1)
+    opt, batch = built(task, backend), task.batches[0][0]
+    a_backward_by_others(task, batch)
+    closure = zeroing(task, opt, batch)
+    opt.step(closure)
+    assert not any(p._post_accumulate_grad_hooks for p in task.net.parameters())
+    known = weakref.ref(closure)
+    del closure
+    gc.collect()
+    assert known() is None
+
+
+@pytest.mark.parametrize("where", ["first", "second"])
+def test_a_closure_that_fails_while_it_is_watched_leaves_nothing_behind(backend, where):
+    task = Task(torch.float32, steps=1)
+    batch = task.batches[0][0]
+    opt, before = built(task, backend), task.bits()
+    a_backward_by_others(task, batch)
+    calls = []
+
+    def closure():
+        if where == "first":
+            opt.zero_grad()
+        calls.append(1)
+        raise KeyError("no more data")
+
+    with pytest.raises(KeyError, match="no more data"):
+        opt.step(closure)
+    assert same_bits(task.bits(), before)
+    assert all(not p._post_accumulate_grad_hooks for p in task.net.parameters())
+    assert opt.step(adding(task, batch)) is not None, "what a failed pass left is no first gradient"
+
+
+@pytest.mark.parametrize("learns", [{}, {"metric": "gap", "reuse_train_gradient": True}, {"validation": "next"}])
+def test_a_learned_radius_too(backend, learns):
+    ends = []
+    for left in (False, True):
+        task = Task(torch.float32, steps=4)
+        opt = built(task, backend, rho=lk.LearnedRadius(0.1, **learns))
+        for batch, val_batch in task.batches:
+            if left:
+                a_backward_by_others(task, val_batch)
+            closures = [zeroing(task, opt, batch)]
+            if opt.radius.learns:
+                closures.append(zeroing(task, opt, val_batch))
+            assert opt.step(*closures) is not None
+        ends.append(snapshot(opt))
+    assert same_bits(*ends)
+
+
+def test_a_closure_that_clips_does_not_zero(backend):
+    """What is written to gradients after the backward tells nothing."""
+    task = Task(torch.float32, steps=2)
+    opt, counts = built(task, backend), []
+    for batch, _ in task.batches:
+        calls = []
+        inner = adding(task, batch, calls)
+
+        def closure(inner=inner):
+            loss = inner()
+            torch.nn.utils.clip_grad_norm_(task.net.parameters(), 0.1)
+            return loss
+
+        task.loss(batch).backward()
+        assert opt.step(closure) is None
+        counts.append(len(calls))
+        opt.zero_grad()
+    assert counts == [1, 1]
+
+
+def test_the_callers_gradient_is_kept_while_it_is_found_out_whose_it_is(backend):
+    """Another batch than the closure's: it is the caller's along which the weights are perturbed."""
+    ends = []
+    for said in (None, True):
+        task, other = Task(torch.float32, steps=2), torch.nn.Linear(2, 2)
+        opt = built(task, backend)
+        for batch, other_batch in task.batches:
+            inner = adding(task, batch)
+
+            def closure(inner=inner):
+                other.zero_grad()
+                return inner()
+
+            task.loss(other_batch).backward()
+            assert opt.step(closure, first_backward=said) is None
+            opt.zero_grad()
+        ends.append(snapshot(opt))
+    assert same_bits(*ends)
+
+
+@pytest.mark.parametrize("shape", ["closure", "two-steps"])
+def test_a_first_pass_of_a_step_that_was_refused_counts_for_no_other(backend, shape):
+    a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt, calls = lk.SAM([a, b], torch.optim.SGD, rho=0.1, lr=0.1, backend=backend.name), []
+
+    def closure():
+        opt.zero_grad()
+        loss = (a**2).sum() + (b**2).sum()
+        loss.backward()
+        calls.append(1)
+        return loss
+
+    old, b.data = b.data, a.data
+    if shape == "closure":
+        with pytest.raises(ValueError, match="share memory"):
+            opt.step(closure)
+    else:
+        with opt.first_pass():
+            closure()
+        with pytest.raises(ValueError, match="share memory"):
+            opt.first_step()
+    b.data = old.clone()
+    (7 * (a.sum() - b.sum())).backward()
+    calls.clear()
+    assert opt.step(closure).item() == 6
+    assert len(calls) == 2
