@@ -93,6 +93,10 @@ class RunningStatistics:
         pairs = zip(places, self._copies, strict=True)
         self._held = [_HeldBuffer(m, name, b, copy, b._version) for (m, name, b), copy in pairs]
 
+    def keep(self) -> None:
+        """What was counted since ``hold`` counts."""
+        self._held = []
+
     def release(self) -> None:
         """Bring the statistics back to where they were at ``hold``."""
         kept = [h for h in self._held if h.in_place()]

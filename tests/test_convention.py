@@ -9,12 +9,28 @@ import weakref
 import pytest
 import torch
 
+import family
 import lets_kernels as lk
 from nets import Task
 from runs import same_bits
 from toys import snapshot
 
-ZEROING = ("optimizer", "base", "module", "in-place", "module-in-place", "none", "after-the-forward", "in-a-function")
+ZEROING = (
+    *("optimizer", "base", "module", "in-place", "module-in-place", "none", "after-the-forward", "in-a-function"),
+    *("by-hand", "through-data", "through-numpy", "other-data"),
+)
+
+
+def other_data(p):
+    p.grad.data = torch.zeros_like(p.grad)
+
+
+BY_HAND = {
+    "by-hand": lambda p: p.grad.zero_(),
+    "through-data": lambda p: p.grad.data.zero_(),
+    "through-numpy": lambda p: p.grad.numpy().fill(0.0),
+    "other-data": other_data,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +57,9 @@ def zero(task, opt, how):
     elif how == "none":
         for p in task.net.parameters():
             p.grad = None
+    elif how in BY_HAND:
+        for p in (p for p in task.net.parameters() if p.grad is not None):
+            BY_HAND[how](p)
     else:
         task.net.zero_grad()
 
@@ -488,3 +507,151 @@ def test_a_first_pass_of_a_step_that_was_refused_counts_for_no_other(backend, sh
     calls.clear()
     assert opt.step(closure).item() == 6
     assert len(calls) == 2
+
+
+# ---- what is not undone, what looks the same, what is seen of gradients
+
+
+def hidden_zeroing(task, batch, calls):
+    """Nobody can read from its code that it zeroes."""
+    hidden = {"clear": task.net.zero_grad}
+
+    def run():
+        calls.append(1)
+        hidden["clear"]()
+        loss = task.loss(batch)
+        loss.backward()
+        return loss
+
+    return run
+
+
+@pytest.mark.parametrize("name", [n for n in family.FAMILY if not n.startswith(("esam", "delta-sam"))])
+def test_a_wrong_guess_leaves_no_trace_in_any_method(name):
+    """Averages, masks, decisions: nothing has counted the stranger's gradient."""
+    ends = []
+    for left in (False, True):
+        task = Task(torch.float32, steps=5)
+        opt = family.build(name, task)
+        for batch, _ in task.batches:
+            calls = []
+            if left:
+                a_backward_by_others(task, batch)
+                for p in task.net.parameters():
+                    p.grad.mul_(torch.linspace(-3, 3, p.numel()).view_as(p))
+            assert opt.step(hidden_zeroing(task, batch, calls)) is not None
+            assert calls
+        ends.append([*snapshot(opt), *(t for own in opt.held.state.values() for t in own.values())])
+    assert same_bits(*ends)
+
+
+@pytest.mark.parametrize("options", [{"reuse_train_gradient": True, "metric": "gap"}, {"validation": "next"}])
+def test_a_radius_that_waits_does_not_learn_from_a_stranger(backend, options):
+    ends = []
+    for left in (False, True):
+        task = Task(torch.float32, steps=4)
+        opt = built(task, backend, rho=lk.LearnedRadius(0.1, curvature="secant", **options))
+        for i, (batch, val_batch) in enumerate(task.batches):
+            if i == 2:
+                opt.load_state_dict(copy.deepcopy(opt.state_dict()))  # forgets what closures do
+            if left and i >= 2:
+                a_backward_by_others(task, val_batch)
+            closures = [hidden_zeroing(task, batch, [])]
+            opt.step(*closures, *([zeroing(task, opt, val_batch)] if opt.radius.learns else []))
+        ends.append(snapshot(opt))
+    assert same_bits(*ends)
+
+
+def test_closures_that_share_their_outer_code_are_told_apart(backend):
+    task = Task(torch.float32, steps=6)
+    opt, flag = built(task, backend), {"zero": False}
+    twin = Task(torch.float32, steps=6)
+    expecting = built(twin, backend)
+
+    class Both:
+        def __init__(self, batch):
+            self.batch = batch
+
+        def __call__(self):
+            if flag["zero"]:
+                flag["clear"]()
+            loss = task.loss(self.batch)
+            loss.backward()
+            return loss
+
+    flag["clear"] = task.net.zero_grad
+    for i, (batch, other) in enumerate(task.batches):
+        flag["zero"] = i >= 3
+        opt.zero_grad()
+        (task.loss(batch) if i < 3 else 100 * task.loss(other)).backward()
+        assert (opt.step(Both(batch)) is None) == (i < 3)
+        expecting.step(zeroing(twin, expecting, batch))
+    assert same_bits(snapshot(opt), snapshot(expecting))
+
+
+@pytest.mark.parametrize("wrapper", [torch.enable_grad(), functools.partial(torch.compile, backend="eager")])
+def test_what_is_wrapped_is_told_apart(backend, wrapper):
+    task = Task(torch.float32, steps=4)
+    opt, calls = built(task, backend), []
+    for i, (batch, other) in enumerate(task.batches):
+        inner = adding(task, batch) if i < 2 else zeroing(task, opt, batch)
+        calls.append(wrapper(inner))
+        opt.zero_grad()
+        (task.loss(batch) if i < 2 else 100 * task.loss(other)).backward()
+        assert (opt.step(calls[-1]) is None) == (i < 2)
+
+
+def test_planted_zeros_do_not_become_gradients_where_a_closure_touches_all_of_them(backend):
+    """A parameter that the second pass does not reach is not stepped, though the closure scales every gradient."""
+    ends = []
+    for said in (None, True):
+        p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))
+        opt = lk.SAM([p, q], torch.optim.AdamW, lr=0.1, backend=backend.name)
+
+        def closure(p=p, q=q):
+            loss = p.square().sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p, q], 1.0)
+
+        (p.square().sum() + q.sum()).backward()
+        opt.step(closure, first_backward=said)
+        assert q.item() == 1.0
+        assert q not in opt.state
+        ends.append(snapshot(opt))
+    assert same_bits(*ends)
+
+
+def test_a_graph_of_the_backward_is_no_zeroing(backend):
+    """create_graph=True adds to gradients out of place."""
+    task = Task(torch.float32, steps=3)
+    opt, counts = built(task, backend), []
+    for batch, _ in task.batches:
+        calls = []
+
+        def closure(batch=batch, calls=calls):
+            calls.append(1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                task.loss(batch).backward(create_graph=True)
+
+        task.loss(batch).backward()
+        assert opt.step(closure) is None
+        counts.append(len(calls))
+        opt.zero_grad()
+    assert counts == [1, 1, 1]
+
+
+def test_a_pass_too_many_is_not_counted_in_running_statistics(backend):
+    net, other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)), torch.nn.Linear(2, 2)
+    opt = lk.SAM(net.parameters(), torch.optim.SGD, lr=0.1, model=net, backend=backend.name)
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+
+    def closure():
+        other.zero_grad()
+        net(x).square().sum().backward()
+
+    for _ in range(3):
+        net(x).square().sum().backward()
+        assert opt.step(closure) is None
+        opt.zero_grad()
+    assert net[1].num_batches_tracked == 3

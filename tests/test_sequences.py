@@ -575,7 +575,8 @@ class Machine(RuleBasedStateMachine):
         if shape == "older":
             opt.zero_grad()
             plan.make(self.params)
-            said = {"first_backward": True} if self.made_by_closures else {}
+            asks = self.made_by_closures or opt.direction.remembers or opt.radius.waits or not opt.schedule.capturable
+            said = {"first_backward": True} if asks else {}  # else one call more would find it out, once
             return opt.step(adding, *val, **said)
         opt.zero_grad()
         with opt.first_pass():

@@ -16,7 +16,12 @@ constexpr int kLanes = 32;
 
 LETS_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Ask for the block after this one: the processor's own prefetchers stop at the end of a page, which is a block.
+// Where several vectors are read and nothing is written, smaller blocks: requests for a page of each at once would wait
+// for each other. They are made this far ahead.
+constexpr int64_t kReadBlock = 256;
+constexpr int64_t kReadAhead = 1024;
+
+// Ask for what comes after this block: the processor's own prefetchers stop at the end of a page.
 LETS_FN void prefetch(const void* next, int64_t bytes) {
   constexpr int64_t kLine = 64;
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(next) + i);
@@ -24,14 +29,19 @@ LETS_FN void prefetch(const void* next, int64_t bytes) {
 
 // A block of storage as arithmetic values: the memory itself where the types agree, else converted into `buffer`.
 template <class C, class T>
-LETS_FN const C* load(const T* from, C* buffer, int64_t n) {
-  prefetch(from + n, n * int64_t(sizeof(T)));
+LETS_FN const C* load(const T* from, C* buffer, int64_t n, int64_t ahead) {
+  prefetch(from + ahead, n * int64_t(sizeof(T)));
   if constexpr (sizeof(T) == sizeof(C)) {
     return from;
   } else {
     for (int64_t i = 0; i < n; ++i) buffer[i] = widen(from[i]);
     return buffer;
   }
+}
+
+template <class C, class T>
+LETS_FN const C* load(const T* from, C* buffer, int64_t n) {
+  return load(from, buffer, n, n);
 }
 
 // Write past the caches; saves the read that an ordinary store of a cold line costs.

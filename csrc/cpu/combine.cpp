@@ -24,12 +24,12 @@ LETS_FN void add(Sum& xx, Sum& xy, Sum& yy, int64_t n, U u, V v) {
 template <class T>
 Dots dots_of(const T* x, const T* y, int64_t numel) {
   using C = typename ArithmeticOf<T>::type;
-  C x_buffer[kBlock], y_buffer[kBlock];
+  C x_buffer[kReadBlock], y_buffer[kReadBlock];
   Sum xx, xy, yy;
-  for (int64_t at = 0; at < numel; at += kBlock) {
-    const int64_t n = smaller(kBlock, numel - at);
-    const C* u = load<C>(x + at, x_buffer, n);
-    const C* v = load<C>(y + at, y_buffer, n);
+  for (int64_t at = 0; at < numel; at += kReadBlock) {
+    const int64_t n = smaller(kReadBlock, numel - at);
+    const C* u = load<C>(x + at, x_buffer, n, kReadAhead);
+    const C* v = load<C>(y + at, y_buffer, n, kReadAhead);
     add(xx, xy, yy, n, [=](int64_t i) { return u[i]; }, [=](int64_t i) { return v[i]; });
   }
   return {Sum::total(xx), Sum::total(xy), Sum::total(yy)};
@@ -38,13 +38,13 @@ Dots dots_of(const T* x, const T* y, int64_t numel) {
 template <class T>
 Dots displacement_dots_of(const T* g, const T* theta, const T* saved, int64_t numel) {
   using C = typename ArithmeticOf<T>::type;
-  C g_buffer[kBlock], now_buffer[kBlock], before_buffer[kBlock];
+  C g_buffer[kReadBlock], now_buffer[kReadBlock], before_buffer[kReadBlock];
   Sum xx, xy, yy;
-  for (int64_t at = 0; at < numel; at += kBlock) {
-    const int64_t n = smaller(kBlock, numel - at);
-    const C* u = load<C>(g + at, g_buffer, n);
-    const C* now = load<C>(theta + at, now_buffer, n);
-    const C* before = load<C>(saved + at, before_buffer, n);
+  for (int64_t at = 0; at < numel; at += kReadBlock) {
+    const int64_t n = smaller(kReadBlock, numel - at);
+    const C* u = load<C>(g + at, g_buffer, n, kReadAhead);
+    const C* now = load<C>(theta + at, now_buffer, n, kReadAhead);
+    const C* before = load<C>(saved + at, before_buffer, n, kReadAhead);
     add(xx, xy, yy, n, [=](int64_t i) { return u[i]; }, [=](int64_t i) { return displacement(now[i], before[i]); });
   }
   return {Sum::total(xx), Sum::total(xy), Sum::total(yy)};

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lets_kernels.amp import Scaler
-from lets_kernels.optimizers.convention import Watch
+from lets_kernels.optimizers.convention import Guess, Watch
 from lets_kernels.optimizers.step import Closure, as_loss, loss_in
 from lets_kernels.runs import capturing
 
@@ -20,20 +20,21 @@ def closure_step(o: "SAM", closure: Closure, scaler: Scaler | None, said: bool |
     Returns:
         What the closure returned for the first pass; None if the caller made that.
     """
-    by_caller, certain = o._convention.look(o, closure, said)
+    guess = o._convention.look(o, closure, said)
     try:
-        if by_caller:
-            loss = _by_caller(o, closure, scaler, certain)
-        elif certain:
+        if guess is Guess.CLOSURE:
             loss = _by_closure(o, closure, scaler)
-        else:
+        elif guess is Guess.OPEN:
             loss = _by_either(o, closure, scaler)
+        else:
+            loss = _by_caller(o, closure, scaler, guess)
         o._finish()
     except BaseException:
         o.restore()
         o._forget_pass()
         o._scaling.give_up()
         o._mark_gradients()  # of a pass that failed: no step may start from them
+        o.network.statistics.keep()
         raise
     return loss
 
@@ -43,24 +44,23 @@ def _by_closure(o: "SAM", closure: Closure, scaler: Scaler | None) -> Any:
     o._drop_gradients()
     if not o.direction.needs_gradient:
         return _second_pass(o, closure, scaler, None, [])[1]
-    loss = _first_pass(o, closure, scaler)
-    watched = [] if o._convention.knows(closure) else _with_gradients(o)
-    return _second_by_closure(o, closure, scaler, loss, sorted(watched, key=Tensor.numel)[:1])
+    return _from_first(o, closure, scaler, _first_pass(o, closure, scaler))
 
 
-def _second_by_closure(o: "SAM", closure: Closure, scaler: Scaler | None, loss: Any, watched: Sequence[Tensor]) -> Any:
-    zeroed, _ = _second_pass(o, closure, scaler, loss, watched)
-    if zeroed is not None:
-        o._convention.saw(closure, zeroed)
+def _from_first(o: "SAM", closure: Closure, scaler: Scaler | None, loss: Any) -> Any:
+    _second_pass(o, closure, scaler, loss, [])
     o._convention.began(False, closure)
     return loss
 
 
-def _by_caller(o: "SAM", closure: Closure, scaler: Scaler | None, certain: bool) -> Any:
+def _by_caller(o: "SAM", closure: Closure, scaler: Scaler | None, guess: Guess) -> Any:
     """The first pass is the caller's, unless the closure is seen to zero: then it makes every one."""
     if scaler is not None:
         o._scaling.unscale(scaler, o.param_groups)
-    zeroed, _ = _second_pass(o, closure, scaler, None, [] if certain else _with_gradients(o))
+    watched = [] if guess is Guess.CALLER else _with_gradients(o)
+    if guess is Guess.KNOWN_CALLER:
+        watched = sorted(watched, key=Tensor.numel)[:1]
+    zeroed, _ = _second_pass(o, closure, scaler, None, watched)
     if zeroed is not None:
         o._convention.saw(closure, zeroed)
     if zeroed:
@@ -71,8 +71,9 @@ def _by_caller(o: "SAM", closure: Closure, scaler: Scaler | None, certain: bool)
 
 
 def _by_either(o: "SAM", closure: Closure, scaler: Scaler | None) -> Any:
-    """The closure seems to zero what is there, so it makes the first pass; if it does not, that was the caller's."""
+    """The closure is called as for the first pass; if it does not zero what is there, that was the caller's."""
     watch = Watch(o, _with_gradients(o))
+    o.network.statistics.hold()  # perhaps it is one pass too many
     try:
         loss = _first_pass(o, closure, scaler)
     finally:
@@ -81,13 +82,16 @@ def _by_either(o: "SAM", closure: Closure, scaler: Scaler | None) -> Any:
     if not zeroed and o._convention.are_callers(watch.gradients):
         watch.give_back()
         _begin_again(o, scaler)
-        return _by_caller(o, closure, scaler, certain=True)
-    return _second_by_closure(o, closure, scaler, loss, [])
+        return _by_caller(o, closure, scaler, Guess.CALLER)
+    o.network.statistics.keep()
+    return _from_first(o, closure, scaler, loss)
 
 
 def _begin_again(o: "SAM", scaler: Scaler | None) -> None:
     """A pass was made that belongs to no step."""
     o.restore()
+    o.network.statistics.release()
+    o._forget_pass()
     o._scaling.give_up()
     o._scaling.begin(scaler)
     o._passes += 1

@@ -1,5 +1,6 @@
 """Who makes the first gradient of ``step(closure)``: told by what the closure does to gradients."""
 
+import enum
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,18 +12,34 @@ import torch
 from torch import Tensor
 
 from lets_kernels.fused import OWN_CODE
-from lets_kernels.runs import capturing
+from lets_kernels.runs import addresses, capturing
 from lets_kernels.samples import Closure
-from lets_kernels.shards import is_spread, version
+from lets_kernels.shards import is_spread, local, version
 
 if TYPE_CHECKING:
     from lets_kernels.optimizers.sam import SAM
 
 _CODES = 64
+#: Where the function inside lies: of methods, of partial, of functools.wraps, of torch.compile.
+_INNER = ("__func__", "func", "__wrapped__", "_torchdynamo_orig_callable")
+_LAYERS = 16
 
 
 class ClosureWarning(UserWarning):
     """``step(closure)`` found gradients, and its closures do not tell whether they are the first of the step."""
+
+
+class Guess(enum.Enum):
+    """Who makes a step's first gradient, before the closure has been called."""
+
+    CLOSURE = enum.auto()
+    CALLER = enum.auto()
+    #: As far as is known: the closure did not zero before. It is watched whether it still does not.
+    KNOWN_CALLER = enum.auto()
+    #: It looks so. If the closure then zeroes, the step is taken once more, from its beginning.
+    LIKELY_CALLER = enum.auto()
+    #: The closure is called first, at the weights, and what it does decides.
+    OPEN = enum.auto()
 
 
 class Convention:
@@ -30,37 +47,44 @@ class Convention:
 
     A closure that zeroes gradients makes all of them, whatever lies there. Of one that does not, gradients that are new
     since the last step are the caller's, unless the closure has begun an earlier step. Whether closures zero is not
-    guessed from gradients: it is seen once for each, by zeros in the place of the gradients.
+    guessed from gradients: it is seen, by zeros in the place of gradients.
     """
 
     def __init__(self) -> None:
-        #: Whether closures zero gradients, by their code, as far as was seen.
+        #: Closures, by their code, that were seen to zero (True), or were not (False).
         self._zeroing: dict[object, bool] = {}
         #: Whether the caller began the last step, where anything showed it.
         self._caller: bool | None = None
         #: Closures make every gradient, and nobody asks any more: they zero, or it was said that they do not.
         self.settled = False
 
-    def look(self, o: "SAM", closure: Closure, said: bool | None) -> tuple[bool, bool]:
-        """Is the first gradient the caller's, and is that certain before the closure has been called?
+    def look(self, o: "SAM", closure: Closure, said: bool | None) -> Guess:
+        """Whose is the first gradient?
 
         Raises:
-            RuntimeError: it was said that it is, and there is no new gradient.
+            RuntimeError: it was said that it is the caller's, and there is no new gradient.
             ValueError: it was said that it is, and the method has no use for it.
         """
         if said:
             _check_said(o)
         if said is not None or o.samples.per_sample or not o.direction.needs_gradient or self.settled:
-            return bool(said), True
+            return Guess.CALLER if said else Guess.CLOSURE
         if o.network.passed or o._started:  # with opt.first_pass(): was around it
-            return True, True
-        if not o._has_new_gradients():
-            return False, True
+            return Guess.CALLER
+        if o.direction.starts or not o._has_new_gradients():  # a first pass that starts elsewhere is in that context
+            return Guess.CLOSURE
         zeroing = self._zeroing.get(_code(closure))
-        if zeroing is None:
-            seems = _mentions_zeroing(closure) or self._caller is False
-            return not seems and self.are_callers(o._gradients()), False
-        return not zeroing and self.are_callers(o._gradients()), True
+        if zeroing:
+            return Guess.CLOSURE
+        if zeroing is None and (_mentions_zeroing(closure) or self._caller is False):
+            return Guess.OPEN
+        if not self.are_callers(o._gradients()):
+            return Guess.CLOSURE
+        if zeroing is False:
+            return Guess.KNOWN_CALLER
+        # What a step does between its passes cannot always be undone; then the closure is asked first.
+        undone = o.schedule.capturable and not (o.direction.remembers or o.radius.waits)
+        return Guess.LIKELY_CALLER if undone else Guess.OPEN
 
     def are_callers(self, gradients: Sequence[Tensor]) -> bool:
         """Are new gradients, before a closure that does not zero, the caller's? Where they are nobody's, it is said."""
@@ -79,14 +103,12 @@ class Convention:
             self._zeroing.clear()
         self._zeroing[_code(closure)] = zeroes
 
-    def knows(self, closure: Closure) -> bool:
-        """True if it need not be watched."""
-        return self.settled or _code(closure) in self._zeroing
-
     def began(self, by_caller: bool, closure: Closure) -> None:
         """A step was taken whose first gradient was made so."""
         self._caller = by_caller
-        self.settled = self.settled or (not by_caller and self._zeroing.get(_code(closure), False))
+        if not by_caller and not self.settled:
+            zeroing = self._zeroing.get(_code(closure))
+            self.settled = _mentions_zeroing(closure) if zeroing is None else zeroing
 
 
 def _warn_of_gradients() -> None:
@@ -127,10 +149,13 @@ def _check_said(o: "SAM") -> None:
 
 def _code(closure: Closure) -> object:
     """What closures that are made anew for every step have in common."""
-    while isinstance(closure, partial):
-        closure = closure.func
-    function = getattr(closure, "__func__", closure)
-    return getattr(function, "__code__", type(closure))
+    function: Any = closure
+    for _ in range(_LAYERS):
+        inner = next((found for name in _INNER if (found := getattr(function, name, None)) is not None), None)
+        if inner is None:
+            break
+        function = inner
+    return getattr(function, "__code__", type(function))
 
 
 def _mentions_zeroing(closure: Closure) -> bool:
@@ -186,7 +211,7 @@ def _are_nothing(gradients: Sequence[Tensor]) -> bool:
 class Watch:
     """Zeros in the place of gradients, by which a closure is seen to zero: it drops them, or writes zeros over them.
 
-    They are -0, to which any gradient can be added and stays what it is.
+    They are -0, to which any gradient can be added and stays what it is, and are looked at when backward comes to them.
     """
 
     def __init__(self, o: "SAM", params: Sequence[Tensor]) -> None:
@@ -198,15 +223,26 @@ class Watch:
                 zero = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False).neg_()
                 p.grad = zero
                 self._zeros.append(zero)
-        self._versions = list(map(version, self._zeros))
-        self._written = False
-        self._hooks = [p.register_post_accumulate_grad_hook(partial(self._added, i)) for i, p in enumerate(params)]
+        self._versions, self._places = list(map(version, self._zeros)), addresses(list(map(local, self._zeros)))
+        self._reached = [False] * len(params)
+        self._zeroed = False
+        self._hooks = [p.register_hook(partial(self._reach, i)) for i, p in enumerate(params)]
 
-    def _added(self, i: int, p: Tensor) -> None:
-        """Backward has added to the i-th, for the first time: was it written to before?"""
-        self._hooks[i].remove()
-        if p.grad is self._zeros[i] and sum(version(self._zeros[i])) > sum(self._versions[i]) + 1:
-            self._written = True
+    def _reach(self, i: int, _: Tensor) -> None:
+        """Backward is about to add to the i-th: was it dropped, or written to, before?"""
+        if not self._reached[i]:
+            self._reached[i] = True
+            self._zeroed = self._zeroed or self._is_another(i)
+
+    def _is_another(self, i: int) -> bool:
+        (p, _), zero = self._before[i], self._zeros[i]
+        if p.grad is not zero or version(zero) != self._versions[i]:
+            return True
+        if addresses([local(zero)]) != [self._places[i]]:  # grad.data = ...
+            return True
+        # grad.data.zero_() shows in the sign of zero alone; nobody waits for a device to look at that.
+        seen = zero.numel() and zero.device.type == "cpu" and not is_spread(zero) and not zero.is_complex()
+        return bool(seen and not torch.signbit(zero.flatten()[0]))
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -214,14 +250,16 @@ class Watch:
         return [grad for _, grad in self._before if grad is not None]
 
     def ends(self) -> bool:
-        """The closure has been called: did it zero? What it did not touch is None again."""
+        """The closure has been called: did it zero? What no backward has reached is None again."""
         for hook in self._hooks:
             hook.remove()
-        zeroed = self._written or self._optimizer._zeroed != self._calls
-        for (p, _), zero, before in zip(self._before, self._zeros, self._versions, strict=True):
+        zeroed = self._zeroed or self._optimizer._zeroed != self._calls
+        for i, ((p, _), zero) in enumerate(zip(self._before, self._zeros, strict=True)):
+            if self._reached[i]:
+                continue
             if p.grad is not zero:
                 zeroed = True
-            elif version(zero) == before:
+            elif not (is_spread(zero) and version(zero) != self._versions[i]):  # FSDP adds to it by itself
                 p.grad = None
         return zeroed
 
