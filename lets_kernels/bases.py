@@ -24,10 +24,10 @@ def check_saves(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
     try:
         found = optimizer.state_dict()
-    except (
-        Exception
-    ):  # it has one only at times, as ZeroRedundancyOptimizer after consolidate_state_dict(), and says so
+    except RuntimeError:  # it has one at times only, as ZeroRedundancyOptimizer when it is consolidated, and says so
         return
+    except Exception as error:
+        raise TypeError(f"{name}.state_dict() fails, so nothing could be saved: {error!r}") from error
     lacks = [key for key in ("state", "param_groups") if not isinstance(found, Mapping) or key not in found]
     if lacks:
         raise TypeError(

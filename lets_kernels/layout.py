@@ -315,7 +315,7 @@ class Bucket:
         Parameters are followed to where they lie by now, and weights are rounded to the dtype that they have there.
 
         Raises:
-            RuntimeError: a parameter has another number of elements by now, so that nothing fits; nothing is written.
+            RuntimeError: a parameter has another shape by now; it is not written, the others are.
         """
         if not self.is_current():
             self._restore_what_moved(runs)
@@ -328,20 +328,21 @@ class Bucket:
 
     def _restore_what_moved(self, runs: Runs) -> None:
         memory, starts = self.memory, self._rows[:, 0].tolist()
-        for i in runs.indices:
-            if memory[i].shape != self._shapes[i]:
-                raise RuntimeError(
-                    f"a parameter was resized while it is perturbed: it is now {_described(*_kind(memory[i]))}. Give "
-                    f"it a tensor of shape {tuple(self._shapes[i])} again (p.data = ...) and call restore()"
-                )
-        for i in runs.indices:
+        resized = [i for i in runs.indices if memory[i].shape != self._shapes[i]]
+        for i in (i for i in runs.indices if i not in resized):
             shape, stride, p = self._shapes[i], self._strides[i], memory[i].detach()
             if not is_dense(torch.empty_strided(shape, stride, device="meta")):
                 stride = torch.empty(shape, device="meta").stride()
             home = self.saved.as_strided(shape, stride, starts[i]).to(p.device, p.dtype)
             p.copy_(torch.where(self.dirty.to(p.device) != 0, home, p))
+            increment_version([self.params[i]])
+        for i in resized:
+            raise RuntimeError(
+                f"a parameter was resized while it is perturbed: it is now {_described(*_kind(memory[i]))}; the others "
+                f"are restored. Give it a tensor of shape {tuple(self._shapes[i])} again (p.data = ...) and call "
+                "restore()"
+            )
         self.dirty.zero_()
-        increment_version([self.params[i] for i in runs.indices])
 
 
 def _kind(p: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:

@@ -48,6 +48,8 @@ def check_parameter(p: Tensor, where: str) -> None:
             "what is done to it by itself (__torch_dispatch__), so its numbers need not lie in its memory. Keep it out "
             "of the groups, train the tensors in it as parameters, or dequantise it (p.dequantize())"
         )
+    if p.is_nested:
+        raise TypeError(f"{where}: a nested parameter cannot be perturbed; make a parameter of each tensor in it")
     if p.layout is not torch.strided:
         raise TypeError(
             f"{where}: a parameter of layout {p.layout} cannot be perturbed; make it dense (p.to_dense()), or keep it "

@@ -4,7 +4,8 @@ Every function raises ``ValueError``, or returns None and has changed nothing.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from numbers import Real
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.bases import own_step
 from lets_kernels.fused import FUSED, refusal
 from lets_kernels.hypergradient import Trial
 from lets_kernels.shards import local as real
@@ -40,7 +42,7 @@ def check_keys(entry: Any, keys: Iterable[str], what: str) -> None:
 
 def check_count(value: Any, what: str) -> None:
     """A whole number, not negative."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         _refuse(what, f"is {value!r}, not a count")
 
 
@@ -99,6 +101,36 @@ def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> 
             for name in present if found or made else ():
                 if name not in found or not _alike(found[name], present[name]):
                     _refuse(f"{what}['state']", f"has no usable {name}")
+    try:
+        _try_out(trial)
+    except Exception as error:
+        _refuse(what, f"is none that {type(optimizer).__name__} can go on from ({error})")
+
+
+def _try_out(trial: torch.optim.Optimizer) -> None:
+    """A step along zeros: ``ValueError``, or whatever the optimizer raises, where it cannot be taken."""
+    params = [p for group in trial.param_groups for p in group["params"]]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    own_step(trial)
+    if any(bool(p.isnan().any()) for p in params):
+        raise ValueError("a step along zeros is no number")
+
+
+def check_layout(state_dict: Any) -> None:
+    """A state of the layout in which torch's optimizers save theirs."""
+    what = "state_dict"
+    if not isinstance(state_dict, Mapping):
+        _refuse(what, f"is a {type(state_dict).__name__}, not a dict")
+    for name, kind, known in (("state", Mapping, "a dict"), ("param_groups", (list, tuple), "a list")):
+        if name not in state_dict:
+            _refuse(what, f"lacks {name}")
+        if not isinstance(state_dict[name], kind):
+            _refuse(f"{what}[{name!r}]", f"is a {type(state_dict[name]).__name__}, not {known}")
+    for index, group in enumerate(state_dict["param_groups"]):
+        found = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(found, (list, tuple)) or not all(isinstance(key, Hashable) for key in found):
+            _refuse(f"{what}['param_groups'][{index}]", "has no list of params")
 
 
 def check_held(held: Mapping[Any, Mapping[str, Any]], params: Sequence[Tensor], names: Iterable[str]) -> None:
@@ -116,7 +148,9 @@ def check_held(held: Mapping[Any, Mapping[str, Any]], params: Sequence[Tensor], 
 
 def _shaped_as(value: Any, p: Tensor) -> bool:
     """True for a tensor that goes with a parameter, or with this rank's part of it, element by element."""
-    return isinstance(value, Tensor) and value.shape in (p.shape, real(p).shape)
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    return value.shape in (p.shape, real(p).shape) and (value.device.type != "meta" or p.device.type == "meta")
 
 
 def check_base(
@@ -128,28 +162,35 @@ def check_base(
 ) -> None:
     """What the base optimizer would load: its numbers in every group, and state that goes with the parameters.
 
-    Options that are switches it fills in by itself, where an older version saved none. Of an optimizer that has no
-    fused step only that is looked at whose kind is known: step counts, and what it has a tensor for at present. One
-    that has hooks of its own on what it loads knows best.
+    Options that are switches it fills in by itself, where an older version saved none. Of an optimizer that is not
+    torch's only that is looked at whose kind is known: the learning rate, step counts, and what it has a tensor for at
+    present. One that has hooks of its own on what it loads knows best.
 
     ``places`` has the place among ``params`` of each key of ``state``; another key is none of a parameter.
     """
-    if base._optimizer_load_state_dict_pre_hooks:  # they may make of it what they want
+    if getattr(base, "_optimizer_load_state_dict_pre_hooks", None):  # they may make of it what they want
         return
-    kind = FUSED.get(type(base))
+    needs = _needs(base)
     for index, group in enumerate(groups):
+        for name, value in group.items():
+            if isinstance(value, Tensor) and value.numel() != 1 and not isinstance(base.defaults.get(name), Tensor):
+                _refuse(f"state_dict['param_groups'][{index}]", f"has {value.numel()} elements for {name}")
         for name, now in base.defaults.items():
             numbers = now if isinstance(now, (list, tuple)) else (now,)
             if not all(_is_number(number) for number in numbers):
                 continue
             what = f"state_dict['param_groups'][{index}]"
             if name not in group:
-                if kind is None:  # it may fill in what it had not yet when the state was saved
+                if needs is None and name != "lr":  # it may fill in what it had not yet when the state was saved
                     continue
                 _refuse(what, f"lacks {name}")
             values = group[name] if isinstance(now, (list, tuple)) else (group[name],)
             if not isinstance(values, (list, tuple)) or len(values) != len(numbers) or not all(map(_is_number, values)):
                 _refuse(what, f"has {group[name]!r} for {name}, where {now!r} has another kind")
+            if all(map(_is_finite, numbers)) and not all(map(_is_finite, values)):
+                _refuse(what, f"has {group[name]!r} for {name}, which is not finite")
+    options = {key: group for group in groups for key in group["params"]}
+    seen: set[int] = set()
     for key, entry in state.items():
         if key not in places or not 0 <= places[key] < len(params):
             continue
@@ -157,24 +198,61 @@ def check_base(
         what = f"state_dict['state'][{key!r}]"
         if not isinstance(entry, Mapping):
             _refuse(what, f"is a {type(entry).__name__}, not a dict")
-        for name in kind.needs if kind is not None and entry else ():
-            if name not in entry:
+        for name in (*needs, *_asked_for(base, options[key])) if needs is not None and entry else ():
+            if entry.get(name) is None:
                 _refuse(what, f"lacks {name}")
         present = base.state.get(p, {})
         for name, value in entry.items():
-            known = kind is not None and name in (*kind.needs, *_OPTIONAL)
+            known = needs is not None and name in (*needs, *_OPTIONAL)
             now = present.get(name)
-            if name == "step" and (known or (now is not None and _is_number(now))):
-                if not _is_number(value):
-                    _refuse(f"{what}['step']", f"is {value!r}, not a number")
+            if name in _NUMBERS and (known or (now is not None and _is_number(now))):
+                if not _is_number(value) or not _is_finite(value, 0.0 if name == "step" else -math.inf):
+                    _refuse(f"{what}[{name!r}]", f"is {value!r}, not a number that it could have come to")
                 continue
-            alike = known or (kind is None and isinstance(now, Tensor) and now.shape == p.shape)
+            if isinstance(value, Tensor) and value.dim():
+                if id(value) in seen:
+                    _refuse(f"{what}[{name!r}]", "is the tensor of another entry too")
+                seen.add(id(value))
+            alike = known or (needs is None and isinstance(now, Tensor) and now.shape == p.shape)
             if alike and not _shaped_as(value, p) and not (value is None and name in _OPTIONAL):
                 _refuse(f"{what}[{name!r}]", "is no tensor of the parameter's shape")
 
 
-#: What SGD and Adam keep where their options ask for it.
-_OPTIONAL = ("momentum_buffer", "max_exp_avg_sq")
+#: What torch's optimizers keep where their options ask for it, and what of their state are single numbers.
+_OPTIONAL = ("momentum_buffer", "max_exp_avg_sq", "grad_avg")
+_NUMBERS = ("step", "mu_product", "eta", "mu")
+#: What those that have no fused step keep for every parameter.
+_KEEPS: dict[type, tuple[str, ...]] = {
+    torch.optim.RMSprop: ("step", "square_avg"),
+    torch.optim.Adagrad: ("step", "sum"),
+    torch.optim.Adamax: ("step", "exp_avg", "exp_inf"),
+    torch.optim.NAdam: ("step", "mu_product", "exp_avg", "exp_avg_sq"),
+    torch.optim.RAdam: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.ASGD: ("step", "eta", "mu", "ax"),
+    torch.optim.Rprop: ("step", "prev", "step_size"),
+}
+
+
+def _needs(base: torch.optim.Optimizer) -> tuple[str, ...] | None:
+    """What an optimizer keeps for a parameter, once there is anything; None where nobody knows."""
+    kind = FUSED.get(type(base))
+    return kind.needs if kind is not None else _KEEPS.get(type(base))
+
+
+def _asked_for(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> Iterator[str]:
+    """What it keeps beside, with these options."""
+    if group.get("amsgrad"):
+        yield "max_exp_avg_sq"
+    if isinstance(base, torch.optim.RMSprop):
+        if group.get("centered"):
+            yield "grad_avg"
+        if group.get("momentum"):
+            yield "momentum_buffer"
+
+
+def _is_finite(value: Any, least: float = -math.inf) -> bool:
+    """A finite number, and not below the least; of a tensor without memory nobody knows."""
+    return (isinstance(value, Tensor) and value.is_meta) or (math.isfinite(float(value)) and float(value) >= least)
 
 
 def _is_number(value: Any) -> bool:
@@ -280,6 +358,9 @@ def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool)
         for name, least in (("xi", 0), ("q", 1)):
             if not _is_number(ascent[name]) or not ascent[name] >= least:
                 _refuse(f"{what}: an ascent", f"has {ascent[name]!r} for {name}")
+        check_count(ascent["group"], f"{what}: an ascent's group")
+        if not _is_list(ascent["places"]) or not all(map(_is_place, ascent["places"])):
+            _refuse(f"{what}: an ascent", f"has {ascent['places']!r} for places")
         indices, vectors = ascent["indices"], ascent["vectors"]
         if not (_is_list(indices) and _is_list(vectors) and len(vectors) in (0, len(indices))):
             _refuse(f"{what}: an ascent", "has not one vector for every index")

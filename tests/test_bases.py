@@ -176,7 +176,10 @@ def test_a_part_of_the_parameters_for_each_rank_goes_inside_and_not_around(ways,
 # ---- what closures may return
 
 
-@pytest.mark.parametrize("returns", ["tuple", "list", "dict", "vector", "none", "string", "complex", "float", "empty"])
+RETURNED = ["tuple", "list", "dict", "vector", "none", "string", "complex", "float", "empty", "huge", "sparse"]
+
+
+@pytest.mark.parametrize("returns", RETURNED)
 def test_what_a_closure_returns_is_handed_through(backend, returns):
     """As torch's SGD does; the loss is seen where there is one."""
     task = Task(torch.float64, steps=1)
@@ -199,6 +202,8 @@ def test_what_a_closure_returns_is_handed_through(backend, returns):
                 "complex": torch.ones((), dtype=torch.complex64),
                 "float": loss.item(),
                 "empty": (),
+                "huge": 10**400,
+                "sparse": torch.ones(1).to_sparse(),
             }[returns]
         )
         return made[-1]

@@ -30,6 +30,7 @@ import interrupted
 import lets_kernels as lk
 from family import FAMILY, ONE_EACH
 from interrupts import Problem, Timer, Tracer, by_closure, by_context, by_two_steps, strike
+from nets import Task
 from runs import same_bits
 from toys import weights
 
@@ -283,3 +284,20 @@ def test_a_handler_that_restores_and_returns_leaves_no_perturbation(backend, met
             problem.opt.restore()
             assert same_bits(problem.weights(), now), "a perturbation was left"
     assert min(ended.values()) > 0, ended
+
+
+def test_a_first_pass_that_a_handler_gave_up_says_so():
+    """restore() within the closure's first pass of a method that starts elsewhere: not a word of first_pass()."""
+    task = Task(torch.float32, steps=1)
+    opt, before = lk.RSAM(task.net.parameters(), torch.optim.SGD, lr=0.1, seed=1), task.bits()
+    inner = task.closure(task.batches[0][0])
+
+    def closure():
+        opt.restore()
+        return inner()
+
+    with pytest.raises(RuntimeError, match="restore\\(\\) was called in the middle of this step"):
+        opt.step(closure)
+    assert same_bits(task.bits(), before)
+    opt.step(inner)
+    assert not same_bits(task.bits(), before)

@@ -467,3 +467,22 @@ def test_one_gradient_tensor_of_two_parameters_is_written_once(backend, method):
             half()
         stepped.append([p.detach().clone() for p in params])
     assert same_bits(*stepped)
+
+
+@pytest.mark.parametrize("end", ["restore", "second_step", "closure"])
+def test_the_others_come_home_where_one_was_resized(backend, end):
+    """And it too, once it has its shape again."""
+    a, b, c = (torch.nn.Parameter(torch.full((3,), float(i))) for i in range(1, 4))
+    opt = lk.SAM([a, b, c], torch.optim.SGD, lr=0.1, rho=0.5, backend=backend.name)
+    (a.sum() + b.sum() + c.sum()).backward()
+    opt.first_step(zero_grad=True)
+    perturbed, b.data = b.data, torch.ones(4)
+    (a.sum() + b.sum() + c.sum()).backward()
+    call = {"restore": opt.restore, "second_step": opt.second_step, "closure": lambda: opt.step(lambda: None)}[end]
+    with pytest.raises(RuntimeError, match="the others are restored"):
+        call()
+    assert a.tolist() == [1.0] * 3
+    assert c.tolist() == [3.0] * 3
+    b.data = perturbed
+    opt.restore()
+    assert b.tolist() == [2.0] * 3

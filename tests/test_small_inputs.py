@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -412,3 +413,12 @@ def test_the_device_that_torch_makes_tensors_on_does_not_matter(method):
                 assert int(opt.skipped) == 0 and opt.metrics()
             found[name, inside] = [*weights(task), rho]
     assert all(same_bits(each, found["nothing", True]) for each in found.values())
+
+
+def test_a_nested_parameter_is_refused_in_words(backend):
+    parts = [torch.ones(2), torch.ones(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        p = torch.nn.Parameter(torch.nested.nested_tensor(parts))
+    with pytest.raises(TypeError, match="a nested parameter cannot be perturbed"):
+        lk.SAM([p], torch.optim.SGD, lr=0.1, backend=backend.name)

@@ -10,7 +10,16 @@ from lets_kernels.optimizers import carried
 from lets_kernels.optimizers.base import KEY, Wrapper
 from lets_kernels.passes import Held
 from lets_kernels.radius import check_rho
-from lets_kernels.saved import check_base, check_count, check_held, check_kept, check_keys, check_part, check_scalar
+from lets_kernels.saved import (
+    check_base,
+    check_count,
+    check_held,
+    check_kept,
+    check_keys,
+    check_layout,
+    check_part,
+    check_scalar,
+)
 
 
 class Saved(Wrapper):
@@ -106,6 +115,7 @@ class Saved(Wrapper):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        check_layout(state_dict)
         own, groups = state_dict.get(KEY), state_dict["param_groups"]
         numbers = next((group[KEY] for group in groups if group.get(KEY) is not None), None)
         if own is None and numbers is not None:

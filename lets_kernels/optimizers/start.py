@@ -61,12 +61,14 @@ class FirstPassContext:
         self._optimizer = optimizer
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}
         self._network = optimizer.network.first_pass(devices)
+        self._start: Start | None = None
 
     def __enter__(self) -> None:
         o = self._optimizer
         o.refuse_another_step("first_pass()")
         try:
             _enter(o, self._network)
+            self._start = o._start
         except BaseException:
             o.restore()
             raise
@@ -77,6 +79,8 @@ class FirstPassContext:
         o = self._optimizer
         try:
             _leave(o, self._network, kind, error, traceback)
+            if kind is None and self._start is not None and self._start.given_up:
+                raise given_up()
         except BaseException:
             o.restore()
             raise

@@ -78,9 +78,14 @@ def loss_in(returned: Any) -> Tensor | None:
     elif isinstance(returned, (tuple, list)):
         returned = returned[0] if returned else None
     if isinstance(returned, Tensor):
-        one = returned.numel() == 1 and not returned.is_complex()
+        one = returned.layout is torch.strided and not returned.is_complex() and returned.numel() == 1
         return returned.detach().double().reshape(()) if one else None
-    return torch.tensor(float(returned), dtype=torch.float64, device="cpu") if isinstance(returned, Real) else None
+    if not isinstance(returned, Real):
+        return None
+    try:
+        return torch.tensor(float(returned), dtype=torch.float64, device="cpu")
+    except OverflowError:  # an integer beyond float64
+        return None
 
 
 def as_loss(returned: Any, name: str) -> Tensor:
