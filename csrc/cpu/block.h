@@ -16,9 +16,10 @@ constexpr int kLanes = 32;
 
 LETS_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Where several vectors are read and nothing is written, smaller blocks: requests for a page of each at once would wait
-// for each other. They are made this far ahead.
-constexpr int64_t kReadBlock = 256;
+// Where two, or three, vectors are read and nothing is written, smaller blocks: requests for a page of each at once
+// would wait for each other. They are made this far ahead.
+constexpr int64_t kBlockOfTwo = 256;
+constexpr int64_t kBlockOfThree = 64;
 constexpr int64_t kReadAhead = 1024;
 
 // Ask for what comes after this block: the processor's own prefetchers stop at the end of a page.

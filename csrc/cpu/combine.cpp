@@ -24,10 +24,10 @@ LETS_FN void add(Sum& xx, Sum& xy, Sum& yy, int64_t n, U u, V v) {
 template <class T>
 Dots dots_of(const T* x, const T* y, int64_t numel) {
   using C = typename ArithmeticOf<T>::type;
-  C x_buffer[kReadBlock], y_buffer[kReadBlock];
+  C x_buffer[kBlockOfTwo], y_buffer[kBlockOfTwo];
   Sum xx, xy, yy;
-  for (int64_t at = 0; at < numel; at += kReadBlock) {
-    const int64_t n = smaller(kReadBlock, numel - at);
+  for (int64_t at = 0; at < numel; at += kBlockOfTwo) {
+    const int64_t n = smaller(kBlockOfTwo, numel - at);
     const C* u = load<C>(x + at, x_buffer, n, kReadAhead);
     const C* v = load<C>(y + at, y_buffer, n, kReadAhead);
     add(xx, xy, yy, n, [=](int64_t i) { return u[i]; }, [=](int64_t i) { return v[i]; });
@@ -38,10 +38,10 @@ Dots dots_of(const T* x, const T* y, int64_t numel) {
 template <class T>
 Dots displacement_dots_of(const T* g, const T* theta, const T* saved, int64_t numel) {
   using C = typename ArithmeticOf<T>::type;
-  C g_buffer[kReadBlock], now_buffer[kReadBlock], before_buffer[kReadBlock];
+  C g_buffer[kBlockOfThree], now_buffer[kBlockOfThree], before_buffer[kBlockOfThree];
   Sum xx, xy, yy;
-  for (int64_t at = 0; at < numel; at += kReadBlock) {
-    const int64_t n = smaller(kReadBlock, numel - at);
+  for (int64_t at = 0; at < numel; at += kBlockOfThree) {
+    const int64_t n = smaller(kBlockOfThree, numel - at);
     const C* u = load<C>(g + at, g_buffer, n, kReadAhead);
     const C* now = load<C>(theta + at, now_buffer, n, kReadAhead);
     const C* before = load<C>(saved + at, before_buffer, n, kReadAhead);
