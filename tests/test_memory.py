@@ -111,3 +111,49 @@ def test_the_package_keeps_one_saved_copy_and_nothing_else_of_the_weights_size(n
     others = {t.data_ptr() for t in large if t is not p and not any(t is s for s in state)}
     assert opt._space().buckets[0].saved.data_ptr() in others
     assert len(others) == 1 + KEPT.get(name, 0)
+
+
+def sizes(tensors):
+    """Bytes of the memory in which these tensors lie, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_auto_holds_the_first_gradient_through_the_second_pass_and_no_memory_of_its_own():
+    """The weights before the last step lie in the buffer that perturbations are undone from."""
+    p, options = problem()
+    opt = lets_kernels.SAM([p], torch.optim.SGD, rho="auto", **options)
+    for _ in range(2):
+        backward(p)
+        first = weakref.ref(p.grad)
+        opt.first_step(zero_grad=True)
+        assert first() is not None
+        backward(p)
+        opt.second_step(zero_grad=True)
+        assert first() is None, "kept beyond the step"
+    (bucket,) = opt._buckets.buckets
+    kept = [t for own in opt.held.state.values() for t in own.values()]
+    assert len(kept) == 1
+    assert kept[0].untyped_storage().data_ptr() == bucket.saved.untyped_storage().data_ptr()
+    assert sizes([bucket.saved]) == 4 * 4096
+    assert sizes([opt.radius.memory]) <= 64
+
+
+@pytest.mark.parametrize("curvature", ["diagonal", "secant"])
+def test_what_waits_for_the_next_gradient_is_two_buffers(curvature):
+    p, options = problem()
+    radius = lets_kernels.LearnedRadius(0.05, validation="next", curvature=curvature)
+    opt = lets_kernels.SAM([p], torch.optim.SGD, radius, **options)
+    backward(p)
+    opt.first_step(zero_grad=True)
+    backward(p)
+    opt.second_step(zero_grad=True)
+    trial = radius._pending[0]
+    waiting = [g for each in (*trial.first, *trial.perturbed, *trial.stepped) for g in each.values()]
+    waiting += [v for a in trial.ascents for v in a.vectors]
+    assert sizes(waiting) == 2 * 4 * 4096
+    known = [weakref.ref(t) for t in waiting]
+    del trial, waiting
+    backward(p)
+    opt.first_step(zero_grad=True)
+    assert all(t() is None for t in known), "kept once the radius has learned from it"
+    opt.restore()
