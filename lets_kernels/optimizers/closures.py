@@ -31,7 +31,6 @@ def closure_step(o: "SAM", closure: Closure, scaler: Scaler | None, said: bool |
         o._finish()
     except BaseException:
         o.restore()
-        o._forget_pass()
         o._scaling.give_up()
         o._mark_gradients()  # of a pass that failed: no step may start from them
         o.network.statistics.keep()
