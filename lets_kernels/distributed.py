@@ -60,6 +60,15 @@ class Replicas:
             raise TypeError("an optimizer with a process_group cannot be pickled; save its state_dict()")
         return Replicas, (self.asked,)
 
+    def any(self, flag: bool, home: torch.device) -> bool:
+        """Is it true on any rank? Waits for the others, and for the device."""
+        if not self.groups:
+            return flag
+        found = torch.full((), float(flag), device=home)
+        for group in self.groups:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+        return bool(found > 0)
+
     def find(self, model: torch.nn.Module | None, params: Sequence[Tensor]) -> None:
         """Take the group that was given; else that of DTensors' mesh; else that of a DistributedDataParallel model."""
         self.unclear = False

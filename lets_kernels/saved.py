@@ -91,7 +91,7 @@ def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> 
     except Exception as error:
         _refuse(what, f"is none that {type(optimizer).__name__} can load ({error})")
     for mine, loaded in zip(optimizer.param_groups, trial.param_groups, strict=True):
-        for name in mine.keys() - {"params"}:
+        for name in mine.keys() & optimizer.defaults.keys():
             if name not in loaded or not _alike(loaded[name], mine[name]):
                 _refuse(f"{what}['param_groups']", f"has no usable {name}")
         for p, q in zip(mine["params"], loaded["params"], strict=True):
@@ -101,20 +101,23 @@ def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> 
             for name in present if found or made else ():
                 if name not in found or not _alike(found[name], present[name]):
                     _refuse(f"{what}['state']", f"has no usable {name}")
-    try:
-        _try_out(trial)
-    except Exception as error:
-        _refuse(what, f"is none that {type(optimizer).__name__} can go on from ({error})")
+    wrong = _tried_out(trial)
+    if wrong is not None and _tried_out(copy.deepcopy(optimizer)) is None:  # else it says nothing of the state
+        _refuse(what, f"is none that {type(optimizer).__name__} can go on from ({wrong})")
 
 
-def _try_out(trial: torch.optim.Optimizer) -> None:
-    """A step along zeros: ``ValueError``, or whatever the optimizer raises, where it cannot be taken."""
+def _tried_out(trial: torch.optim.Optimizer) -> Exception | None:
+    """What is wrong with a step of this optimizer, which is nobody's, along a small gradient."""
     params = [p for group in trial.param_groups for p in group["params"]]
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    own_step(trial)
-    if any(bool(p.isnan().any()) for p in params):
-        raise ValueError("a step along zeros is no number")
+    try:
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        own_step(trial)
+        if any(bool(p.isnan().any()) for p in params):
+            raise ValueError("its next step is no number")
+    except Exception as error:
+        return error
+    return None
 
 
 def check_layout(state_dict: Any) -> None:
@@ -173,16 +176,17 @@ def check_base(
     needs = _needs(base)
     for index, group in enumerate(groups):
         for name, value in group.items():
-            if isinstance(value, Tensor) and value.numel() != 1 and not isinstance(base.defaults.get(name), Tensor):
+            known = name in base.defaults or name in _OURS
+            if known and isinstance(value, Tensor) and value.numel() != 1:
                 _refuse(f"state_dict['param_groups'][{index}]", f"has {value.numel()} elements for {name}")
         for name, now in base.defaults.items():
+            if needs is None and name != "lr":  # who knows what else it may be
+                continue
             numbers = now if isinstance(now, (list, tuple)) else (now,)
             if not all(_is_number(number) for number in numbers):
                 continue
             what = f"state_dict['param_groups'][{index}]"
             if name not in group:
-                if needs is None and name != "lr":  # it may fill in what it had not yet when the state was saved
-                    continue
                 _refuse(what, f"lacks {name}")
             values = group[name] if isinstance(now, (list, tuple)) else (group[name],)
             if not isinstance(values, (list, tuple)) or len(values) != len(numbers) or not all(map(_is_number, values)):
@@ -209,7 +213,7 @@ def check_base(
                 if not _is_number(value) or not _is_finite(value, 0.0 if name == "step" else -math.inf):
                     _refuse(f"{what}[{name!r}]", f"is {value!r}, not a number that it could have come to")
                 continue
-            if isinstance(value, Tensor) and value.dim():
+            if known and isinstance(value, Tensor) and value.dim():
                 if id(value) in seen:
                     _refuse(f"{what}[{name!r}]", "is the tensor of another entry too")
                 seen.add(id(value))
@@ -218,6 +222,8 @@ def check_base(
                 _refuse(f"{what}[{name!r}]", "is no tensor of the parameter's shape")
 
 
+#: What a group has of ours.
+_OURS = ("rho", "adaptive", "xi")
 #: What torch's optimizers keep where their options ask for it, and what of their state are single numbers.
 _OPTIONAL = ("momentum_buffer", "max_exp_avg_sq", "grad_avg")
 _NUMBERS = ("step", "mu_product", "eta", "mu")
@@ -284,7 +290,7 @@ def check_kept(
 def _alike(value: Any, present: Any) -> bool:
     """True if one value can stand in the place of the other; of options that are None anything may have been saved."""
     if isinstance(present, bool):
-        return isinstance(value, bool)
+        return value is None or isinstance(value, bool)
     if isinstance(present, Tensor) or isinstance(value, Tensor):
         shape = present.shape if isinstance(present, Tensor) else torch.Size(())
         return (isinstance(value, Tensor) and value.shape == shape) or (isinstance(value, Real) and not shape)

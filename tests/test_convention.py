@@ -12,8 +12,9 @@ import torch
 import family
 import lets_kernels as lk
 from nets import Task
+from ranks import spawn
 from runs import same_bits
-from toys import snapshot
+from toys import snapshot, weights
 
 ZEROING = (
     *("optimizer", "base", "module", "in-place", "module-in-place", "none", "after-the-forward", "in-a-function"),
@@ -655,3 +656,121 @@ def test_a_pass_too_many_is_not_counted_in_running_statistics(backend):
         assert opt.step(closure) is None
         opt.zero_grad()
     assert net[1].num_batches_tracked == 3
+
+
+def test_a_closure_that_assigns_its_gradients_makes_all_of_them(backend):
+    """torch.autograd.grad runs hooks of the parameters and adds nothing; what it gives replaces what lay there."""
+    task_of = functools.partial(Task, torch.float32, steps=3)
+    task = task_of()
+    opt, params = built(task, backend), list(task.net.parameters())
+    for batch, other in task.batches:
+        opt.zero_grad()
+        a_backward_by_others(task, other)
+
+        def closure(batch=batch):
+            loss = task.loss(batch)
+            for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+                p.grad = g
+            return loss
+
+        assert opt.step(closure) is not None
+    assert same_bits(snapshot(opt), expected(task_of, backend, 3))
+
+
+def test_gradients_written_by_hand_are_gradients(backend):
+    """As torch.func's are, and those of kernels that add to p.grad by themselves."""
+    ends = []
+    for said in (None, True):
+        params = [torch.nn.Parameter(torch.linspace(1, 2, n)) for n in (1, 3, 5)]
+        opt = lk.SAM(params, torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, backend=backend.name)
+
+        @torch.no_grad()
+        def fill(params=params):
+            for p in params:
+                p.grad = 2 * p if p.grad is None else p.grad.add_(2 * p)
+
+        for _ in range(3):
+            opt.zero_grad()
+            fill()
+            assert opt.step(fill, first_backward=said) is None
+        ends.append(snapshot(opt))
+        assert all(bool((p < torch.linspace(1, 2, p.numel())).all()) for p in params)
+    assert same_bits(*ends)
+
+
+def test_under_a_scaler_a_strangers_gradient_is_not_unscaled(backend):
+    task_of = functools.partial(Task, torch.float32, steps=2)
+    task = task_of()
+    opt, scaler = built(task, backend), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for batch, other in task.batches:
+        opt.zero_grad()
+        (100 * task.loss(other)).backward()
+
+        def closure(batch=batch):
+            for p in task.net.parameters():
+                p.grad = None
+            loss = task.loss(batch)
+            scaler.scale(loss).backward()
+            return loss
+
+        assert opt.step(closure, scaler=scaler) is not None
+        scaler.update()
+    assert scaler.get_scale() == 1024
+    assert same_bits(snapshot(opt), expected(task_of, backend, 2))
+
+
+def test_gradients_of_another_dtype_than_the_parameters(backend):
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        assert torch.__version__ < "2.12"
+        return
+    ends = []
+    for said in (None, True):
+        p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        p.grad_dtype = torch.float32
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt = lk.SAM([p], torch.optim.SGD, lr=0.1, backend=backend.name)
+            p.square().sum().backward()
+            opt.step(lambda p=p: p.square().sum().backward(), first_backward=said)
+        ends.append(p.detach().clone())
+    assert same_bits(*ends)
+    assert (ends[0] < 1).all()
+
+
+def _unused(rank, view, said):
+    torch.manual_seed(0)
+    task = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 1)})
+    e = torch.nn.Parameter(torch.ones(1))
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(rank))
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts, self.e = task, e
+
+        def forward(self, x, use):
+            h = self.parts["a"](x)
+            return self.parts["b"](h * self.e if use else h)
+
+    model = torch.nn.parallel.DistributedDataParallel(Net(), find_unused_parameters=True, gradient_as_bucket_view=view)
+    opt = lk.SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, model=model)
+
+    def closure():
+        model(x, rank == 0).square().mean().backward()
+
+    for _ in range(3):
+        opt.zero_grad()
+        closure()
+        opt.step(closure, first_backward=said)
+    return weights(model)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_ranks_agree_though_each_reaches_other_parameters(view, tmp_path):
+    found = {}
+    for said in (None, True):
+        (tmp_path / str(said)).mkdir()
+        found[said] = spawn(_unused, 2, tmp_path / str(said), view, said)
+    assert same_bits(found[None][0], found[None][1])
+    for a, b in zip(found[None][0], found[True][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

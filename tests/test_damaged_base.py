@@ -232,3 +232,69 @@ def test_a_base_optimizer_whose_saving_fails_is_refused_when_built():
 
     with pytest.raises(TypeError, match=r"Broken.state_dict\(\) fails.*fast"):
         lk.SAM([torch.nn.Parameter(torch.ones(3))], Broken, lr=0.1)
+
+
+# ---- what is no damage
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps something in an attribute, as some do, and divides by the gradient's norm."""
+
+    def __init__(self, params, lr=1e-2):
+        super().__init__(params, {"lr": lr})
+        self.calls = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.calls += 1
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                p -= group["lr"] * p.grad / p.grad.norm()
+
+
+@pytest.mark.parametrize("inner", [Counting, lambda ps, **k: torch.optim.Adam(ps, eps=0.0, **k), torch.optim.RMSprop])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_radius_of_any_optimizer_goes_on_from_its_own_state(inner, steps):
+    _, opt = trained("momentum", rho=lk.LearnedRadius(0.05, optimizer=inner), steps=steps)
+    state = copy.deepcopy(opt.state_dict())
+    _, again = trained("momentum", rho=lk.LearnedRadius(0.05, optimizer=inner), steps=0)
+    torch.optim.lr_scheduler.LambdaLR(again.radius.optimizer, lambda _: 1.0)  # which puts something into the groups
+    again.load_state_dict(state)
+    assert same_bits(again.rho, opt.rho)
+
+
+def test_options_of_a_group_may_be_what_the_optimizer_takes():
+    a, b = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    groups = [{"params": [a]}, {"params": [b], "eps": (None, 1e-3)}]
+    opt = lk.SAM(groups, torch.optim.Adafactor, lr=0.1, eps=(1e-30, 1e-3))
+    opt.param_groups[0]["layer_scale"] = torch.ones(3)  # the user's own
+
+    def closure():
+        opt.zero_grad()
+        (a.square().sum() + b.square().sum()).backward()
+
+    opt.step(closure)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    before = a.detach().clone()
+    opt.step(closure)
+    assert not same_bits(a.detach(), before)
+
+
+def test_others_may_share_a_tensor_between_parameters():
+    class Sharing(torch.optim.SGD):
+        def step(self, closure=None):
+            history = self.state[self.param_groups[0]["params"][0]].get("history", torch.zeros(3))
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["history"] = history
+            return super().step(closure)
+
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = lk.SAM(params, Sharing, lr=0.1)
+
+    def closure():
+        opt.zero_grad()
+        sum(p.square().sum() for p in params).backward()
+
+    opt.step(closure)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert opt.state[params[0]]["history"].shape == (3,)

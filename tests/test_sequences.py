@@ -661,6 +661,8 @@ class Machine(RuleBasedStateMachine):
     def a_gradient_that_is_not_finite(self, shape, batch, absent, poison):
         """Skips the step: what there is stays to the bit."""
         plan = self.plan(batch, absent, poison)
+        if shape == "older" and not self.present(plan):
+            return
         if plan.poison == (None, None) or (plan.poison[1] is not None and not self.model.perturbs):
             return
         waits = self.formula.learned == "next" and poison[0] == 1  # the radius learns in this step from the last one
@@ -865,6 +867,10 @@ class Machine(RuleBasedStateMachine):
     def another_memory(self, k, layout):
         """Is followed, and so is state that lies otherwise."""
         p = self.params[k % len(self.params)]
+        if (
+            self.model.waiting is not None and self.model.waiting[0][-1] is None
+        ):  # a loaded step goes with the old order
+            return
         p.grad = None
         self.point(p, laid(p.data, layout))
 

@@ -55,7 +55,14 @@ def _from_first(o: "SAM", closure: Closure, scaler: Scaler | None, loss: Any) ->
 def _by_caller(o: "SAM", closure: Closure, scaler: Scaler | None, guess: Guess) -> Any:
     """The first pass is the caller's, unless the closure is seen to zero: then it makes every one."""
     if scaler is not None:
-        o._scaling.unscale(scaler, o.param_groups)
+        try:
+            o._scaling.unscale(scaler, o.param_groups)
+        except AssertionError:  # it has not scaled anything yet, so these gradients were not made for this step
+            if guess is not Guess.LIKELY_CALLER:
+                raise
+            o._scaling.give_up()
+            o._scaling.begin(scaler)
+            return _by_closure(o, closure, scaler)
     watched = [] if guess is Guess.CALLER else _with_gradients(o)
     if guess is Guess.KNOWN_CALLER:
         watched = sorted(watched, key=Tensor.numel)[:1]
@@ -71,12 +78,14 @@ def _by_caller(o: "SAM", closure: Closure, scaler: Scaler | None, guess: Guess) 
 
 def _by_either(o: "SAM", closure: Closure, scaler: Scaler | None) -> Any:
     """The closure is called as for the first pass; if it does not zero what is there, that was the caller's."""
+    o._agreed_space()  # who takes part
     watch = Watch(o, _with_gradients(o))
     o.network.statistics.hold()  # perhaps it is one pass too many
     try:
         loss = _first_pass(o, closure, scaler)
     finally:
-        zeroed = watch.ends()
+        watch.ends()
+    zeroed = watch.saw_zeroing()
     o._convention.saw(closure, zeroed)
     if not zeroed and o._convention.are_callers(watch.gradients):
         watch.give_back()
@@ -118,8 +127,8 @@ def _second_pass(
         try:
             returned = o.samples.second(o._pass(scaler), closure)
         finally:
-            seen = watch.ends()
-        zeroed = seen if watched else None
+            watch.ends()
+        zeroed = watch.saw_zeroing() if watched else None
         o.begun_step.perturbed_loss = loss_in(o.samples.loss(returned))
     else:
         o.begun_step.return_gradients()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lets_kernels.fused import OWN_CODE
 from lets_kernels.runs import capturing
@@ -80,8 +81,8 @@ class Convention:
             return Guess.OPEN
         if not self.are_callers(o._gradients()):
             return Guess.CLOSURE
-        if zeroing is False:
-            return Guess.KNOWN_CALLER
+        if zeroing is False:  # ranks would have to look at the same, and to agree
+            return Guess.CALLER if o.replicas.groups else Guess.KNOWN_CALLER
         # What a step does between its passes cannot always be undone; then the closure is asked first.
         undone = o.schedule.capturable and not (o.direction.remembers or o.radius.waits)
         return Guess.LIKELY_CALLER if undone else Guess.OPEN
@@ -217,19 +218,19 @@ class Watch:
     def __init__(self, o: "SAM", params: Sequence[Tensor]) -> None:
         self._optimizer, self._calls = o, o._zeroed
         self._before = [(p, p.grad) for p in params]
-        self._zeros: list[Tensor] = []
         with torch.no_grad():
-            for p in params:
-                zero = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False).neg_()
-                p.grad = zero
-                self._zeros.append(zero)
+            self._zeros = [_zeros_for(p) for p in params]
         self._versions = list(map(version, self._zeros))
         self._reached = [False] * len(params)
         self._zeroed = False
-        self._hooks = [p.register_hook(partial(self._reach, i)) for i, p in enumerate(params)]
+        self._replaced: list[Tensor | None] = []
+        self._hooks: list[RemovableHandle] = []
+        for i, (p, zero) in enumerate(zip(params, self._zeros, strict=True)):
+            p.grad = zero
+            self._hooks.append(p.register_hook(partial(self._reach, i)))
 
     def _reach(self, i: int, _: Tensor) -> None:
-        """Backward is about to add to the i-th: was it dropped, or written to, before?"""
+        """Backward has come to the i-th: was it dropped, or written to, before?"""
         if not self._reached[i]:
             self._reached[i] = True
             self._zeroed = self._zeroed or self._is_another(i)
@@ -247,21 +248,36 @@ class Watch:
         """Those that were there before."""
         return [grad for _, grad in self._before if grad is not None]
 
-    def ends(self) -> bool:
-        """The closure has been called: did it zero? What no backward has reached is None again."""
+    def ends(self) -> None:
+        """The closure has been called, or has failed. What it did not touch is None again."""
         for hook in self._hooks:
             hook.remove()
-        zeroed = self._zeroed or self._optimizer._zeroed != self._calls
-        for i, ((p, _), zero) in enumerate(zip(self._before, self._zeros, strict=True)):
-            if self._reached[i]:
-                continue
-            if p.grad is not zero:
-                zeroed = True
-            elif not (is_spread(zero) and version(zero) != self._versions[i]):  # FSDP adds to it by itself
+        for i, (p, _) in enumerate(self._before):
+            if p.grad is not self._zeros[i]:
+                self._replaced.append(p.grad)
+            elif not self._reached[i] and not self._holds_gradient(i):
                 p.grad = None
-        return zeroed
+
+    def _holds_gradient(self, i: int) -> bool:
+        """Somebody has written one without a backward of the parameter's own: FSDP and DDP do. Scaled, it is zero."""
+        zero = self._zeros[i]
+        return version(zero) != self._versions[i] and (is_spread(zero) or bool(zero.any()))
+
+    def saw_zeroing(self) -> bool:
+        """Did the closure zero? On every rank that takes part, if on any."""
+        zeroed = self._zeroed or self._optimizer._zeroed != self._calls
+        if not self._optimizer.replicas.groups:  # DDP puts others there at any time
+            # Backward does so only where it makes a graph of itself.
+            zeroed = zeroed or any(g is None or not g.requires_grad for g in self._replaced)
+        return self._optimizer.replicas.any(zeroed, self._optimizer.skipped.device)
 
     def give_back(self) -> None:
         """The gradients that were there before."""
         for p, grad in self._before:
             p.grad = grad
+
+
+def _zeros_for(p: Tensor) -> Tensor:
+    dtype = getattr(p, "grad_dtype", None) or p.dtype
+    like = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    return like.neg_()
