@@ -157,6 +157,7 @@ GROUPS = [
             ("    o._passes += 1", "    pass"),
             ("        watch.give_back()", "        pass"),
             ("    o.network.statistics.hold()", "    pass"),
+            ("        o._forget_pass()\n        o._scaling.give_up()", "        o._scaling.give_up()"),
         ],
     ),
     (

@@ -42,7 +42,7 @@ ANSWERED = {
     "test_mixed_device_dtype": "test_several_dtypes_take_one_step",
     "test_step_pre_hook": "test_hooks.py::test_step_hooks_run_once_a_step_around_what_finishes_it",
     "test_step_post_hook": "test_hooks.py::test_step_hooks_run_once_a_step_around_what_finishes_it",
-    "test_step_all_hooks": "test_hooks.py::test_global_hooks_see_every_optimizer_that_steps_once",
+    "test_step_all_hooks": "test_hooks.py::test_global_hooks_see_a_step_once_fused_or_not",
     "test_state_dict_pre_hook": "test_hooks.py::test_state_dict_hooks_see_the_whole_state_and_may_replace_it",
     "test_state_dict_post_hook": "test_hooks.py::test_state_dict_hooks_see_the_whole_state_and_may_replace_it",
     "test_state_dict_pre_post_hook": "test_hooks.py::test_state_dict_hooks_see_the_whole_state_and_may_replace_it",

@@ -774,3 +774,17 @@ def test_ranks_agree_though_each_reaches_other_parameters(view, tmp_path):
     assert same_bits(found[None][0], found[None][1])
     for a, b in zip(found[None][0], found[True][0], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_first_pass_without_a_loss_counts_for_no_other_step(backend):
+    """Refused between the two passes: what lies there afterwards is not the first gradient of the next step."""
+    task = Task(torch.float32, steps=2)
+    opt = lk.LETSSAM(task.net.parameters(), torch.optim.SGD, lr=0.1, backend=backend.name)
+    batch, val_batch = task.batches[0]
+    with pytest.raises(ValueError, match="closure must return the loss"):
+        opt.step(lambda: task.loss(batch).backward(), zeroing(task, opt, val_batch))
+    opt.base_optimizer.zero_grad()
+    a_backward_by_others(task, val_batch)
+    calls, loss = [], task.loss(batch).item()
+    assert opt.step(zeroing(task, opt, batch, calls=calls), zeroing(task, opt, val_batch)).item() == loss
+    assert len(calls) == 3

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lets_kernels.amp import Scaler
+from lets_kernels.optimizers.base import given_up
 from lets_kernels.optimizers.convention import Guess, Watch
 from lets_kernels.optimizers.step import Closure, as_loss, loss_in
 from lets_kernels.runs import capturing
@@ -31,6 +32,7 @@ def closure_step(o: "SAM", closure: Closure, scaler: Scaler | None, said: bool |
         o._finish()
     except BaseException:
         o.restore()
+        o._forget_pass()
         o._scaling.give_up()
         o._mark_gradients()  # of a pass that failed: no step may start from them
         o.network.statistics.keep()
@@ -106,8 +108,11 @@ def _begin_again(o: "SAM", scaler: Scaler | None) -> None:
 
 
 def _first_pass(o: "SAM", closure: Closure, scaler: Scaler | None) -> Any:
-    with o.first_pass():
+    context = o.first_pass()
+    with context:
         loss = o.samples.first(o._pass(scaler), closure)
+    if context.given_up:
+        raise given_up()
     if o.radius.learns:
         as_loss(o.samples.loss(loss), "closure")
     return loss

@@ -70,7 +70,7 @@ class Convention:
             _check_said(o)
         if said is not None or o.samples.per_sample or not o.direction.needs_gradient or self.settled:
             return Guess.CALLER if said else Guess.CLOSURE
-        if o.network.passed or o._started:  # with opt.first_pass(): was around it
+        if self._caller is not False and (o.network.passed or o._started):  # with opt.first_pass(): was around it
             return Guess.CALLER
         if o.direction.starts or not o._has_new_gradients():  # a first pass that starts elsewhere is in that context
             return Guess.CLOSURE

@@ -63,6 +63,11 @@ class FirstPassContext:
         self._network = optimizer.network.first_pass(devices)
         self._start: Start | None = None
 
+    @property
+    def given_up(self) -> bool:
+        """``restore()`` was called within, so no step may be taken from this pass."""
+        return self._start is not None and self._start.given_up
+
     def __enter__(self) -> None:
         o = self._optimizer
         o.refuse_another_step("first_pass()")
@@ -79,8 +84,6 @@ class FirstPassContext:
         o = self._optimizer
         try:
             _leave(o, self._network, kind, error, traceback)
-            if kind is None and self._start is not None and self._start.given_up:
-                raise given_up()
         except BaseException:
             o.restore()
             raise
