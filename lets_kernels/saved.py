@@ -89,9 +89,8 @@ def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> 
     try:
         trial.load_state_dict(copy.deepcopy(dict(state)))
         for mine, loaded in zip(optimizer.param_groups, trial.param_groups, strict=True):
-            if (
-                isinstance(loaded.get("capturable"), bool) and "capturable" in mine
-            ):  # which goes with the device, and not with the state
+            # It goes with the device, and not with the state.
+            if isinstance(loaded.get("capturable"), bool) and "capturable" in mine:
                 loaded["capturable"] = mine["capturable"]
     except Exception as error:
         _refuse(what, f"is none that {type(optimizer).__name__} can load ({error})")

@@ -47,8 +47,8 @@ class Convention:
     """Who makes the first gradient of a step: the closure, or its caller in a backward before ``step(closure)``.
 
     A closure that zeroes gradients makes all of them, whatever lies there. Of one that does not, gradients that are new
-    since the last step are the caller's, unless the closure has begun an earlier step. Whether closures zero is not
-    guessed from gradients: it is seen, by zeros in the place of gradients.
+    since the last step are the caller's, unless closures have begun earlier steps. Whether closures zero is not guessed
+    from gradients: it is seen, by zeros in the place of gradients.
     """
 
     def __init__(self) -> None:

@@ -283,9 +283,9 @@ class SAM(Undone):
                 for each gradient that the step needs, whatever lies in ``p.grad`` before. In the older convention the
                 caller does the first backward of every step, and a closure that does not zero does the others; a step
                 that finds no new gradients calls that one for the first as well. Which it is shows in what the closure
-                does to the gradients. None: the second backward
-                has been done; finish what ``first_step`` or ``perturbed`` began. A list: one closure a micro-batch,
-                each perturbed along its own gradient (m-sharpness); the step is along the mean of theirs.
+                does to the gradients. None: the second backward has been done; finish what ``first_step`` or
+                ``perturbed`` began. A list: one closure a micro-batch, each perturbed along its own gradient
+                (m-sharpness); the step is along the mean of theirs.
             val_closure: the same on a validation batch; for a learned radius, and only for it.
             scaler: a ``torch.amp.GradScaler`` with which the closures scale the loss for their backward (they return
                 the loss itself). Every pass is unscaled here, a first backward of the caller's too, and looked at for
