@@ -29,9 +29,9 @@ from benchmarks.common import (
     normal,
     verdict,
 )
-from lets_kernels.direction import Adaptive, Direction, Gradient
-from lets_kernels.layout import Bucket
 from lets_kernels.ops import reference
+from lets_kernels.parts.direction import Adaptive, Direction, Gradient
+from lets_kernels.space.layout import Bucket
 
 native = pytest.importorskip("lets_kernels.ops.native", reason="the compiled extension is what is measured here")
 

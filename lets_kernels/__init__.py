@@ -1,24 +1,9 @@
 """Sharpness-aware training for PyTorch: SAM and its family, and a radius that is learned (LETS), on fused kernels."""
 
 from lets_kernels._version import __version__
-from lets_kernels.auto import AutoConstants, AutoRadius
-from lets_kernels.descent import Descent, NormPenalty, Perturbed, Reuse, SurrogateGap
-from lets_kernels.direction import (
-    Adaptive,
-    Direction,
-    Dropped,
-    Fisher,
-    Friendly,
-    Gaussian,
-    Gradient,
-    Masked,
-    Posterior,
-    RandomStart,
-    Smoothed,
-)
-from lets_kernels.learned import CurvatureWarning, LearnedRadius
-from lets_kernels.ops import backends
-from lets_kernels.optimizers import (
+from lets_kernels.learning.auto import AutoConstants, AutoRadius
+from lets_kernels.learning.learned import CurvatureWarning, LearnedRadius
+from lets_kernels.methods import (
     AESAM,
     ASAM,
     BSAM,
@@ -41,10 +26,25 @@ from lets_kernels.optimizers import (
     SparseSAM,
     VaSSO,
 )
-from lets_kernels.precision import PrecisionWarning
-from lets_kernels.radius import ConstantRadius, LearningRateRadius, Radius, RadiusWarning, ScheduledRadius
-from lets_kernels.samples import Samples, SelectedSamples, WeightedSamples
-from lets_kernels.schedule import Always, Bernoulli, Every, NormThreshold, Schedule
+from lets_kernels.ops import backends
+from lets_kernels.parts.descent import Descent, NormPenalty, Perturbed, Reuse, SurrogateGap
+from lets_kernels.parts.direction import (
+    Adaptive,
+    Direction,
+    Dropped,
+    Fisher,
+    Friendly,
+    Gaussian,
+    Gradient,
+    Masked,
+    Posterior,
+    RandomStart,
+    Smoothed,
+)
+from lets_kernels.parts.radius import ConstantRadius, LearningRateRadius, Radius, RadiusWarning, ScheduledRadius
+from lets_kernels.parts.samples import Samples, SelectedSamples, WeightedSamples
+from lets_kernels.parts.schedule import Always, Bernoulli, Every, NormThreshold, Schedule
+from lets_kernels.step.precision import PrecisionWarning
 from lets_kernels.trajectory import MESA, SAF, trajectory_loss
 
 __all__ = [

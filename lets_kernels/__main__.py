@@ -6,7 +6,8 @@ import sys
 import torch
 
 import lets_kernels
-from lets_kernels import catalogue, ops
+from lets_kernels import ops
+from lets_kernels.methods import catalogue
 
 
 def _report() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 import lets_kernels as lk
 import papers
-from lets_kernels.optimizers.carried import numbers
+from lets_kernels.step.carried import numbers
 from methods import BASES
 from nets import TRANSPOSED
 

@@ -1,6 +1,6 @@
 """Mutations of the parts of the other methods, killed by the transcriptions of the papers; see mutants_table.py."""
 
-DIRECTION = "lets_kernels/direction/"
+DIRECTION = "lets_kernels/parts/direction/"
 ROBUST = "tests/test_family_robust.py -k 'cpu and not_finite'"
 TEN = "tests/test_family.py -k 'cpu and every_method and ({})'"
 
@@ -36,7 +36,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/descent.py",
+        "lets_kernels/parts/descent.py",
         TEN.format("looksam or gsam or penalty"),
         [
             ("a = 1 + self.alpha * _ratio(across, squared)", "a = 1 + self.alpha * across"),
@@ -47,7 +47,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/schedule.py",
+        "lets_kernels/parts/schedule.py",
         TEN.format("rst or ae"),
         [
             ("return moment.uniform() < self.probability", "return moment.uniform() > self.probability"),
@@ -57,7 +57,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/samples.py",
+        "lets_kernels/parts/samples.py",
         TEN.format("esam or delta"),
         [
             ("torch.topk((after - before).detach(), count)", "torch.topk((before - after).detach(), count)"),
@@ -65,7 +65,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/randomness.py",
+        "lets_kernels/around/randomness.py",
         "tests/test_family_state.py -k 'resumed or seed'",
         [
             ("            self._state[1] += 1", "            pass", TEN.format("random")),

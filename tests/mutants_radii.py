@@ -6,7 +6,7 @@ WARMUP = "tests/test_following.py -k 'rises or resumed or does_not_perturb or gr
 
 GROUPS = [
     (
-        "lets_kernels/auto.py",
+        "lets_kernels/learning/auto.py",
         TWENTY,
         [
             ("perturbed - 2 * across + first", "perturbed - across"),
@@ -42,7 +42,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/passes.py",
+        "lets_kernels/parts/passes.py",
         TWENTY,
         [
             ("b.parts * found[1:]", "b.parts * found[:2]"),
@@ -59,7 +59,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/direction/base.py",
+        "lets_kernels/parts/direction/base.py",
         "tests/test_auto.py -k 'reference and (formula or norm)'",
         [
             ("r.grads and self.q == 2 and not (self.scaled and b.scaled)", "r.grads and self.q == 2"),
@@ -67,14 +67,14 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/learned.py",
+        "lets_kernels/learning/learned.py",
         FOLLOWING,
         [
             ("if val is None:  # this", "if val is not None:  # this"),
         ],
     ),
     (
-        "lets_kernels/optimizers/engine.py",
+        "lets_kernels/step/engine.py",
         WARMUP,
         [
             ("return (self._step_number + 1) / self.rho_warmup", "return self._step_number / self.rho_warmup"),
@@ -83,12 +83,12 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/optimizers/step.py",
+        "lets_kernels/step/step.py",
         WARMUP,
         [("rho if share == 1 else rho * share", "rho")],
     ),
     (
-        "lets_kernels/optimizers/learning.py",
+        "lets_kernels/step/learn.py",
         "tests/test_following.py -k may_pause",
         [("o._radius_waits, o._missed = o._trial, None, False, None", "o._radius_waits = o._trial, None, False")],
     ),

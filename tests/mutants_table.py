@@ -34,7 +34,7 @@ GROUPS = [
     *mutants_parts.GROUPS,
     *mutants_radii.GROUPS,
     (
-        "lets_kernels/hypergradient.py",
+        "lets_kernels/learning/hypergradient.py",
         "tests/test_hypergradient.py -k 'reference and rounding'",
         [
             ("out.append((bucket, -lr * bucket.parts * share))", "out.append((bucket, lr * bucket.parts * share))"),
@@ -51,7 +51,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/direction/gradient.py",
+        "lets_kernels/parts/direction/gradient.py",
         DIRECTED,
         [
             ("else p / (p - 1)", "else p"),
@@ -65,7 +65,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/direction/base.py",
+        "lets_kernels/parts/direction/base.py",
         DIRECTED,
         [
             ("return [self.bucket.saved] if saved else self.runs.weights", "return self.runs.weights"),
@@ -73,7 +73,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/learned.py",
+        "lets_kernels/learning/learned.py",
         LEARNED,
         [
             ("losses[0] - losses[1] if self.metric", "losses[1] - losses[0] if self.metric"),
@@ -91,7 +91,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/optimizers/step.py",
+        "lets_kernels/step/step.py",
         "tests/test_finite.py -k reference",
         [
             ("flags = [*known, *means[:1], *self.totals]", "flags = [*known, *self.totals]"),
@@ -103,21 +103,21 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/optimizers/undo.py",
+        "lets_kernels/step/undo.py",
         "tests/test_faults.py -k reference",
         [
             ("(step is not None and step.torn) or", "False or"),
         ],
     ),
     (
-        "lets_kernels/optimizers/base.py",
+        "lets_kernels/step/base.py",
         "tests/test_hazards.py tests/test_contract.py -k 'not cpu'",
         [
             ("any(getattr(g, _SEEN, None) != version(g) for g in self._marked())", "bool(self._gradients())"),
         ],
     ),
     (
-        "lets_kernels/optimizers/convention.py",
+        "lets_kernels/step/convention.py",
         "tests/test_convention.py -k 'not cpu'",
         [
             ("zeroed = self._zeroed or self._optimizer", "zeroed = self._optimizer"),
@@ -133,24 +133,30 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/saved.py",
+        "lets_kernels/base/saved.py",
         "tests/test_damaged_base.py",
         [
             ("    wrong = _tried_out(trial)", "    wrong = None"),
             ("if id(value) in seen:", "if False:"),
-            ("value.layout is not torch.strided", "False"),
             ("if entry.get(name) is None:", "if False:"),
         ],
     ),
     (
-        "lets_kernels/layout.py",
+        "lets_kernels/checks.py",
+        "tests/test_damaged_base.py",
+        [
+            ("value.layout is not torch.strided", "False"),
+        ],
+    ),
+    (
+        "lets_kernels/space/layout.py",
         "tests/test_moved.py -k 'reference and resized'",
         [
             ("for i in (i for i in runs.indices if i not in resized):", "for i in (() if resized else runs.indices):"),
         ],
     ),
     (
-        "lets_kernels/optimizers/closures.py",
+        "lets_kernels/step/closures.py",
         "tests/test_convention.py -k 'not cpu'",
         [
             ("    if zeroed:\n        _begin_again(o, scaler)", "    if False:\n        _begin_again(o, scaler)"),
@@ -161,7 +167,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/optimizers/sam.py",
+        "lets_kernels/sam.py",
         "tests/test_bases.py -k reference",
         [
             ("            self._forget_trial()", "            pass"),
@@ -169,14 +175,14 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/distributed.py",
+        "lets_kernels/space/distributed.py",
         "tests/test_bases.py -k refused",
         [
             ("if frame.f_code.co_filename == zero.__file__:", "if False:"),
         ],
     ),
     (
-        "lets_kernels/bases.py",
+        "lets_kernels/base/foreign.py",
         "tests/test_bases.py -k reference",
         [
             ("        for each in hooks:\n            each.clear()", "        pass"),
@@ -184,7 +190,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/guarded.py",
+        "lets_kernels/base/guarded.py",
         "tests/test_guarded.py",
         [
             ("if gate.item() != 0:", "if True:"),
@@ -192,7 +198,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/distributed.py",
+        "lets_kernels/space/distributed.py",
         "tests/test_distributed.py",
         [
             ("return reduced / count", "return reduced"),

@@ -11,8 +11,8 @@ from torch import nn
 from torch.func import functional_call
 
 import oracle
+from lets_kernels.around.randomness import Randomness
 from lets_kernels.ops.reference.noise import normals, words
-from lets_kernels.randomness import Randomness
 from oracle import dot
 
 NOISE, DRAWS, REGROWTH, STREAMS = 0, 1, 2, 4  # of a group, and from one group to the next

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import lets_kernels as lk
-from lets_kernels.amp import handed_over
+from lets_kernels.around.amp import handed_over
 from nets import Task
 from passes import SHAPES, Passes, run
 from runs import same_bits

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lets_kernels as lk
-from lets_kernels.network import Network
+from lets_kernels.around.network import Network
 from nets import Task
 from passes import SHAPES, Passes
 from runs import same_bits

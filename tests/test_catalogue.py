@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lets_kernels as lk
-from lets_kernels import catalogue
 from lets_kernels.__main__ import main
+from lets_kernels.methods import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {name: getattr(lk, name) for name in lk.__all__}

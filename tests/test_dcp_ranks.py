@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lets_kernels as lk
 from family import FAMILY
-from lets_kernels.optimizers.carried import numbers
-from lets_kernels.shards import local
+from lets_kernels.space.shards import local
+from lets_kernels.step.carried import numbers
 from radii import auto
 from runs import same_bits
 

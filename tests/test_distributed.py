@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import lets_kernels
-from lets_kernels.distributed import Replicas
+from lets_kernels.space.distributed import Replicas
 
 
 def batch(rank, step):

@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call
 
 import sharded_alone
-from lets_kernels.network import Network
+from lets_kernels.around.network import Network
 from ranks import outcomes, result, spawn
 from replicas import by_parts
 from sharded import EVERYWHERE, SHARDINGS, Net, assert_close, batch, build, distance, freeze, joined, train, whole

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lets_kernels as lk
-import lets_kernels.optimizers.step as step_module
+import lets_kernels.step.step as step_module
 from backends import Recorder
-from lets_kernels.fused import OwnStep
+from lets_kernels.base.fused import OwnStep
 from nets import Task
 from runs import same_bits
 from toys import Toy, snapshot, weights

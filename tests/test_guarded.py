@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lets_kernels.guarded import guarded_step, step_and_undo
+from lets_kernels.base.guarded import guarded_step, step_and_undo
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import lets_kernels
-from lets_kernels.direction import Adaptive, Gradient
-from lets_kernels.layout import PADDING, ParameterSpace, is_dense
+from lets_kernels.parts.direction import Adaptive, Gradient
+from lets_kernels.space.layout import PADDING, ParameterSpace, is_dense
 from runs import DTYPES, same_bits
 
 hypothesis = pytest.importorskip("hypothesis")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lets_kernels as lk
-from lets_kernels.passes import DRAWS
+from lets_kernels.parts.passes import DRAWS
 
 SGD = torch.optim.SGD
 RHO, LR, WARM = 0.05, 0.3, 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lets_kernels as lk
-from lets_kernels.runs import check_apart
+from lets_kernels.space.runs import check_apart
 from nets import Task
 from runs import same_bits
 

@@ -60,10 +60,10 @@ def program(*arguments):
 
 
 def test_two_mutations_are_killed_in_a_copy_of_the_tree():
-    before = (ROOT / "lets_kernels" / "guarded.py").read_text()
+    before = (ROOT / "lets_kernels" / "base" / "guarded.py").read_text()
     code, output = program("--only", "guarded.py")
     assert code == 0 and "2 of 2 killed" in output, output
-    assert (ROOT / "lets_kernels" / "guarded.py").read_text() == before
+    assert (ROOT / "lets_kernels" / "base" / "guarded.py").read_text() == before
 
 
 BROKEN = """

@@ -44,7 +44,7 @@ def length(epsilon, p):
 NARROW = (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.filterwarnings("ignore::lets_kernels.precision.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::lets_kernels.step.precision.PrecisionWarning")
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-10, 1e20, 1e37])
 @pytest.mark.parametrize("p", [1.0, 1.07, 1.15, 1.2, 1.5, 2.0, 3.0, math.inf])

@@ -7,7 +7,7 @@ import torch
 
 import lets_kernels as lk
 import oracle
-from lets_kernels.direction import Ascent
+from lets_kernels.parts.direction import Ascent
 from nets import Task
 from runs import same_bits
 from toys import Toy, snapshot, weights

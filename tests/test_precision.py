@@ -12,7 +12,7 @@ import oracle
 from family import ALWAYS, ONE_EACH
 from lets_kernels import PrecisionWarning
 from lets_kernels.ops import reference
-from lets_kernels.precision import INTERVAL
+from lets_kernels.step.precision import INTERVAL
 from toys import Toy
 
 SGD = torch.optim.SGD

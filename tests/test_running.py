@@ -9,8 +9,8 @@ from torch import nn
 import family
 import lets_kernels as lk
 from family import BESIDE, FAMILY, ONE_EACH
-from lets_kernels import network
-from lets_kernels.network import RunningStatistics
+from lets_kernels.around import network
+from lets_kernels.around.network import RunningStatistics
 from nets import Task
 from passes import SHAPES, Passes, run
 from runs import same_bits

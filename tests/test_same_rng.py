@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import family
 import lets_kernels as lk
 from family import ALWAYS, FAMILY, ONE_EACH
-from lets_kernels.network import SameRandomNumbers
+from lets_kernels.around.network import SameRandomNumbers
 from nets import Task
 from passes import SHAPES, Passes, run
 from runs import same_bits

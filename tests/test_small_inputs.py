@@ -13,7 +13,7 @@ from torch.utils import _pytree
 import family
 import lets_kernels as lk
 from family import FAMILY, ONE_EACH
-from lets_kernels.learned import MOST_NU
+from lets_kernels.learning.learned import MOST_NU
 from nets import Task
 from runs import same_bits
 from toys import Toy, closures, weights
@@ -24,7 +24,7 @@ SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 # ---- a learned radius, and a group that the second pass does not reach ---------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::lets_kernels.precision.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::lets_kernels.step.precision.PrecisionWarning")
 @pytest.mark.parametrize("direction", ["epsilon", "algorithm1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_a_group_without_a_second_gradient_adds_nothing_to_the_radius(backend, dtype, direction):

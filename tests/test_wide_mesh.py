@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import lets_kernels as lk
-from lets_kernels.shards import groups_of
+from lets_kernels.space.shards import groups_of
 
 WORLD = 512
 

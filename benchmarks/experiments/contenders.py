@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from benchmarks.experiments.radii import LossEquated, RandomWalk, Shuffled
 from benchmarks.experiments.tasks import Task
 from lets_kernels import ASAM, LETSSAM, SAM, AutoRadius, LearnedRadius, ScheduledRadius
-from lets_kernels.radius import Radius
+from lets_kernels.parts.radius import Radius
 
 RHO = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 ADAPTIVE_RHO = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

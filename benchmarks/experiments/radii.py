@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels import AutoRadius
-from lets_kernels.radius import Radius
+from lets_kernels.parts.radius import Radius
 
 
 class LossEquated(Radius):

@@ -32,7 +32,7 @@ from lets_kernels import (
     SparseSAM,
     VaSSO,
 )
-from lets_kernels.radius import RadiusLike
+from lets_kernels.parts.radius import RadiusLike
 
 TRAIN_SIZE = 1280
 RADII = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

@@ -1,0 +1,1 @@
+"""The base optimizer within ours: its step, fused or its own, and its state."""

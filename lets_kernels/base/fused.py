@@ -1,0 +1,280 @@
+"""Restore fused into the base optimizer's step, for the optimizers whose arithmetic the ops know.
+
+The base optimizer stays the owner of its options and its state: the ops work on its own state tensors, under the names
+that it gives them, so its checkpoints and schedulers notice nothing. What the ops do not cover, it does itself: among
+that a learning rate that is a tensor on an accelerator, which the ops could only take by waiting for it. Its value is
+an argument of a kernel, so a captured CUDA graph keeps the learning rate that it was captured with.
+"""
+
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from lets_kernels.base.guarded import guarded_step
+from lets_kernels.base.variational import VariationalSGD
+from lets_kernels.space.layout import UNSCALED, Bucket
+from lets_kernels.space.runs import Runs, refuse_while_capturing
+from lets_kernels.space.shards import local
+
+Group = Mapping[str, Any]
+State = Mapping[Tensor, dict[str, Any]]
+
+
+def _not_plain(group: Group, names: tuple[str, ...]) -> str | None:
+    """Why a group has options that the ops do not know, or None."""
+    for name in names:
+        if group.get(name):
+            return f"{name}={group[name]!r}"
+    if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+        return "lr is a tensor on an accelerator"
+    return None
+
+
+def state_of(runs: Runs, state: State, name: str) -> list[Tensor] | None:
+    """One state tensor a run, made of zeros (which is how SGD's and Adam's averages begin) where there is none.
+
+    None if one of them lies otherwise in memory than its parameter. Looking the parameters up is slow in Python, so the
+    tensors are remembered, and taken again as long as the state holds the very same ones.
+    """
+    b = runs.bucket
+    present = [entry.get(name) for entry in state.values()]
+    found = b.found_state.get(name)
+    if found is not None and found[0] == runs.indices and _same(found[1], present) and _fit(found[2], runs.params):
+        return found[2]
+    tensors = []
+    for i, p in zip(runs.indices, runs.params, strict=True):
+        own = state[b.params[i]]
+        if own.get(name) is None:
+            refuse_while_capturing(f"the optimizer's {name}")
+            like = b.params[i] if b.apart else p
+            own[name] = torch.zeros_like(like, memory_format=torch.preserve_format, requires_grad=False)
+        if own[name].is_conj() or own[name].is_neg():  # what is written to its memory has another sign when it is read
+            refuse_while_capturing(f"the optimizer's {name}")
+            own[name] = own[name].resolve_conj().resolve_neg()
+        tensors.append(local(own[name]))
+    if not _fit(tensors, runs.params):
+        return None
+    b.found_state[name] = runs.indices, [entry.get(name) for entry in state.values()], tensors
+    return tensors
+
+
+def _fit(tensors: list[Tensor], params: list[Tensor]) -> bool:
+    """True if the tensors lie in memory as the parameters do; what has a ``.data`` can be changed at any time."""
+    if not tensors:
+        return True
+    return (
+        list(map(Tensor.numel, tensors)) == list(map(Tensor.numel, params))
+        and list(map(Tensor.stride, tensors)) == list(map(Tensor.stride, params))
+        and {t.dtype for t in tensors} == {params[0].dtype}
+        and {t.get_device() for t in tensors} == {params[0].get_device()}
+    )
+
+
+def _same(old: Sequence[object], new: Sequence[object]) -> bool:
+    return len(old) == len(new) and all(map(operator.is_, old, new))
+
+
+class FusedStep(Protocol):
+    """How one base optimizer is fused."""
+
+    #: What a parameter's state holds, once there is any.
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def refuses(group: Group) -> str | None:
+        """Why these options need the optimizer itself, in words, or None."""
+
+    @staticmethod
+    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
+        """The step on these runs, to be called with the gate; None where the state's memory does not suit."""
+
+
+class FusedSGD:
+    """torch.optim.SGD without dampening: its momentum buffers then begin at zero, which a skipped step can leave."""
+
+    needs: ClassVar[tuple[str, ...]] = ()  # without momentum there is no buffer
+
+    @staticmethod
+    def refuses(group: Group) -> str | None:
+        return _not_plain(group, ("dampening", "differentiable"))
+
+    @staticmethod
+    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
+        momenta = state_of(runs, state, "momentum_buffer") if group["momentum"] else []
+        if momenta is None or runs.copies:
+            return None
+        b, momentum, nesterov = runs.bucket, float(group["momentum"]), bool(group["nesterov"])
+        options = (float(group["lr"]), momentum, float(group["weight_decay"]), nesterov, bool(group["maximize"]))
+
+        def step(gate: Tensor) -> None:
+            grads = runs.pack(runs.grads)
+            b.ops.restore_sgd_(runs.weights, grads, b.pack(momenta), b.saved, b.dirty, runs.table, gate, *options)
+
+        return step
+
+
+def _steps(runs: Runs, state: State) -> list[Tensor] | None:
+    """Adam's step counts, one float32 tensor a run; None if they are of another dtype.
+
+    They lie beside the parameters, so that counting waits for nothing; torch's Adam reads them from anywhere.
+    """
+    steps = []
+    for i in runs.indices:
+        own = state[runs.bucket.params[i]]
+        count = own.get("step")
+        if count is None or count.device != runs.bucket.device or count.is_neg():
+            refuse_while_capturing("the optimizer's step count")
+            count = torch.zeros((), dtype=torch.float32, device="cpu") if count is None else count
+            own["step"] = count = count.to(runs.bucket.device).resolve_neg()
+        steps.append(count)
+    return steps if all(s.dtype is torch.float32 for s in steps) else None
+
+
+class FusedAdam:
+    """torch.optim.Adam and AdamW, without amsgrad."""
+
+    needs: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
+
+    @staticmethod
+    def refuses(group: Group) -> str | None:
+        if any(isinstance(beta, Tensor) for beta in group["betas"]):
+            return "betas are tensors"
+        return _not_plain(group, ("amsgrad", "differentiable"))
+
+    @staticmethod
+    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
+        averages, squares = state_of(runs, state, "exp_avg"), state_of(runs, state, "exp_avg_sq")
+        steps = _steps(runs, state)
+        if averages is None or squares is None or steps is None or runs.copies:
+            return None
+        b = runs.bucket
+        options = (
+            float(group["lr"]),
+            *map(float, group["betas"]),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            bool(group["decoupled_weight_decay"]),
+            bool(group["maximize"]),
+        )
+
+        def step(gate: Tensor) -> None:
+            lists = (runs.pack(runs.grads), *map(b.pack, (averages, squares, steps)))
+            b.ops.restore_adamw_(runs.weights, *lists, b.saved, b.dirty, runs.table, gate, *options)
+
+        return step
+
+
+class FusedVariational:
+    """The step of Variational SAM."""
+
+    needs: ClassVar[tuple[str, ...]] = ("exp_avg", "precision")
+
+    @staticmethod
+    def refuses(group: Group) -> str | None:
+        return _not_plain(group, ())
+
+    @staticmethod
+    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
+        averages, precisions = state_of(runs, state, "exp_avg"), state_of(runs, state, "precision")
+        if averages is None or precisions is None or runs.copies:
+            return None
+        b = runs.bucket
+        options = (float(group["lr"]), float(group["beta1"]), float(group["weight_decay"]))
+
+        def step(gate: Tensor) -> None:
+            lists = (runs.pack(runs.grads), b.pack(averages), b.pack(precisions))
+            b.ops.restore_bsam_(runs.weights, *lists, b.saved, b.dirty, runs.table, gate, *options)
+
+        return step
+
+
+FUSED: dict[type, type[FusedStep]] = {
+    torch.optim.SGD: FusedSGD,
+    torch.optim.Adam: FusedAdam,
+    torch.optim.AdamW: FusedAdam,
+    VariationalSGD: FusedVariational,
+}
+
+
+#: Where torch's code lies and where ours does, as files' names begin there.
+OWN_CODE = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+
+
+def _is_foreign(step: Any) -> bool:
+    """True if some of the code that ``step()`` runs is not torch's: its optimizers, and what its schedulers put around.
+
+    Each layer that ``functools.wraps`` another is looked at, since the copied attributes tell nothing.
+    """
+    layer = getattr(step, "__func__", step)
+    while layer is not None:
+        code = getattr(layer, "__code__", None)
+        if code is None or not code.co_filename.startswith(OWN_CODE):
+            return True
+        layer = getattr(layer, "__wrapped__", None)
+    return False
+
+
+def refusal(base: torch.optim.Optimizer) -> str | None:
+    """Why the base optimizer must step by itself, in words; None where the fused step may stand for it."""
+    kind = FUSED.get(type(base))
+    if kind is None:
+        return f"{type(base).__name__} has no fused step"
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        return "the base optimizer has step hooks"
+    if _is_foreign(base.step):
+        return "the base optimizer's step was replaced"
+    for group in base.param_groups:
+        reason = kind.refuses(group)
+        if reason is not None:
+            return reason
+    return None
+
+
+class OwnStep:
+    """Steps of an optimizer whose parameters are the package's own scalars, fused where the ops can, else guarded."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, Bucket] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_buckets": {}}
+
+    def __call__(self, optimizer: torch.optim.Optimizer, gate: Tensor, backend: str) -> None:
+        """A step along the gradients that are there, if ``gate`` is not zero, by the ops of ``backend``."""
+        steps = []
+        if refusal(optimizer) is None:
+            kind = FUSED[type(optimizer)]
+            for group in optimizer.param_groups:
+                for p in (p for p in group["params"] if p.grad is not None):
+                    runs = Runs(self._bucket(p, backend), (0,), [p.detach()], [p.grad])
+                    steps.append((runs, kind.prepare(runs, group, optimizer.state)))
+        if not steps or any(step is None for _, step in steps):
+            guarded_step(optimizer, gate)
+            return
+        for runs, step in steps:
+            assert step is not None
+            step(gate)
+            runs.write_back()
+        optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
+
+    def make_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the state that the first step would, which begins at zero, where the ops take that step."""
+        if refusal(optimizer) is not None:
+            return
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                memory = [p.detach()]
+                runs = Runs(self._bucket(p, "reference"), (0,), memory, memory)
+                FUSED[type(optimizer)].prepare(runs, group, optimizer.state)
+
+    def _bucket(self, p: Tensor, backend: str) -> Bucket:
+        found = self._buckets.get(id(p))
+        if found is None or found.backend != backend or not found.is_current():
+            found = Bucket([p], [None], 0, 0, {}, lambda *_: (UNSCALED, 0), backend, flatten=False)
+            self._buckets[id(p)] = found
+        return found

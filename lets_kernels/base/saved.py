@@ -1,0 +1,158 @@
+"""Whether the saved state of a base optimizer, or of the optimizer for ν, can be loaded; see checks.py."""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.base.foreign import own_step
+from lets_kernels.base.fused import FUSED, refusal
+from lets_kernels.checks import alike, check_keys, is_finite, is_number, refuse, shaped_as
+
+#: What a group has of ours.
+_OURS = ("rho", "adaptive", "xi")
+
+#: What torch's optimizers keep where their options ask for it, and what of their state are single numbers.
+_OPTIONAL = ("momentum_buffer", "max_exp_avg_sq", "grad_avg")
+
+_NUMBERS = ("step", "mu_product", "eta", "mu")
+
+#: What those that have no fused step keep for every parameter.
+_KEEPS: dict[type, tuple[str, ...]] = {
+    torch.optim.RMSprop: ("step", "square_avg"),
+    torch.optim.Adagrad: ("step", "sum"),
+    torch.optim.Adamax: ("step", "exp_avg", "exp_inf"),
+    torch.optim.NAdam: ("step", "mu_product", "exp_avg", "exp_avg_sq"),
+    torch.optim.RAdam: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.ASGD: ("step", "eta", "mu", "ax"),
+    torch.optim.Rprop: ("step", "prev", "step_size"),
+}
+
+
+def check_base(
+    state: Mapping[Any, Any],
+    groups: Sequence[Mapping[str, Any]],
+    base: torch.optim.Optimizer,
+    places: Mapping[Any, int],
+    params: Sequence[Tensor],
+) -> None:
+    """What the base optimizer would load: its numbers in every group, and state that goes with the parameters.
+
+    Options that are switches it fills in by itself, where an older version saved none. Of an optimizer that is not
+    torch's only that is looked at whose kind is known: the learning rate, step counts, and what it has a tensor for at
+    present. One that has hooks of its own on what it loads knows best.
+
+    ``places`` has the place among ``params`` of each key of ``state``; another key is none of a parameter.
+    """
+    if getattr(base, "_optimizer_load_state_dict_pre_hooks", None):  # they may make of it what they want
+        return
+    needs = _needs(base)
+    for index, group in enumerate(groups):
+        for name, value in group.items():
+            known = name in base.defaults or name in _OURS
+            if known and isinstance(value, Tensor) and value.numel() != 1:
+                refuse(f"state_dict['param_groups'][{index}]", f"has {value.numel()} elements for {name}")
+        for name, now in base.defaults.items():
+            if needs is None and name != "lr":  # who knows what else it may be
+                continue
+            numbers = now if isinstance(now, (list, tuple)) else (now,)
+            if not all(is_number(number) for number in numbers):
+                continue
+            what = f"state_dict['param_groups'][{index}]"
+            if name not in group:
+                refuse(what, f"lacks {name}")
+            values = group[name] if isinstance(now, (list, tuple)) else (group[name],)
+            if not isinstance(values, (list, tuple)) or len(values) != len(numbers) or not all(map(is_number, values)):
+                refuse(what, f"has {group[name]!r} for {name}, where {now!r} has another kind")
+            if all(map(is_finite, numbers)) and not all(map(is_finite, values)):
+                refuse(what, f"has {group[name]!r} for {name}, which is not finite")
+    options = {key: group for group in groups for key in group["params"]}
+    seen: set[int] = set()
+    for key, entry in state.items():
+        if key not in places or not 0 <= places[key] < len(params):
+            continue
+        p = params[places[key]]
+        what = f"state_dict['state'][{key!r}]"
+        if not isinstance(entry, Mapping):
+            refuse(what, f"is a {type(entry).__name__}, not a dict")
+        for name in (*needs, *_asked_for(base, options[key])) if needs is not None and entry else ():
+            if entry.get(name) is None:
+                refuse(what, f"lacks {name}")
+        present = base.state.get(p, {})
+        for name, value in entry.items():
+            known = needs is not None and name in (*needs, *_OPTIONAL)
+            now = present.get(name)
+            if name in _NUMBERS and (known or (now is not None and is_number(now))):
+                if not is_number(value) or not is_finite(value, 0.0 if name == "step" else -math.inf):
+                    refuse(f"{what}[{name!r}]", f"is {value!r}, not a number that it could have come to")
+                continue
+            if known and isinstance(value, Tensor) and value.dim():
+                if id(value) in seen:
+                    refuse(f"{what}[{name!r}]", "is the tensor of another entry too")
+                seen.add(id(value))
+            alike = known or (needs is None and isinstance(now, Tensor) and now.shape == p.shape)
+            if alike and not shaped_as(value, p) and not (value is None and name in _OPTIONAL):
+                refuse(f"{what}[{name!r}]", "is no tensor of the parameter's shape")
+
+
+def _needs(base: torch.optim.Optimizer) -> tuple[str, ...] | None:
+    """What an optimizer keeps for a parameter, once there is anything; None where nobody knows."""
+    kind = FUSED.get(type(base))
+    return kind.needs if kind is not None else _KEEPS.get(type(base))
+
+
+def _asked_for(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> Iterator[str]:
+    """What it keeps beside, with these options."""
+    if group.get("amsgrad"):
+        yield "max_exp_avg_sq"
+    if isinstance(base, torch.optim.RMSprop):
+        if group.get("centered"):
+            yield "grad_avg"
+        if group.get("momentum"):
+            yield "momentum_buffer"
+
+
+def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
+    """The state is one that this optimizer, whose parameters are few and small, can load and go on from."""
+    check_keys(state, ("state", "param_groups"), what)
+    made = refusal(optimizer) is None  # its state is there from the beginning; that of others may come with a step
+    trial = copy.deepcopy(optimizer)
+    try:
+        trial.load_state_dict(copy.deepcopy(dict(state)))
+        for mine, loaded in zip(optimizer.param_groups, trial.param_groups, strict=True):
+            # It goes with the device, and not with the state.
+            if isinstance(loaded.get("capturable"), bool) and "capturable" in mine:
+                loaded["capturable"] = mine["capturable"]
+    except Exception as error:
+        refuse(what, f"is none that {type(optimizer).__name__} can load ({error})")
+    for mine, loaded in zip(optimizer.param_groups, trial.param_groups, strict=True):
+        for name in mine.keys() & optimizer.defaults.keys():
+            if name not in loaded or not alike(loaded[name], mine[name]):
+                refuse(f"{what}['param_groups']", f"has no usable {name}")
+        for p, q in zip(mine["params"], loaded["params"], strict=True):
+            present, found = optimizer.state.get(p, {}), trial.state.get(q, {})
+            if not isinstance(found, Mapping):
+                refuse(f"{what}['state']", f"holds a {type(found).__name__}, not a dict")
+            for name in present if found or made else ():
+                if name not in found or not alike(found[name], present[name]):
+                    refuse(f"{what}['state']", f"has no usable {name}")
+    wrong = _tried_out(trial)
+    if wrong is not None and _tried_out(copy.deepcopy(optimizer)) is None:  # else it says nothing of the state
+        refuse(what, f"is none that {type(optimizer).__name__} can go on from ({wrong})")
+
+
+def _tried_out(trial: torch.optim.Optimizer) -> Exception | None:
+    """What is wrong with a step of this optimizer, which is nobody's, along a small gradient."""
+    params = [p for group in trial.param_groups for p in group["params"]]
+    try:
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        own_step(trial)
+        if any(bool(p.isnan().any()) for p in params):
+            raise ValueError("its next step is no number")
+    except Exception as error:
+        return error
+    return None

@@ -1,0 +1,242 @@
+"""How far to perturb, found while training: ``rho="auto"``.
+
+A step leaves behind, for some more reads of what is in memory anyway, how much its perturbation changed the gradient,
+and whether the gradient still points along the step before:
+
+    κ = ‖ĝ − g‖/‖g‖,    m = ‖ĝ − g‖/max(‖g‖, ‖ĝ‖),    c = −g·Δ/(‖g‖ ‖Δ‖),    Δ = θ_t − θ_{t−1}.
+
+Where steps still make headway (c > 0) a large radius only slows them; where they overshoot (c < 0: training bounces
+between the walls of a valley, or fits noise) it helps, and the more the further. So the radius aims at a change of the
+gradient that depends on c. None of this has a unit: neither the scale of the loss, nor that of the weights or of a
+direction's T, nor the number of steps enters.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.checks import check_numbers
+from lets_kernels.learning.learned import CurvatureWarning
+from lets_kernels.parts.direction import Direction
+from lets_kernels.parts.passes import BEFORE
+from lets_kernels.parts.radius import ConstantRadius, Radius, RadiusLike, check_rho, radii
+from lets_kernels.parts.samples import Samples
+
+
+@dataclass(frozen=True)
+class AutoConstants:
+    """The constants of :class:`AutoRadius`; docs/radius.md says how much each of them matters.
+
+    Raises:
+        ValueError: one is no positive finite number, or a decay is not below 1.
+    """
+
+    change: float = 0.15  # κ* at c = 0
+    slope: float = 20.0  # by which log κ* falls where c rises by 1
+    most_headway: float = 0.1  # c from which κ* falls no further, so that no perturbation is lost in rounding
+    most_change: float = 0.6  # m above which the radius falls, whatever c says
+    rate: float = 0.15  # how fast ν follows, a step
+    bound: float = 2.0  # on what ν is asked to move by, before the rate
+    headway_decay: float = 0.98  # of the average of c, at the highest learning rate so far
+    length_decay: float = 0.9  # of the average of log κ − ν
+    start: int = 10  # steps that look for the scale
+    start_change: float = 0.1  # κ at their end
+    start_bound: float = 3.0  # on a step of ν among them
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{field.name} must be a positive finite number, not {value!r}")
+            if field.name.endswith("decay") and value >= 1:
+                raise ValueError(f"{field.name} must be below 1, not {value!r}")
+
+
+#: ν stays between the logarithms of these: where nothing bends, no κ says where to stop.
+_LEAST, _MOST = 1e-6, 1e2
+#: log κ of a perturbation that changed nothing.
+_NOTHING = -50.0
+
+
+class AutoRadius(Radius):
+    """ρ = exp(ν) without a number to choose, at two gradients a step: ``rho="auto"``. Ours; no paper.
+
+    In the first steps, t < 10, ν goes where κ is 0.1, whatever the first radius was:
+    ν ← ν + clip(log(0.1/κ)/(1 + t), ±3). Then, with averages c̄ of c and ℓ̄ of log κ − ν,
+
+        ν ← ν + 0.15 clip(min(log 0.15 − 20 min(c̄, 0.1) − ℓ̄ − ν, log(0.6/m)), ±2).
+
+    c̄ forgets by 0.98^(η/η_max) a step, so that it keeps what it saw before a learning rate η that falls to zero. A
+    step that is skipped, or that a schedule does not perturb, moves nothing. Everything happens on the device; nothing
+    waits.
+
+    It holds the first gradient through the second pass, and the weights before the last step, which lie in the buffer
+    that perturbations are undone from; these travel in the state dict (one tensor as large as each parameter). A step
+    reads four parameter-sized buffers more than one with a fixed radius; three where T = 1.
+
+    ``metrics()`` has ``relative_change`` (m), ``headway`` (c̄) and ``aimed_rho``, where the rule is going.
+
+    Args:
+        rho: the radius of the first step; it matters for that step.
+        per_group: a radius for each param group, by the products of its own gradients.
+        constants: other constants; the defaults were chosen once, for all tasks together.
+
+    Raises:
+        ValueError: ``rho`` is not above 0; with a direction that takes no first gradient, ``rho_warmup`` or
+            ``sync_perturbation=False``, when the optimizer is built.
+    """
+
+    moves = True
+    compares = True
+    held = (BEFORE,)
+
+    #: What is remembered of a radius, in the order of the columns of :attr:`memory`.
+    COLUMNS = ("log_rho", "steps", "length", "headway", "headway_weight", "highest_lr")
+
+    def __init__(self, rho: float = 0.005, *, per_group: bool = False, constants: AutoConstants | None = None) -> None:
+        self.rho = check_rho(rho)
+        if not self.rho > 0:
+            raise ValueError(f"rho, the radius of the first step, must be above 0, not {rho}")
+        self.per_group, self.constants = per_group, constants or AutoConstants()
+        self._memory = torch.zeros(0, len(self.COLUMNS), dtype=torch.float64, device="cpu")
+        self._metrics: dict[str, Tensor] = {}
+
+    # ---- the radius ------------------------------------------------------------------------------------------------
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().check_groups(groups)
+        known = {self.rho, *(float(nu) for nu in self._memory[:, 0].exp())}
+        if any(float(group["rho"]) not in known for group in groups):
+            raise ValueError("a group has its own rho, but rho='auto' finds it: leave it out of the group")
+
+    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+        self.check_groups(groups)
+        missing = (len(groups) if self.per_group else 1) - len(self._memory)
+        if missing > 0:
+            new = torch.zeros(missing, len(self.COLUMNS), dtype=torch.float64, device=device)
+            new[:, 0] = math.log(self.rho)
+            self._memory = torch.cat([self._memory.to(device), new])
+        self._publish(groups)
+
+    def check_passes(self, sync_perturbation: bool, direction: Direction, samples: Samples) -> None:
+        if not direction.needs_gradient:
+            raise ValueError(
+                "rho='auto' compares a step's two gradients, and this direction takes one: give it a number"
+            )
+        if not sync_perturbation:
+            raise ValueError(
+                "rho='auto' compares two gradients of the whole batch, and with sync_perturbation=False the first is "
+                "one rank's: leave one of the two out"
+            )
+        if direction.starts or not (samples.first_is_whole and samples.second_is_whole):
+            warnings.warn(
+                "rho='auto' takes the difference of the two gradients for what the perturbation changes, and in this "
+                "method they differ in more than that (where or from which samples they are taken): the radius may "
+                "come out too small. Give rho a number instead",
+                CurvatureWarning,
+                stacklevel=2,
+            )
+
+    def to(self, device: torch.device) -> None:
+        self._memory = self._memory.to(device)
+
+    @property
+    def memory(self) -> Tensor:
+        return self._memory
+
+    @property
+    def shared(self) -> bool:
+        return not self.per_group
+
+    def _row(self, group: int) -> int:
+        return group if self.per_group else 0
+
+    def _publish(self, groups: Sequence[dict[str, Any]]) -> None:
+        found = self._memory[:, 0].exp().unbind()
+        for index, group in enumerate(groups):
+            group["rho"] = found[self._row(index)]
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        group["rho"] = self._memory[self._row(index), 0].exp()
+        return group["rho"]
+
+    def present(self, index: int, group: dict[str, Any]) -> float | Tensor:
+        row = self._row(index)
+        return self._memory[row, 0].exp() if row < len(self._memory) else group["rho"]
+
+    def not_capturable(self) -> str | None:
+        return None
+
+    def metrics(self) -> dict[str, Tensor]:
+        return self._metrics
+
+    # ---- the rule --------------------------------------------------------------------------------------------------
+
+    def compare(self, products: Tensor, gate: Tensor, groups: Sequence[dict[str, Any]]) -> None:
+        lrs = [group.get("lr", 1.0) for group in (groups if self.per_group else groups[:1])]
+        new, metrics = self._next(products, torch.stack(radii(lrs)).to(self._memory.device))
+        ok = torch.isfinite(new).all(dim=1, keepdim=True) & (gate != 0)
+        self._memory.copy_(torch.where(ok, new, self._memory))
+        self._metrics = metrics
+        self._publish(groups)
+
+    def _next(self, products: Tensor, lr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is remembered after a step, and what there is to report; rows that are not finite do not count."""
+        c = self.constants
+        nu, t, length, headway, weight, highest = self._memory.unbind(dim=1)
+        perturbed, across, first, forward, moved = products.unbind(dim=1)
+        squared = (perturbed - 2 * across + first).clamp(min=0)
+        log_kappa = (squared / first).log().div(2).clamp(min=_NOTHING)
+        log_change = (squared / torch.maximum(perturbed, first)).log().div(2).clamp(min=_NOTHING)
+
+        length = torch.where(t == 0, log_kappa - nu, c.length_decay * length + (1 - c.length_decay) * (log_kappa - nu))
+        highest, starts = torch.maximum(highest, lr), t < c.start
+        kept = c.headway_decay ** torch.where(highest > 0, lr / highest, 0.0)
+        kept = torch.where((moved > 0) & ~starts, kept, 1.0)
+        weight = kept * weight + (1 - kept)
+        present = torch.where(moved > 0, -forward / (first * moved).sqrt(), 0.0)
+        headway = headway + (present - headway) * ((1 - kept) / weight.clamp(min=1e-300))
+
+        aimed = math.log(c.change) - c.slope * headway.clamp(max=c.most_headway) - length
+        up = torch.minimum(aimed - nu, math.log(c.most_change) - log_change).clamp(-c.bound, c.bound)
+        found = ((math.log(c.start_change) - log_kappa) / (1 + t)).clamp(-c.start_bound, c.start_bound)
+        nu = (nu + torch.where(starts, found, c.rate * up)).clamp(math.log(_LEAST), math.log(_MOST))
+
+        seen = {"relative_change": log_change.exp(), "headway": headway, "aimed_rho": aimed.exp()}
+        metrics = {name: value if self.per_group else value[0] for name, value in seen.items()}
+        return torch.stack([nu, t + 1, length, headway, weight, highest], dim=1), metrics
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """A list of 0-d tensors, one for each radius, under each name of :attr:`COLUMNS`."""
+        columns = self._memory.clone().unbind(dim=1)
+        return {name: list(column.unbind()) for name, column in zip(self.COLUMNS, columns, strict=True)}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        super().check_state_dict(state)
+        for name in self.COLUMNS:
+            check_numbers(state[name], len(self._memory), f"the radius: {name}")
+
+    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        for index, name in enumerate(self.COLUMNS):
+            for row, value in enumerate(state[name]):
+                self._memory[row, index] = value
+        self._publish(groups)
+
+
+def as_radius(rho: RadiusLike) -> Radius:
+    """What ``rho`` stands for in a constructor.
+
+    Raises:
+        TypeError: it is neither a number nor a radius nor ``"auto"``.
+        ValueError: it is a number that is no radius.
+    """
+    if isinstance(rho, Radius):
+        return rho
+    return AutoRadius() if isinstance(rho, str) and rho == "auto" else ConstantRadius(rho)

@@ -1,0 +1,228 @@
+"""The gradient of LETS's objective in ν = log ρ (Wang et al., ECML-PKDD 2024), from what one step leaves behind.
+
+With g at θ_t, ĝ at θ_t + ε, ḡ_tr and ḡ_vl at θ_{t+1} and the learning rate η,
+
+    ∂F/∂ν = −η · w · (ḡ_vl − ḡ_tr)ᵀ H ε_t,    ε_t = ρ ε̂_t,
+
+where H is the curvature: ``diagonal`` takes diag(ĝ²) as the paper does, ``secant`` takes H ε_t = ĝ − g, for which
+both gradients are at hand already. The derivation treats the base optimizer's step as −η ĝ.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.parts.direction import Ascent
+from lets_kernels.parts.passes import Gradients
+from lets_kernels.space.distributed import Replicas
+from lets_kernels.space.layout import Bucket
+from lets_kernels.space.runs import Runs, is_dense
+
+
+def placed(gradients: list[Gradients], buckets: list[Bucket]) -> list[Gradients]:
+    """The gradients on the devices of their buckets."""
+    pairs = zip(gradients, buckets, strict=True)
+    return [{i: g.to(bucket.device) for i, g in each.items()} for each, bucket in pairs]
+
+
+def fit(gradients: list[Gradients], buckets: list[Bucket]) -> bool:
+    """True if these gradients, from a loaded state, can be those of the buckets' parameters."""
+    return len(gradients) == len(buckets) and all(map(_alike, gradients, buckets))
+
+
+def _alike(gradients: Gradients, bucket: Bucket) -> bool:
+    """The same sizes, dtype and, where the parameter is dense, order in memory."""
+    memory = bucket.memory
+    if any(i >= len(memory) for i in gradients):
+        return False
+    pairs = [(g, memory[i]) for i, g in gradients.items()]
+    return all(
+        g.shape == p.shape and g.dtype == p.dtype and (g.stride() == p.stride() or not is_dense(p)) for g, p in pairs
+    )
+
+
+#: A bucket, and its part of a sum: 0-d float64.
+Share = tuple[Bucket, Tensor]
+_LISTS = ("first", "perturbed", "stepped")
+
+
+@dataclass
+class Trial:
+    """One step's perturbation and the gradients around it.
+
+    ``ascents`` holds what was perturbed; every other list has an entry for each bucket there is.
+    """
+
+    buckets: list[Bucket]
+    ascents: list[Ascent]
+    first: list[Gradients]
+    perturbed: list[Gradients]
+    stepped: list[Gradients]  # what the base optimizer stepped along: the perturbed ones, unless the descent says else
+    total: Tensor
+    lr: list[Any]
+    rho: list[Tensor]
+    gate: Tensor
+    slope: float = 1.0  # of what the base optimizer stepped along, in the second gradient
+    captured: bool = False  # the step is part of a CUDA graph
+
+    def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Share]:
+        """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, for the mean over ranks.
+
+        No ``train`` stands for ḡ_tr = 0. d is what the base optimizer stepped along: ĝ, or what the descent made of it,
+        which is g where ρ = 0. The sum is over all tensors, also those that were not perturbed: their gradients have
+        changed too.
+        """
+        out = []
+        for bucket, lr, first, stepped in zip(self.buckets, self.lr, self.first, self.stepped, strict=True):
+            k, indices = bucket.index, tuple(i for i in first if i in stepped)
+            if not indices:
+                continue
+            lists = self._aligned(indices, first, val[k], None if train is None else train[k])
+            pairs = ([source[i] for i in indices] for source in (stepped, first))
+            packed = (bucket.pack(each) for each in (*lists, *pairs))
+            share = bucket.ops.rho_grad_secant(*packed, bucket.table(indices))
+            out.append((bucket, -lr * bucket.parts * share))
+        return out
+
+    def diagonal(
+        self,
+        val: list[Gradients],
+        train: list[Gradients] | None,
+        along: list[Gradients] | None,
+        replicas: Replicas,
+    ) -> list[Share]:
+        """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each bucket, for the mean over ranks.
+
+        ``along``: the gradients whose direction stands for ε̂, with T at θ_t (Algorithm 1 as printed takes ḡ_tr);
+        None takes ε̂_t, the perturbation that was applied.
+        """
+        ascents, total = self.ascents, self.total
+        if along is not None:
+            ascents = [self._redirect(a, along[a.bucket.index]) for a in ascents]
+            parts = [a.total(saved=True).to(total.device) for a in ascents]
+            total = replicas.mean(torch.stack(parts).sum() if parts else torch.zeros_like(total))
+        out = []
+        for a in ascents:
+            k, runs = a.bucket.index, self._common(a)
+            if not runs.indices:  # ĝ is zero there, and an op on nothing would not know its dtype
+                continue
+            like = dict(zip(runs.indices, runs.params, strict=True))
+            lists = self._aligned(runs.indices, like, val[k], None if train is None else train[k])
+            vectors = dict(zip(a.runs.indices, a.vectors, strict=True))
+            part = replace(a, runs=runs, vectors=[vectors[i] for i in runs.indices])
+            share = part.rho_grad(*lists, [self.perturbed[k][i] for i in runs.indices])
+            near = total.to(a.bucket.device)
+            length = torch.where(near > 0, self.rho[k] / near.pow((a.q - 1) / a.q), 0.0)
+            out.append((a.bucket, -self.lr[k] * self.slope * length * share))
+        return out
+
+    def _common(self, a: Ascent) -> Runs:
+        """The runs of a bucket that were perturbed and have a gradient there."""
+        runs, hats = a.runs, self.perturbed[a.bucket.index]
+        if all(i in hats for i in runs.indices):
+            return runs
+        keep = [j for j, i in enumerate(runs.indices) if i in hats]
+        return Runs(
+            runs.bucket,
+            tuple(runs.indices[j] for j in keep),
+            [runs.params[j] for j in keep],
+            [runs.grads[j] for j in keep] if runs.grads else [],
+        )
+
+    @staticmethod
+    def _aligned(
+        indices: Sequence[int], like: Gradients, val: Gradients, train: Gradients | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Lists in the order of the indices; a parameter without a gradient has gradient zero."""
+        vals = [val[i] if i in val else torch.zeros_like(like[i]) for i in indices]
+        if train is None:
+            return vals, []
+        return vals, [train[i] if i in train else torch.zeros_like(like[i]) for i in indices]
+
+    @staticmethod
+    def _redirect(a: Ascent, along: Gradients) -> Ascent:
+        pairs = zip(a.runs.indices, a.runs.params, strict=True)
+        return replace(a, vectors=[along[i] if i in along else torch.zeros_like(p) for i, p in pairs])
+
+    def detached(self) -> "Trial":
+        """A trial whose gradients are nobody else's: those after the step are the user's, who may change them."""
+        copies: dict[int, Tensor] = {}
+
+        def own(gradients: list[Gradients]) -> list[Gradients]:
+            for g in (g for each in gradients for g in each.values() if id(g) not in copies):
+                copies[id(g)] = g.clone()
+            return [{i: copies[id(g)] for i, g in each.items()} for each in gradients]
+
+        return replace(self, perturbed=own(self.perturbed), stepped=own(self.stepped))
+
+    @staticmethod
+    def fits(state: dict[str, Any], buckets: list[Bucket]) -> bool:
+        """True if the buckets hold the parameters that a packed trial was made with, by their places in the groups."""
+        for entry in state["ascents"]:
+            if entry["bucket"] >= len(buckets):
+                return False
+            bucket = buckets[entry["bucket"]]
+            if (bucket.group, bucket.places) != (entry["group"], entry["places"]):
+                return False
+            vectors = dict(zip(entry["indices"], entry["vectors"], strict=False))  # none are needed for a secant
+            if not _alike(vectors, bucket) or any(i >= len(bucket.params) for i in entry["indices"]):
+                return False
+            saved, norms = entry["saved"], entry["filter_norms"]
+            if bucket.element_wise and (saved is None or saved.shape != (bucket.size,)):
+                return False
+            if bucket.filter_norms is not None and (norms is None or norms.shape != bucket.filter_norms.shape):
+                return False
+        lists = (state["first"], state["perturbed"], state["stepped"])
+        return all(fit(each, buckets) for each in lists)
+
+    def pack(self) -> dict[str, Any]:
+        """Everything that ``unpack`` needs, as tensors, numbers, lists and dicts that torch.save can store."""
+        ascents = [
+            {
+                "bucket": a.bucket.index,
+                "indices": list(a.runs.indices),
+                "group": a.bucket.group,
+                "places": a.bucket.places,
+                "vectors": [v.clone() for v in a.vectors],  # a direction may hold them too, as complex numbers
+                "xi": a.xi,
+                "q": a.q,
+                "scaled": a.scaled,
+                "saved": a.bucket.saved.clone() if a.bucket.element_wise else None,
+                "filter_norms": None if a.bucket.filter_norms is None else a.bucket.filter_norms.clone(),
+            }
+            for a in self.ascents
+        ]
+        rest = {name: getattr(self, name) for name in (*_LISTS, "total", "lr", "rho", "gate", "slope")}
+        return {"ascents": ascents, **rest}
+
+    @classmethod
+    def unpack(cls, state: dict[str, Any], buckets: list[Bucket]) -> "Trial":
+        """The trial again, over buckets of the same parameters and on their devices.
+
+        Their saved weights become those of the trial.
+        """
+        ascents = []
+        for entry in state["ascents"]:
+            bucket, indices = buckets[entry["bucket"]], tuple(entry["indices"])
+            vectors, memory = [v.to(bucket.device) for v in entry["vectors"]], bucket.memory
+            runs = Runs(bucket, indices, [memory[i] for i in indices], vectors)
+            ascents.append(Ascent(runs, vectors, entry["xi"], entry["q"], entry["scaled"]))
+            if bucket.element_wise:
+                bucket.saved.copy_(entry["saved"])
+            if bucket.filter_norms is not None:
+                bucket.filter_norms.copy_(entry["filter_norms"])
+        return cls(
+            buckets=buckets,
+            ascents=ascents,
+            first=placed(state["first"], buckets),
+            perturbed=placed(state["perturbed"], buckets),
+            stepped=placed(state["stepped"], buckets),
+            total=state["total"].to(buckets[0].device),
+            lr=state["lr"],
+            rho=[rho.to(bucket.device) for rho, bucket in zip(state["rho"], buckets, strict=True)],
+            gate=state["gate"].to(buckets[0].device),
+            slope=float(state["slope"]),
+        )

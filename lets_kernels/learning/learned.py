@@ -1,0 +1,424 @@
+"""How far to perturb, learned: LETS."""
+
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.base.foreign import check_steps_alone
+from lets_kernels.base.fused import OwnStep, refusal
+from lets_kernels.base.guarded import make_state
+from lets_kernels.learning.hypergradient import Trial, fit, placed
+from lets_kernels.learning.saved import check_learned
+from lets_kernels.parts.direction import Direction
+from lets_kernels.parts.passes import Gradients
+from lets_kernels.parts.radius import Radius, check_rho
+from lets_kernels.parts.samples import Samples
+from lets_kernels.space.distributed import Replicas
+from lets_kernels.space.layout import Bucket
+
+METRICS = ("squared_gap", "gap", "validation_loss")
+CURVATURES = ("diagonal", "secant")
+DIRECTIONS = ("epsilon", "algorithm1")
+VALIDATIONS = ("closure", "next")
+
+
+#: log ρ stays within ± this, where ρ fits float32: from 1.8e-35 to 5.5e34.
+MOST_NU = 80.0
+
+
+class CurvatureWarning(UserWarning):
+    """A learned radius goes by two gradients that differ in more than the perturbation."""
+
+
+class LearnedRadius(Radius):
+    """LETS: ρ = exp(ν), learned by bilevel optimisation (Wang et al., ECML-PKDD 2024, Algorithm 1).
+
+    After every step the gradients of the training and the validation loss are taken at the new weights, and ν moves
+    along ∂F/∂ν (:mod:`lets_kernels.learning.hypergradient`) under an optimizer of its own. Unstated in the paper, and
+    so parameters here: the optimizer for ν, one radius or one a group, and how a step of the base optimizer other than
+    plain SGD enters: as −η ĝ.
+
+    ν stays within ±80, so ρ in [1.8e-35, 5.5e34], wherever its optimizer would take it: ρ is finite and positive in
+    float32 after any step, and so is what a state saves.
+
+    ``group["rho"]`` shows the radius, as a 0-d tensor; what is written there is not read.
+
+    A step with it, and the learning after it, can be captured in a CUDA graph with ``interval=1``, with validation
+    closures and without ``reuse_train_gradient``; the learning rates are then those of the capture, and ``opt.rho``
+    follows the replays.
+
+    Args:
+        rho: ρ_0 > 0, in the bounds above. With ``per_group``, for groups without their own ``rho``.
+        metric: F. ``"squared_gap"`` (the paper) is ½(L_vl − L_tr)², ``"gap"`` is L_vl − L_tr, ``"validation_loss"``
+            is L_vl; the last needs one gradient fewer. None takes ``"squared_gap"`` with ``validation="closure"``, and
+            ``"validation_loss"``, the only one that goes with it, with ``"next"``.
+        curvature: ``"diagonal"`` (the paper) or ``"secant"``.
+        direction: for the diagonal, ``"epsilon"`` takes the perturbation that was applied (the derivation in the
+            text); ``"algorithm1"`` takes the training gradient at the new weights, as Algorithm 1 prints it.
+        optimizer: class of the torch optimizer for ν, Adam by default; it gets ``optimizer_kwargs``, ``lr`` 1e-2 by
+            default, and on an accelerator ``capturable=True`` if it knows that. SGD, Adam and AdamW step by the ops.
+            Once bound it is the attribute ``optimizer``, to which an LR scheduler can be attached. The paper's plain
+            SGD at 1e-4 cannot move ρ: by 2e-11 in 200 steps from 0.05 with the diagonal, by 3e-8 with the secant (the
+            demo's network, 40 % wrong labels, batches of 64).
+        validation: where ḡ_vl comes from. ``"closure"`` (the paper) is the validation closure of
+            ``step(closure, val_closure)`` or ``radius_step``. ``"next"`` takes the next step's first gradient, on the
+            next batch: a step then costs two gradients, there is nothing to call, and ν moves at the beginning of the
+            next step; the step's two gradients wait until then, two parameter-sized buffers. Batches of the training
+            set are not held out: from the second epoch on the weights have been fitted to them, wrong labels included,
+            and the signal then leans towards a smaller radius (docs/radius.md).
+        interval: learn on every ``interval``-th step that perturbs only.
+        reuse_train_gradient: the next step's first gradient, on the next batch, serves as ḡ_tr: three gradients a step
+            and not four. ν then moves at the beginning of the next step.
+        per_group: one ν a param group. With a secant, a group's ν then sees the part of ĝ − g that lies in the group.
+
+    Raises:
+        ValueError: an argument is out of its range; ``direction`` with a secant, which needs none;
+            ``validation="next"`` with what needs a gradient at the new weights on this step's batch.
+        TypeError: an optimizer that calls its closure itself.
+    """
+
+    moves = True
+
+    def __init__(
+        self,
+        rho: float = 0.05,
+        *,
+        metric: str | None = None,
+        curvature: str = "diagonal",
+        direction: str = "epsilon",
+        optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+        validation: str = "closure",
+        interval: int = 1,
+        reuse_train_gradient: bool = False,
+        per_group: bool = False,
+        **optimizer_kwargs: Any,
+    ) -> None:
+        if metric is None:
+            metric = "validation_loss" if validation == "next" else "squared_gap"
+        for name, value, known in (
+            ("metric", metric, METRICS),
+            ("curvature", curvature, CURVATURES),
+            ("direction", direction, DIRECTIONS),
+            ("validation", validation, VALIDATIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if curvature == "secant" and direction != "epsilon":
+            raise ValueError(f"direction={direction!r} goes with curvature='diagonal'; a secant needs no direction")
+        if validation == "next":
+            for refused in (
+                f"metric={metric!r}" if metric != "validation_loss" else "",
+                "direction='algorithm1'" if direction == "algorithm1" else "",
+                "reuse_train_gradient=True" if reuse_train_gradient else "",
+            ):
+                if refused:
+                    raise ValueError(
+                        f"{refused} needs the gradient of this step's batch at the new weights, and validation='next' "
+                        "takes that of the next batch only: leave it out, or use validation='closure'"
+                    )
+        if isinstance(optimizer, type):
+            check_steps_alone(optimizer)
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, not {interval}")
+        self.rho = _check_learned(rho)
+        self.metric, self.curvature, self.direction = metric, curvature, direction
+        self.validation = validation
+        self.interval, self.reuse_train_gradient, self.per_group = interval, reuse_train_gradient, per_group
+        self._make_optimizer = optimizer
+        self._optimizer_kwargs = {"lr": 1e-2, **optimizer_kwargs}
+        self._step_nu = OwnStep()
+        self.nu: list[Tensor] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._pending: tuple[Trial, list[Gradients] | None, Tensor | None] | None = None
+        self._packed: dict[str, Any] | None = None
+        self._metrics: dict[str, Tensor] = {}
+
+    @property
+    def learns(self) -> bool:  # type: ignore[override]
+        return self.validation == "closure"
+
+    # ---- the radius ----------------------------------------------------------------------------------------------
+
+    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+        self.check_groups(groups)
+        for group in groups[len(self.nu) :] if self.per_group else groups[: 1 - len(self.nu)]:
+            start = math.log(float(group["rho"]))
+            nu = torch.tensor(start, dtype=torch.float64, device=device, requires_grad=True)
+            if self.optimizer is None:
+                self.optimizer = self._make_optimizer([nu], **{**self._optimizer_kwargs, **self._on(device)})
+            else:
+                self.optimizer.add_param_group({"params": [nu]})
+            self.nu.append(nu)
+        if self.optimizer is not None:
+            self._step_nu.make_state(self.optimizer)
+        self._publish(groups)
+
+    def _on(self, device: torch.device) -> dict[str, bool]:
+        """Where torch's optimizer can keep its step count beside ν, as CUDA graphs need it, it is to do so."""
+        if "capturable" not in inspect.signature(self._make_optimizer).parameters:
+            return {}
+        return {"capturable": self._optimizer_kwargs.get("capturable", device.type in ("cuda", "xpu"))}
+
+    def check_passes(self, sync_perturbation: bool, direction: Direction, samples: Samples) -> None:
+        secant, reuses = self.curvature == "secant", self.reuse_train_gradient or not self.learns
+        option = "reuse_train_gradient=True" if self.reuse_train_gradient else "validation='next'"
+        if not direction.needs_gradient and (secant or reuses):
+            what = "curvature='secant'" if secant else option
+            raise ValueError(f"{what} needs a first gradient, and this direction takes none: leave it out")
+        elsewhere = direction.starts or not samples.first_is_whole
+        if reuses and elsewhere:
+            raise ValueError(
+                f"{option} takes a step's first gradient for that of the batch at the weights, and this method's is "
+                "another: leave it out"
+            )
+        if secant and (elsewhere or not samples.second_is_whole):
+            warnings.warn(
+                "curvature='secant' takes the difference of the two gradients for the Hessian along the perturbation, "
+                "and in this method they differ in more than that (where or from which samples they are taken): the "
+                "radius may learn the wrong way. curvature='diagonal' sees the perturbation alone",
+                CurvatureWarning,
+                stacklevel=2,
+            )
+        if not sync_perturbation and reuses:
+            raise ValueError(
+                f"{option} takes a first gradient for that of the whole batch, and with sync_perturbation=False it is "
+                "one rank's: leave one of the two out"
+            )
+
+    def to(self, device: torch.device) -> None:
+        if self.nu and self.nu[0].device != device:
+            assert self.optimizer is not None
+            for nu in self.nu:
+                nu.data, nu.grad = nu.detach().to(device), None
+            self._load_optimizer(self.optimizer.state_dict())
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        for group in groups:
+            _check_learned(float(group["rho"]))
+        given = {float(g["rho"]) for g in groups} - ({self.rho, *map(float, self._radii())} if self.nu else set())
+        if not self.per_group and len(given) > (0 if self.nu else 1):
+            raise ValueError("the groups have different rho, but one radius is learned for all: use per_group=True")
+        if any("lr" not in g for g in groups):
+            raise ValueError("a learned radius needs the learning rate: the base optimizer's groups have no 'lr'")
+
+    def _publish(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Let every group show its ρ, a 0-d tensor of its own that later steps replace and never change."""
+        radii = self._radii()
+        for index, group in enumerate(groups):
+            group["rho"] = radii[self._of(index)]
+
+    def _radii(self) -> list[Tensor]:
+        return [nu.detach().exp() for nu in self.nu]
+
+    def _of(self, group: int) -> int:
+        return group if self.per_group else 0
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        group["rho"] = self.nu[self._of(index)].detach().exp()
+        return group["rho"]
+
+    def present(self, index: int, group: dict[str, Any]) -> float | Tensor:
+        k = self._of(index)
+        return self.nu[k].detach().exp() if k < len(self.nu) else group["rho"]
+
+    def not_capturable(self) -> str | None:
+        if self.interval != 1:
+            return f"with interval={self.interval} the host decides at every step whether to learn from it"
+        if self.reuse_train_gradient or not self.learns:
+            return "the radius learns at the beginning of a step from gradients that the one before left elsewhere"
+        return None
+
+    # ---- learning --------------------------------------------------------------------------------------------------
+
+    @property
+    def shared(self) -> bool:
+        return not self.per_group
+
+    def due(self, step: int) -> bool:
+        return (step + 1) % self.interval == 0
+
+    @property
+    def needs_train_gradient(self) -> bool:
+        """True if ∂F/∂ν holds ḡ_tr."""
+        return self.metric != "validation_loss" or (self.curvature, self.direction) == ("diagonal", "algorithm1")
+
+    @property
+    def needs_vectors(self) -> bool:  # type: ignore[override]
+        return (self.curvature, self.direction) == ("diagonal", "epsilon")
+
+    @property
+    def needs_train_closure(self) -> bool:  # type: ignore[override]
+        return self.needs_train_gradient and not self.reuse_train_gradient
+
+    @property
+    def waits(self) -> bool:  # type: ignore[override]
+        return self._pending is not None or self._packed is not None
+
+    @property
+    def needs_train_loss(self) -> bool:  # type: ignore[override]
+        return self.metric == "squared_gap"
+
+    def observe(
+        self,
+        trial: Trial,
+        val: list[Gradients] | None,
+        val_loss: Tensor | None,
+        train: list[Gradients] | None,
+        train_loss: Tensor | None,
+        groups: Sequence[dict[str, Any]],
+        replicas: Replicas,
+    ) -> None:
+        if val is None or (self.needs_train_gradient and self.reuse_train_gradient):
+            self._pending = trial.detached(), val, val_loss
+        else:
+            self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
+
+    def complete(
+        self,
+        train: list[Gradients],
+        train_loss: Tensor | None,
+        buckets: list[Bucket],
+        groups: Sequence[dict[str, Any]],
+        replicas: Replicas,
+        finite: Tensor,
+    ) -> None:
+        if self._packed is not None:
+            state, self._packed = self._packed, None
+            val = state["val"]
+            if Trial.fits(state["trial"], buckets) and (val is None or fit(val, buckets)):
+                trial = Trial.unpack(state["trial"], buckets)
+                self._pending = trial, None if val is None else placed(val, buckets), state["val_loss"]
+        if self._pending is None:
+            return
+        (trial, val, val_loss), self._pending = self._pending, None
+        # Where parameters have been frozen, added or moved since, that step's gradients go with others than these.
+        if any(a.bucket not in buckets for a in trial.ascents):
+            return
+        trial = replace(trial, gate=torch.where(finite, trial.gate, torch.zeros_like(trial.gate)))
+        if val is None:  # this step's first gradient, on a batch that the last step has not seen
+            self._learn(trial, train, train_loss, None, None, groups, replicas)
+        else:
+            self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
+
+    def _learn(
+        self,
+        trial: Trial,
+        val: list[Gradients],
+        val_loss: Tensor | None,
+        train: list[Gradients] | None,
+        train_loss: Tensor | None,
+        groups: Sequence[dict[str, Any]],
+        replicas: Replicas,
+    ) -> None:
+        assert self.optimizer is not None
+        subtracted = None if self.metric == "validation_loss" else train
+        if self.curvature == "secant":
+            shares = trial.secant(val, subtracted)
+        else:
+            shares = trial.diagonal(val, subtracted, train if self.direction == "algorithm1" else None, replicas)
+        sums = [torch.zeros_like(nu) for nu in self.nu]
+        for bucket, share in shares:
+            sums[self._of(bucket.group)] += share.to(sums[0].device)
+
+        known = [t.to(sums[0].device) for t in (val_loss, train_loss) if t is not None]
+        means, first = replicas.agree([*sums, *known], [nu.detach() for nu in self.nu])
+        if replicas.groups:
+            for nu, value in zip(self.nu, first, strict=True):
+                nu.detach().copy_(value)
+        losses = means[len(sums) :]
+        weight = losses[0] - losses[1] if self.metric == "squared_gap" else torch.ones_like(sums[0])
+        gradients = [weight * s for s in means[: len(sums)]]
+        ok = torch.isfinite(torch.stack(gradients)).all() * trial.gate
+        self._metrics = {
+            "rho_grad": _one_or_all([d / nu.detach().exp() for d, nu in zip(gradients, self.nu, strict=True)]),
+            **dict(zip(("val_loss", "train_loss"), losses, strict=False)),
+        }
+        for nu, d in zip(self.nu, gradients, strict=True):
+            nu.grad = torch.where(ok != 0, d, torch.zeros_like(d))
+        beside = [a.bucket.backend for a in trial.ascents if a.bucket.device == ok.device]
+        self._step_nu(self.optimizer, ok, beside[0] if beside else "auto")
+        self._bound()
+        self._publish(groups)
+
+    def _bound(self) -> None:
+        """Keep every ν within its bounds: in place and on the device, so a captured graph does it too."""
+        present = [nu.detach() for nu in self.nu]
+        torch._foreach_clamp_min_(present, -MOST_NU)
+        torch._foreach_clamp_max_(present, MOST_NU)
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, Tensor]:
+        return self._metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """ν, its optimizer, and the step that waits to be learned from, if any."""
+        assert self.optimizer is not None
+        pending = self._packed
+        if self._pending is not None:
+            trial, val, val_loss = self._pending
+            pending = {"trial": trial.pack(), "val": val, "val_loss": val_loss}
+        return {
+            "nu": [nu.detach().clone() for nu in self.nu],
+            "optimizer": self.optimizer.state_dict(),
+            "pending": pending,
+        }
+
+    def make_state(self) -> None:
+        assert self.optimizer is not None
+        if refusal(self.optimizer) is not None:  # else made when ν was
+            make_state(self.optimizer)
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        assert self.optimizer is not None
+        super().check_state_dict(state)
+        check_learned(state, self.nu, self.optimizer, self.learns, self.needs_vectors)
+
+    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        assert self.optimizer is not None
+        with torch.no_grad():
+            for nu, value in zip(self.nu, state["nu"], strict=True):
+                nu.copy_(value)
+        self._bound()
+        self._load_optimizer(state["optimizer"])
+        self._pending, self._packed = None, state["pending"]
+        self._publish(groups)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Load it as torch does, but with the options, and the step counts where, this device wants them."""
+        assert self.optimizer is not None
+        self.optimizer.load_state_dict(state)
+        wanted = self._on(self.nu[0].device)
+        for group in self.optimizer.param_groups:
+            group.update(wanted)
+        for nu, own in self.optimizer.state.items():
+            if wanted.get("capturable") and "step" in own:
+                own["step"] = own["step"].to(nu.device)
+        self._step_nu.make_state(self.optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: a waiting step goes along as data, without the buckets it came from."""
+        own = dict(self.__dict__)
+        if self._pending is not None:
+            own["_packed"], own["_pending"] = self.state_dict()["pending"], None
+        return own
+
+
+def _check_learned(rho: float) -> float:
+    if isinstance(rho, (Real, Tensor)) and not (math.isfinite(rho) and rho > 0):
+        raise ValueError(f"a learned radius starts at a finite rho > 0 (rho = exp(nu)), not {rho}")
+    value = check_rho(rho)
+    if abs(math.log(value)) > MOST_NU + 1e-9:  # the bound itself, as exp(nu) shows it
+        raise ValueError(f"a learned radius stays within exp(-80) = 1.8e-35 and exp(80) = 5.5e34; rho={value} is not")
+    return value
+
+
+def _one_or_all(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values)

@@ -1,0 +1,35 @@
+"""ASAM (Kwon et al., ICML 2021)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lets_kernels.parts.direction import Adaptive
+from lets_kernels.parts.radius import RadiusLike
+from lets_kernels.sam import SAM
+
+
+class ASAM(SAM):
+    """Adaptive SAM: ε = ρ T²g/‖Tg‖ (Kwon et al., ICML 2021, §3).
+
+    Args:
+        params, base_optimizer, kwargs: as :class:`SAM`.
+        rho: the radius, in the space that T scales; the authors' default is 0.5.
+        xi: ξ of T = |θ| + ξ; a group may have its own.
+        filterwise: T = ‖filter‖ + ξ for convolution filters (LETS, 2024, Eq. 7); see :class:`Adaptive`.
+        scale_bias: False for T = 1 on biases; see :class:`Adaptive`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.5,
+        xi: float = 0.01,
+        *,
+        filterwise: bool = False,
+        scale_bias: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, direction=Adaptive(xi, filterwise, scale_bias), **kwargs)

@@ -1,0 +1,50 @@
+"""Variational SAM, bSAM (Möllenhoff & Khan, ICLR 2023)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from lets_kernels.base.variational import VariationalSGD
+from lets_kernels.parts.direction import Posterior
+from lets_kernels.parts.radius import RadiusLike
+from lets_kernels.sam import SAM
+
+
+class BSAM(SAM):
+    """Variational SAM: SAM as an optimal relaxation of Bayes, which learns a Gaussian over the weights.
+
+    Möllenhoff & Khan, ICLR 2023 (bSAM). An optimizer of its own, without a base optimizer: g at a sample
+    of N(ω, 1/(Ns)), ĝ at ω + ρ g/s, then m ← β₁m + (1 − β₁)(ĝ + δω), s ← β₂s + (1 − β₂)(√s|g| + δ + γ) and
+    ω ← ω − α m/s. The weights are the mean ω; ``opt.state[p]["precision"]`` is s. State: s and m, two parameter-sized
+    buffers; the noise is drawn again where it is used. Two gradients a step; the first pass belongs into
+    ``with opt.first_pass():`` unless ``step(closure)`` makes it. β₁, β₂, δ and γ are the paper's; the first s is ours.
+    The average in s takes in every first gradient that is finite, also of a step that is given up later.
+
+    Args:
+        params: as :class:`SAM`.
+        rho: ρ, which scales g/s.
+        lr: α.
+        data_size: N, the number of training examples; infinity takes g at ω itself.
+        beta1, beta2: β₁ and β₂.
+        weight_decay: δ, the precision of the prior over N.
+        damping: γ.
+        precision: the first s.
+        kwargs: as :class:`SAM`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        rho: RadiusLike = 0.05,
+        *,
+        lr: float,
+        data_size: float,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        weight_decay: float = 1e-4,
+        damping: float = 0.1,
+        precision: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        direction = Posterior(data_size, beta2, damping)
+        own: dict[str, Any] = {"lr": lr, "beta1": beta1, "weight_decay": weight_decay, "precision": precision}
+        super().__init__(params, VariationalSGD, rho, direction=direction, **own, **kwargs)

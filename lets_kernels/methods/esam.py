@@ -1,0 +1,65 @@
+"""Methods that look at each sample's loss: ESAM (Du et al., ICLR 2022), δ-SAM (Zhou et al., 2021)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lets_kernels.parts.direction import Dropped
+from lets_kernels.parts.radius import RadiusLike
+from lets_kernels.parts.samples import SelectedSamples, WeightedSamples
+from lets_kernels.sam import SAM
+
+
+class ESAM(SAM):
+    """Efficient SAM: a random part of the weights is perturbed, and a part of the samples gives the second gradient.
+
+    Du et al., ICLR 2022: stochastic weight perturbation, and sharpness-sensitive data selection. State:
+    none beside SAM's. A step takes one gradient of the batch, one of its γ part, and a forward pass. ``step(closure)``
+    takes ``closure(subset=None)``, which returns the loss of each sample and leaves ``backward`` to the optimizer
+    (:mod:`lets_kernels.parts.samples`); in the other shapes ``opt.samples.subset(before, after)`` chooses. β = 0.5 (the
+    paper has 0.5 and 0.6), γ = 0.5.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        beta: β in (0, 1]; 1 perturbs all weights.
+        gamma: γ in (0, 1]; 1 takes all samples. β = γ = 1 is SAM.
+        granularity: ``"element"`` or ``"tensor"``; see :class:`~lets_kernels.Dropped`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        beta: float = 0.5,
+        gamma: float = 0.5,
+        *,
+        granularity: str = "element",
+        **kwargs: Any,
+    ) -> None:
+        direction, samples = Dropped(beta, granularity), SelectedSamples(gamma)
+        super().__init__(params, base_optimizer, rho, direction=direction, samples=samples, **kwargs)
+
+
+class DeltaSAM(SAM):
+    """δ-SAM: the ascent gradient weights the samples, so that one perturbation approximates one a sample.
+
+    Zhou et al., 2021 (arXiv 2112.08772). State: none beside SAM's. Two gradients a step. ``step(closure)`` takes
+    ``closure(subset=None)``, which returns ``(losses, outputs)`` and leaves ``backward`` to the optimizer. The weights,
+    and how the gradient norms are estimated, are ours: see :class:`~lets_kernels.WeightedSamples`.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        power: weights ∝ ‖g_i‖^power; 0 is SAM.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        power: float = -1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, samples=WeightedSamples(power), **kwargs)

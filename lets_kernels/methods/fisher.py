@@ -1,0 +1,82 @@
+"""Methods that go by Fisher information: Fisher SAM (Kim et al., ICML 2022), Sparse SAM (Mi et al., NeurIPS 2022)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lets_kernels.methods.masks import update_mask
+from lets_kernels.parts.direction import Fisher, Masked
+from lets_kernels.parts.radius import RadiusLike
+from lets_kernels.sam import SAM
+from lets_kernels.step.step import Closure
+
+
+class FisherSAM(SAM):
+    """ε = ρ F⁻¹g/√(gᵀF⁻¹g): SAM in the geometry of the diagonal Fisher information F⁻¹ ≈ 1/(1 + η_F g²).
+
+    Kim et al., ICML 2022. State: none beside SAM's. Two gradients a step. The information is that of the
+    batch's gradient. η_F = 1 is ours.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        eta: η_F ≥ 0; 0 is SAM.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        eta: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, direction=Fisher(eta), **kwargs)
+
+
+class SparseSAM(SAM):
+    """ε = ρ (g/‖g‖) ⊙ mask: only a share 1 − s of the weights is perturbed.
+
+    Mi et al., NeurIPS 2022. State: the mask, one byte an element. Two gradients a step. s = 0.5 is
+    the paper's. The mask is there from the first step on; see :class:`~lets_kernels.Masked` for how and when it is
+    selected.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        sparsity: s in [0, 1); 0 is SAM.
+        kind: ``"fisher"`` or ``"dynamic"``.
+        interval, drop, steps: see :class:`~lets_kernels.Masked`.
+    """
+
+    direction: Masked
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        sparsity: float = 0.5,
+        kind: str = "fisher",
+        interval: int | None = None,
+        *,
+        drop: float = 0.5,
+        steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        direction = Masked(sparsity, kind, interval, drop=drop, steps=steps)
+        super().__init__(params, base_optimizer, rho, direction=direction, **kwargs)
+
+    def update_mask(self, closure: Closure, samples: int = 128) -> None:
+        """Select the Fisher mask by Σ g² over n samples, as the paper does every few epochs; between steps.
+
+        Needs memory for one sum a parameter meanwhile. Gradients that are there are put back.
+
+        Args:
+            closure: as ``step``'s, for one sample, another one at each call. Its loss is not to be scaled.
+            samples: n, how often it is called. The default is ours.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            ValueError: the mask is dynamic, ``samples`` is below 1, or Σ g² is zero or not finite: the mask stays.
+        """
+        update_mask(self, closure, samples)

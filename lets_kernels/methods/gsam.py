@@ -1,0 +1,84 @@
+"""Methods that step along both gradients: GSAM (Zhuang et al., ICLR 2022), the penalty of Zhao et al. (ICML 2022)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lets_kernels.parts.descent import NormPenalty, SurrogateGap
+from lets_kernels.parts.direction import RandomStart
+from lets_kernels.parts.radius import RadiusLike
+from lets_kernels.sam import SAM
+
+
+class GSAM(SAM):
+    """Along ĝ − α g⊥, where g⊥ is the part of g orthogonal to ĝ: the surrogate gap ĥ = L(θ + ε) − L(θ) shrinks too.
+
+    Zhuang et al., ICLR 2022. State: none beside SAM's; the first gradient is held through the second pass.
+    Two gradients a step. α = 0.4 by default; 0.6 is in use for ViTs. Its ρ falls with the learning rate: pass
+    ``rho=LearningRateRadius(rho_max, rho_min)`` for that.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        alpha: α ≥ 0; 0 is SAM.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        alpha: float = 0.4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, descent=SurrogateGap(alpha), **kwargs)
+
+
+class RGSAM(SAM):
+    """GSAM with R-SAM's perturbation: the first gradient is taken at a random point beside θ.
+
+    Liu et al., NeurIPS 2022. State and cost are GSAM's; the noise is drawn again where it is used. The first pass
+    belongs into ``with opt.first_pass():`` unless ``step(closure)`` makes it.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        alpha: as :class:`GSAM`.
+        gamma, lam, noise_scale: as :class:`RSAM`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        alpha: float = 0.4,
+        *,
+        gamma: float = 1e-4,
+        lam: float = 1.0,
+        noise_scale: str = "variance",
+        **kwargs: Any,
+    ) -> None:
+        direction, descent = RandomStart(gamma, lam, noise_scale), SurrogateGap(alpha)
+        super().__init__(params, base_optimizer, rho, direction=direction, descent=descent, **kwargs)
+
+
+class GradientNormPenalty(SAM):
+    """Along (1 − α) g + α ĝ: the gradient of L + λ‖∇L‖ with λ = αρ (Zhao et al., ICML 2022).
+
+    State: none beside SAM's; the first gradient is held through the second pass. Two gradients a step. The
+    default of α is ours.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        alpha: α ≥ 0; 1 is SAM, 0 the base optimizer.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        alpha: float = 0.8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, descent=NormPenalty(alpha), **kwargs)

@@ -1,0 +1,67 @@
+"""LETS (Wang, Jiang, Fu, Zhang, ECML-PKDD 2024): SAM and ASAM with a learned radius.
+
+LETS is a radius and goes with every method: ``rho=LearnedRadius(...)``. The two presets are the paper's, but for one
+thing: ν = log ρ is stepped by Adam at 1e-2, since the paper's plain SGD at 1e-4 moves ρ by some 1e-11 in hundreds of
+steps (:class:`LearnedRadius` has the numbers). From 0.2 on training is lost on its first plateau, as with a fixed
+radius of that size: ``rho_warmup=`` is the way around it; ``SAM(rho="auto")`` needs no start, at two gradients a step.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lets_kernels.learning.learned import LearnedRadius
+from lets_kernels.methods.asam import ASAM
+from lets_kernels.parts.radius import Radius
+from lets_kernels.sam import SAM
+
+
+def _learned(rho: Any, plain: str) -> LearnedRadius:
+    if (isinstance(rho, str) and rho == "auto") or (isinstance(rho, Radius) and not isinstance(rho, LearnedRadius)):
+        raise ValueError(
+            f"LETS{plain} learns its radius as the paper does, from a first one: for another radius use "
+            f"{plain}(rho='auto'), or {plain} with the radius that you mean"
+        )
+    return rho if isinstance(rho, LearnedRadius) else LearnedRadius(rho)
+
+
+class LETSSAM(SAM):
+    """LETS-SAM: ``SAM(params, base_optimizer, rho=LearnedRadius(rho))``.
+
+    Args:
+        params, base_optimizer, kwargs: as :class:`SAM`.
+        rho: the first radius ρ_0 > 0, or a :class:`LearnedRadius` with settings of its own.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: float | LearnedRadius = 0.05,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, _learned(rho, "SAM"), **kwargs)
+
+
+class LETSASAM(ASAM):
+    """LETS-ASAM: ``ASAM(params, base_optimizer, rho=LearnedRadius(rho), filterwise=True)`` (T as in LETS Eq. 7).
+
+    Args:
+        params, base_optimizer, xi, filterwise, scale_bias, kwargs: as :class:`ASAM`.
+        rho: as :class:`LETSSAM`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: float | LearnedRadius = 0.5,
+        xi: float = 0.01,
+        *,
+        filterwise: bool = True,
+        scale_bias: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        learned = _learned(rho, "ASAM")
+        super().__init__(params, base_optimizer, learned, xi, filterwise=filterwise, scale_bias=scale_bias, **kwargs)

@@ -1,0 +1,97 @@
+"""Methods that perturb at some steps only: LookSAM (Liu et al., CVPR 2022), AE-SAM (Jiang et al., ICLR 2023)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lets_kernels.parts.descent import Reuse
+from lets_kernels.parts.radius import RadiusLike
+from lets_kernels.parts.schedule import Every, NormThreshold
+from lets_kernels.sam import SAM
+
+
+class LookSAM(SAM):
+    """SAM at every k-th step, whose gradient's part g_v orthogonal to g is used again in between.
+
+    Liu et al., CVPR 2022: in between along g + α (‖g‖/‖g_v‖) g_v. State: g_v, one parameter-sized buffer;
+    the first gradient is held through the second pass. 1 + 1/k gradients a step. k = 5 is the paper's, α = 0.7
+    ours; that norms and products are over all parameters together is how its equations read.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        k: steps from one SAM step to the next; 1 is SAM.
+        alpha, per_tensor: see :class:`~lets_kernels.Reuse`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        k: int = 5,
+        alpha: float = 0.7,
+        *,
+        per_tensor: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        schedule, descent = Every(k), Reuse(alpha, per_tensor=per_tensor)
+        super().__init__(params, base_optimizer, rho, schedule=schedule, descent=descent, **kwargs)
+
+
+class AESAM(SAM):
+    """SAM where the squared norm of the gradient is large for its moving mean and deviation, else the base optimizer.
+
+    Jiang et al., ICLR 2023. State: two numbers. Between 1 and 2 gradients a step. Each step waits once for
+    the device, to read ‖g‖². δ = 0.9 and λ₁ = -1 are the paper's, λ₂ = 1 is ours.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        steps: T, the length of training in steps.
+        lambda1, lambda2, delta: see :class:`~lets_kernels.NormThreshold`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        *,
+        steps: int,
+        lambda1: float = -1.0,
+        lambda2: float = 1.0,
+        delta: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        schedule = NormThreshold(steps, lambda1, lambda2, delta)
+        super().__init__(params, base_optimizer, rho, schedule=schedule, **kwargs)
+
+
+class AELookSAM(SAM):
+    """AE-SAM decides whether to perturb; LookSAM's g_v is used again where it does not (Jiang et al., ICLR 2023).
+
+    State: g_v, one parameter-sized buffer, and two numbers. Between 1 and 2 gradients a step. Until the first step that
+    perturbs there is no g_v, and steps are the base optimizer's.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        steps, lambda1, lambda2, delta: as :class:`AESAM`.
+        alpha, per_tensor: as :class:`LookSAM`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        *,
+        steps: int,
+        lambda1: float = -1.0,
+        lambda2: float = 1.0,
+        delta: float = 0.9,
+        alpha: float = 0.7,
+        per_tensor: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        schedule, descent = NormThreshold(steps, lambda1, lambda2, delta), Reuse(alpha, per_tensor=per_tensor)
+        super().__init__(params, base_optimizer, rho, schedule=schedule, descent=descent, **kwargs)

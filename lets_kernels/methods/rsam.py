@@ -1,0 +1,60 @@
+"""Methods that perturb at random: R-SAM (Liu et al., NeurIPS 2022), Random SAM (Ujváry et al., 2022)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lets_kernels.parts.direction import Gaussian, RandomStart
+from lets_kernels.parts.radius import RadiusLike
+from lets_kernels.sam import SAM
+
+
+class RSAM(SAM):
+    """ε = ρ (δ₀ + λĝ₀)/‖δ₀ + λĝ₀‖, with ĝ₀ the gradient at θ + δ₀ and δ₀ random, one scale a filter.
+
+    Liu et al., NeurIPS 2022. State: none beside SAM's; δ₀ is drawn again where it is used. Two gradients a
+    step. The first pass is made at θ + δ₀: in the two-step shape and in that with a context it belongs into
+    ``with opt.first_pass():``. The defaults of γ and λ are ours.
+
+    Args:
+        params, base_optimizer, rho, kwargs: as :class:`SAM`.
+        gamma: γ ≥ 0, the size of δ₀; 0 is SAM.
+        lam: λ ≥ 0.
+        noise_scale: ``"variance"`` as printed, or ``"std"``; see :class:`~lets_kernels.RandomStart`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        gamma: float = 1e-4,
+        lam: float = 1.0,
+        *,
+        noise_scale: str = "variance",
+        **kwargs: Any,
+    ) -> None:
+        direction = RandomStart(gamma, lam, noise_scale)
+        super().__init__(params, base_optimizer, rho, direction=direction, **kwargs)
+
+
+class RandomSAM(SAM):
+    """ε ~ N(0, ρ²/d · I): the gradient at a random point about ρ away (Ujváry et al., 2022).
+
+    State: none beside SAM's. One gradient a step, at θ + ε: the closure is called once, and returns the loss there. In
+    the other shapes there is no first backward: ``opt.first_step()``, forward, backward, ``opt.second_step()``.
+
+    Args:
+        params, base_optimizer, kwargs: as :class:`SAM`.
+        rho: ρ, the root of the mean squared length of ε.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 0.05,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, direction=Gaussian(), **kwargs)

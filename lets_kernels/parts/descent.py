@@ -1,0 +1,156 @@
+"""Which gradient to step along: the descent part of a method."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.parts.passes import SecondPass
+
+
+class Descent:
+    """Base class. By itself it steps along the second gradient.
+
+    ``look`` comes before it is known whether the step may happen, ``choose`` after; both are called on every step, also
+    on one that does not perturb, whose second gradient is that at θ.
+    """
+
+    #: Asks the engine to keep the first gradients until the descent is chosen.
+    holds_first = False
+    #: How much the gradient that is stepped along changes with the second one, for the diagonal ρ-gradient of LETS.
+    slope = 1.0
+    #: What it keeps for every parameter from step to step, by name.
+    held: Sequence[str] = ()
+
+    def look(self, second: SecondPass) -> Tensor | None:
+        """What sums the choice needs; ‖ĝ‖² over all parameters and ranks if they hold it, which saves reading it."""
+        return None
+
+    def choose(self, second: SecondPass) -> None:
+        """Put what the base optimizer is to step along in the place of the gradients of ``second.runs``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a descent carries from step to step, under the same keys at any time."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Perturbed(Descent):
+    """Along the gradient at the perturbed weights (SAM: Foret et al., ICLR 2021, Algorithm 1)."""
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a/b, and 0 where b is zero."""
+    return torch.where(b > 0, a / b, 0.0)
+
+
+class SurrogateGap(Descent):
+    """GSAM: along ĝ − α g⊥, where g⊥ = g − (⟨g, ĝ⟩/‖ĝ‖²) ĝ (Zhuang et al., ICLR 2022).
+
+    g⊥ is the part of the first gradient that is orthogonal to the second, over all parameters together. Keeps the first
+    gradients until the step. The diagonal ρ-gradient of LETS sees the change of ĝ alone, not that of g⊥.
+
+    Args:
+        alpha: α ≥ 0; 0 is SAM. 0.6 is in use for ViTs.
+
+    Raises:
+        ValueError: α is negative or not finite.
+    """
+
+    holds_first = True
+
+    def __init__(self, alpha: float = 0.4) -> None:
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
+        self.alpha = float(alpha)
+        self._products: Tensor | None = None
+
+    def look(self, second: SecondPass) -> Tensor | None:
+        self._products = None  # those of a step that was given up in between
+        if not (second.perturbed and self.alpha):
+            return None
+        self._products = second.compared()
+        return self._products[0, 0]
+
+    def choose(self, second: SecondPass) -> None:
+        products, self._products = self._products, None
+        if products is None:
+            return
+        squared, across, _ = products.unbind(dim=1)
+        a = 1 + self.alpha * _ratio(across, squared)
+        firsts = [second.firsts(runs) for runs in second.runs]
+        second.step_along(firsts, torch.stack([a, torch.full_like(a, -self.alpha)], dim=1))
+
+
+class NormPenalty(Descent):
+    """Along (1 − α) g + α ĝ, which penalises the norm of the gradient (Zhao et al., ICML 2022).
+
+    The penalty's weight is λ = αρ. Keeps the first gradients until the step.
+
+    Args:
+        alpha: α; 1 is SAM, 0 the base optimizer.
+
+    Raises:
+        ValueError: α is negative or not finite.
+    """
+
+    holds_first = True
+
+    def __init__(self, alpha: float = 0.8) -> None:
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
+        self.alpha = self.slope = float(alpha)
+
+    def choose(self, second: SecondPass) -> None:
+        if second.perturbed and self.alpha != 1:
+            coefficients = second.numbers(self.alpha, 1 - self.alpha)
+            second.step_along([second.firsts(runs) for runs in second.runs], coefficients)
+
+
+class Reuse(Descent):
+    """LookSAM: what a perturbed step has shown is used again in those after it (Liu et al., CVPR 2022).
+
+    A step that perturbs goes along ĝ and keeps g_v = ĝ − (⟨g, ĝ⟩/‖g‖²) g, the part of ĝ that is orthogonal to g; one
+    that does not goes along g + α (‖g‖/‖g_v‖) g_v. Products and norms are over all parameters together. State: g_v, one
+    parameter-sized buffer.
+
+    Args:
+        alpha: α ≥ 0.
+        per_tensor: products and norms of each parameter by itself, as public re-implementations have them. Many small
+            launches, one a parameter.
+
+    Raises:
+        ValueError: α is negative or not finite.
+    """
+
+    holds_first = True
+    held = ("orthogonal",)
+
+    def __init__(self, alpha: float = 0.7, *, per_tensor: bool = False) -> None:
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
+        self.alpha, self.per_tensor = float(alpha), per_tensor
+        self._products: Tensor | None = None
+
+    def _others(self, second: SecondPass) -> list[list[Tensor]]:
+        if second.perturbed:
+            return [second.firsts(runs) for runs in second.runs]
+        return [second.held.tensors(runs, "orthogonal") for runs in second.runs]
+
+    def look(self, second: SecondPass) -> Tensor | None:
+        self._products = second.products(self._others(second), self.per_tensor)
+        return self._products[:, 0].sum()
+
+    def choose(self, second: SecondPass) -> None:
+        products, self._products = self._products, None
+        assert products is not None
+        squared, across, other = products.unbind(dim=1)
+        ones, others = torch.ones_like(squared), self._others(second)
+        if second.perturbed:
+            outs = [second.held.tensors(runs, "orthogonal") for runs in second.runs]
+            second.combine(outs, others, torch.stack([ones, -_ratio(across, other)], dim=1))
+        else:
+            second.step_along(others, torch.stack([ones, self.alpha * _ratio(squared, other).sqrt()], dim=1))

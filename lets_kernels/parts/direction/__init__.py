@@ -1,0 +1,24 @@
+"""Where to perturb: the direction part of a method."""
+
+from lets_kernels.parts.direction.average import Friendly, Smoothed
+from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi
+from lets_kernels.parts.direction.gradient import Adaptive, Fisher, Gradient
+from lets_kernels.parts.direction.mask import Dropped, Masked
+from lets_kernels.parts.direction.noise import Gaussian, Posterior, RandomStart
+
+__all__ = [
+    "Adaptive",
+    "Ascent",
+    "Direction",
+    "Dropped",
+    "Fisher",
+    "Friendly",
+    "Gaussian",
+    "Gradient",
+    "Masked",
+    "Perturbation",
+    "Posterior",
+    "RandomStart",
+    "Smoothed",
+    "check_xi",
+]

@@ -1,0 +1,105 @@
+"""Along moving averages of gradients: Friendly SAM and VaSSO."""
+
+import math
+from typing import Any
+
+import torch
+
+from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation
+from lets_kernels.parts.passes import FirstPass
+
+
+def check_share(value: float, name: str, least: float = 0.0) -> float:
+    """A number in [least, 1] as a float, or ``ValueError``."""
+    if not (math.isfinite(value) and least <= value <= 1):
+        raise ValueError(f"{name} must be in [{least:g}, 1], not {value}")
+    return float(value)
+
+
+class _Averaged(Direction):
+    """Along a·g + b·m, where m is the moving average of the first gradients, this one included.
+
+    A first pass whose gradient is not finite leaves the average as it was. One whose step is given up or skipped later
+    (an interrupt, a second gradient that is not finite) has been counted: it was a gradient like any other. The average
+    of a parameter that joins later begins at zero.
+    """
+
+    held = ("average",)
+    remembers = True
+
+    def __init__(self, decay: float, a: float, b: float) -> None:
+        self._decay, self._a, self._b = decay, a, b
+        #: Gradients that the averages have seen; the first of them begins the averages.
+        self._updates = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def prepare(self, first: FirstPass) -> Perturbation:
+        finite = torch.isfinite(first.squared_norm)
+        self._updates = updates = self._updates.to(first.home)
+        gate = finite.double()
+        ascents, shares = [], []
+        for runs in first.runs:
+            b = runs.bucket
+            averages = first.held.tensors(runs, "average")
+            # Where g has no weight of its own the average is the vector, and lies in memory already.
+            room = first.room(runs) if self._a else []
+            table, seen = b.unscaled_table(runs.indices), updates.to(b.device, copy=True)
+            lists = (b.pack(averages), runs.pack(runs.grads), room)
+            numbers = (self._decay, self._a, self._b)
+            shares.append(b.parts * b.ops.average_(*lists, seen, table, gate.to(b.device), *numbers))
+            ascents.append(Ascent.along(runs, room) if room else Ascent(runs, averages, 0.0, 2.0, scaled=False))
+        updates += finite  # in place: replays of a captured step go on from there
+        return Perturbation(ascents, first.total(shares))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self._updates.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        updates = state["updates"]
+        self._updates.copy_(updates) if isinstance(updates, torch.Tensor) else self._updates.fill_(updates)
+
+
+class Smoothed(_Averaged):
+    """VaSSO: d ← (1 − θ) d + θ g, ε = ρ d/‖d‖, d₀ = g (Li & Giannakis, NeurIPS 2023).
+
+    State: d, one parameter-sized buffer. Two gradients a step.
+
+    Args:
+        theta: θ in (0, 1], the weight of the new gradient; 1 is SAM. The paper tunes it between 0.2 and 0.9.
+
+    Raises:
+        ValueError: θ is out of its range.
+    """
+
+    def __init__(self, theta: float = 0.9) -> None:
+        if not theta > 0:
+            raise ValueError(f"theta must be in (0, 1], not {theta}: at 0 the direction never changes")
+        self.theta = check_share(theta, "theta")
+        super().__init__(1 - self.theta, 0.0, 1.0)
+
+
+class Friendly(_Averaged):
+    """Friendly SAM: ε = ρ d/‖d‖, d = g − σm, m ← λm + (1 − λ)g (Li et al., CVPR 2024).
+
+    State: m, one parameter-sized buffer. Two gradients a step. The gradients themselves are left alone.
+
+    Args:
+        sigma: σ ≥ 0; 0 is SAM.
+        decay: λ in (0, 1).
+        update_first: the order of the paper's text, where d holds the m that g is part of. By default that of the
+            authors' code: d holds the m of the step before. In both the first step's d and m are g; the paper does not
+            say how m begins.
+
+    Raises:
+        ValueError: σ or λ is out of its range.
+    """
+
+    def __init__(self, sigma: float = 1.0, decay: float = 0.9, *, update_first: bool = False) -> None:
+        if not (math.isfinite(sigma) and sigma >= 0):
+            raise ValueError(f"sigma must be a finite number >= 0, not {sigma}")
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be in (0, 1), not {decay}")
+        self.sigma, self.decay, self.update_first = float(sigma), float(decay), update_first
+        # With m' = λm + (1 − λ)g, m = (m' − (1 − λ)g)/λ: both orders are combinations of g and m'.
+        old = self.sigma / self.decay
+        a, b = (1.0, -self.sigma) if update_first else (1 + old * (1 - self.decay), -old)
+        super().__init__(self.decay, a, b)

@@ -1,0 +1,186 @@
+"""Where to perturb: what every direction is.
+
+A direction gives a perturbation of the form
+
+    ε = ρ · T sign(Tv) |Tv|^(q-1) / (Σ |Tv|^q)^(1/p),    1/p + 1/q = 1,
+
+over *all* parameters together, where v is a vector (the gradient), T a diagonal scaling and the sum the dual norm of
+Foret et al. (ICLR 2021, Eq. 2). A gradient of exactly zero gives ε = 0. A new direction along something that lies in
+memory is a class with ``q``, ``defaults`` (the group keys it reads, with their defaults), ``geometry`` and ``ascent``;
+one that first has to make its vectors has ``prepare``, and writes them where the weights will be saved.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.parts.passes import FirstPass
+from lets_kernels.space.layout import UNSCALED, Bucket
+from lets_kernels.space.runs import Runs, is_dense
+from lets_kernels.space.shards import local
+
+
+def check_xi(xi: float) -> float:
+    """ξ as a float, or ``ValueError``."""
+    if not (math.isfinite(xi) and xi >= 0):
+        raise ValueError(f"xi must be a finite number >= 0, not {xi}")
+    return float(xi)
+
+
+_TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
+
+
+def transposed(model: torch.nn.Module | None) -> frozenset[int]:
+    """The ids of the weights of transposed convolutions, whose filters lie along the second dimension."""
+    modules = model.modules() if model is not None else ()
+    return frozenset(id(m.weight) for m in modules if isinstance(m, _TRANSPOSED))
+
+
+def filter_rows(p: Tensor, dim: int) -> tuple[int, int] | None:
+    """``row_length`` and ``row_count`` of the run table for filters along a dimension; None where there is none."""
+    p = local(p)
+    if p.dim() == 0:
+        return 1, 1
+    if p.shape[dim] == 0:
+        return None
+    if p.numel() == 0:  # filters whose elements all lie on other ranks
+        return 1, p.shape[dim]
+    # In the memory of a dense tensor the index along a dimension is (offset / stride) mod size.
+    stride = p.stride(dim) if is_dense(p) else math.prod(p.shape[dim + 1 :])
+    return (p.numel(), 1) if p.shape[dim] == 1 else (stride, p.shape[dim])
+
+
+@dataclass
+class Ascent:
+    """The perturbation of one bucket: what to scale by T, and how.
+
+    ``vectors`` go with ``runs``, tensor by tensor. There are none where they stand in the bucket's copy of the weights,
+    which ``perturb`` makes; they are then gone.
+    """
+
+    runs: Runs
+    vectors: list[Tensor]
+    xi: float
+    q: float
+    scaled: bool = True  # False: T = 1, whatever the table says
+
+    @classmethod
+    def along(cls, runs: Runs, flat: list[Tensor]) -> "Ascent":
+        """Along vectors in one flat buffer, T = 1: those of :meth:`FirstPass.room`."""
+        in_saved = flat[0] is runs.bucket.saved
+        return cls(runs, [] if in_saved else runs.bucket.views(flat[0], runs.indices), 0.0, 2.0, scaled=False)
+
+    @property
+    def table(self) -> Tensor:
+        return self.runs.table if self.scaled else self.bucket.unscaled_table(self.runs.indices)
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.runs.bucket
+
+    def _weights(self, saved: bool) -> list[Tensor]:
+        if not (self.scaled and self.bucket.element_wise):
+            return []
+        return [self.bucket.saved] if saved else self.runs.weights
+
+    def total(self, saved: bool = False) -> Tensor:
+        """This bucket's share of Σ |Tv|^q, for the mean over ranks: 0-d float64.
+
+        ``saved``: T at the saved weights, not at the present ones.
+        """
+        b, r = self.bucket, self.runs
+        share = r.squares if self.vectors is r.grads and self.q == 2 and not (self.scaled and b.scaled) else None
+        if share is None:
+            vectors = r.pack(self.vectors)
+            share = b.ops.grad_norm(vectors, self._weights(saved), self.table, b.filter_norms, self.xi, self.q)
+        return share * b.parts if b.parts != 1 else share
+
+    def perturb(self, total: Tensor, rho: Tensor) -> None:
+        """Save the weights of this bucket and add ε to them; ``total`` is the sum over all buckets."""
+        b, r = self.bucket, self.runs
+        vectors = r.pack(self.vectors)
+        b.ops.perturb_(r.weights, vectors, b.saved, b.dirty, self.table, b.filter_norms, self.xi, self.q, total, rho)
+        r.forget()
+        r.write_back()
+
+    def rho_grad(self, val: list[Tensor], train: list[Tensor], perturbed: list[Tensor]) -> Tensor:
+        """As :meth:`total`: Σ (val - train) · perturbed² · T sign(Tv)|Tv|^(q-1), T at the saved weights."""
+        b = self.bucket
+        lists = (b.pack(each) for each in (val, train, perturbed, self.vectors))
+        weights, table = self._weights(True), self.table
+        share = b.ops.rho_grad_diagonal(*lists, weights, table, b.filter_norms, self.xi, self.q)
+        return share * b.parts if b.parts != 1 else share
+
+
+@dataclass
+class Perturbation:
+    """The perturbation of all buckets that take part: ε is ρ times their vectors over a power of ``total``."""
+
+    ascents: list[Ascent]
+    total: Tensor  # Σ |Tv|^q, over all parameters and ranks: 0-d float64. No weight moves where it is 0 or not finite
+    norm: Tensor | None = None  # the dual norm of Tv, where it is not total^(1/q)
+
+
+class Direction:
+    """Base class. By itself it is no direction: ``ascent`` or ``prepare`` must be given."""
+
+    #: The exponent of the norm that is divided by; p = q / (q - 1) is the norm whose ball the perturbation fills.
+    q: float = 2.0
+    #: Keys that the direction reads from a param group, and what they are where the group does not say.
+    defaults: Mapping[str, Any] = MappingProxyType({})
+
+    #: False for a direction that is known without a gradient at θ: a step then has one pass, at the perturbed weights.
+    needs_gradient = True
+    #: True if the first gradients are taken beside θ, where ``start`` says.
+    starts = False
+    #: True if it draws random numbers.
+    draws = False
+    #: True if first gradients change what it keeps from step to step, wherever that stands.
+    remembers = False
+    #: What it keeps for every parameter from step to step, by name.
+    held: Sequence[str] = ()
+
+    def not_capturable(self) -> str | None:
+        """Why a step cannot be captured in a CUDA graph, or None: what the host decides in it a replay would repeat."""
+        return None
+
+    def bind(self, model: torch.nn.Module | None) -> None:
+        """Called before ``geometry`` whenever the tables are built, with what the optimizer got as ``model=``."""
+
+    def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
+        """How T scales this parameter: the ``row_length`` and ``row_count`` of the run table (lets_kernels.ops)."""
+        return UNSCALED, 0
+
+    def filter_dim(self, p: Tensor) -> int:
+        """The dimension along which the filters of a parameter lie, for parameters that ``geometry`` scales by them.
+
+        ``shards.WHOLE`` for one that is a single filter.
+        """
+        return 0
+
+    def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
+        """The perturbation of one bucket, from the gradients in ``runs``."""
+        raise NotImplementedError
+
+    def prepare(self, first: FirstPass) -> Perturbation:
+        """The perturbation of all buckets, from the gradients in ``first.runs``."""
+        ascents = [self.ascent(runs, first.groups[runs.bucket.group]) for runs in first.runs]
+        return Perturbation(ascents, first.total([a.total() for a in ascents]))
+
+    def start(self, runs: Runs, first: FirstPass) -> None:
+        """Write δ, by which the weights of a bucket move for the first pass, where ``first.room`` says."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a direction carries from step to step, under the same keys at any time.
+
+        Nothing for one that looks at the gradient alone.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

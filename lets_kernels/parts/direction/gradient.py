@@ -1,0 +1,144 @@
+"""Along the gradient: SAM in every norm, ASAM, and the geometry of the Fisher information."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi, filter_rows, transposed
+from lets_kernels.parts.passes import FirstPass
+from lets_kernels.space.layout import ELEMENT_WISE, FISHER, UNSCALED
+from lets_kernels.space.runs import Runs
+
+#: Exponents from which |g|^q of a small or a large float32 may be no number any more, even in float64.
+_HIGH = 6.0
+
+
+class Gradient(Direction):
+    """SAM: along the gradient, T = 1 (Foret et al., ICLR 2021, Eq. 2).
+
+    Args:
+        p: the norm in which the perturbation has length ρ, in [1, ∞]. 2 gives ε = ρ g/‖g‖, infinity ε = ρ sign(g). At 1
+            only the element with the largest gradient moves, by ρ; several that are equal share it, which is the limit
+            of the equation.
+
+    Raises:
+        ValueError: p is not in [1, ∞].
+    """
+
+    def __init__(self, p: float = 2.0) -> None:
+        if not p >= 1:
+            raise ValueError(f"p must be in [1, inf], not {p}: below 1 it is no norm")
+        self.p = float(p)
+        self.q = 2.0 if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
+
+    def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
+        return Ascent(runs, runs.grads, 0.0, self.q)
+
+    def prepare(self, first: FirstPass) -> Perturbation:
+        if self.p == 1:
+            return self._peaks(first)
+        return super().prepare(first) if self.q < _HIGH else self._scaled(first)
+
+    def _scaled(self, first: FirstPass) -> Perturbation:
+        """Along g over its largest element: ε is the same, and high powers do not underflow."""
+        packed = [r.pack(r.grads) for r in first.runs]
+        tables = [r.bucket.unscaled_table(r.indices) for r in first.runs]
+        triples = list(zip(first.runs, packed, tables, strict=True))
+        top = first.highest([r.bucket.ops.largest(grads, table) for r, grads, table in triples])
+        coefficients = torch.stack([torch.where(top > 0, 1 / top, 0.0), torch.zeros_like(top)])
+        ascents, shares = [], []
+        for r, grads, table in triples:
+            b, room = r.bucket, first.room(r)
+            b.ops.combine_(room, grads, grads, table, coefficients.to(b.device), torch.ones_like(top).to(b.device))
+            shares.append(b.parts * b.ops.grad_norm(room, [], table, None, 0.0, self.q))
+            ascents.append(replace(Ascent.along(r, room), q=self.q))
+        total = torch.where(torch.isfinite(top), first.total(shares), torch.nan)
+        return Perturbation(ascents, total, norm=top * total.pow(1 / self.q))
+
+    def _peaks(self, first: FirstPass) -> Perturbation:
+        """Signs where |g| is the largest of all; their number, squared, is the total, so ε = ρ sign / number."""
+        tables = [r.bucket.unscaled_table(r.indices) for r in first.runs]
+        packed = [r.pack(r.grads) for r in first.runs]
+        triples = list(zip(first.runs, packed, tables, strict=True))
+        top = first.highest([r.bucket.ops.largest(grads, table) for r, grads, table in triples])
+        rooms = [first.room(r) for r in first.runs]
+        counts = [
+            r.bucket.parts * r.bucket.ops.peaks_(room, grads, table, top.to(r.bucket.device))
+            for (r, grads, table), room in zip(triples, rooms, strict=True)
+        ]
+        total = torch.where(top > 0, first.total(counts).square(), 0.0)
+        ascents = [Ascent.along(r, room) for r, room in zip(first.runs, rooms, strict=True)]
+        return Perturbation(ascents, torch.where(torch.isfinite(top), total, torch.nan), norm=top)
+
+
+class Adaptive(Direction):
+    """ASAM: ε = ρ T²g/‖Tg‖ (Kwon et al., ICML 2021, §3), element-wise or filter-wise (LETS, 2024, Eq. 7).
+
+    A group whose ``adaptive`` is False is perturbed along the plain gradient; the norm is one over all groups.
+
+    Args:
+        xi: ξ in T = |θ| + ξ; the default for groups without their own ``xi``. At 0 a weight of zero never moves.
+        filterwise: T = ‖filter‖ + ξ for the filters of weights with three or more dimensions: the rows along the
+            first one, or along the second for transposed convolutions, which only ``model=`` can tell. Everything
+            else stays element-wise.
+        scale_bias: False leaves biases unscaled (T = 1), as the authors' code does: parameters without "weight" in
+            their name or, where the optimizer knows no names (pass ``model=`` or ``named_parameters()``), of at most
+            one dimension.
+
+    Raises:
+        ValueError: ξ is negative or not finite.
+    """
+
+    def __init__(self, xi: float = 0.01, filterwise: bool = False, scale_bias: bool = True) -> None:
+        self.filterwise, self.scale_bias = filterwise, scale_bias
+        self.defaults = {"adaptive": True, "xi": check_xi(xi)}
+        self._transposed: frozenset[int] = frozenset()
+
+    def bind(self, model: torch.nn.Module | None) -> None:
+        self._transposed = transposed(model)
+
+    def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
+        bias = p.dim() <= 1 if name is None else "weight" not in name
+        if not group["adaptive"] or (bias and not self.scale_bias):
+            return UNSCALED, 0
+        if not self.filterwise or p.dim() < 3 or p.numel() == 0:
+            return ELEMENT_WISE, 0
+        return filter_rows(p, self.filter_dim(p)) or (ELEMENT_WISE, 0)
+
+    def filter_dim(self, p: Tensor) -> int:
+        return 1 if id(p) in self._transposed else 0
+
+    def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
+        b = runs.bucket
+        if b.filter_norms is not None:
+            b.ops.filter_norms(runs.weights, runs.table, b.filter_norms)
+            b.join_filters()
+        return Ascent(runs, runs.grads, float(group["xi"]), self.q)
+
+
+class Fisher(Direction):
+    """Fisher SAM: ε = ρ F⁻¹g/√(gᵀF⁻¹g), with F⁻¹ = 1/(1 + η_F g²) (Kim et al., ICML 2022).
+
+    The Fisher information is taken as diagonal, and from the gradient of the batch. It is ASAM's form with
+    T = (1 + η_F g²)^(-1/2). LETS's ``direction="algorithm1"`` takes F from the gradient that it goes along.
+
+    Args:
+        eta: η_F ≥ 0; 0 is SAM. The default is ours.
+
+    Raises:
+        ValueError: η_F is negative or not finite.
+    """
+
+    def __init__(self, eta: float = 1.0) -> None:
+        if not (math.isfinite(eta) and eta >= 0):
+            raise ValueError(f"eta must be a finite number >= 0, not {eta}")
+        self.eta = float(eta)
+
+    def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
+        return (FISHER, 0) if self.eta else (UNSCALED, 0)
+
+    def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
+        return Ascent(runs, runs.grads, self.eta, self.q)

@@ -1,0 +1,231 @@
+"""Along a part of the gradient's elements: ESAM's stochastic weights, and the masks of Sparse SAM."""
+
+import math
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.parts.direction.average import check_share
+from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation
+from lets_kernels.parts.passes import DRAWS, MASK, REGROWTH, FirstPass
+from lets_kernels.space.runs import Runs, refuse_while_capturing
+from lets_kernels.space.shards import elements
+
+GRANULARITIES = ("element", "tensor")
+KINDS = ("fisher", "dynamic")
+#: A key that no element exceeds.
+_MOST = (1 << 63) - 1
+
+
+class Dropped(Direction):
+    """ESAM's stochastic weight perturbation: each parameter takes part with probability β, and ε is ρ g/‖g‖ over β.
+
+    Du et al., ICLR 2022. The norm is that of the whole gradient, so the mean of ε over the draws is SAM's.
+    State: none; what takes part is drawn where it is used.
+
+    Args:
+        beta: β in (0, 1]; 1 is SAM.
+        granularity: what is drawn: ``"element"`` by element, or whole tensors, ``"tensor"``, as public code does.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    draws = True
+
+    def __init__(self, beta: float = 0.5, granularity: str = "element") -> None:
+        if not beta > 0:
+            raise ValueError(f"beta must be in (0, 1], not {beta}: at 0 nothing is perturbed")
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}")
+        self.beta, self.granularity = check_share(beta, "beta"), granularity
+
+    def not_capturable(self) -> str | None:
+        if self.granularity == "tensor" and self.beta < 1:
+            return "granularity='tensor' draws on the host which tensors take part"
+        return None
+
+    def prepare(self, first: FirstPass) -> Perturbation:
+        if self.beta == 1 or self.granularity == "tensor":
+            return self._tensors(first)
+        ascents, shares = [], []
+        for runs in first.runs:
+            b, room = runs.bucket, first.room(runs)
+            grads, table = runs.pack(runs.grads), b.unscaled_table(runs.indices)
+            shares.append(b.parts * b.ops.masked_(room, grads, None, table, *first.draw(b, DRAWS), self.beta))
+            ascents.append(Ascent.along(runs, room))
+        return Perturbation(ascents, first.total(shares))
+
+    def _tensors(self, first: FirstPass) -> Perturbation:
+        total, ascents = first.squared_norm, []
+        # By the places in the groups: the same on ranks that lack a gradient, and however tensors are spread.
+        offsets = list(accumulate((len(group["params"]) for group in first.groups), initial=0))
+        draws = first.random.uniforms(first.step, offsets[-1] if self.beta < 1 else 0, DRAWS)
+        for runs in first.runs:
+            b, chosen = runs.bucket, runs
+            if self.beta < 1:
+                places = [offsets[b.group] + b.places[i] for i in runs.indices]
+                chosen = runs.only([j for j, place in enumerate(places) if draws[place] < self.beta])
+            if chosen.indices:
+                ascents.append(Ascent(chosen, chosen.grads, 0.0, 2.0, scaled=False))
+        return Perturbation(ascents, total * self.beta**2, norm=total.sqrt())
+
+
+class Masked(Direction):
+    r"""Sparse SAM: ε = ρ (g/‖g‖) ⊙ mask, with the norm of the whole gradient (Mi et al., NeurIPS 2022).
+
+    The mask keeps a share 1 - s of all elements, exactly, over all tensors and ranks together; equal values are told
+    apart by random numbers. It is selected on the device, in 64 passes over the gradient with one copy of the mask,
+    before the first perturbation and then every ``interval`` steps. Such a step waits once for the device, to leave a
+    gradient that is not finite to the next one. What it has selected stays if it is given up.
+    Parameters without a gradient then take no part in the selection, and are not masked until the next one.
+
+    - ``"fisher"``: the elements with the largest Fisher information, Σ g² over n samples. A step knows the gradient of
+      its batch, whose square is taken; :meth:`SparseSAM.update_mask` takes n samples' gradients one by one, as the
+      paper does.
+    - ``"dynamic"``: random at first; then the kept elements with the smallest absolute gradient are dropped, and as
+      many others drawn to grow again. The share that is dropped falls along half a cosine from ``drop`` to zero.
+
+    State: the mask, one byte an element. Two gradients a step.
+
+    Args:
+        sparsity: s in [0, 1), the share that is not perturbed; 0 is SAM.
+        kind: ``"fisher"`` or ``"dynamic"``.
+        interval: steps between two selections; None: only the first one, and what ``update_mask`` does. The paper
+            counts in epochs.
+        drop, steps: of ``"dynamic"``, which needs ``steps``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    draws = True
+    held = (MASK,)
+    remembers = True
+
+    def __init__(
+        self,
+        sparsity: float = 0.5,
+        kind: str = "fisher",
+        interval: int | None = None,
+        *,
+        drop: float = 0.5,
+        steps: int | None = None,
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), not {sparsity}: at 1 nothing is perturbed")
+        if interval is not None and interval < 1:
+            raise ValueError(f"interval must be at least 1, not {interval}")
+        if kind == "dynamic" and (steps is None or steps < 1):
+            raise ValueError("kind='dynamic' needs steps, the length of training: its drop rate falls to zero")
+        self.sparsity, self.kind, self.interval = float(sparsity), kind, interval
+        self.drop, self.steps = check_share(drop, "drop"), steps
+        self._selected = 0  # how often
+
+    def not_capturable(self) -> str | None:
+        if self.sparsity and self.interval is not None:
+            return f"interval={self.interval}: the host decides whether the mask is selected anew"
+        return None
+
+    def prepare(self, first: FirstPass) -> Perturbation:
+        masks = [first.held.flat(runs.bucket, MASK, 1) for runs in first.runs]
+        due = self._due(first.step)
+        if due:
+            refuse_while_capturing("the mask")
+        if due and math.isfinite(float(first.squared_norm)):
+            self.select(first, [runs.pack(runs.grads) for runs in first.runs])
+        ascents, shares = [], []
+        for runs, mask in zip(first.runs, masks, strict=True):
+            b, room = runs.bucket, first.room(runs)
+            grads, table = runs.pack(runs.grads), b.unscaled_table(runs.indices)
+            shares.append(b.parts * b.ops.masked_(room, grads, mask, table, *first.draw(b, DRAWS), 1.0))
+            ascents.append(Ascent.along(runs, room))
+        return Perturbation(ascents, first.squared_norm if due else first.total(shares))
+
+    def _due(self, step: int) -> bool:
+        if not self.sparsity:
+            return False
+        return not self._selected or (self.interval is not None and step % self.interval == 0)
+
+    def select(self, first: FirstPass, vectors: list[list[Tensor]]) -> None:
+        """Make the mask anew, from one list of vectors for each of ``first.runs``."""
+        chosen = _Selection(first)
+        size = sum(elements(runs.bucket.params[i]) for runs in first.runs for i in runs.indices)
+        kept = max(1, round((1 - self.sparsity) * size))
+        if self.kind == "fisher" or not self._selected:
+            chosen.take(kept, vectors if self.kind == "fisher" else None, member=-1, value=2)
+        else:
+            rate = self.drop * (1 + math.cos(math.pi * min(first.step / (self.steps or 1), 1.0))) / 2
+            count = min(round(rate * kept), size - kept)
+            chosen.take(kept - count, vectors, member=1, value=2)
+            chosen.take(count, None, member=0, value=3)
+        chosen.set(1, 0)
+        chosen.set(2, 1)
+        chosen.set(3, 1)
+        chosen.keep()
+        self._selected += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"selected": self._selected}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._selected = int(state["selected"])
+
+
+class _Selection:
+    """Of the elements with one value of the mask, those with the highest keys, counted over all buckets and ranks.
+
+    It marks elements in copies: an interrupt must leave no marks in a mask that is used, saved or selected from again.
+    """
+
+    def __init__(self, first: FirstPass) -> None:
+        self._first = first
+        self._own = [first.held.flat(runs.bucket, MASK, 1) for runs in first.runs]
+        self._masks = [mask.clone() for mask in self._own]
+
+    def _each(self, vectors: list[list[Tensor]] | None) -> list[tuple[Runs, Tensor, tuple[Any, ...]]]:
+        purpose = REGROWTH if vectors is None else DRAWS
+        lists: list[list[Tensor]] = [[] for _ in self._masks] if vectors is None else vectors
+        return [
+            (runs, mask, (v, mask, runs.bucket.unscaled_table(runs.indices), self._first.draw(runs.bucket, purpose)))
+            for runs, mask, v in zip(self._first.runs, self._masks, lists, strict=True)
+        ]
+
+    def _threshold(self, count: int, vectors: list[list[Tensor]] | None, member: int) -> Tensor:
+        """The lowest threshold with at most ``count`` elements above it, by halving: 0-d int64."""
+        home, each = self._first.home, self._each(vectors)
+        low = torch.full((), -1, dtype=torch.int64, device=home)
+        high = torch.full((), _MOST, dtype=torch.int64, device=home)
+        for _ in range(64):
+            middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their mean; their difference would overflow
+            found = self._first.total(
+                [
+                    runs.bucket.parts
+                    * runs.bucket.ops.count_above(v, mask, table, middle.to(mask.device), *draw, member)
+                    for runs, _, (v, mask, table, draw) in each
+                ]
+            )
+            above = found > count + 0.5
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        return high
+
+    def take(self, count: int, vectors: list[list[Tensor]] | None, member: int, value: int) -> None:
+        """Set the mask to ``value`` for the ``count`` elements of ``member`` with the highest keys."""
+        threshold = self._threshold(count, vectors, member)
+        for runs, _, (v, mask, table, draw) in self._each(vectors):
+            runs.bucket.ops.select_(mask, v, table, threshold.to(mask.device), *draw, member, value)
+
+    def set(self, member: int, value: int) -> None:
+        """Set the mask to ``value`` wherever it is ``member``."""
+        threshold = torch.full((), -1, dtype=torch.int64, device=self._first.home)
+        for runs, _, (_, mask, table, draw) in self._each(None):
+            runs.bucket.ops.select_(mask, [], table, threshold.to(mask.device), *draw, member, value)
+
+    def keep(self) -> None:
+        """Let the copies be the masks."""
+        for mask, chosen in zip(self._own, self._masks, strict=True):
+            mask.copy_(chosen)

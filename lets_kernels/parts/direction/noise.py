@@ -1,0 +1,170 @@
+"""Along random numbers, or from a random start: Random SAM, R-SAM, and the posterior of Variational SAM."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.base.fused import state_of
+from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, filter_rows, transposed
+from lets_kernels.parts.passes import NOISE, FirstPass
+from lets_kernels.space.layout import UNSCALED
+from lets_kernels.space.runs import Runs
+from lets_kernels.space.shards import WHOLE, elements, local
+
+SCALES = ("variance", "std")
+
+
+def _finite(value: float, name: str) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+    return float(value)
+
+
+class Gaussian(Direction):
+    """Random SAM: ε ~ N(0, ρ²/d · I) over all d parameters (Ujváry et al., 2022).
+
+    No gradient at θ is needed, so a step takes one, at θ + ε. State: none; ε is drawn where it is used.
+    """
+
+    needs_gradient = False
+    draws = True
+
+    def prepare(self, first: FirstPass) -> Perturbation:
+        ascents, count = [], 0
+        for runs in first.runs:
+            b, room = runs.bucket, first.room(runs)
+            table = b.unscaled_table(runs.indices)
+            b.ops.noise_(room, [], [], table, None, *first.draw(b, NOISE), 0.0, 1.0)
+            ascents.append(Ascent.along(runs, room))
+            count += sum(elements(b.params[i]) for i in runs.indices)
+        return Perturbation(ascents, torch.full((), float(count), dtype=torch.float64, device=first.home))
+
+
+class RandomStart(Direction):
+    """R-SAM: ε = ρ (δ₀ + λĝ₀)/‖δ₀ + λĝ₀‖ at θ, with ĝ₀ the gradient at θ + δ₀ (Liu et al., NeurIPS 2022).
+
+    δ₀ ~ N(0, γ² diag(‖w_j‖)), with one ‖w_j‖ a filter: the rows along the first dimension of weights with two or more
+    (along the second for transposed convolutions, which only ``model=`` can tell), a whole vector elsewhere. State:
+    none; δ₀ is drawn again where it is used. Two gradients a step. In the two-step shape and in that with a context the
+    first forward and backward belong into ``with opt.first_pass():``, which moves the weights there.
+
+    Args:
+        gamma: γ ≥ 0. 0 is SAM. The defaults of γ and λ are ours. ‖δ₀‖ grows with the number of weights,
+            so a γ that is too large drowns ĝ₀ in noise: with a million weights of 0.02 it is about 800γ.
+        lam: λ ≥ 0.
+        noise_scale: ``"variance"``: γ²‖w_j‖ is the variance, as printed; ``"std"``: γ‖w_j‖ is the standard deviation.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    draws = True
+
+    def __init__(self, gamma: float = 1e-4, lam: float = 1.0, noise_scale: str = "variance") -> None:
+        if noise_scale not in SCALES:
+            raise ValueError(f"noise_scale must be one of {', '.join(SCALES)}, not {noise_scale!r}")
+        self.gamma, self.lam, self.noise_scale = _finite(gamma, "gamma"), _finite(lam, "lam"), noise_scale
+        self._transposed: frozenset[int] = frozenset()
+
+    @property
+    def starts(self) -> bool:  # type: ignore[override]
+        return self.gamma > 0
+
+    def bind(self, model: torch.nn.Module | None) -> None:
+        self._transposed = transposed(model)
+
+    def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
+        rows = filter_rows(p, self.filter_dim(p)) if p.dim() > 1 else (max(1, local(p).numel()), 1)
+        return rows or (UNSCALED, 0)
+
+    def filter_dim(self, p: Tensor) -> int:
+        if p.dim() < 2:
+            return WHOLE
+        return 1 if id(p) in self._transposed else 0
+
+    def _scales(self, runs: Runs) -> Tensor | None:
+        b = runs.bucket
+        if b.filter_norms is not None:
+            b.ops.filter_norms(runs.weights, runs.table, b.filter_norms)
+            b.join_filters()
+            if self.noise_scale == "variance":
+                b.filter_norms.sqrt_()
+        return b.filter_norms
+
+    def start(self, runs: Runs, first: FirstPass) -> None:
+        b, scales = runs.bucket, self._scales(runs)
+        b.ops.noise_(first.room(runs), [], [], runs.table, scales, *first.draw(b, NOISE), 0.0, self.gamma)
+
+    def prepare(self, first: FirstPass) -> Perturbation:
+        ascents, shares = [], []
+        for runs in first.runs:
+            b = runs.bucket
+            if not self.gamma:
+                ascents.append(Ascent(runs, runs.grads, 0.0, 2.0, scaled=False))
+                shares.append(ascents[-1].total())
+                continue
+            room, grads, scales = first.room(runs), runs.pack(runs.grads), self._scales(runs)
+            draw = first.draw(b, NOISE)
+            shares.append(b.parts * b.ops.noise_(room, grads, [], runs.table, scales, *draw, self.lam, self.gamma))
+            ascents.append(Ascent.along(runs, room))
+        return Perturbation(ascents, first.total(shares))
+
+
+class Posterior(Direction):
+    """Variational SAM: the first gradient at a sample of N(ω, 1/(Ns)), and ε = ρ g/s at the mean ω.
+
+    bSAM: Möllenhoff & Khan, ICLR 2023. The precision s is the base optimizer's
+    (:class:`lets_kernels.base.variational.VariationalSGD`), but takes in |g| here, where g is at hand:
+    s ← β₂s + (1 − β₂)(√s|g| + δ + γ).
+
+    Args:
+        data_size: N, the number of training examples; infinity samples ω itself.
+        beta2: β₂.
+        damping: γ. δ is the group's ``weight_decay``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    draws = True
+    remembers = True
+
+    def __init__(self, data_size: float, beta2: float, damping: float) -> None:
+        if not data_size > 0:
+            raise ValueError(f"data_size must be positive, not {data_size}: it is the number of training examples")
+        if not 0 <= beta2 <= 1:
+            raise ValueError(f"beta2 must be in [0, 1], not {beta2}")
+        self.data_size, self.beta2, self.damping = float(data_size), float(beta2), _finite(damping, "damping")
+
+    @property
+    def starts(self) -> bool:  # type: ignore[override]
+        return math.isfinite(self.data_size)
+
+    @staticmethod
+    def _precisions(runs: Runs, first: FirstPass) -> list[Tensor]:
+        found = state_of(runs, first.state, "precision")
+        if found is None:
+            raise ValueError(
+                "the precisions lie otherwise in memory than the parameters: opt.load_state_dict(opt.state_dict())"
+            )
+        return found
+
+    def start(self, runs: Runs, first: FirstPass) -> None:
+        b = runs.bucket
+        precisions, table = b.pack(self._precisions(runs, first)), b.unscaled_table(runs.indices)
+        std = 1 / math.sqrt(self.data_size)
+        b.ops.noise_(first.room(runs), [], precisions, table, None, *first.draw(b, NOISE), 0.0, std)
+
+    def prepare(self, first: FirstPass) -> Perturbation:
+        finite, ascents = torch.isfinite(first.squared_norm), []
+        for runs in first.runs:
+            b, room = runs.bucket, first.room(runs)
+            lists = (room, b.pack(self._precisions(runs, first)), runs.pack(runs.grads))
+            gate, table = finite.double().to(b.device), b.unscaled_table(runs.indices)
+            damping = self.damping + float(first.groups[b.group]["weight_decay"])
+            b.ops.posterior_ascent_(*lists, table, gate, self.beta2, damping)
+            ascents.append(Ascent.along(runs, room))
+        total = torch.where(finite & (first.squared_norm > 0), 1.0, torch.where(finite, 0.0, torch.nan)).double()
+        return Perturbation(ascents, total, norm=first.squared_norm.sqrt())

@@ -1,0 +1,350 @@
+"""What the parts of a method see of a step: its first and its second gradients, and what may be asked of them."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lets_kernels.around.randomness import Randomness
+from lets_kernels.base.fused import state_of
+from lets_kernels.space.distributed import Replicas
+from lets_kernels.space.layout import Bucket
+from lets_kernels.space.runs import Runs, refuse_while_capturing
+from lets_kernels.space.shards import is_spread, local, spread_as
+
+#: One bucket's gradients by parameter index.
+Gradients = dict[int, Tensor]
+#: What names of held tensors begin with in a saved state, beside the base optimizer's own.
+PREFIX = "lets_kernels."
+#: The name of what is held as one byte an element.
+MASK = "mask"
+#: The name of the weights before the last step, which stand where perturbations are undone from.
+BEFORE = "before"
+#: Streams of random numbers a bucket: its noise, the draws of its mask, and what is drawn anew.
+NOISE, DRAWS, REGROWTH = range(3)
+_STREAMS = 4
+
+
+def by_index(runs: Runs) -> Gradients:
+    """The gradients of a pass, found by the parameter's place in its bucket."""
+    return dict(zip(runs.indices, runs.grads, strict=True))
+
+
+def add_up(values: Sequence[Tensor], home: torch.device) -> Tensor:
+    """The sum of tensors of one shape from several devices; a 0-d zero of none."""
+    if not values:
+        return torch.zeros((), dtype=torch.float64, device=home)
+    if len(values) == 1:
+        return values[0].to(home)
+    return torch.stack([v.to(home) for v in values]).sum(dim=0)
+
+
+class Held:
+    """Tensors that a part keeps for every parameter from step to step, each as large as the parameter.
+
+    They begin at zero. In a saved state they stand beside the base optimizer's own, under names with a prefix.
+    """
+
+    def __init__(self) -> None:
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Held":
+        import copy
+
+        twin = Held()
+        memo[id(self)] = twin
+        twin.state.update({copy.deepcopy(p, memo): copy.deepcopy(own, memo) for p, own in self.state.items()})
+        return twin
+
+    def tensors(self, runs: Runs, name: str) -> list[Tensor]:
+        """One tensor a run, which lies in memory as the run does.
+
+        Raises:
+            ValueError: a loaded tensor lies otherwise.
+        """
+        found = state_of(runs, self.state, name)
+        if found is None:  # parameters that lie otherwise by now: channels last, say
+            for i in runs.indices:
+                p = runs.bucket.params[i]
+                like = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+                self.state[p][name] = like.copy_(self.state[p][name])
+            found = state_of(runs, self.state, name)
+        if found is None:
+            raise ValueError(f"the state's {name} lies otherwise in memory than the parameter; load it again")
+        return found
+
+    def flat(self, bucket: Bucket, name: str, value: int) -> Tensor:
+        """As :meth:`tensors`, of one byte an element, in one flat buffer a bucket; they begin at ``value``."""
+        entries = [self.state[p] for p in bucket.params]
+        found = bucket.flats.get(name)
+        if found is not None and all(own.get(name) is view for own, view in zip(entries, found[1], strict=True)):
+            return found[0]
+        refuse_while_capturing(f"the {name}")
+        flat = torch.full((bucket.size,), value, dtype=torch.uint8, device=bucket.device)
+        views = bucket.views(flat)
+        for own, view in zip(entries, views, strict=True):
+            if name in own:
+                view.copy_(local(own[name]))
+            own[name] = view
+        bucket.flats[name] = flat, views
+        return flat
+
+    def before(self, bucket: Bucket) -> list[Tensor]:
+        """The weights before the last perturbed step, one tensor a parameter; those of now where there are none yet.
+
+        They are views of the buffer that perturbations are undone from, so the next one writes them.
+        """
+        entries = [self.state[p] for p in bucket.params]
+        found = bucket.flats.get(BEFORE)
+        if found is not None and all(own.get(BEFORE) is view for own, view in zip(entries, found[1], strict=True)):
+            return found[1]
+        views = bucket.views(bucket.saved)
+        refuse_while_capturing("the weights before the last step")
+        for own, p, view in zip(entries, bucket.memory, views, strict=True):
+            view.copy_(local(own[BEFORE]) if BEFORE in own else p)
+            own[BEFORE] = view
+        bucket.flats[BEFORE] = bucket.saved, views
+        return views
+
+    def make(self, runs: Iterable[Runs], names: Iterable[str]) -> None:
+        """Let the tensors be there, for tools that load a state key by key."""
+        wanted = sorted(set(names))
+        for each in runs:
+            for name in wanted:
+                if name == MASK:
+                    self.flat(each.bucket, name, 1)
+                elif name == BEFORE:
+                    self.before(each.bucket)
+                else:
+                    self.tensors(each, name)
+
+    def add_to(self, state: dict[Any, Any], indices: Mapping[int, int]) -> dict[Any, Any]:
+        """A saved state of parameters with these tensors in it; ``indices`` maps ids of parameters to its keys.
+
+        Of a spread parameter each is spread too, so that tools save the parts of all ranks.
+        """
+        out = dict(state)
+        for p, own in self.state.items():
+            if id(p) in indices and own:
+                key = indices[id(p)]
+                whole = {
+                    name: t if is_spread(t) or not is_spread(p) else spread_as(t.clone(), p) for name, t in own.items()
+                }
+                out[key] = {**out.get(key, {}), **{PREFIX + name: t for name, t in whole.items()}}
+        return out
+
+    @staticmethod
+    def take_from(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, dict[str, Tensor]]]:
+        """A saved state apart: the base optimizer's, and what is held, by the same keys."""
+        rest, held = {}, {}
+        for key, entry in state.items():
+            if not isinstance(entry, Mapping):
+                rest[key] = entry
+                continue
+            mine = {str(n)[len(PREFIX) :]: t for n, t in entry.items() if str(n).startswith(PREFIX)}
+            other = {n: t for n, t in entry.items() if not str(n).startswith(PREFIX)}
+            if mine:
+                held[key] = mine
+            if other or not mine:
+                rest[key] = other
+        return rest, held
+
+    def load(self, held: Mapping[Any, dict[str, Tensor]], params: Sequence[Tensor]) -> None:
+        """Take over what :meth:`take_from` found, in the parameters' dtypes; ``params`` in the order of the keys."""
+        self.state.clear()
+        for key, own in held.items():
+            p = params[int(key)]
+            for name, value in own.items():
+                if value.dtype == torch.uint8:  # a mask, of this rank's part
+                    self.state[p][name] = value
+                    continue
+                # Real pairs of complex numbers stay pairs.
+                like = p if value.shape == p.shape else value.to(p.device)
+                home = torch.zeros_like(like, memory_format=torch.preserve_format, requires_grad=False)
+                self.state[p][name] = home.copy_(value)
+
+
+@dataclass
+class FirstPass:
+    """The first gradients of a step, and the sums over all parameters and ranks that a direction needs."""
+
+    runs: list[Runs]  # of the buckets that take part
+    groups: Sequence[dict[str, Any]]
+    step: int
+    home: torch.device  # where the scalars of a step meet
+    replicas: Replicas | None  # None: each rank goes along its own gradient
+    random: Randomness
+    held: Held
+    state: Mapping[Tensor, dict[str, Tensor]]  # the base optimizer's
+    keeps: bool  # the vectors of the perturbation are asked for after it
+    _squared: Tensor | None = None
+
+    def total(self, shares: Sequence[Tensor]) -> Tensor:
+        """The sum of the buckets' own sums, over all ranks: 0-d float64. A share is one that ``parts`` counts in."""
+        total = add_up(shares, self.home)
+        return total if self.replicas is None else self.replicas.mean(total)
+
+    def highest(self, values: Sequence[Tensor]) -> Tensor:
+        """The largest of the buckets' own values, over all ranks: 0-d float64, infinite where one is not finite."""
+        found = [v.to(self.home) for v in values]
+        top = torch.stack(found).max() if found else torch.zeros((), dtype=torch.float64, device=self.home)
+        top = torch.where(torch.isfinite(torch.stack(found)).all(), top, torch.inf) if found else top
+        for group in self.replicas.groups if self.replicas is not None else ():
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        return top
+
+    @property
+    def squared_norm(self) -> Tensor:
+        """‖g‖², over all parameters and ranks: 0-d float64, computed once."""
+        if self._squared is None:
+            self._squared = self.total([squared(r) for r in self.runs])
+        return self._squared
+
+    def room(self, runs: Runs) -> list[Tensor]:
+        """Where a direction may write the vectors of a bucket: flat, without new memory unless they are to be kept."""
+        b = runs.bucket
+        return [torch.empty_like(b.saved)] if self.keeps else [b.saved]
+
+    def draw(self, bucket: Bucket, purpose: int) -> tuple[Tensor, int]:
+        """The ops' arguments ``random`` and ``stream``, for one of a bucket's streams."""
+        return self.random.at(bucket.device, bucket.part), bucket.index * _STREAMS + purpose
+
+
+def displacements(runs: Iterable[Runs], held: Held, count: int, home: torch.device) -> Tensor:
+    """This rank's shares of g·Δ and Δ·Δ, for the mean over ranks, where Δ is how far the weights have moved.
+
+    Since the last step that perturbed, that is. A row for each of ``count`` param groups, or all in one: float64 of
+    shape [count, 2]. What else this read of the gradients gives is left in ``Runs.squares``.
+    """
+    rows = torch.zeros(count, 2, dtype=torch.float64, device=home)
+    for each in runs:
+        b = each.bucket
+        held.before(b)  # lets the weights before the last step stand in b.saved
+        found = b.ops.displacement_dots(each.pack(each.grads), each.weights, b.saved, b.unscaled_table(each.indices))
+        each.squares = found[0]
+        rows[b.group if count > 1 else 0] += b.parts * found[1:].to(home)
+    return rows
+
+
+def squared(runs: Runs) -> Tensor:
+    """This rank's share of ‖g‖² of one bucket, for the mean over ranks: 0-d float64."""
+    b, found = runs.bucket, runs.squares
+    if found is None:
+        found = b.ops.grad_norm(runs.pack(runs.grads), [], b.unscaled_table(runs.indices), None, 0.0, 2.0)
+        runs.squares = found
+    return b.parts * found
+
+
+@dataclass
+class SecondPass:
+    """The gradients from which the base optimizer's step is made."""
+
+    runs: list[Runs]  # with the gradients at the perturbed weights; at θ on a step that does not perturb
+    first: list[Gradients]  # of every bucket; empty ones unless the descent holds them
+    perturbed: bool
+    home: torch.device
+    replicas: Replicas
+    held: Held
+    keeps: bool  # the gradients themselves are asked for after the step
+    gate: Tensor
+    offsets: Sequence[int]  # of each bucket's first parameter among those of all, and how many there are
+    _compared: Tensor | None = None
+
+    def compared(self) -> Tensor:
+        """ĝ·ĝ, ĝ·g and g·g over all buckets and ranks: float64 of shape [1, 3], made once a step."""
+        if self._compared is None:
+            self._compared = self.products([self.firsts(runs) for runs in self.runs])
+        return self._compared
+
+    def compared_by_groups(self, count: int, more: Tensor, riders: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`compared`, with a row for each of ``count`` param groups (all in one row, if it is 1).
+
+        Args:
+            count: the number of rows.
+            more: other sums of this rank, float64 of shape [count, any], which become means over ranks beside them.
+            riders: float64 numbers of any shape that the first rank decides; they travel in the same all-reduce.
+
+        Returns:
+            The products and what ``more`` has become, float64 of shape [count, 3 + any]; the first rank's ``riders``.
+        """
+        rows = torch.zeros(count, 3, dtype=torch.float64, device=self.home)
+        for runs in self.runs:
+            b = runs.bucket
+            found = b.ops.dots(b.pack(runs.grads), b.pack(self.firsts(runs)), b.unscaled_table(runs.indices))
+            rows[b.group if count > 1 else 0] += b.parts * found.to(self.home)
+        rows = torch.cat([rows, more], dim=1)
+        if self.replicas.groups:
+            sums, first = self.replicas.agree(list(rows.flatten().unbind()), list(riders.flatten().unbind()))
+            rows, riders = torch.stack(sums).view_as(rows), torch.stack(first).view_as(riders)
+        self._compared = rows[:, :3].sum(dim=0, keepdim=True)
+        return rows, riders
+
+    def firsts(self, runs: Runs) -> list[Tensor]:
+        """The first gradients in the order of the runs; zeros where there was none."""
+        own = self.first[runs.bucket.index]
+        pairs = zip(runs.indices, runs.grads, strict=True)
+        return [own[i] if i in own else torch.zeros_like(g) for i, g in pairs]
+
+    def products(self, others: Sequence[list[Tensor]], per_tensor: bool = False) -> Tensor:
+        """x·x, x·y and y·y, where x are the gradients of ``runs`` and y the ``others``, over all buckets and ranks.
+
+        Returns:
+            float64 of shape [1, 3]; with ``per_tensor`` one row for each parameter of ``runs``, in their order.
+        """
+        found, places = [], []
+        for runs, other in zip(self.runs, others, strict=True):
+            b = runs.bucket
+            pieces = [((i,), [g], [o]) for i, g, o in zip(runs.indices, runs.grads, other, strict=True)]
+            for indices, x, y in pieces if per_tensor else [(runs.indices, runs.grads, other)]:
+                found.append(b.parts * b.ops.dots(b.pack(x), b.pack(y), b.unscaled_table(indices)).to(self.home))
+            places += [self.offsets[b.index] + i for i in runs.indices]
+        if not per_tensor:
+            total = add_up(found, self.home) if found else torch.zeros(3, dtype=torch.float64, device=self.home)
+            return self.replicas.mean(total[None])
+        if found and len(found) == self.offsets[-1]:
+            return self.replicas.mean(torch.stack(found))
+        rows = torch.zeros(self.offsets[-1], 3, dtype=torch.float64, device=self.home)  # as many on every rank
+        if found:
+            rows[places] = torch.stack(found)
+        return self.replicas.mean(rows)[places]
+
+    def numbers(self, a: float, b: float) -> Tensor:
+        """Coefficients that the host knows, for :meth:`combine`."""
+        filled = [torch.full((), value, dtype=torch.float64, device=self.home) for value in (a, b)]
+        return torch.stack(filled)[None]
+
+    def targets(self, runs: Runs) -> list[Tensor]:
+        """Where a descent may write what it makes of the gradients of a bucket."""
+        shared = len({g.data_ptr() for g in runs.grads if g.numel()}) < sum(g.numel() > 0 for g in runs.grads)
+        return [torch.empty_like(g) for g in runs.grads] if self.keeps or shared else runs.grads
+
+    def combine(self, outs: Sequence[list[Tensor]], others: Sequence[list[Tensor]], coefficients: Tensor) -> None:
+        """out <- a x + b y, where the gate is open; x are the gradients of ``runs``.
+
+        Args:
+            outs: one list for each of ``runs``.
+            others: y, likewise.
+            coefficients: a and b, float64 of shape [k, 2], with k as :meth:`products` returned.
+        """
+        rows = list(coefficients.unbind())
+        whole = len(rows) == 1
+        for runs, out, other in zip(self.runs, outs, others, strict=True):
+            b = runs.bucket
+            gate = self.gate.to(b.device)
+            if whole:
+                lists = (b.pack(out), b.pack(runs.grads), b.pack(other))
+                b.ops.combine_(*lists, b.unscaled_table(runs.indices), rows[0].to(b.device), gate)
+                continue
+            for i, to, g, o in zip(runs.indices, out, runs.grads, other, strict=True):
+                b.ops.combine_([to], [g], [o], b.unscaled_table((i,)), rows.pop(0).to(b.device), gate)
+
+    def step_along(self, others: Sequence[list[Tensor]], coefficients: Tensor) -> None:
+        """Let the base optimizer step along a x + b y; the arguments are those of :meth:`combine`."""
+        outs = [self.targets(runs) for runs in self.runs]
+        self.combine(outs, others, coefficients)
+        for runs, out in zip(self.runs, outs, strict=True):
+            runs.grads = out

@@ -1,0 +1,324 @@
+"""How far to perturb: the radius part of a method, constant or scheduled; learned.py has the learned one."""
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lets_kernels.learning.hypergradient import Trial
+from lets_kernels.parts.direction import Direction
+from lets_kernels.parts.passes import Gradients
+from lets_kernels.parts.samples import Samples
+from lets_kernels.space.distributed import Replicas
+from lets_kernels.space.layout import Bucket
+
+
+class RadiusWarning(UserWarning):
+    """A radius does not move, or cannot tell what it goes by."""
+
+
+def check_rho(rho: Any) -> float:
+    """ρ as a float; ``TypeError`` if it is no number, ``ValueError`` if it is negative or not finite."""
+    if not isinstance(rho, (Real, Tensor)) or isinstance(rho, bool):
+        raise TypeError(f"rho must be a number, a Radius or 'auto', not {rho!r}")
+    value = float(rho)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"rho must be a finite number >= 0, not {value}")
+    return value
+
+
+def radii(values: Sequence[float | Tensor]) -> list[Tensor]:
+    """Some ρ as 0-d float64 tensors on one device, that of the first on an accelerator; nothing waits for it."""
+    away = [v.device for v in values if isinstance(v, Tensor) and v.device.type != "cpu"]
+    device = away[0] if away else torch.device("cpu")
+    return [
+        v.detach().to(device, torch.float64).reshape(())
+        if isinstance(v, Tensor) and v.device.type != "cpu"
+        else torch.full((), float(v), dtype=torch.float64, device=device)
+        for v in values
+    ]
+
+
+class Radius:
+    """Base class: gives each group its ρ at every step."""
+
+    #: True for a radius that goes by what the steps show: it is one optimizer's own, and the same on all ranks.
+    moves = False
+    #: True for one that learns from closures called at the new weights: ``step`` takes a validation closure then.
+    learns = False
+    #: What the constructor of an optimizer writes into its groups as ``rho`` where they have none.
+    rho: float = 0.0
+    #: True once an optimizer has taken the radius.
+    bound = False
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raise where ``bind`` would, and change nothing; ``groups`` are all that there are to be."""
+        for group in groups:
+            check_rho(group["rho"])
+
+    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+        """Called when groups are set or added; each has its ``rho``."""
+        self.check_groups(groups)
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        """ρ of one group at step number ``step`` (from 0): a float or a 0-d tensor."""
+        raise NotImplementedError
+
+    def present(self, index: int, group: dict[str, Any]) -> float | Tensor:
+        """ρ of one group as the last step left it, for those who read it; no wait for the device."""
+        return group["rho"]
+
+    def not_capturable(self) -> str | None:
+        """Why a step with this radius cannot be captured in a CUDA graph, in words; None where it can."""
+        return f"{type(self).__name__} may give another rho at every step, and a graph keeps the first"
+
+    def check_passes(self, sync_perturbation: bool, direction: Direction, samples: Samples) -> None:
+        """Raise ``ValueError`` where the radius cannot use the gradients of a step's two passes."""
+
+    def to(self, device: torch.device) -> None:
+        """The parameters have moved: so must what the radius keeps beside them."""
+
+    @property
+    def shared(self) -> bool:
+        """True if all groups have the same radius by construction."""
+        return False
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {}
+
+    # For a radius that learns from the gradients after a step; `due` says from which steps.
+
+    #: `observe` needs the vectors of the perturbation.
+    needs_vectors = False
+    #: A step is still to be learned from, once the next first gradient is there.
+    waits = False
+    #: `complete` needs the loss that goes with that gradient.
+    needs_train_loss = False
+    #: `observe` needs the training gradient at the new weights.
+    needs_train_closure = False
+
+    def due(self, step: int) -> bool:
+        """True if the radius learns from step number ``step``, counting from 0 those that perturb."""
+        return False
+
+    def observe(
+        self,
+        trial: Trial,
+        val: list[Gradients] | None,
+        val_loss: Tensor | None,
+        train: list[Gradients] | None,
+        train_loss: Tensor | None,
+        groups: Sequence[dict[str, Any]],
+        replicas: Replicas,
+    ) -> None:
+        """Learn from one step, or keep it until ``complete``; gradients are lists with an entry for each bucket.
+
+        ``val`` is None for a radius that does not ``learn`` from closures: it waits for the next first gradient.
+        """
+        raise NotImplementedError
+
+    def complete(
+        self,
+        train: list[Gradients],
+        train_loss: Tensor | None,
+        buckets: list[Bucket],
+        groups: Sequence[dict[str, Any]],
+        replicas: Replicas,
+        finite: Tensor,
+    ) -> None:
+        """Learn from the step that waits, now that the next one's first gradient is there.
+
+        ``finite``: bool, 0-d: that gradient is, in every element and on every rank; else nothing may be learned.
+        """
+        raise NotImplementedError
+
+    # For a radius that goes by the two gradients of each step that perturbs.
+
+    #: `compare` is called with their products.
+    compares = False
+    #: What is kept for it for every parameter from step to step, by name.
+    held: Sequence[str] = ()
+    #: A radius a param group, and products by groups.
+    per_group = False
+
+    @property
+    def memory(self) -> Tensor:
+        """What it remembers, float64 of shape [radii, numbers]; under several ranks each takes over the first one's."""
+        raise NotImplementedError
+
+    def compare(self, products: Tensor, gate: Tensor, groups: Sequence[dict[str, Any]]) -> None:
+        """Go by one step.
+
+        Args:
+            products: ĝ·ĝ, g·ĝ, g·g, g·Δ and Δ·Δ over all ranks, float64 of shape [radii, 5]; Δ is by how much the
+                weights have moved since the last step that perturbed, zero where that is not known.
+            gate: 0-d, zero where the step is skipped; nothing may change then.
+            groups: the param groups.
+        """
+        raise NotImplementedError
+
+    # State.
+
+    def make_state(self) -> None:
+        """What ``state_dict`` holds only after a first step is to be there now, for tools that load key by key."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` if ``load_state_dict`` could not take this state; changes nothing."""
+        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
+            raise ValueError(f"the state is that of another kind of radius than {type(self).__name__}")
+
+    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None: ...
+
+
+#: What optimizers take for ``rho``: a number ≥ 0, a radius, or ``"auto"`` for :class:`lets_kernels.AutoRadius`.
+RadiusLike: TypeAlias = float | Literal["auto"] | Radius
+
+
+class ConstantRadius(Radius):
+    """ρ as the group says; ``group["rho"]`` may be changed at any time, by hand or by a scheduler of one's own.
+
+    It may be a 0-d tensor. One on an accelerator is read there, so nothing waits for it, and nothing but the norm of
+    the gradient checks it; a captured CUDA graph follows what is written into it. A float is part of the graph.
+    """
+
+    def __init__(self, rho: float) -> None:
+        self.rho = check_rho(rho)
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        rho = group["rho"]
+        if isinstance(rho, Tensor) and rho.device.type != "cpu":
+            return rho.detach().reshape(())
+        return check_rho(rho)
+
+    def not_capturable(self) -> str | None:
+        return None
+
+
+class ScheduledRadius(Radius):
+    """ρ as a function of the step number, the same for all groups.
+
+    Args:
+        schedule: takes the step number (from 0, counted by the optimizer and part of its state), returns ρ ≥ 0. It
+            runs on the host, so a step with it cannot be captured in a CUDA graph: write ρ into a tensor on the device
+            instead (:class:`ConstantRadius`).
+    """
+
+    def __init__(self, schedule: Callable[[int], float]) -> None:
+        self.schedule = schedule
+        self.rho = self._present = check_rho(schedule(0))
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().check_groups(groups)
+        if any(float(group["rho"]) not in (self.rho, self._present) for group in groups):
+            raise ValueError("a group has its own rho, but a scheduled radius is that of all groups")
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        group["rho"] = self._present = check_rho(self.schedule(step))
+        return self._present
+
+    def not_capturable(self) -> str | None:
+        return "ScheduledRadius computes rho on the host; write it into group['rho'], a tensor on the device, instead"
+
+    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        self._present = float(groups[0]["rho"])
+
+    @classmethod
+    def linear(cls, start: float, end: float, steps: int) -> "ScheduledRadius":
+        """From ``start`` to ``end`` in equal parts over ``steps`` steps, ``end`` from then on."""
+        return cls(_Ramp(check_rho(start), check_rho(end), steps, cosine=False))
+
+    @classmethod
+    def cosine(cls, start: float, end: float, steps: int) -> "ScheduledRadius":
+        """From ``start`` to ``end`` along half a cosine over ``steps`` steps, ``end`` from then on."""
+        return cls(_Ramp(check_rho(start), check_rho(end), steps, cosine=True))
+
+
+class LearningRateRadius(Radius):
+    """ρ linear in the learning rate η: ρ_min + (ρ_max − ρ_min)(η − η_min)/(η_max − η_min) (GSAM: Zhuang et al., 2022).
+
+    Each group goes by its own ``lr``, which a scheduler of the base optimizer moves; between the bounds, that is: a
+    learning rate beyond them gives the ρ of the nearer one.
+
+    Args:
+        rho_max: ρ at the learning rate ``lr_max``.
+        rho_min: ρ at ``lr_min``.
+        lr_max: None takes each group's learning rate when the optimizer is built, or its ``initial_lr``.
+        lr_min: the smallest learning rate.
+
+    Raises:
+        ValueError: a bound is negative or not finite, or ``lr_max`` is not above ``lr_min``.
+    """
+
+    def __init__(
+        self, rho_max: float = 0.05, rho_min: float = 0.0, *, lr_max: float | None = None, lr_min: float = 0.0
+    ) -> None:
+        self.rho_max, self.rho_min = check_rho(rho_max), check_rho(rho_min)
+        self.lr_max, self.lr_min, self.rho = lr_max, float(lr_min), self.rho_max
+        self._highest: list[float] = []
+        self._present: dict[int, float] = {}  # what the groups show by now
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().check_groups(groups)
+        for group in groups:
+            rho = group["rho"]
+            if not isinstance(rho, Tensor) and float(rho) not in (self.rho, *self._present.values()):
+                raise ValueError("a group has its own rho, but this radius computes it from the learning rate")
+            if "lr" not in group:
+                raise ValueError("LearningRateRadius needs the learning rate: the base optimizer's groups have no 'lr'")
+
+    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+        super().bind(groups, device)
+        for group in groups[len(self._highest) :]:
+            top = float(group.get("initial_lr", group["lr"]) if self.lr_max is None else self.lr_max)
+            if top <= self.lr_min:
+                raise ValueError(f"lr_max must be above lr_min, but is {top}, and lr_min is {self.lr_min}")
+            self._highest.append(top)
+
+    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+        lr, top = group["lr"], self._highest[index]
+        done: float | Tensor
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            done = ((lr.detach().double().reshape(()) - self.lr_min) / (top - self.lr_min)).clamp(0.0, 1.0)
+        else:
+            done = min(max((float(lr) - self.lr_min) / (top - self.lr_min), 0.0), 1.0)
+        group["rho"] = self.rho_min + (self.rho_max - self.rho_min) * done
+        if not isinstance(done, Tensor):
+            self._present[index] = group["rho"]
+        return group["rho"]
+
+    def not_capturable(self) -> str | None:
+        return "LearningRateRadius computes rho from the learning rate on the host; write it into group['rho'] instead"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lr_max": list(self._highest)}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        super().check_state_dict(state)
+        found = state["lr_max"]
+        if not isinstance(found, (list, tuple)) or len(found) != len(self._highest):
+            raise ValueError(f"the state holds no lr_max for each of {len(self._highest)} groups")
+
+    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+        self._highest = [float(value) for value in state["lr_max"]]
+        self._present = {i: float(group["rho"]) for i, group in enumerate(groups)}
+
+
+class _Ramp:
+    """A schedule that can be pickled."""
+
+    def __init__(self, start: float, end: float, steps: int, cosine: bool) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, not {steps}")
+        self.start, self.end, self.steps, self.cosine = start, end, steps, cosine
+
+    def __call__(self, step: int) -> float:
+        done = min(step / self.steps, 1.0)
+        if self.cosine:
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * done

@@ -1,0 +1,184 @@
+"""Which samples of a batch each pass of a step counts, and how much.
+
+As a rule all of them, alike, and the closure is torch's: it calls ``backward`` itself. The others here look at each
+sample's own loss. Their closure takes ``subset=None``: None, or an int64 tensor of places in the batch; it computes the
+losses of these samples and returns them, of shape [B], and leaves ``zero_grad`` and ``backward`` to the optimizer.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lets_kernels.around.amp import Scaler
+
+Closure = Callable[..., Any]
+
+
+@dataclass
+class Pass:
+    """How a pass is made: the engine's side of it."""
+
+    call: Callable[[Callable[[], Any]], Any]  # with gradients enabled; what it leaves is unscaled afterwards
+    drop_gradients: Callable[[], None]
+    scaler: Scaler | None
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+
+class Samples:
+    """Every sample counts, alike: the closure zeroes the gradients, computes the loss, calls ``backward``."""
+
+    #: True where the closure returns the loss of each sample.
+    per_sample = False
+    #: True where the first gradient, and the second, is that of the mean loss of the whole batch.
+    first_is_whole = second_is_whole = True
+
+    def first(self, passed: Pass, closure: Closure) -> Any:
+        """The pass at θ: gradients, and what the closure returned."""
+        return self.whole(passed, closure)
+
+    def second(self, passed: Pass, closure: Closure) -> Any:
+        """The pass at θ + ε."""
+        return self.whole(passed, closure)
+
+    def whole(self, passed: Pass, closure: Closure) -> Any:
+        """A pass in which every sample counts."""
+        return passed.call(closure)
+
+    def loss(self, returned: Any) -> Any:
+        """The loss of the batch, from what the closure returned."""
+        return returned
+
+
+def _losses(returned: Any) -> Tensor:
+    losses = returned[0] if isinstance(returned, (tuple, list)) else returned
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        raise ValueError(
+            "this closure must return the loss of each sample, of shape [B] (reduction='none'), and leave backward() "
+            "to the optimizer"
+        )
+    return losses
+
+
+class _PerSample(Samples):
+    per_sample = True
+
+    def whole(self, passed: Pass, closure: Closure) -> Any:
+        return self._weighted(passed, closure, lambda returned: _losses(returned).mean())
+
+    def loss(self, returned: Any) -> Any:
+        return None if returned is None else _losses(returned).mean()
+
+    @staticmethod
+    def _weighted(
+        passed: Pass, closure: Closure, loss_of: Callable[[Any], Tensor], subset: Tensor | None = None
+    ) -> Any:
+        def run() -> Any:
+            passed.drop_gradients()
+            returned = closure(subset)
+            passed.backward(loss_of(returned))
+            return returned
+
+        return passed.call(run)
+
+
+class SelectedSamples(_PerSample):
+    """ESAM's sharpness-sensitive data selection: the second gradient is that of the samples whose loss ε raised most.
+
+    Du et al., ICLR 2022. A forward pass at θ + ε, without gradients, gives the losses there; then the closure is
+    called for the chosen samples. Of several ranks each chooses among its own.
+
+    Args:
+        gamma: γ in (0, 1], the share that is chosen, of at least one sample; at 1 all are, without the forward pass.
+
+    Raises:
+        ValueError: γ is out of its range.
+    """
+
+    def __init__(self, gamma: float = 0.5) -> None:
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma must be in (0, 1], not {gamma}")
+        self.gamma = float(gamma)
+        self.second_is_whole = self.gamma == 1
+        self._before: Tensor | None = None
+
+    def subset(self, before: Tensor, after: Tensor) -> Tensor:
+        """The places of the chosen samples, int64 of shape [γB], from their losses at θ and at θ + ε, of shape [B].
+
+        For the two-step shape, where the second backward is the caller's. Nothing waits for the device.
+        """
+        count = max(1, math.ceil(self.gamma * len(before) - 1e-9))  # 0.07 * 100 is above 7 in float64
+        return torch.topk((after - before).detach(), count).indices
+
+    def first(self, passed: Pass, closure: Closure) -> Any:
+        returned = self.whole(passed, closure)
+        self._before = _losses(returned).detach()
+        return returned
+
+    def second(self, passed: Pass, closure: Closure) -> Any:
+        before, self._before = self._before, None
+        if self.gamma == 1 or before is None:
+            return self.whole(passed, closure)
+        with torch.no_grad():
+            after = _losses(closure(None))
+        chosen = self.subset(before, after)
+        return self._weighted(passed, closure, lambda returned: _losses(returned).mean(), chosen)
+
+
+def output_norms(losses: Tensor, outputs: Tensor) -> Tensor:
+    """‖∂ℓ_i/∂z_i‖, the norm of each sample's gradient in the network's outputs z (logits): of shape [B]."""
+    gradients = torch.autograd.grad(losses.sum(), outputs, retain_graph=True)[0]
+    return gradients.detach().reshape(len(losses), -1).norm(dim=1)
+
+
+class WeightedSamples(_PerSample):
+    """δ-SAM: samples are weighted in the ascent gradient, so that one ε approximates those of the samples.
+
+    Zhou et al., 2021 (arXiv 2112.08772). Perturbing each sample by itself means ε_i = ρ g_i/‖g_i‖; their mean is along
+    Σ w_i g_i with w_i ∝ 1/‖g_i‖. How the norms are estimated without a backward pass a sample, and the power that they
+    are raised to, are open here: by default from the gradient in the outputs, for which the closure returns
+    ``(losses, outputs)``. The second pass counts every sample alike. Of several ranks each gives its own
+    weights that sum up to one.
+
+    Args:
+        power: w_i ∝ ‖g_i‖^power; 0 weights all alike.
+        norms: takes what the closure returned (``*returned``) and gives the norms, of shape [B].
+
+    Raises:
+        ValueError: the power is not finite.
+    """
+
+    def __init__(self, power: float = -1.0, norms: Callable[..., Tensor] = output_norms) -> None:
+        if not math.isfinite(power):
+            raise ValueError(f"power must be finite, not {power}")
+        self.power, self.norms = float(power), norms
+        self.first_is_whole = not self.power
+
+    def weights(self, *returned: Any) -> Tensor:
+        """w_i, which sum to one, from what the closure returned: of shape [B], without a graph.
+
+        For the two-step shape: ``(opt.samples.weights(losses, outputs) * losses).sum().backward()``. A sample whose
+        norm is zero has no gradient, and weight zero where the power is negative.
+        """
+        if not self.power:
+            return torch.full_like(returned[0].detach(), 1 / len(returned[0]))
+        norms = self.norms(*returned).detach()
+        raised = torch.where(norms > 0, norms.pow(self.power), torch.zeros_like(norms))
+        total = raised.sum()
+        return torch.where(total > 0, raised / total, torch.full_like(raised, 1 / len(raised)))
+
+    def first(self, passed: Pass, closure: Closure) -> Any:
+        def loss_of(returned: Any) -> Tensor:
+            losses = _losses(returned)
+            if not self.power:
+                return losses.mean()
+            if not isinstance(returned, (tuple, list)):
+                raise ValueError("this closure must return (losses, outputs): the weights are made from the outputs")
+            return (self.weights(*returned) * losses).sum()
+
+        return self._weighted(passed, closure, loss_of)

@@ -1,0 +1,180 @@
+"""Whether to perturb at a step: the schedule part of a method."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lets_kernels.around.randomness import Randomness
+from lets_kernels.parts.passes import FirstPass
+
+
+@dataclass
+class Moment:
+    """What a schedule may ask when it decides about a step."""
+
+    step: int  # from 0
+    random: Randomness
+    first: FirstPass | None  # None while there is no first gradient yet
+
+    def uniform(self) -> float:
+        """A random number in [0, 1): the same on all ranks, and when the step is taken again."""
+        return self.random.uniform(self.step, 0)
+
+    def squared_norm(self) -> float:
+        """‖g‖² over all parameters and ranks. Waits for the device."""
+        assert self.first is not None
+        return float(self.first.squared_norm)
+
+
+class Schedule:
+    """Base class. A schedule is asked once a step, before the weights are perturbed; if it looks at the gradient, once
+    more for a step that was given up and is begun again, with another one.
+
+    A subclass has ``perturbs``, or ``decide`` if it needs more than the step's number.
+    """
+
+    #: True if every step gets the same answer, so that a step can be captured in a CUDA graph and replayed.
+    capturable = False
+    #: True if it draws random numbers.
+    draws = False
+    #: True if it decides by the first gradient, which must then be one at θ, and the same on all ranks.
+    looks_at_gradient = False
+
+    def perturbs(self, step: int) -> bool:
+        """True if step number ``step`` (from 0) perturbs; else it steps along the first gradient."""
+        raise NotImplementedError
+
+    def decide(self, moment: Moment) -> bool:
+        """As :meth:`perturbs`, with more to go by."""
+        return self.perturbs(moment.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a schedule carries from step to step, under the same keys at any time.
+
+        The step number itself is kept by the optimizer.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Always(Schedule):
+    """Every step perturbs (SAM: Foret et al., ICLR 2021, Algorithm 1)."""
+
+    capturable = True
+
+    def perturbs(self, step: int) -> bool:
+        return True
+
+
+class Every(Schedule):
+    """Every k-th step perturbs, the first one among them (LookSAM: Liu et al., CVPR 2022).
+
+    Args:
+        k: at least 1, which is SAM.
+
+    Raises:
+        ValueError: k is below 1.
+    """
+
+    def __init__(self, k: int = 5) -> None:
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        self.k = int(k)
+
+    def perturbs(self, step: int) -> bool:
+        return step % self.k == 0
+
+
+SHAPES = ("constant", "linear", "trigonometric")
+
+
+class Bernoulli(Schedule):
+    """A step perturbs with probability p: RST, randomised sharpness-aware training (Zhao et al., 2022).
+
+    All ranks decide alike, and a resumed run as one that was never interrupted.
+
+    Args:
+        p: the probability, of the first step.
+        end, steps: with another ``shape`` than ``"constant"`` the probability goes from ``p`` to ``end`` in ``steps``
+            steps, and stays there.
+        shape: ``"constant"``, ``"linear"``, or ``"trigonometric"``: along half a cosine. Which
+            bounds the paper's schedules have is open here.
+
+    Raises:
+        ValueError: a probability outside [0, 1], or arguments that do not go with the shape.
+    """
+
+    draws = True
+
+    def __init__(
+        self, p: float = 0.5, *, end: float | None = None, steps: int | None = None, shape: str = "constant"
+    ) -> None:
+        if shape not in SHAPES:
+            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, not {shape!r}")
+        if (shape == "constant") != (end is None and steps is None):
+            raise ValueError("end and steps go with shape='linear' or 'trigonometric', which need both")
+        for name, value in (("p", p), ("end", p if end is None else end)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {value}")
+        if shape != "constant" and (end is None or steps is None or steps < 1):
+            raise ValueError(f"shape={shape!r} needs end, and steps of at least 1")
+        self.p, self.end, self.steps, self.shape = float(p), end, steps, shape
+
+    def probability(self, step: int) -> float:
+        """The probability that step number ``step`` (from 0) perturbs."""
+        if self.end is None or self.steps is None:
+            return self.p
+        done = min(step / self.steps, 1.0)
+        if self.shape == "trigonometric":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.p + (self.end - self.p) * done
+
+    def decide(self, moment: Moment) -> bool:
+        return moment.uniform() < self.probability(moment.step)
+
+
+class NormThreshold(Schedule):
+    """Perturb where the gradient is large: AE-SAM (Jiang et al., ICLR 2023).
+
+    μ ← δμ + (1 − δ)‖g‖² and σ² ← δσ² + (1 − δ)(‖g‖² − μ)², from zero; the step perturbs if ‖g‖² ≥ μ + cσ, where
+    c = (t/T)λ₁ + (1 − t/T)λ₂. The decision is the host's, so each step waits once for the norm; the paper leaves open
+    whether μ and σ hold the present gradient: here they do. A gradient that is not finite is not counted; one whose
+    step is given up or skipped later is.
+
+    Args:
+        steps: T, the number of steps after which c stays at λ₁.
+        lambda1, lambda2: λ₁ and λ₂; with -1 and 1 the share of perturbed steps rises over training.
+        delta: δ in [0, 1).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    looks_at_gradient = True
+
+    def __init__(self, steps: int, lambda1: float = -1.0, lambda2: float = 1.0, delta: float = 0.9) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, not {steps}")
+        if not 0 <= delta < 1:
+            raise ValueError(f"delta must be in [0, 1), not {delta}")
+        if not (math.isfinite(lambda1) and math.isfinite(lambda2)):
+            raise ValueError(f"lambda1 and lambda2 must be finite, not {lambda1} and {lambda2}")
+        self.steps, self.lambda1, self.lambda2, self.delta = int(steps), float(lambda1), float(lambda2), float(delta)
+        self._mean = self._variance = 0.0
+
+    def decide(self, moment: Moment) -> bool:
+        squared = moment.squared_norm()
+        if not math.isfinite(squared):
+            return False
+        self._mean = self.delta * self._mean + (1 - self.delta) * squared
+        self._variance = self.delta * self._variance + (1 - self.delta) * (squared - self._mean) ** 2
+        done = min(moment.step / self.steps, 1.0)
+        c = done * self.lambda1 + (1 - done) * self.lambda2
+        return squared >= self._mean + c * math.sqrt(self._variance)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self._mean, "variance": self._variance}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._mean, self._variance = float(state["mean"]), float(state["variance"])

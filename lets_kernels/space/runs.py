@@ -1,0 +1,227 @@
+"""Runs: the parameters of a bucket that take part in one pass, as dense stretches of memory that kernels can take."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from lets_kernels import ops
+from lets_kernels.space.shards import check_spread, is_spread, local, whole_gradient
+
+if TYPE_CHECKING:
+    from lets_kernels.space.layout import Bucket
+
+
+def is_dense(t: Tensor) -> bool:
+    """True if the elements fill one stretch of memory without holes or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True
+
+
+def is_lent(grad: Tensor) -> bool:
+    """True for a gradient in memory that has another owner, who may write there: autograd's own are no views."""
+    return grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+
+
+def check_parameter(p: Tensor, where: str) -> None:
+    """Refuse what no method can perturb; what is frozen (``requires_grad=False``) nobody does.
+
+    Raises:
+        TypeError: the dtype has no gradient, or no kernels (8-bit, complex32); the class keeps its numbers in other
+            tensors than itself; the message names the way out.
+        ValueError: elements share memory (an expanded tensor), or their memory does not say what they are.
+    """
+    if not p.requires_grad:
+        return
+    found = _keeps_elsewhere(p)
+    if found is not None:
+        raise TypeError(
+            f"{where}: a parameter of class {found.__module__}.{found.__qualname__} cannot be perturbed: it dispatches "
+            "what is done to it by itself (__torch_dispatch__), so its numbers need not lie in its memory. Keep it out "
+            "of the groups, train the tensors in it as parameters, or dequantise it (p.dequantize())"
+        )
+    if p.is_nested:
+        raise TypeError(f"{where}: a nested parameter cannot be perturbed; make a parameter of each tensor in it")
+    if p.layout is not torch.strided:
+        raise TypeError(
+            f"{where}: a parameter of layout {p.layout} cannot be perturbed; make it dense (p.to_dense()), or keep it "
+            "out of the groups"
+        )
+    if p.dtype not in (*ops.DTYPES, torch.complex64, torch.complex128):
+        what = "make it complex64" if p.is_complex() else "keep it out of the groups"
+        raise TypeError(f"{where}: a parameter of dtype {p.dtype} cannot be perturbed; {what}")
+    if p.numel() and any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(f"{where}: an expanded parameter shares memory between elements; pass p.clone()")
+    if p.is_conj() or p.is_neg():
+        raise ValueError(f"{where}: a lazily conjugated or negated parameter; pass p.resolve_conj().resolve_neg()")
+    check_spread(p, where)
+
+
+def _keeps_elsewhere(p: Tensor) -> type | None:
+    """The class, of the parameter or of this rank's part of it, that is known by its own dispatch alone."""
+    for t in (p, local(p)) if is_spread(p) else (p,):
+        kind = type(t)
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not (is_spread(t) or _is_fake(t)):
+            return kind
+    return None
+
+
+def _is_fake(t: Tensor) -> bool:
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    return fakes is not None and isinstance(t, fakes.FakeTensor)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where tensors of one kind begin in memory; zeros for those that have none (meta and fake tensors)."""
+    if tensors and _is_fake(tensors[0]):
+        return [0] * len(tensors)
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse tensors that share memory: what moves one would move the other once more.
+
+    Args:
+        named: what each is called, and the tensor.
+
+    Raises:
+        ValueError: the same tensor twice, or elements of two tensors lie in one place; the message names both.
+    """
+    places = []
+    for name, t in named:
+        begin = addresses([t])[0]
+        if t.numel() and begin:
+            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            places.append(_Place(str(t.device), begin, begin + (last + 1) * t.element_size(), name, t))
+    places.sort(key=lambda place: (place.device, place.begin))
+    stretch: list[_Place] = []  # those that reach into each other
+    end = 0
+    for place in places:
+        if stretch and place.device == stretch[0].device and place.begin < end:
+            if is_dense(place.tensor) and is_dense(stretch[-1].tensor) and place.begin < stretch[-1].end:
+                raise _shared(stretch[-1], place)
+            stretch.append(place)
+            end = max(end, place.end)
+            continue
+        _check_stretch(stretch, end)
+        stretch, end = [place], place.end
+    _check_stretch(stretch, end)
+
+
+@dataclass
+class _Place:
+    """Where a tensor lies: from its first byte to the one behind its last, perhaps with holes in between."""
+
+    device: str
+    begin: int
+    end: int
+    name: str
+    tensor: Tensor
+
+    def of(self, memory: Tensor, start: int) -> Tensor:
+        """Its own bytes in a map of the bytes from ``start`` on."""
+        t, size = self.tensor, self.tensor.element_size()
+        return memory.as_strided((*t.shape, size), (*(s * size for s in t.stride()), 1), self.begin - start)
+
+
+def _check_stretch(stretch: list[_Place], end: int) -> None:
+    if len(stretch) < 2:
+        return
+    start = stretch[0].begin
+    taken = torch.zeros(end - start, dtype=torch.bool, device="cpu")
+    for i, place in enumerate(stretch):
+        if bool(place.of(taken, start).any()):
+            for other in stretch[:i]:
+                other.of(taken.zero_(), start).fill_(True)
+                if bool(place.of(taken, start).any()):
+                    raise _shared(other, place)
+        place.of(taken, start).fill_(True)
+
+
+def _shared(a: _Place, b: _Place) -> ValueError:
+    return ValueError(
+        f"{a.name} and {b.name} share memory, so a step would move it twice: give the optimizer one of them. Tie "
+        "weights by using one Parameter in both places (a.weight = b.weight), not by .data"
+    )
+
+
+def capturing() -> bool:
+    """True while the work of the current stream goes into a CUDA graph instead of running."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_while_capturing(what: str) -> None:
+    """``RuntimeError`` for memory that a graph would make anew, with what it holds, at every replay."""
+    if capturing():
+        raise RuntimeError(
+            f"{what} would be made inside the CUDA graph that is being captured: take a step or two in the same way "
+            "before the capture, as torch's examples do on a side stream"
+        )
+
+
+@dataclass
+class Runs:
+    """The parameters of a bucket that take part in one pass, with their gradients, in the order of the bucket.
+
+    ``params`` and ``grads`` are dense and agree in strides and dtype, run by run; where the user's do not, they are
+    copies, and ``write_back`` brings the weights home.
+    """
+
+    bucket: "Bucket"
+    indices: tuple[int, ...]
+    params: list[Tensor]
+    grads: list[Tensor]
+    copies: list[tuple[int, Tensor]] = field(default_factory=list)  # which parameter, and the dense copy of it
+    squares: Tensor | None = None  # Σ g², where an op that read these gradients has found it already: 0-d float64
+    _packed: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @property
+    def table(self) -> Tensor:
+        return self.bucket.table(self.indices)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What the ops take for the parameters: one tensor a run, or the one buffer that holds them all."""
+        b = self.bucket
+        if b.flat is not None and not self.copies:
+            return [b.flat]
+        return b.pack(self.params)
+
+    def pack(self, tensors: list[Tensor]) -> list[Tensor]:
+        """As :meth:`Bucket.pack`, once for several ops in a row on the same list; ``forget`` ends the row."""
+        if self._packed is None or self._packed[0] is not tensors:
+            self._packed = tensors, self.bucket.pack(tensors)
+        return self._packed[1]
+
+    def forget(self) -> None:
+        """Before other code runs, which may move the tensors."""
+        self._packed = None
+
+    def only(self, places: list[int]) -> "Runs":
+        """Some of these runs, by their places among them."""
+        params = [self.params[j] for j in places]
+        indices, grads = tuple(self.indices[j] for j in places), [self.grads[j] for j in places]
+        copies = [pair for pair in self.copies if pair[0] in indices]
+        return Runs(self.bucket, indices, params, grads, copies)
+
+    def return_gradients(self) -> None:
+        """Make these gradients those of the parameters, for a step along them."""
+        for i, g in zip(self.indices, self.grads, strict=True):
+            p = self.bucket.params[i]
+            p.grad = whole_gradient(g, p)
+
+    def write_back(self) -> None:
+        """After an op wrote the weights: copies go home, and autograd learns that the parameters have changed."""
+        b = self.bucket
+        memory = b.memory if self.copies else []
+        for i, copy in self.copies:
+            memory[i].detach().copy_(copy)
+        increment_version(b.params if len(self.indices) == len(b.params) else [b.params[i] for i in self.indices])

@@ -1,0 +1,283 @@
+"""Who makes the first gradient of ``step(closure)``: told by what the closure does to gradients."""
+
+import enum
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lets_kernels.base.fused import OWN_CODE
+from lets_kernels.parts.samples import Closure
+from lets_kernels.space.runs import capturing
+from lets_kernels.space.shards import is_spread, version
+
+if TYPE_CHECKING:
+    from lets_kernels.sam import SAM
+
+_CODES = 64
+#: Where the function inside lies: of methods, of partial, of functools.wraps, of torch.compile.
+_INNER = ("__func__", "func", "__wrapped__", "_torchdynamo_orig_callable")
+_LAYERS = 16
+
+
+class ClosureWarning(UserWarning):
+    """``step(closure)`` found gradients, and its closures do not tell whether they are the first of the step."""
+
+
+class Guess(enum.Enum):
+    """Who makes a step's first gradient, before the closure has been called."""
+
+    CLOSURE = enum.auto()
+    CALLER = enum.auto()
+    #: As far as is known: the closure did not zero before. It is watched whether it still does not.
+    KNOWN_CALLER = enum.auto()
+    #: It looks so. If the closure then zeroes, the step is taken once more, from its beginning.
+    LIKELY_CALLER = enum.auto()
+    #: The closure is called first, at the weights, and what it does decides.
+    OPEN = enum.auto()
+
+
+class Convention:
+    """Who makes the first gradient of a step: the closure, or its caller in a backward before ``step(closure)``.
+
+    A closure that zeroes gradients makes all of them, whatever lies there. Of one that does not, gradients that are new
+    since the last step are the caller's, unless closures have begun earlier steps. Whether closures zero is not guessed
+    from gradients: it is seen, by zeros in the place of gradients.
+    """
+
+    def __init__(self) -> None:
+        #: Closures, by their code, that were seen to zero (True), or were not (False).
+        self._zeroing: dict[object, bool] = {}
+        #: Whether the caller began the last step, where anything showed it.
+        self._caller: bool | None = None
+        #: Closures make every gradient, and nobody asks any more: they zero, or it was said that they do not.
+        self.settled = False
+
+    def look(self, o: "SAM", closure: Closure, said: bool | None) -> Guess:
+        """Whose is the first gradient?
+
+        Raises:
+            RuntimeError: it was said that it is the caller's, and there is no new gradient.
+            ValueError: it was said that it is, and the method has no use for it.
+        """
+        if said:
+            _check_said(o)
+        if said is not None or o.samples.per_sample or not o.direction.needs_gradient or self.settled:
+            return Guess.CALLER if said else Guess.CLOSURE
+        if self._caller is not False and (o.network.passed or o._started):  # with opt.first_pass(): was around it
+            return Guess.CALLER
+        if o.direction.starts or not o._has_new_gradients():  # a first pass that starts elsewhere is in that context
+            return Guess.CLOSURE
+        zeroing = self._zeroing.get(_code(closure))
+        if zeroing:
+            return Guess.CLOSURE
+        if zeroing is None and (_mentions_zeroing(closure) or self._caller is False):
+            return Guess.OPEN
+        if not self.are_callers(o._gradients()):
+            return Guess.CLOSURE
+        if zeroing is False:  # ranks would have to look at the same, and to agree
+            return Guess.CALLER if o.replicas.groups else Guess.KNOWN_CALLER
+        # What a step does between its passes cannot always be undone; then the closure is asked first.
+        undone = o.schedule.capturable and not (o.direction.remembers or o.radius.waits)
+        return Guess.LIKELY_CALLER if undone else Guess.OPEN
+
+    def are_callers(self, gradients: Sequence[Tensor]) -> bool:
+        """Are new gradients, before a closure that does not zero, the caller's? Where they are nobody's, it is said."""
+        if self._caller:
+            return True
+        nothing = _are_nothing(gradients)
+        if self._caller is False:
+            self.settled = True
+            if not nothing:
+                _warn_of_gradients()
+        return self._caller is None and not nothing
+
+    def saw(self, closure: Closure, zeroes: bool) -> None:
+        """What this closure has done to zeros in the place of gradients."""
+        if len(self._zeroing) >= _CODES:
+            self._zeroing.clear()
+        self._zeroing[_code(closure)] = zeroes
+
+    def began(self, by_caller: bool, closure: Closure) -> None:
+        """A step was taken whose first gradient was made so."""
+        self._caller = by_caller
+        if not by_caller and not self.settled:
+            zeroing = self._zeroing.get(_code(closure))
+            self.settled = _mentions_zeroing(closure) if zeroing is None else zeroing
+
+
+def _warn_of_gradients() -> None:
+    warnings.warn(
+        "there are new gradients before step(closure), and the closure does not zero gradients. It made the first "
+        "gradient of the steps before, so those that lie there were dropped, and it makes this one's too. Say which is "
+        "meant: step(closure, first_backward=True) takes them for the first gradient, first_backward=False drops them. "
+        "A closure that begins with optimizer.zero_grad() needs neither",
+        ClosureWarning,
+        stacklevel=_outside(),
+    )
+
+
+def _outside() -> int:
+    """The ``stacklevel`` of the code that called the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(OWN_CODE):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _check_said(o: "SAM") -> None:
+    if o.samples.per_sample:
+        raise ValueError(
+            f"first_backward=True: {type(o.samples).__name__} needs the loss of each sample from both passes; let "
+            "step(closure) call the closure for the first pass too"
+        )
+    if not o.direction.needs_gradient:
+        raise ValueError(
+            f"first_backward=True: {type(o.direction).__name__} has no first pass: call step(closure) alone"
+        )
+    if not o._has_new_gradients():
+        raise RuntimeError(
+            "first_backward=True, and there is no new gradient: call backward() before step(closure), or leave "
+            "first_backward out"
+        )
+
+
+def _code(closure: Closure) -> object:
+    """What closures that are made anew for every step have in common."""
+    function: Any = closure
+    for _ in range(_LAYERS):
+        inner = next((found for name in _INNER if (found := getattr(function, name, None)) is not None), None)
+        if inner is None:
+            break
+        function = inner
+    return getattr(function, "__code__", type(function))
+
+
+def _mentions_zeroing(closure: Closure) -> bool:
+    """True if ``zero_grad`` stands in the closure's code, or in functions that it calls by name.
+
+    A guess that saves a pass: what the closure is seen to do decides.
+    """
+    seen: set[CodeType] = set()
+
+    def search(function: Any, depth: int) -> bool:
+        while isinstance(function, partial):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, FunctionType):
+            function = vars(type(function)).get("__call__")
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            return False
+        seen.add(function.__code__)
+        names = {name for code in _codes(function.__code__) for name in code.co_names}
+        if "zero_grad" in names:
+            return True
+        called = [function.__globals__.get(name) for name in names]
+        for cell in function.__closure__ or ():
+            try:
+                called.append(cell.cell_contents)
+            except ValueError:  # not filled yet
+                continue
+        return depth > 0 and any(search(f, depth - 1) for f in called if isinstance(f, (FunctionType, partial)))
+
+    return search(closure, depth=2)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _are_nothing(gradients: Sequence[Tensor]) -> bool:
+    """True for zeros that ``zero_grad(set_to_none=False)`` has left.
+
+    Values are looked at only where the gradients have been written to since backward made them. That is asked where
+    the first steps are in doubt, so later ones do not wait for it.
+    """
+    if capturing() or any(is_spread(g) or g.layout is not torch.strided for g in gradients):
+        return False  # a part of a gradient tells nothing of the others
+    if any(g._version == 0 for g in gradients):  # as backward leaves them
+        return False
+    return not any(bool(g.any()) for g in gradients)
+
+
+class Watch:
+    """Zeros in the place of gradients, by which a closure is seen to zero: it drops them, or writes zeros over them.
+
+    They are -0, to which any gradient can be added and stays what it is, and are looked at when backward comes to them.
+    """
+
+    def __init__(self, o: "SAM", params: Sequence[Tensor]) -> None:
+        self._optimizer, self._calls = o, o._zeroed
+        self._before = [(p, p.grad) for p in params]
+        with torch.no_grad():
+            self._zeros = [_zeros_for(p) for p in params]
+        self._versions = list(map(version, self._zeros))
+        self._reached = [False] * len(params)
+        self._zeroed = False
+        self._replaced: list[Tensor | None] = []
+        self._hooks: list[RemovableHandle] = []
+        for i, (p, zero) in enumerate(zip(params, self._zeros, strict=True)):
+            p.grad = zero
+            self._hooks.append(p.register_hook(partial(self._reach, i)))
+
+    def _reach(self, i: int, _: Tensor) -> None:
+        """Backward has come to the i-th: was it dropped, or written to, before?"""
+        if not self._reached[i]:
+            self._reached[i] = True
+            self._zeroed = self._zeroed or self._is_another(i)
+
+    def _is_another(self, i: int) -> bool:
+        (p, _), zero = self._before[i], self._zeros[i]
+        if p.grad is not zero or version(zero) != self._versions[i]:
+            return True
+        # What goes by grad.data shows in the sign of zero alone; nobody waits for a device to look at that.
+        seen = zero.numel() and zero.device.type == "cpu" and not is_spread(zero) and not zero.is_complex()
+        return bool(seen and not torch.signbit(zero.flatten()[0]))
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Those that were there before."""
+        return [grad for _, grad in self._before if grad is not None]
+
+    def ends(self) -> None:
+        """The closure has been called, or has failed. What it did not touch is None again."""
+        for hook in self._hooks:
+            hook.remove()
+        for i, (p, _) in enumerate(self._before):
+            if p.grad is not self._zeros[i]:
+                self._replaced.append(p.grad)
+            elif not self._reached[i] and not self._holds_gradient(i):
+                p.grad = None
+
+    def _holds_gradient(self, i: int) -> bool:
+        """Somebody has written one without a backward of the parameter's own: FSDP and DDP do. Scaled, it is zero."""
+        zero = self._zeros[i]
+        return version(zero) != self._versions[i] and (is_spread(zero) or bool(zero.any()))
+
+    def saw_zeroing(self) -> bool:
+        """Did the closure zero? On every rank that takes part, if on any."""
+        zeroed = self._zeroed or self._optimizer._zeroed != self._calls
+        if not self._optimizer.replicas.groups:  # DDP puts others there at any time
+            # Backward does so only where it makes a graph of itself.
+            zeroed = zeroed or any(g is None or not g.requires_grad for g in self._replaced)
+        return self._optimizer.replicas.any(zeroed, self._optimizer.skipped.device)
+
+    def give_back(self) -> None:
+        """The gradients that were there before."""
+        for p, grad in self._before:
+            p.grad = grad
+
+
+def _zeros_for(p: Tensor) -> Tensor:
+    dtype = getattr(p, "grad_dtype", None) or p.dtype
+    like = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    return like.neg_()

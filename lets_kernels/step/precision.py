@@ -1,0 +1,80 @@
+"""How much of a perturbation is left once 16-bit weights have rounded it.
+
+A weight in bfloat16 has 8 bits: it moves only if its ε is at least half of their last one. With many parameters ε is
+small in each, and most of them stay where they are. What remains is measured against ε in float64.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lets_kernels.ops import reference
+from lets_kernels.parts.direction import Ascent
+from lets_kernels.space.layout import Bucket
+
+NARROW = (torch.bfloat16, torch.float16)
+#: Steps between two measurements; the first perturbed step is measured.
+INTERVAL = 100
+
+
+class PrecisionWarning(UserWarning):
+    """The weights are stored in 16 bits."""
+
+
+def warn_of_narrow(buckets: Sequence[Bucket]) -> None:
+    """Say, where weights have 16 bits, what that means, where to look and what to do."""
+    found = sorted({str(b.dtype) for b in buckets if b.dtype in NARROW})
+    if found:
+        warnings.warn(
+            f"16-bit parameters ({', '.join(found)}): much of a small perturbation is lost when they are rounded; see "
+            "metrics()['perturbation_cosine'] (1 = nothing lost). Keep float32 parameters under autocast, or under "
+            "fully_shard's MixedPrecisionPolicy",
+            PrecisionWarning,
+            stacklevel=2,
+        )
+
+
+def measure(ascents: Sequence[Ascent], total: Tensor, rho: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What became of ε in weights of 16 bits, right after they were perturbed: 0-d float64 tensors, no wait.
+
+    ``perturbation_cosine`` between the perturbation and ε, ``perturbation_length`` the ratio of their lengths, and
+    ``perturbed_fraction`` the share of weights that moved; NaN where ε is zero. One parameter at a time is computed in
+    float64. Empty without such weights. Of what this rank holds: ranks need not agree on when to look.
+    """
+    narrow = [a for a in ascents if a.bucket.dtype in NARROW]
+    if not narrow:
+        return {}
+    home = total.device
+    sums = torch.zeros(5, dtype=torch.float64, device=home)
+    for a in narrow:
+        share = _sums(a, total.to(a.bucket.device), rho[a.bucket.index])
+        sums += share.to(home)
+    dot, moved_length, length, moved, count = sums.unbind()
+    return {
+        "perturbation_cosine": dot / (moved_length * length).sqrt(),
+        "perturbation_length": (moved_length / length).sqrt(),
+        "perturbed_fraction": moved / count,
+    }
+
+
+def _sums(a: Ascent, total: Tensor, rho: Tensor) -> Tensor:
+    """⟨δ, ε⟩, ‖δ‖², ‖ε‖², the number of weights that moved, and of all, for the perturbation δ of one bucket."""
+    b, runs = a.bucket, a.runs
+    out = torch.zeros(5, dtype=torch.float64, device=b.device)
+    rows = zip(a.table.tolist(), runs.params, a.vectors, strict=True)
+    for (start, numel, *scaling), weights, vector in rows:
+        if not numel:
+            continue
+        before = b.saved[start : start + numel].double()
+        exact, flag = before.clone(), torch.zeros_like(b.dirty)
+        table = torch.tensor([[0, numel, *scaling]], dtype=torch.int64, device="cpu")
+        flat = vector.as_strided((numel,), (1,)).double()
+        scratch = torch.empty_like(exact)
+        reference.perturb_([exact], [flat], scratch, flag, table, b.filter_norms, a.xi, a.q, total, rho)
+        wanted, got = exact - before, weights.detach().as_strided((numel,), (1,)).double() - before
+        out += torch.stack(
+            [(got * wanted).sum(), got.square().sum(), wanted.square().sum(), (got != 0).sum(), got.new_full((), numel)]
+        )
+    return out
