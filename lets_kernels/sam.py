@@ -1,5 +1,6 @@
-"""SAM, the engine of every method: it takes a direction, a schedule, a descent and a radius, and runs the step."""
+"""SAM, the public face of every method: it takes the parts of one and its settings, and hands the steps on."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -7,29 +8,31 @@ import torch
 from torch import Tensor
 
 from lets_kernels import ops
-from lets_kernels.around.amp import LossScaling, Scaler, handed_over, unscale_by
+from lets_kernels.around.amp import Scaler, handed_over
 from lets_kernels.around.network import Named, Network
 from lets_kernels.around.randomness import Randomness
 from lets_kernels.learning.auto import as_radius
 from lets_kernels.parts.descent import Descent, Perturbed
 from lets_kernels.parts.direction import Adaptive, Direction
-from lets_kernels.parts.radius import RadiusLike
-from lets_kernels.parts.samples import Samples
+from lets_kernels.parts.progress import Progress
+from lets_kernels.parts.radius import Radius, RadiusLike, radii
+from lets_kernels.parts.samples import Closure, Samples
 from lets_kernels.parts.schedule import Always, Schedule
-from lets_kernels.space.distributed import Replicas
-from lets_kernels.step.base import untraced
+from lets_kernels.space.distributed import Replicas, check_whole
+from lets_kernels.step import saving
+from lets_kernels.step.capture import check_capture
 from lets_kernels.step.closures import closure_step
-from lets_kernels.step.combinations import check_parts
-from lets_kernels.step.frameworks import unwrap
+from lets_kernels.step.contexts import FirstPassContext, PerturbedContext
+from lets_kernels.step.engine import Engine
+from lets_kernels.step.frameworks import no_scaler_steps, stand_aside, unwrap
+from lets_kernels.step.groups import base_on, check_groups, check_is_optimizer, check_options
 from lets_kernels.step.learn import learn
 from lets_kernels.step.micro import micro_step
-from lets_kernels.step.perturbed import PerturbedContext
-from lets_kernels.step.start import FirstPassContext
-from lets_kernels.step.step import Closure, Step, as_scalar, check_capture
-from lets_kernels.step.undo import Undone
+from lets_kernels.step.setting import Setting
+from lets_kernels.step.tracing import untraced
 
 
-class SAM(Undone):
+class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimisation (Foret et al., ICLR 2021, Algorithm 1), and the base of every other method.
 
     No step waits for an accelerator. Once a step or two have been taken, the next can be captured in a CUDA graph, with
@@ -106,29 +109,131 @@ class SAM(Undone):
         rho_warmup: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_whole(type(self).__name__)
         ops.check_request(backend)
         if isinstance(rho_warmup, bool) or not isinstance(rho_warmup, int) or rho_warmup < 0:
             raise ValueError(f"rho_warmup must be a number of steps >= 0, not {rho_warmup!r}")
-        self.rho_warmup = rho_warmup
         if direction is None:
             direction = Adaptive(xi=0.0)
             direction.defaults = {**direction.defaults, "adaptive": adaptive}
         elif adaptive and "adaptive" not in direction.defaults:
             raise ValueError(f"adaptive=True goes with an adaptive direction, not with {type(direction).__name__}")
-        self.direction, self.schedule, self.descent = direction, schedule or Always(), descent or Perturbed()
-        self.samples = samples or Samples()
-        self.radius = as_radius(rho)
-        if rho_warmup and self.radius.compares:
-            raise ValueError("rho='auto' begins small by itself: leave rho_warmup out")
-        self._backend, self._flatten = backend, flatten
-        self.check_finite, self.replicas = check_finite, Replicas(process_group)
-        self.network, self._scaling = Network(model, sync_perturbation, same_rng, running_state), LossScaling()
-        check_parts(self)
-        self.random = Randomness(seed, used=self.direction.draws or self.schedule.draws)
-        self._own = {"rho": self.radius.rho, "adaptive": False, **direction.defaults}
-        super().__init__(params, base_optimizer, kwargs)
-        self.network.check_holds(self._all_params())
-        self.random.to(self.skipped.device)
+        radius = as_radius(rho)
+        setting = Setting(
+            direction=direction,
+            schedule=schedule or Always(),
+            descent=descent or Perturbed(),
+            radius=radius,
+            samples=samples or Samples(),
+            network=Network(model, sync_perturbation, same_rng, running_state),
+            replicas=Replicas(process_group),
+            backend=backend,
+            flatten=flatten,
+            check_finite=check_finite,
+            rho_warmup=rho_warmup,
+            # Tools that load a saved state key by key must find the key at which the first group carries numbers.
+            group_keys={"rho": radius.rho, "adaptive": False, **direction.defaults, saving.KEY: None},
+        )
+        setting.check()
+        random = Randomness(seed, used=direction.draws or setting.schedule.draws)
+        if radius.moves and radius.bound:
+            raise ValueError("this radius belongs to another optimizer already, with which it moves; give each its own")
+        check_is_optimizer(base_optimizer)
+        super().__init__(params, dict(setting.group_keys))
+        base = base_on(self.param_groups, base_optimizer, kwargs, setting.group_keys, direction)
+        #: A true optimizer: its groups and its state are this one's.
+        self.base_optimizer = base
+        del self.__dict__["_early_groups"], self.__dict__["_early_state"]
+        self.defaults = {**base.defaults, **setting.group_keys}
+        first = next((p for group in base.param_groups for p in group["params"]), torch.empty(0, device="cpu"))
+        radius.bind(base.param_groups, first.device)
+        radius.bound = True
+        self._engine = Engine(setting, base, Progress(random, first.device))
+        setting.network.check_holds(self._engine.work.params())
+        self._engine.mark_gradients()  # whatever they are from, no backward of this optimizer's made them
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stand_aside(cls, SAM)
+
+    # ---- what a user reads -----------------------------------------------------------------------------------------
+
+    @property
+    def direction(self) -> Direction:
+        """Where to perturb."""
+        return self._engine.work.setting.direction
+
+    @property
+    def schedule(self) -> Schedule:
+        """Whether to perturb at a step."""
+        return self._engine.work.setting.schedule
+
+    @property
+    def descent(self) -> Descent:
+        """Which gradient to step along."""
+        return self._engine.work.setting.descent
+
+    @property
+    def radius(self) -> Radius:
+        """How far to perturb."""
+        return self._engine.work.setting.radius
+
+    @property
+    def samples(self) -> Samples:
+        """Which samples of a batch each pass counts."""
+        return self._engine.work.setting.samples
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The module that was given as ``model=``."""
+        return self._engine.work.setting.model
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps were skipped: int64, 0-d, on the device."""
+        return self._engine.work.progress.skipped
+
+    @property
+    def fused(self) -> bool:
+        """Whether the last step of the base optimizer was fused with the restore."""
+        return self._engine.now.fused
+
+    @property
+    def fused_reason(self) -> str:
+        """If it was not, why, in words."""
+        return self._engine.now.fused_reason
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs, by name; several, separated by commas, where parameters lie on several devices."""
+        return ", ".join(sorted({b.backend for b in self._engine.work.tables.current().buckets}))
+
+    @property
+    def rho(self) -> Tensor:
+        """The radius: 0-d if all groups share one, else one value a group. Nothing waits for the device."""
+        self._engine.work.tables.take_in_new_groups()
+        radius, groups = self.radius, self.param_groups
+        groups = groups[:1] if radius.shared else groups
+        values = radii([radius.present(i, group) for i, group in enumerate(groups)])
+        return values[0].clone() if len(values) == 1 else torch.stack(values)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What the last step saw, as tensors on the device; nothing waits for them.
+
+        ``grad_norm`` is ‖Tg‖ in the dual norm (over all parameters; the power mean of several where ranks or
+        micro-batches are perturbed one by one; ‖g‖ on a step that does not perturb), ``perturbed_grad_norm`` ‖ĝ‖ (with
+        ``check_finite``), ``rho`` the present radius, ``skipped_steps`` and ``gradients``, the gradients that all steps
+        have taken, two counts; ``loss``, ``perturbed_loss`` and
+        ``loss_gap`` where the optimizer saw the losses; with ``rho_warmup`` ``applied_rho``, by which the last step
+        perturbed; and what the radius reports: ``rho_grad`` = ∂F/∂ρ,
+        ``val_loss``, ``train_loss``. With 16-bit weights, from the first step and then from every hundredth:
+        ``perturbation_cosine`` between ε and what rounding left of it, ``perturbation_length``, the ratio of their
+        lengths, and ``perturbed_fraction``, the share of weights that moved at all.
+        """
+        w, now = self._engine.work, self._engine.now
+        gradients = torch.full((), w.progress.gradients, dtype=torch.int64, device=w.progress.home)
+        counted = {"rho": self.rho, "skipped_steps": w.progress.skipped.clone(), "gradients": gradients}
+        return {**now.seen, **w.tables.precision, **counted, **self.radius.metrics()}
 
     # ---- the three call shapes -------------------------------------------------------------------------------------
 
@@ -144,7 +249,7 @@ class SAM(Undone):
             RuntimeError: the weights are perturbed; with ``sync_perturbation=False``, no forward inside, or a model
                 with ``static_graph=True``.
         """
-        return FirstPassContext(self)
+        return FirstPassContext(self._engine)
 
     @untraced
     def unscale_first(self, scaler: Scaler) -> None:
@@ -157,12 +262,11 @@ class SAM(Undone):
             RuntimeError: the weights are perturbed, or these gradients have been unscaled already (the scaler's).
             ValueError: float16 gradients, which the scaler refuses.
         """
-        self._refuse_while_perturbed("unscale_first()")
-        self._scaling.begin(scaler, first_only=True)
-        self._scaling.unscale(scaler, self.param_groups)
+        w = self._engine.work
+        self._engine.refuse_while_perturbed("unscale_first()")
+        w.scaling.begin(scaler, first_only=True)
+        w.scaling.unscale(scaler, w.groups)
 
-    @untraced
-    @torch.no_grad()
     def first_step(self, zero_grad: bool = False, *, loss: Any = None) -> bool:
         """Move the weights to θ + ε, from the gradients that the first backward left.
 
@@ -183,27 +287,7 @@ class SAM(Undone):
             RuntimeError: the weights are perturbed already.
             TypeError: sparse gradients. No weight has been touched then.
         """
-        self.refuse_another_step("first_step()")
-        self._step = None
-        try:
-            self._step = step = Step(self, as_scalar(loss), keep=not zero_grad)
-        except BaseException:
-            self._forget_pass()
-            self._scaling.give_up()
-            raise
-        try:
-            # Left in their place they would be unscaled twice, if no second pass replaces them.
-            unscaled = self._scaling.first_only and not step.perturbs
-            if zero_grad:
-                self.zero_grad()
-            elif unscaled:
-                self._drop_gradients()
-            self._forget_trial()
-            step.perturb()
-        except BaseException:
-            self.restore()
-            raise
-        return step.perturbs or not self.direction.needs_gradient
+        return self._engine.begin(zero_grad, loss)
 
     @untraced
     @torch.optim.Optimizer.profile_hook_step
@@ -216,45 +300,8 @@ class SAM(Undone):
             RuntimeError: without a ``first_step`` before it, or inside ``perturbed()``.
             TypeError: sparse gradients. The weights are restored and the step is given up then.
         """
-        self._finish(zero_grad)
-
-    @torch.no_grad()
-    def _finish(self, zero_grad: bool = False) -> None:
-        """What :meth:`second_step` does, without the hooks, which around :meth:`step` have run."""
-        self._heal()
-        step = self._step
-        if step is None:
-            raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
-        if step.in_context:
-            raise RuntimeError("the step is taken after `with opt.perturbed():`, not inside; leave the context first")
-        refused: RuntimeError | None = None
-        try:
-            refused = self._refuses_to_finish(step)
-            if refused is None:
-                step.find_second_pass()
-                self.fused, self.fused_reason = step.descend()
-                if not self.network.sync_perturbation:
-                    self._scaling.tell(step.gate)
-                self._trial, self._step, self._radius_waits = step.trial, None, self.radius.learns
-                if self._trial is not None and not self.radius.learns:
-                    (trial, _), self._trial = self._trial, None
-                    self.radius.observe(trial, None, None, None, None, self.param_groups, self.replicas)
-        except BaseException:  # an interrupt after the base optimizer's step too: it must not be taken again
-            self.restore()
-            raise
-        if refused is not None:
-            raise refused
-        self._scaling.end()
-        self._last, self._step_number = step.metrics(), self._step_number + 1
-        self._passes += step.passes
-        self._perturbed_steps += step.perturbs
-        self.random.advance()
-        for optimizer in (self, self.base_optimizer):
-            optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
-        if zero_grad:
-            self.zero_grad()
-        else:
-            self._mark_gradients()
+        self._engine.finish(zero_grad)
+        self._stepped()
 
     @untraced
     def perturbed(self, *, loss: Any = None) -> PerturbedContext:
@@ -265,7 +312,7 @@ class SAM(Undone):
         Raises:
             RuntimeError, TypeError: as :meth:`first_step`, on the way in.
         """
-        return PerturbedContext(self, loss)
+        return PerturbedContext(self._engine, loss)
 
     @untraced
     def step(
@@ -302,12 +349,13 @@ class SAM(Undone):
             ValueError: a validation closure missing or superfluous; ``first_backward=True`` with what makes every
                 gradient itself.
         """
-        closure = unwrap(closure)
+        closure, e = unwrap(closure), self._engine
         with handed_over(self) as (scale, overflow):
             if closure is None:
                 if val_closure is not None:
                     raise ValueError("step(None, val_closure): use radius_step(closure, val_closure) after step()")
-                self._finish_begun(scale, overflow)
+                if e.finish_begun(scale, overflow):
+                    self._stepped()
                 return None
             if overflow is not None:
                 raise RuntimeError(
@@ -321,35 +369,37 @@ class SAM(Undone):
                 "val_closure is for a learned radius that takes its validation gradient from a closure: step(closure), "
                 "or rho=LearnedRadius(...)"
             )
-        check_capture(self)
-        self.restore()
-        self._scaling.begin(scaler)
-        if isinstance(closure, Sequence):
-            if first_backward:
-                raise ValueError("first_backward=True goes with one closure; a list makes every gradient itself")
-            return micro_step(self, closure, scaler)
-        loss = closure_step(self, closure, scaler, first_backward)
-        if self._trial is not None:
-            self.radius_step(closure, val_closure, scaler=scaler)
-        return loss
+        check_capture(e.work)
+        e.restore()
+        e.work.scaling.begin(scaler)
+        with no_scaler_steps(self):
+            if isinstance(closure, Sequence):
+                if first_backward:
+                    raise ValueError("first_backward=True goes with one closure; a list makes every gradient itself")
+                returned: Any = micro_step(e, closure, scaler)
+            else:
+                returned = closure_step(e, closure, scaler, first_backward)
+            self._stepped()
+            if e.now.lesson is not None:
+                learn(e, closure if not isinstance(closure, Sequence) else None, val_closure, scaler)
+        return returned
 
-    def _finish_begun(self, scale: Tensor | None, overflow: Tensor | None) -> None:
-        """``step()``: finish what was begun; under a scaler with the scale and the overflow that it hands over."""
-        step = self._step
-        if step is None:
-            self._step_alone()
-            return
-        if overflow is not None and not self._scaling.first_only and self.direction.needs_gradient:
-            self.restore()
-            raise RuntimeError(
-                "scaler.step(opt) without opt.unscale_first(scaler): the first gradients are still scaled, and the "
-                "scaler would not hear of their overflow; call it between the first backward and first_step() or "
-                "perturbed(). The weights were restored, the step is given up"
-            )
-        if scale is not None:
-            unscale_by(self._gradients(), scale)
-        step.overflow = overflow
-        self._finish()
+    def _stepped(self) -> None:
+        self.__dict__["_opt_called"] = True  # what LR schedulers look at
+
+    @untraced
+    def restore(self) -> None:
+        """Bring the weights back to θ, to the bit, and give up the step that was begun. Harmless at any time.
+
+        That includes a signal handler that runs in the middle of a step: the weights are then home for the handler (of
+        a fused step that is under way the first buckets may have stepped), and once it has returned. A step whose
+        perturbation was under way ends with ``RuntimeError``; one that had not moved a weight yet goes on, and one that
+        was coming home is taken.
+
+        After an exception between ``first_step()`` and ``second_step()`` the weights stay perturbed until this is
+        called, or ``step(closure)``, which does so first; a forward pass or ``zero_grad()`` notices nothing.
+        """
+        self._engine.restore()
 
     # ---- learning the radius ---------------------------------------------------------------------------------------
 
@@ -370,4 +420,121 @@ class SAM(Undone):
             RuntimeError: the radius is not learned, or no step has just been taken, or the next one has been begun.
             ValueError: a closure is missing.
         """
-        learn(self, train_closure, val_closure, scaler)
+        with no_scaler_steps(self):
+            learn(self._engine, train_closure, val_closure, scaler)
+
+    # ---- groups and state, which are the base optimizer's ------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As :meth:`torch.optim.Optimizer.add_param_group`; a group may have its own ``rho``, ``adaptive``, ``xi``.
+
+        Raises:
+            RuntimeError: while the weights are perturbed.
+        """
+        if "base_optimizer" not in self.__dict__:
+            super().add_param_group(param_group)
+            return
+        w = self._engine.work
+        self._engine.refuse_while_perturbed("add_param_group()")
+        w.tables.take_in_new_groups()
+        group = {**w.setting.group_keys, **param_group}
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        check_groups([{**group, "params": tensors}], self.direction)
+        whole = {**self.defaults, **group}
+        check_options([whole])
+        self.radius.check_groups([*self.param_groups, whole])
+        self.base_optimizer.add_param_group(group)
+        self.radius.bind(self.param_groups, w.progress.home)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups."""
+        base = self.__dict__.get("base_optimizer")
+        return self.__dict__["_early_groups"] if base is None else base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        base = self.__dict__.get("base_optimizer")
+        if base is None:
+            self.__dict__["_early_groups"] = groups
+        else:
+            base.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base optimizer's state."""
+        base = self.__dict__.get("base_optimizer")
+        return self.__dict__["_early_state"] if base is None else base.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        base = self.__dict__.get("base_optimizer")
+        if base is None:
+            self.__dict__["_early_state"] = state
+        else:
+            base.state = state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As :meth:`torch.optim.Optimizer.zero_grad`; a first pass that no step followed is then forgotten."""
+        self._engine.zeroes()
+        super().zero_grad(set_to_none)
+        if not set_to_none:
+            self._engine.mark_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and groups, and beside them the radius and the counters.
+
+        The first group carries the same numbers once more, for ``torch.distributed.checkpoint.state_dict``, which
+        keeps state and groups only. What is lost there is the step that waits under ``reuse_train_gradient``: ρ does
+        not learn from that one. The state of an optimizer for ν other than SGD without dampening, Adam and AdamW
+        without amsgrad is there only after that tool's own first call on an optimizer without state, or after a step.
+
+        Between a step and its ``radius_step`` there is nothing yet to save of that learning: who resumes from such a
+        state goes on with the next step, and ρ does not learn from the one before.
+
+        Raises:
+            RuntimeError: while the weights are perturbed.
+        """
+        self._engine.refuse_while_perturbed("state_dict()")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = saving.saved(self._engine)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state; that of the bare base optimizer will do, and leaves the radius as it is.
+
+        Raises:
+            RuntimeError: while the weights are perturbed.
+            ValueError: the groups, or the number of learned radii, do not match, or the state is damaged. Nothing has
+                been loaded then.
+        """
+        tables = self._engine.work.tables
+        self._engine.refuse_while_perturbed("load_state_dict()")
+        tables.take_in_new_groups()
+        tables.forget_replaced()
+        state_dict = dict(state_dict)  # what hooks put in or take out of it stays among them
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        saving.load(self._engine, state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._engine.refuse_while_perturbed("copying or pickling the optimizer")
+        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._engine.mark_gradients()  # those that a copy takes along
+
+
+_HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "state_dict_pre", "state_dict_post")}
+_HOOKS |= {"_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
+# `step` is there if an LR scheduler has wrapped it; the copy has its own.
+_NOT_COPIED = frozenset({"step", *_HOOKS})

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import lets_kernels
+from inside import held
 from runs import same_bits
 
 PACKAGE = str(Path(lets_kernels.__file__).parent)
@@ -144,7 +145,7 @@ class Problem:
             numbers = [own["step"], own["gradients"], own["skipped"], *own["random"].values()]
             numbers += [v for part in ("direction", "schedule", "descent") for v in own[part].values()]
             tensors += [self.opt.rho, *(torch.as_tensor(v).clone() for v in numbers)]
-            tensors += [t.clone() for p in self.params for _, t in sorted(self.opt.held.state.get(p, {}).items())]
+            tensors += [t.clone() for p in self.params for _, t in sorted(held(self.opt).get(p, {}).items())]
         if self.learned:
             inner.append(self.opt.radius.optimizer)
         for optimizer in inner:

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from inside import space
 from sharded import Net, batch, build, train, whole
 
 
@@ -33,7 +34,7 @@ def noise(share):
     opt, scales = build(net, share(net), "rsam"), {}
     with opt.first_pass():
         names = {id(p): name for name, p in net.named_parameters()}
-        for b in opt._space().buckets:
+        for b in space(opt).buckets:
             for i, place in b._filters_of.items():
                 if b.params[i].dim() == 1:
                     scales[names[id(b.params[i])]] = b.filter_norms[place].clone()

@@ -70,26 +70,35 @@ GROUPS = [
         "lets_kernels/learning/learned.py",
         FOLLOWING,
         [
-            ("if val is None:  # this", "if val is not None:  # this"),
+            ("if observed is None:  # this", "if observed is not None:  # this"),
         ],
     ),
     (
-        "lets_kernels/step/engine.py",
+        "lets_kernels/step/setting.py",
         WARMUP,
-        [
-            ("return (self._step_number + 1) / self.rho_warmup", "return self._step_number / self.rho_warmup"),
-            ("if self._step_number >= self.rho_warmup:", "if self._perturbed_steps >= self.rho_warmup:"),
-            ("if self._missed == _MISSED:", "if self._missed >= _MISSED:", "tests/test_following.py -k says_so_once"),
-        ],
+        [("(step + 1) / self.rho_warmup", "step / self.rho_warmup")],
+    ),
+    (
+        "lets_kernels/step/engine.py",
+        "tests/test_following.py -k says_so_once",
+        [("if now.missed == _MISSED:", "if now.missed >= _MISSED:")],
     ),
     (
         "lets_kernels/step/step.py",
         WARMUP,
-        [("rho if share == 1 else rho * share", "rho")],
+        [
+            ("setting.rho_share(progress.step) if", "setting.rho_share(progress.perturbed_steps) if"),
+            ("rho if share == 1 else rho * share", "rho"),
+        ],
     ),
     (
         "lets_kernels/step/learn.py",
         "tests/test_following.py -k may_pause",
-        [("o._radius_waits, o._missed = o._trial, None, False, None", "o._radius_waits = o._trial, None, False")],
+        [
+            (
+                "now.radius_waits, now.missed = now.lesson, None, False, None",
+                "now.radius_waits = now.lesson, None, False",
+            )
+        ],
     ),
 ]

@@ -7,6 +7,7 @@ from torch import nn
 
 import lets_kernels as lk
 from family import FAMILY
+from inside import progress
 from methods import BASES
 from radii import auto, following
 
@@ -173,7 +174,7 @@ def whole(opt):
 
     params = [p for group in opt.param_groups for p in group["params"]]
     found = {f"weight {i}": gather(p).detach().clone() for i, p in enumerate(params)}
-    kept = opt.held.add_to({}, {id(p): i for i, p in enumerate(params)})
+    kept = progress(opt).held.add_to({}, {id(p): i for i, p in enumerate(params)})
     for i, p in enumerate(params):
         own = {**opt.state[p], **{k.removeprefix("lets_kernels."): v for k, v in kept.get(i, {}).items()}}
         found |= {f"{k} {i}": gather(v).clone() for k, v in own.items() if torch.is_tensor(v)}

@@ -6,6 +6,7 @@ import torch
 import family
 import lets_kernels as lk
 from family import FAMILY, ONE_EACH
+from inside import progress
 from methods import BASES
 from nets import Task
 from passes import SHAPES, Passes, run
@@ -106,7 +107,7 @@ def test_an_overflow_in_a_pass_of_any_method(shape, method, where):
     run(shape, opt, task, slice(1, 2), scaler, spoil=where)
     changed = {k for k, v in family.held(opt).items() if not same_bits(v, before[k])}
     counted = family.COUNTED.get(method, set()) if where == 2 else set()
-    counted = counted | ({"random.count"} if opt.random.used else set())
+    counted = counted | ({"random.count"} if progress(opt).random.used else set())
     assert {k.split(".", 1)[1] if k[0].isdigit() else k for k in changed} == counted
     assert scaler.get_scale() == 2.0**15 and opt.metrics()["skipped_steps"].item() == 1
     run(shape, opt, task, slice(2, 3), scaler)

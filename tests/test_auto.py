@@ -11,6 +11,7 @@ import family
 import lets_kernels as lk
 import oracle
 from backends import Recorder
+from inside import held, now, progress, space
 from methods import BASES
 from nets import Task
 from radii import auto
@@ -190,9 +191,9 @@ def test_steps_that_do_not_perturb_do_not_count(schedule):
     for batch, _ in task.batches:
         before = opt.radius.memory.clone()
         opt.step(task.closure(batch))
-        if not opt._decision[1]:
+        if not now(opt).decision[1]:
             assert same_bits(before, opt.radius.memory)
-        counts.append(opt._decision[1])
+        counts.append(now(opt).decision[1])
     assert remembered(opt)["steps"] == sum(counts)
     assert 0 < sum(counts) < STEPS
 
@@ -323,8 +324,8 @@ def test_weights_before_the_last_step_are_where_perturbations_are_undone_from():
     toy.steps(opt, 1)
     before = weights(toy)
     toy.steps(opt, 1, start=1)
-    bucket = opt._space().buckets[0]
-    kept = [opt.held.state[p]["before"] for p in toy.params]
+    bucket = space(opt).buckets[0]
+    kept = [held(opt)[p]["before"] for p in toy.params]
     assert same_bits(kept, before)
     assert {k.untyped_storage().data_ptr() for k in kept if k.numel()} == {bucket.saved.untyped_storage().data_ptr()}
     saved = opt.state_dict()["state"]
@@ -366,7 +367,7 @@ def test_auto_goes_with_every_method_that_has_a_first_gradient(name):
     opt = family.build(name, task, rho="auto")
     family.run(opt, task)
     assert isinstance(opt.radius, lk.AutoRadius)
-    assert remembered(opt)["steps"] == opt._perturbed_steps >= 2
+    assert remembered(opt)["steps"] == progress(opt).perturbed_steps >= 2
     assert opt.rho.item() != pytest.approx(0.005)
     metrics = opt.metrics()
     assert {"relative_change", "headway", "aimed_rho"} <= metrics.keys()
@@ -430,6 +431,6 @@ def test_nothing_parameter_sized_but_the_first_gradient_lives_through_the_second
         toy.steps(opt, 2)
         toy.set_grads(toy.grads(10))
         opt.first_step(zero_grad=True)
-        kept[rho] = sum(g.numel() for runs in opt._step.first for g in runs.grads)
+        kept[rho] = sum(g.numel() for runs in now(opt).step.first for g in runs.grads)
         opt.restore()
     assert kept == {0.05: 0, "auto": 1500}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lets_kernels
+from inside import space
 from lets_kernels import __main__ as command
 from lets_kernels import ops
 
@@ -30,7 +31,7 @@ def test_a_backend_is_taken_by_argument_and_by_environment(name, monkeypatch):
         opt.param_groups[0]["params"][0].grad = torch.ones(3)
         opt.first_step()
         opt.second_step()
-        return [b.backend for b in opt._space().buckets]
+        return [b.backend for b in space(opt).buckets]
 
     assert taken(optimizer(backend=name)) == [name]
     monkeypatch.setenv("LETS_KERNELS_BACKEND", name)
@@ -66,7 +67,7 @@ def test_without_the_extension_the_package_runs_on_the_reference_and_says_so():
         "    opt.zero_grad(); loss = (p ** 2).sum(); loss.backward(); return loss\n"
         "opt.step(closure)\n"
         "assert p[0] < 1\n"
-        "print(opt._space().buckets[0].backend)\n"
+        "print(space(opt).buckets[0].backend)\n"
         "print(lets_kernels.backends()['cpu'])\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ import torch
 
 import lets_kernels as lk
 from accelerator import BACKENDS, DEVICE, DRY, needs_gpu
+from inside import progress, space, work
 from radii import following
 from runs import same_bits
 from toys import Toy, weights
@@ -147,13 +148,19 @@ def test_what_a_part_counts_in_is_the_same_memory_from_step_to_step(where):
     how, device, backend = where
     for direction in (lk.Friendly(), lk.RandomStart(gamma=0.0)):
         _, opt, step = small(device, backend, direction=direction, seed=3)
-        counts = [opt.random.at(torch.device(device), 0), getattr(direction, "_updates", torch.zeros(()))]
+        counts = [
+            progress(opt).random.at(torch.device(device), 0),
+            getattr(direction, "_updates", torch.zeros(())),
+        ]
         before = [c.data_ptr() for c in counts]
         with how.capture():
             step()
         opt.load_state_dict(copy.deepcopy(opt.state_dict()))
         step()
-        after = [opt.random.at(torch.device(device), 0), getattr(direction, "_updates", counts[1])]
+        after = [
+            progress(opt).random.at(torch.device(device), 0),
+            getattr(direction, "_updates", counts[1]),
+        ]
         assert before == [c.data_ptr() for c in after]
 
 
@@ -161,7 +168,7 @@ def test_a_number_becomes_part_of_the_graph_and_not_of_later_steps(where):
     """What a capture makes is filled by replays only: no eager step may find it."""
     how, device, backend = where
     _, opt, step = small(device, backend)
-    (bucket,) = opt._space().buckets
+    (bucket,) = space(opt).buckets
     eager = bucket.scalar(0.1)
     with how.capture():
         step()
@@ -174,9 +181,9 @@ def test_the_buckets_of_a_graph_outlive_a_rebuilding(where):
     toy, opt, step = small(device, backend)
     with how.capture():
         step()
-    space = opt._space()
+    tables = space(opt)
     toy.params[0].requires_grad_(False)
-    assert opt._space() is not space and [kept[0] for kept in opt._captured] == [space]
+    assert space(opt) is not tables and [kept[0] for kept in work(opt).tables.captured] == [tables]
 
 
 def test_what_a_graph_counts_in_outlives_a_loaded_state(where):

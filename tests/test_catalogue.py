@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lets_kernels as lk
+from inside import held, space, work
 from lets_kernels.__main__ import main
 from lets_kernels.methods import catalogue
 
@@ -92,8 +93,8 @@ def test_it_keeps_what_the_table_says(entry):
     line = Line(entry)
     for _ in range(6):
         line.step()
-    saved = line.opt._space().buckets[0].saved.untyped_storage().data_ptr()  # what every method has
-    own = [t for kept in line.opt.held.state.values() for t in kept.values()]
+    saved = space(line.opt).buckets[0].saved.untyped_storage().data_ptr()  # what every method has
+    own = [t for kept in held(line.opt).values() for t in kept.values()]
     own = [t for t in own if t.untyped_storage().data_ptr() != saved]
     if entry.line.startswith("BSAM"):  # whose base optimizer is part of it
         own += [t for kept in line.opt.base_optimizer.state.values() for t in kept.values()]
@@ -125,7 +126,7 @@ def tensors(tree):
 
 def allocations(line, steps):
     """The weight-sized allocations of some steps, without those of the passes."""
-    call = line.opt._call
+    call = work(line.opt).call
     with Allocations() as seen:
 
         def without(closure, scaler=None):
@@ -135,7 +136,7 @@ def allocations(line, steps):
             finally:
                 seen.off = False
 
-        line.opt._call = without
+        work(line.opt).call = without
         for _ in range(steps):
             line.step()
     return seen.found

@@ -8,6 +8,7 @@ import torch
 import family
 import lets_kernels as lk
 from family import FAMILY, ONE_EACH
+from inside import held
 from methods import BASES
 from runs import same_bits
 
@@ -63,7 +64,7 @@ class Problem:
 
     def everything(self, opt):
         state = [t for entry in opt.state.values() for _, t in sorted(entry.items()) if torch.is_tensor(t)]
-        state += [t for p in self.params for _, t in sorted(opt.held.state.get(p, {}).items())]
+        state += [t for p in self.params for _, t in sorted(held(opt).get(p, {}).items())]
         real = [torch.view_as_real(t) if t.is_complex() else t for t in (*(p.detach() for p in self.params), *state)]
         return [*real, opt.rho, opt.metrics().get("grad_norm", opt.rho)]
 

@@ -11,6 +11,7 @@ import torch
 
 import family
 import lets_kernels as lk
+from inside import held
 from nets import Task
 from ranks import spawn
 from runs import same_bits
@@ -542,7 +543,7 @@ def test_a_wrong_guess_leaves_no_trace_in_any_method(name):
                     p.grad.mul_(torch.linspace(-3, 3, p.numel()).view_as(p))
             assert opt.step(hidden_zeroing(task, batch, calls)) is not None
             assert calls
-        ends.append([*snapshot(opt), *(t for own in opt.held.state.values() for t in own.values())])
+        ends.append([*snapshot(opt), *(t for own in held(opt).values() for t in own.values())])
     assert same_bits(*ends)
 
 

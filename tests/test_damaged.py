@@ -8,6 +8,7 @@ import torch
 import family
 import lets_kernels as lk
 from family import FAMILY, ONE_EACH
+from inside import progress
 from nets import Task
 from runs import same_bits
 from toys import snapshot
@@ -52,7 +53,13 @@ def parent(state, path):
 def everything(opt):
     """Weights, states, radii and the numbers beside them; identities too, since nothing may be replaced."""
     waiting = opt.radius._pending if opt.radius.learns else None
-    numbers = {**opt.param_groups[0], "params": None, "rho": None, "step": opt._step_number, "waiting": id(waiting)}
+    numbers = {
+        **opt.param_groups[0],
+        "params": None,
+        "rho": None,
+        "step": progress(opt).step,
+        "waiting": id(waiting),
+    }
     return numbers, [*snapshot(opt), opt.skipped.clone()]
 
 
@@ -405,7 +412,7 @@ def test_a_state_saved_between_a_step_and_its_radius_step_holds_the_step_alone(b
         resumed = make(other.net)
         other.net.load_state_dict(net)
         resumed.load_state_dict(copy.deepcopy(state))
-        assert same_bits(resumed.rho, rho) and resumed._step_number == 2
+        assert same_bits(resumed.rho, rho) and progress(resumed).step == 2
         if not ends:  # a try that changes nothing
             with pytest.raises(RuntimeError, match="once a step"):
                 resumed.radius_step(other.closure(batch), other.closure(val_batch))

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 import family
 import lets_kernels as lk
 from family import FAMILY, ONE_EACH
+from inside import progress
 from methods import BASES
 from nets import Task
 from radii import auto
@@ -68,7 +69,7 @@ def go_on(task, opt, batches):
 
 
 def counters(opt):
-    return opt._step_number, int(opt.metrics()["skipped_steps"])
+    return progress(opt).step, int(opt.metrics()["skipped_steps"])
 
 
 def fresh(method, base, task):

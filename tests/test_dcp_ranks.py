@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lets_kernels as lk
 from family import FAMILY
+from inside import progress, work
 from lets_kernels.space.shards import local
 from lets_kernels.step.carried import numbers
+from lets_kernels.step.saving import own_state
 from radii import auto
 from runs import same_bits
 
@@ -109,8 +111,9 @@ def train(model, opt, batches, start):
 def everything(model, opt):
     """Weights, state, radius and counts by name: whole on the first rank, and what each holds of the weights."""
     weights, optim = get_state_dict(model, opt, options=FULL)
-    found = {**weights, "rho": opt.rho, "step": torch.tensor(opt._step_number)}
-    found.update({f"own {name}": torch.as_tensor(value) for name, value in numbers(opt._own_state()).items()})
+    found = {**weights, "rho": opt.rho, "step": torch.tensor(progress(opt).step)}
+    own = numbers(own_state(work(opt)))
+    found.update({f"own {name}": torch.as_tensor(value) for name, value in own.items()})
     for name, entry in optim.get("state", {}).items():
         found.update({f"{name} {key}": value for key, value in entry.items()})
     for name, p in model.named_parameters() if dist.is_initialized() else ():

@@ -5,6 +5,7 @@ import torch
 
 import lets_kernels as lk
 from family import FAMILY, assert_same, held
+from inside import progress
 from replicas import batch, net, optimizer, replica, train
 from runs import same_bits
 from toys import weights
@@ -42,7 +43,7 @@ def seeds(rank):
     torch.manual_seed(rank)
     model = replica()
     opt = optimizer(model, "esam")
-    drawn = opt.random.seed
+    drawn = progress(opt).random.seed
     if rank == 1:  # no rank waits for another one here
         assert opt.backend == "cpu"
     state = opt.state_dict()

@@ -13,6 +13,7 @@ import oracle
 import papers
 from backends import Backend
 from family import FAMILY, ONE_EACH, SEED, STEPS, build, closure
+from inside import held
 from methods import BASES
 from nets import Task, conv_net
 from test_methods import assert_near, norm
@@ -49,7 +50,7 @@ def assert_agrees(task, opt, run, own_base=False):
     """Weights, the base optimizer's state, and what the method itself keeps."""
     assert_near(task, opt, run.theta, oracle.SGD(lr=0.0) if own_base else run.base, TIGHT)
     for name, expected in run.held.items():
-        state = opt.state if own_base else opt.held.state
+        state = opt.state if own_base else held(opt)
         found = {k: state[p][name] for k, p in task.net.named_parameters()}
         strayed = norm([found[k].double() - expected[k].double() for k in expected])
         assert strayed <= (0 if name == "mask" else TIGHT), f"{name}: off by {strayed:.3g}"
@@ -197,10 +198,10 @@ def test_the_fisher_mask_of_single_samples(backend):
     before = [p.grad.clone() for p in task.net.parameters()]
     opt.update_mask(one, samples=len(x))
     assert all(torch.equal(p.grad, g) for p, g in zip(task.net.parameters(), before, strict=True))
-    found = torch.cat([opt.held.state[p]["mask"].reshape(-1) for p in task.net.parameters()])
+    found = torch.cat([held(opt)[p]["mask"].reshape(-1) for p in task.net.parameters()])
     assert torch.equal(found.bool(), expected)
     family.run(opt, task)  # and it stays: interval=None
-    found = torch.cat([opt.held.state[p]["mask"].reshape(-1) for p in task.net.parameters()])
+    found = torch.cat([held(opt)[p]["mask"].reshape(-1) for p in task.net.parameters()])
     assert torch.equal(found.bool(), expected)
 
 
@@ -212,7 +213,7 @@ def test_the_mask_is_there_from_the_first_step_and_keeps_its_share(name):
     masks = []
     for batch, _ in task.batches:
         opt.step(closure(opt, task.net, batch))
-        masks.append(torch.cat([opt.held.state[p]["mask"].reshape(-1) for p in task.net.parameters()]))
+        masks.append(torch.cat([held(opt)[p]["mask"].reshape(-1) for p in task.net.parameters()]))
         assert masks[-1].sum() == round(0.1 * total)
         assert set(masks[-1].unique().tolist()) == {0, 1}
     assert torch.equal(masks[0], masks[2]) is (name == "sparse")

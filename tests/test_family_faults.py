@@ -9,6 +9,7 @@ import torch
 import family
 from backends import MODULES
 from family import ALWAYS, BESIDE, COUNTED, ONE_EACH
+from inside import held
 from nets import Task
 from runs import same_bits
 from toys import Toy, weights
@@ -157,9 +158,9 @@ def test_an_interrupt_within_the_selection_of_a_mask_leaves_a_mask(monkeypatch, 
             except KeyboardInterrupt:
                 count += 1
         opt.restore()
-        masks = [opt.held.state[p]["mask"] for p in toy.params]
+        masks = [held(opt)[p]["mask"] for p in toy.params]
         assert {*torch.cat([m.flatten() for m in masks]).tolist()} == {0, 1}
         toy.steps(opt, 1, start=7)
-        masks = torch.cat([opt.held.state[p]["mask"].flatten() for p in toy.params])
+        masks = torch.cat([held(opt)[p]["mask"].flatten() for p in toy.params])
         assert {*masks.tolist()} == {0, 1} and masks.sum() == round(0.5 * 40)
     assert count == (8 if name == "sparse-interval" else 10)  # the ops of one selection

@@ -8,6 +8,7 @@ import torch
 import family
 import lets_kernels as lk
 from family import FAMILY, SEED, build, held, take
+from inside import now, progress
 from methods import BASES
 from nets import Task
 from toys import Toy
@@ -196,7 +197,7 @@ def test_arguments_matter(name):
         family.run(opt, task, task.batches[:6])
         ends.append(held(opt))
     assert not torch.equal(ends[0]["weights.0"], ends[1]["weights.0"])
-    draws = opt.random.used and name != "sparse" and name != "sparse-interval"
+    draws = progress(opt).random.used and name != "sparse" and name != "sparse-interval"
     assert torch.equal(ends[0]["weights.0"], ends[2]["weights.0"]) is not draws
 
 
@@ -212,6 +213,6 @@ def test_p_near_1_perturbs_by_small_gradients_too(backend, p):
     expected = 0.5 * scaled.sign() * scaled.abs() ** (q - 1) / (scaled.abs() ** q).sum() ** (1 / p)
     torch.testing.assert_close(w.detach(), expected, rtol=1e-12, atol=1e-300)  # powers of 1000 times a rounding
     assert float(w.detach().abs().pow(p).sum() ** (1 / p)) == pytest.approx(0.5, rel=1e-12)
-    norm = float(opt._step.metrics()["grad_norm"])
+    norm = float(now(opt).step.metrics()["grad_norm"])
     assert norm == pytest.approx(float(gradient.abs().max() * (scaled.abs() ** q).sum() ** (1 / q)), rel=1e-12)
     opt.restore()

@@ -8,6 +8,7 @@ import torch
 import family
 import lets_kernels as lk
 from family import BESIDE, FAMILY, SHAPES, assert_same, build, closure, held, take
+from inside import now
 from nets import Task
 from test_family_limits import few
 
@@ -18,7 +19,7 @@ TWO = ((2, 2), (1, 1))
 
 def perturbs(opt):
     """Whether the step just taken was a perturbed one."""
-    return opt._decision[1]
+    return now(opt).decision[1]
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -7,6 +7,7 @@ import torch
 
 import family
 from family import FAMILY, ONE_EACH, SEED, assert_same, build, held
+from inside import progress
 from nets import Task
 from test_family_limits import few
 
@@ -93,10 +94,10 @@ def test_without_a_seed_torchs_generator_gives_it(name):
         task = Task(steps=6)
         opt = build(name, task, seed=None)
         moved.append(not torch.equal(torch.get_rng_state(), before))
-        ends.append(opt.random.seed)
+        ends.append(progress(opt).random.seed)
     assert ends[0] == ends[1]
-    assert (ends[0] != ends[2]) is opt.random.used
-    assert moved == [opt.random.used] * 3
+    assert (ends[0] != ends[2]) is progress(opt).random.used
+    assert moved == [progress(opt).random.used] * 3
 
 
 def test_methods_that_draw_are_those_that_should():

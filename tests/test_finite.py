@@ -11,6 +11,7 @@ import lets_kernels as lk
 import oracle
 from backends import Recorder
 from family import ALWAYS, COUNTED, ONE_EACH
+from inside import progress
 from methods import BASES
 from nets import Task
 from runs import same_bits
@@ -66,7 +67,7 @@ def test_a_non_finite_gradient_skips_the_step_of_any_method(name, where, before)
     fresh = {k: torch.full_like(v, 1.0 if "mask" in k else 0.0) for k, v in new.items() if k not in old}
     changed = {k for k, v in {**old, **fresh}.items() if not same_bits(new[k], v)}
     counted = COUNTED.get(name, set()) if where == "second" else set()
-    counted = counted | ({"random.count"} if opt.random.used else set())
+    counted = counted | ({"random.count"} if progress(opt).random.used else set())
     assert {k.split(".", 1)[1] if k[0].isdigit() else k for k in changed} == counted
     assert opt.metrics()["skipped_steps"].item() == 1
     toy.steps(opt, 2, start=before)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lets_kernels as lk
+from inside import space
 
 SGD = torch.optim.SGD
 START = torch.tensor(0.1, dtype=torch.float64).log().exp()
@@ -210,7 +211,7 @@ def test_a_changing_set_of_gradients_does_not_pile_up_tables():
             p.grad = torch.ones(2) if subset >> i & 1 else None
         opt.first_step()
         opt.second_step()
-    assert len(opt._space().buckets[0]._tables) < 100
+    assert len(space(opt).buckets[0]._tables) < 100
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 import family
 import lets_kernels as lk
+from inside import held, progress
 from radii import auto
 from runs import same_bits
 from toys import Toy, snapshot
@@ -76,7 +77,7 @@ def test_a_state_of_parameters_without_gradients_is_loaded_and_goes_on_to_the_bi
         for p, q in zip(other.params, toy.params, strict=True):
             p.copy_(q)
     resumed.load_state_dict(state)
-    assert resumed._step_number == 3
+    assert progress(resumed).step == 3
     for each, optimizer in ((toy, opt), (other, resumed)):
         steps(each, optimizer, 2, having, start=3)
         steps(each, optimizer, 3, start=5)
@@ -91,7 +92,7 @@ def test_a_state_of_steps_by_closures_that_make_no_gradient_is_loaded(name):
         opt.step(lambda: torch.ones(()))
     resumed = build(name, Toy().params)
     resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
-    assert resumed._step_number == 2 and not any(resumed.held.state.values())
+    assert progress(resumed).step == 2 and not any(held(resumed).values())
 
 
 @pytest.mark.parametrize("how", ["beside", "carried"])
@@ -102,12 +103,12 @@ def test_what_was_kept_and_is_lost_is_noticed_of_one_parameter_too(name, having,
     opt = build(name, toy.params)
     steps(toy, opt, 3, having)
     state, before = opt.state_dict(), everything(opt)
-    for held in names(opt):
-        count = state["lets_kernels"]["kept"][held]
-        assert count == (len(toy.params) if having is None or held in ("mask", "before") else len(having))
+    for kind in names(opt):
+        count = state["lets_kernels"]["kept"][kind]
+        assert count == (len(toy.params) if having is None or kind in ("mask", "before") else len(having))
         for lost, whose in ((1, f"1 of {count} parameters"), (count, "every parameter")):
-            with pytest.raises(ValueError, match=f"nothing of it was loaded: .* has lost the {held} of {whose}"):
-                opt.load_state_dict(as_saved(without(state, held, lost), how))
+            with pytest.raises(ValueError, match=f"nothing of it was loaded: .* has lost the {kind} of {whose}"):
+                opt.load_state_dict(as_saved(without(state, kind, lost), how))
     assert same_bits(before, everything(opt))
 
 
@@ -118,9 +119,9 @@ def test_a_state_in_which_that_was_not_counted_is_loaded_by_what_it_has(name, ho
     opt = build(name, toy.params)
     steps(toy, opt, 3)
     state, before = opt.state_dict(), everything(opt)
-    for held in names(opt):
-        with pytest.raises(ValueError, match=f"has lost the {held} of every parameter"):
-            opt.load_state_dict(as_saved(without(state, held, 99), how))
+    for kind in names(opt):
+        with pytest.raises(ValueError, match=f"has lost the {kind} of every parameter"):
+            opt.load_state_dict(as_saved(without(state, kind, 99), how))
     resumed = build(name, toy.params)
     resumed.load_state_dict(as_saved(state, how))
     assert same_bits(before, everything(resumed))
@@ -147,7 +148,7 @@ def test_the_keys_of_the_carried_numbers_are_there_before_anything_is_kept():
         toy = Toy()
         opt = build(name, toy.params)
         fresh = opt.state_dict()["param_groups"][0]["lets_kernels"].keys()
-        assert {key for key in fresh if key.startswith("kept")} == {f"kept.{held}" for held in names(opt)}
+        assert {key for key in fresh if key.startswith("kept")} == {f"kept.{kind}" for kind in names(opt)}
         steps(toy, opt, 2)
         assert opt.state_dict()["param_groups"][0]["lets_kernels"].keys() == fresh
     plain = lk.SAM(Toy().params, torch.optim.SGD, lr=0.1).state_dict()
@@ -169,7 +170,7 @@ def exchange(toy, opt, place=1):
 
 
 def has(opt, p):
-    return p in opt.state, p in opt.held.state
+    return p in opt.state, p in held(opt)
 
 
 @pytest.mark.parametrize("then", ["step", "state_dict", "load_state_dict", "load_before"])
@@ -193,7 +194,7 @@ def test_what_is_kept_for_a_parameter_goes_when_another_takes_its_place(name, th
     assert has(opt, old) == (False, False)
     steps(toy, opt, 1, start=3)
     everyone = {id(p) for p in toy.params}
-    assert {id(p) for p in opt.state} == {id(p) for p in opt.held.state} == everyone
+    assert {id(p) for p in opt.state} == {id(p) for p in held(opt)} == everyone
 
     other = Toy()
     with torch.no_grad():
@@ -225,10 +226,10 @@ def test_a_parameter_that_is_taken_out_for_a_while_keeps_its_own():
     opt = build("vasso", toy.params)
     steps(toy, opt, 2)
     group, away = opt.param_groups[0], toy.params[1]
-    kept = [opt.state[away]["momentum_buffer"].clone(), opt.held.state[away]["average"].clone()]
+    kept = [opt.state[away]["momentum_buffer"].clone(), held(opt)[away]["average"].clone()]
     group["params"] = [p for p in toy.params if p is not away]
     steps(toy, opt, 2, start=2)
-    assert same_bits(kept, [opt.state[away]["momentum_buffer"], opt.held.state[away]["average"]])
+    assert same_bits(kept, [opt.state[away]["momentum_buffer"], held(opt)[away]["average"]])
     group["params"] = list(toy.params)
     assert set(opt.state_dict()["lets_kernels"]["kept"].values()) == {len(toy.params)}
     steps(toy, opt, 1, start=4)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lets_kernels as lk
+from inside import work
 from lets_kernels.parts.passes import DRAWS
 
 SGD = torch.optim.SGD
@@ -214,14 +215,14 @@ def test_along_the_training_gradient_as_algorithm_1_prints_it(name):
         problem.step()
     weights = [p.detach().clone() for p in problem.params]
     seen = []
-    call = problem.opt._call
+    call = work(problem.opt).call
 
     def recording(closure, scaler=None):
         result = call(closure, scaler)
         seen.append([p.grad.clone() for p in problem.params])
         return result
 
-    problem.opt._call = recording
+    work(problem.opt).call = recording
     problem.step()
     hat, train, val = seen[-3:]
     q = {"p=1.5": 3.0, "p=1.05": 21.0, "p=inf": 1.0}.get(name, 2.0)

@@ -8,6 +8,7 @@ import torch
 import family
 import lets_kernels
 from family import ALWAYS, ONE_EACH
+from inside import held, space, work
 
 
 def problem(**options):
@@ -109,7 +110,7 @@ def test_the_package_keeps_one_saved_copy_and_nothing_else_of_the_weights_size(n
     walk(opt)
     state = opt.base_optimizer.state[p].values()
     others = {t.data_ptr() for t in large if t is not p and not any(t is s for s in state)}
-    assert opt._space().buckets[0].saved.data_ptr() in others
+    assert space(opt).buckets[0].saved.data_ptr() in others
     assert len(others) == 1 + KEPT.get(name, 0)
 
 
@@ -130,8 +131,8 @@ def test_auto_holds_the_first_gradient_through_the_second_pass_and_no_memory_of_
         backward(p)
         opt.second_step(zero_grad=True)
         assert first() is None, "kept beyond the step"
-    (bucket,) = opt._buckets.buckets
-    kept = [t for own in opt.held.state.values() for t in own.values()]
+    (bucket,) = work(opt).tables.space.buckets
+    kept = [t for own in held(opt).values() for t in own.values()]
     assert len(kept) == 1
     assert kept[0].untyped_storage().data_ptr() == bucket.saved.untyped_storage().data_ptr()
     assert sizes([bucket.saved]) == 4 * 4096

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 )
 
 import lets_kernels as lk
+from inside import now
 from runs import GUARD, same_bits
 
 EXAMPLES = int(os.environ.get("LETS_KERNELS_EXAMPLES", "0"))
@@ -486,7 +487,7 @@ class Machine(RuleBasedStateMachine):
     def the_weights_are_the_models(self):
         if not hasattr(self, "opt"):
             return
-        assert self.opt._step is None or not self.opt._step.is_perturbed
+        assert now(self.opt).step is None or not now(self.opt).step.is_perturbed
         with torch.no_grad():
             for k, p in enumerate(self.params):
                 self.near(p, self.model.x[k], f"parameter {k}")

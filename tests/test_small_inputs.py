@@ -13,6 +13,7 @@ from torch.utils import _pytree
 import family
 import lets_kernels as lk
 from family import FAMILY, ONE_EACH
+from inside import now
 from lets_kernels.learning.learned import MOST_NU
 from nets import Task
 from runs import same_bits
@@ -330,7 +331,7 @@ def test_a_tensor_that_keeps_its_numbers_elsewhere_is_refused(kind):
     opt = lk.SAM([q, p], SGD, lr=0.1)
     for _ in range(2):
         q.square().sum().backward()
-        opt.first_step(zero_grad=True) if opt._step is None else opt.second_step(zero_grad=True)
+        opt.first_step(zero_grad=True) if now(opt).step is None else opt.second_step(zero_grad=True)
     p.requires_grad_(True)
     q.square().sum().backward()
     with pytest.raises(TypeError, match=type(p).__name__):

@@ -7,6 +7,7 @@ from torch import nn
 import family
 import lets_kernels as lk
 from family import FAMILY, ONE_EACH
+from inside import progress
 from methods import BASES
 
 METHODS = {
@@ -83,8 +84,8 @@ def test_no_step_of_any_method_synchronises(name):
     for shape in family.SHAPES:
         meta_step(opt, net, shape)
     assert {"perturbed_grad_norm", "skipped_steps"} <= set(opt.metrics())
-    drawn = opt.random.at(torch.device("meta"), 0)
-    assert drawn.device.type == "meta" and drawn is opt.random.at(torch.device("meta"), 0)
+    drawn = progress(opt).random.at(torch.device("meta"), 0)
+    assert drawn.device.type == "meta" and drawn is progress(opt).random.at(torch.device("meta"), 0)
 
 
 @pytest.mark.parametrize("name", ["aesam", "aelooksam", "sparse"])

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lets_kernels as lk
+from inside import progress
 from ranks import outcomes, result, spawn
 from runs import same_bits
 from toys import weights
@@ -118,7 +119,7 @@ def test_the_recipe_with_a_scaler_takes_the_step_that_is_taken_without_one():
     torch.optim.SGD(unperturbed.parameters(), lr=0.1, momentum=0.9).step(closure(unperturbed, 0))
     assert same_bits(after, weights(plain)) and scale == 1024.0
     assert not same_bits(after, before) and not same_bits(after, weights(unperturbed))
-    assert optimizer._step_number == 1 and int(optimizer.metrics()["skipped_steps"]) == 0
+    assert progress(optimizer).step == 1 and int(optimizer.metrics()["skipped_steps"]) == 0
     optimizer.state_dict()  # refused while weights are perturbed
 
     before, after, optimizer, scale = scaled(RECIPES[0], factor=torch.inf)
@@ -154,7 +155,7 @@ def taken(rank, number, joined):
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in net.parameters()]
     return {
         "weights": [p.detach().clone() for p in whole],
-        "steps": optimizer._step_number,
+        "steps": progress(optimizer).step,
         "skipped": int(optimizer.metrics()["skipped_steps"]),
         "rho": (rho, optimizer.rho),
         "kinds": {type(p.data).__name__ for p in net.parameters()},

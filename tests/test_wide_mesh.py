@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import lets_kernels as lk
+from inside import space, work
 from lets_kernels.space.shards import groups_of
 
 WORLD = 512
@@ -79,12 +80,12 @@ def on_rank(rank, share):
         share(net)
         opt = lk.ASAM(net.parameters(), torch.optim.SGD, lr=0.1, filterwise=True, model=net)
         names = {id(p): name for name, p in net.named_parameters()}
-        for b in opt._space().buckets:
+        for b in space(opt).buckets:
             for i, (p, memory) in enumerate(zip(b.params, b.memory, strict=True)):
                 place = b._filters_of.get(i, slice(0, 0))
                 sharing = [dist.get_world_size(g) for g, places in b._split_filters.items() if place in places]
                 found[names[id(p)]] = memory.flatten().long(), b.parts, place.stop - place.start, sharing
-        assert opt.replicas.groups == [None]  # one collective over all ranks
+        assert work(opt).setting.replicas.groups == [None]  # one collective over all ranks
         return found
 
 

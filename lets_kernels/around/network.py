@@ -82,7 +82,7 @@ class RunningStatistics:
 
     def hold(self) -> None:
         """From here on what is counted is undone by ``release``."""
-        if self._held:
+        if self._held or self._model is None:
             return
         places = self._buffers()
         buffers = [b for _, _, b in places]

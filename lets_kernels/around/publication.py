@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 class Refuses(Protocol):
     """An optimizer, as far as this module knows it."""
 
-    def _refuse_while_perturbed(self, what: str) -> None: ...
+    def refuse_while_perturbed(self, what: str) -> None: ...
 
 
 class _Hook:
@@ -26,7 +26,7 @@ class _Hook:
     def _refuse(self, what: str) -> None:
         optimizer = self._optimizer()
         if optimizer is not None:
-            optimizer._refuse_while_perturbed(what)
+            optimizer.refuse_while_perturbed(what)
 
     def __call__(self, *_: Any) -> None:
         self._refuse(self._what)

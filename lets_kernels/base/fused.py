@@ -235,6 +235,22 @@ def refusal(base: torch.optim.Optimizer) -> str | None:
     return None
 
 
+def prepared(
+    base: torch.optim.Optimizer, runs: Sequence[Runs]
+) -> tuple[list[tuple[Runs, Callable[[Tensor], None]]], str | None]:
+    """The fused steps on these runs, and why the base optimizer must step by itself, in words, or None."""
+    reason, steps = refusal(base), []
+    if reason is not None:
+        return [], reason
+    kind = FUSED[type(base)]
+    for each in runs:
+        step = kind.prepare(each, base.param_groups[each.bucket.group], base.state)
+        if step is None:
+            return [], "the state lies otherwise in memory than the parameters"
+        steps.append((each, step))
+    return steps, None
+
+
 class OwnStep:
     """Steps of an optimizer whose parameters are the package's own scalars, fused where the ops can, else guarded."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lets_kernels.checks import check_numbers
 from lets_kernels.learning.learned import CurvatureWarning
+from lets_kernels.learning.moving import ComparingRadius
 from lets_kernels.parts.direction import Direction
 from lets_kernels.parts.passes import BEFORE
 from lets_kernels.parts.radius import ConstantRadius, Radius, RadiusLike, check_rho, radii
@@ -63,7 +64,7 @@ _LEAST, _MOST = 1e-6, 1e2
 _NOTHING = -50.0
 
 
-class AutoRadius(Radius):
+class AutoRadius(ComparingRadius):
     """ρ = exp(ν) without a number to choose, at two gradients a step: ``rho="auto"``. Ours; no paper.
 
     In the first steps, t < 10, ν goes where κ is 0.1, whatever the first radius was:
@@ -91,8 +92,6 @@ class AutoRadius(Radius):
             ``sync_perturbation=False``, when the optimizer is built.
     """
 
-    moves = True
-    compares = True
     held = (BEFORE,)
 
     #: What is remembered of a radius, in the order of the columns of :attr:`memory`.

@@ -15,13 +15,12 @@ from lets_kernels.base.foreign import check_steps_alone
 from lets_kernels.base.fused import OwnStep, refusal
 from lets_kernels.base.guarded import make_state
 from lets_kernels.learning.hypergradient import Trial, fit, placed
+from lets_kernels.learning.moving import LearningRadius, NextPass, Observed
 from lets_kernels.learning.saved import check_learned
 from lets_kernels.parts.direction import Direction
-from lets_kernels.parts.passes import Gradients
-from lets_kernels.parts.radius import Radius, check_rho
+from lets_kernels.parts.radius import check_rho
 from lets_kernels.parts.samples import Samples
 from lets_kernels.space.distributed import Replicas
-from lets_kernels.space.layout import Bucket
 
 METRICS = ("squared_gap", "gap", "validation_loss")
 CURVATURES = ("diagonal", "secant")
@@ -37,7 +36,7 @@ class CurvatureWarning(UserWarning):
     """A learned radius goes by two gradients that differ in more than the perturbation."""
 
 
-class LearnedRadius(Radius):
+class LearnedRadius(LearningRadius):
     """LETS: ρ = exp(ν), learned by bilevel optimisation (Wang et al., ECML-PKDD 2024, Algorithm 1).
 
     After every step the gradients of the training and the validation loss are taken at the new weights, and ν moves
@@ -83,8 +82,6 @@ class LearnedRadius(Radius):
             ``validation="next"`` with what needs a gradient at the new weights on this step's batch.
         TypeError: an optimizer that calls its closure itself.
     """
-
-    moves = True
 
     def __init__(
         self,
@@ -136,7 +133,7 @@ class LearnedRadius(Radius):
         self._step_nu = OwnStep()
         self.nu: list[Tensor] = []
         self.optimizer: torch.optim.Optimizer | None = None
-        self._pending: tuple[Trial, list[Gradients] | None, Tensor | None] | None = None
+        self._pending: tuple[Trial, Observed | None] | None = None
         self._packed: dict[str, Any] | None = None
         self._metrics: dict[str, Tensor] = {}
 
@@ -268,66 +265,59 @@ class LearnedRadius(Radius):
     def observe(
         self,
         trial: Trial,
-        val: list[Gradients] | None,
-        val_loss: Tensor | None,
-        train: list[Gradients] | None,
-        train_loss: Tensor | None,
+        val: Observed | None,
+        train: Observed | None,
         groups: Sequence[dict[str, Any]],
         replicas: Replicas,
     ) -> None:
         if val is None or (self.needs_train_gradient and self.reuse_train_gradient):
-            self._pending = trial.detached(), val, val_loss
+            self._pending = trial.detached(), val
         else:
-            self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
+            self._learn(trial, val, train, groups, replicas)
 
-    def complete(
-        self,
-        train: list[Gradients],
-        train_loss: Tensor | None,
-        buckets: list[Bucket],
-        groups: Sequence[dict[str, Any]],
-        replicas: Replicas,
-        finite: Tensor,
-    ) -> None:
+    def complete(self, after: NextPass, groups: Sequence[dict[str, Any]], replicas: Replicas) -> None:
+        buckets = after.buckets
         if self._packed is not None:
             state, self._packed = self._packed, None
             val = state["val"]
             if Trial.fits(state["trial"], buckets) and (val is None or fit(val, buckets)):
-                trial = Trial.unpack(state["trial"], buckets)
-                self._pending = trial, None if val is None else placed(val, buckets), state["val_loss"]
+                loaded = None if val is None else Observed(placed(val, buckets), state["val_loss"])
+                self._pending = Trial.unpack(state["trial"], buckets), loaded
         if self._pending is None:
             return
-        (trial, val, val_loss), self._pending = self._pending, None
+        (trial, observed), self._pending = self._pending, None
         # Where parameters have been frozen, added or moved since, that step's gradients go with others than these.
         if any(a.bucket not in buckets for a in trial.ascents):
             return
-        trial = replace(trial, gate=torch.where(finite, trial.gate, torch.zeros_like(trial.gate)))
-        if val is None:  # this step's first gradient, on a batch that the last step has not seen
-            self._learn(trial, train, train_loss, None, None, groups, replicas)
+        trial = replace(trial, gate=torch.where(after.finite, trial.gate, torch.zeros_like(trial.gate)))
+        now = Observed(after.gradients, after.loss)
+        if observed is None:  # this step's first gradient, on a batch that the last step has not seen
+            self._learn(trial, now, None, groups, replicas)
         else:
-            self._learn(trial, val, val_loss, train, train_loss, groups, replicas)
+            self._learn(trial, observed, now, groups, replicas)
 
     def _learn(
         self,
         trial: Trial,
-        val: list[Gradients],
-        val_loss: Tensor | None,
-        train: list[Gradients] | None,
-        train_loss: Tensor | None,
+        val: Observed,
+        train: Observed | None,
         groups: Sequence[dict[str, Any]],
         replicas: Replicas,
     ) -> None:
         assert self.optimizer is not None
-        subtracted = None if self.metric == "validation_loss" else train
+        gradients_there = None if train is None else train.gradients
+        subtracted = None if self.metric == "validation_loss" else gradients_there
         if self.curvature == "secant":
-            shares = trial.secant(val, subtracted)
+            shares = trial.secant(val.gradients, subtracted)
         else:
-            shares = trial.diagonal(val, subtracted, train if self.direction == "algorithm1" else None, replicas)
+            along = gradients_there if self.direction == "algorithm1" else None
+            shares = trial.diagonal(val.gradients, subtracted, along, replicas)
         sums = [torch.zeros_like(nu) for nu in self.nu]
         for bucket, share in shares:
             sums[self._of(bucket.group)] += share.to(sums[0].device)
 
-        known = [t.to(sums[0].device) for t in (val_loss, train_loss) if t is not None]
+        losses_there = (val.loss, None if train is None else train.loss)
+        known = [t.to(sums[0].device) for t in losses_there if t is not None]
         means, first = replicas.agree([*sums, *known], [nu.detach() for nu in self.nu])
         if replicas.groups:
             for nu, value in zip(self.nu, first, strict=True):
@@ -363,8 +353,9 @@ class LearnedRadius(Radius):
         assert self.optimizer is not None
         pending = self._packed
         if self._pending is not None:
-            trial, val, val_loss = self._pending
-            pending = {"trial": trial.pack(), "val": val, "val_loss": val_loss}
+            trial, val = self._pending
+            there = (None, None) if val is None else (val.gradients, val.loss)
+            pending = {"trial": trial.pack(), "val": there[0], "val_loss": there[1]}
         return {
             "nu": [nu.detach().clone() for nu in self.nu],
             "optimizer": self.optimizer.state_dict(),

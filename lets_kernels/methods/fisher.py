@@ -8,8 +8,8 @@ import torch
 from lets_kernels.methods.masks import update_mask
 from lets_kernels.parts.direction import Fisher, Masked
 from lets_kernels.parts.radius import RadiusLike
+from lets_kernels.parts.samples import Closure
 from lets_kernels.sam import SAM
-from lets_kernels.step.step import Closure
 
 
 class FisherSAM(SAM):
@@ -48,8 +48,6 @@ class SparseSAM(SAM):
         interval, drop, steps: see :class:`~lets_kernels.Masked`.
     """
 
-    direction: Masked
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -79,4 +77,5 @@ class SparseSAM(SAM):
             RuntimeError: the weights are perturbed.
             ValueError: the mask is dynamic, ``samples`` is below 1, or Σ g² is zero or not finite: the mask stays.
         """
-        update_mask(self, closure, samples)
+        assert isinstance(self.direction, Masked)
+        update_mask(self._engine, self.direction, closure, samples)

@@ -8,13 +8,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lets_kernels.learning.hypergradient import Trial
-from lets_kernels.parts.direction import Direction
-from lets_kernels.parts.passes import Gradients
-from lets_kernels.parts.samples import Samples
-from lets_kernels.space.distributed import Replicas
-from lets_kernels.space.layout import Bucket
-
 
 class RadiusWarning(UserWarning):
     """A radius does not move, or cannot tell what it goes by."""
@@ -53,6 +46,8 @@ class Radius:
     rho: float = 0.0
     #: True once an optimizer has taken the radius.
     bound = False
+    #: What is kept for it for every parameter from step to step, by name.
+    held: Sequence[str] = ()
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Raise where ``bind`` would, and change nothing; ``groups`` are all that there are to be."""
@@ -75,9 +70,6 @@ class Radius:
         """Why a step with this radius cannot be captured in a CUDA graph, in words; None where it can."""
         return f"{type(self).__name__} may give another rho at every step, and a graph keeps the first"
 
-    def check_passes(self, sync_perturbation: bool, direction: Direction, samples: Samples) -> None:
-        """Raise ``ValueError`` where the radius cannot use the gradients of a step's two passes."""
-
     def to(self, device: torch.device) -> None:
         """The parameters have moved: so must what the radius keeps beside them."""
 
@@ -88,77 +80,6 @@ class Radius:
 
     def metrics(self) -> dict[str, Tensor]:
         return {}
-
-    # For a radius that learns from the gradients after a step; `due` says from which steps.
-
-    #: `observe` needs the vectors of the perturbation.
-    needs_vectors = False
-    #: A step is still to be learned from, once the next first gradient is there.
-    waits = False
-    #: `complete` needs the loss that goes with that gradient.
-    needs_train_loss = False
-    #: `observe` needs the training gradient at the new weights.
-    needs_train_closure = False
-
-    def due(self, step: int) -> bool:
-        """True if the radius learns from step number ``step``, counting from 0 those that perturb."""
-        return False
-
-    def observe(
-        self,
-        trial: Trial,
-        val: list[Gradients] | None,
-        val_loss: Tensor | None,
-        train: list[Gradients] | None,
-        train_loss: Tensor | None,
-        groups: Sequence[dict[str, Any]],
-        replicas: Replicas,
-    ) -> None:
-        """Learn from one step, or keep it until ``complete``; gradients are lists with an entry for each bucket.
-
-        ``val`` is None for a radius that does not ``learn`` from closures: it waits for the next first gradient.
-        """
-        raise NotImplementedError
-
-    def complete(
-        self,
-        train: list[Gradients],
-        train_loss: Tensor | None,
-        buckets: list[Bucket],
-        groups: Sequence[dict[str, Any]],
-        replicas: Replicas,
-        finite: Tensor,
-    ) -> None:
-        """Learn from the step that waits, now that the next one's first gradient is there.
-
-        ``finite``: bool, 0-d: that gradient is, in every element and on every rank; else nothing may be learned.
-        """
-        raise NotImplementedError
-
-    # For a radius that goes by the two gradients of each step that perturbs.
-
-    #: `compare` is called with their products.
-    compares = False
-    #: What is kept for it for every parameter from step to step, by name.
-    held: Sequence[str] = ()
-    #: A radius a param group, and products by groups.
-    per_group = False
-
-    @property
-    def memory(self) -> Tensor:
-        """What it remembers, float64 of shape [radii, numbers]; under several ranks each takes over the first one's."""
-        raise NotImplementedError
-
-    def compare(self, products: Tensor, gate: Tensor, groups: Sequence[dict[str, Any]]) -> None:
-        """Go by one step.
-
-        Args:
-            products: ĝ·ĝ, g·ĝ, g·g, g·Δ and Δ·Δ over all ranks, float64 of shape [radii, 5]; Δ is by how much the
-                weights have moved since the last step that perturbed, zero where that is not known.
-            gate: 0-d, zero where the step is skipped; nothing may change then.
-            groups: the param groups.
-        """
-        raise NotImplementedError
 
     # State.
 

@@ -23,6 +23,7 @@ from lets_kernels.space.runs import (
     check_apart,
     check_parameter,
     is_dense,
+    is_fake,
     is_lent,
     refuse_while_capturing,
 )
@@ -37,6 +38,9 @@ from lets_kernels.space.shards import (
     part_of,
     parts,
 )
+
+_dtype, _grad = operator.attrgetter("dtype"), operator.attrgetter("grad")
+_requires_grad = operator.attrgetter("requires_grad")
 
 PADDING = 16
 _TABLES = 64
@@ -115,6 +119,7 @@ class Bucket:
         self._device_index = memory[0].get_device()
         self._shapes, self._strides = [p.shape for p in memory], [p.stride() for p in memory]
         self.numels = [p.numel() for p in memory]
+        self._fake = is_fake(memory[0])
         self._addresses = addresses(memory)
         #: A parameter has been given other memory since somebody looked whether it shares that with another.
         self.moved = False
@@ -199,10 +204,10 @@ class Bucket:
         if (
             list(map(Tensor.stride, memory)) != self._strides
             or list(map(Tensor.numel, memory)) != self.numels
-            or {p.dtype for p in memory} != {self.dtype}
+            or set(map(_dtype, memory)) != {self.dtype}
         ):
             return False
-        found = addresses(memory)
+        found = self._addresses if self._fake else list(map(Tensor.data_ptr, memory))
         if found != self._addresses:  # nothing else tells of another device
             if self.flat is not None or {p.get_device() for p in memory} != {self._device_index}:
                 return False
@@ -233,7 +238,7 @@ class Bucket:
         return runs
 
     def _gather(self, whole: bool) -> Runs:
-        grads, memory = [p.grad for p in self.params], self.memory
+        grads, memory = list(map(_grad, self.params)), self.memory
         if whole:
             grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)]
         if self.apart:
@@ -246,7 +251,7 @@ class Bucket:
             except RuntimeError:  # a sparse gradient has none
                 strides = []
             same = strides == self._strides and list(map(Tensor.numel, found)) == self.numels
-            if same and {g.dtype for g in found} == {self.dtype} and not any(map(Tensor.is_neg, found)):
+            if same and set(map(_dtype, found)) == {self.dtype} and not any(map(Tensor.is_neg, found)):
                 return Runs(self, self._all, memory, found)
         return self._gather_some(memory, grads)
 
@@ -397,7 +402,11 @@ class ParameterSpace:
 
     @staticmethod
     def _signature(groups: Sequence[dict[str, Any]]) -> list[Any]:
-        return [(list(map(id, g["params"])), [p.requires_grad for p in g["params"]], g.get("adaptive")) for g in groups]
+        found = []
+        for group in groups:
+            params = group["params"]
+            found.append((list(map(id, params)), list(map(_requires_grad, params)), group.get("adaptive")))
+        return found
 
     @staticmethod
     def _check_apart(groups: Sequence[dict[str, Any]]) -> None:
@@ -411,10 +420,12 @@ class ParameterSpace:
 
     def look_again(self, groups: Sequence[dict[str, Any]]) -> None:
         """Refuse parameters that have come to share memory, ``ValueError``; nearly free where none has moved."""
-        if any(b.moved for b in self.buckets):
-            self._check_apart(groups)
-            for b in self.buckets:
-                b.moved = False
+        for moved in self.buckets:
+            if moved.moved:
+                self._check_apart(groups)
+                for b in self.buckets:
+                    b.moved = False
+                return
 
     def is_current(self, groups: Sequence[dict[str, Any]]) -> bool:
         """False where the buckets must be made again.
@@ -422,7 +433,10 @@ class ParameterSpace:
         Raises:
             ValueError: parameters have come to share memory.
         """
-        if self._key != self._signature(groups) or not all(b.is_current() for b in self.buckets):
+        if self._key != self._signature(groups):
             return False
+        for b in self.buckets:
+            if not b.is_current():
+                return False
         self.look_again(groups)
         return True

@@ -69,19 +69,20 @@ def _keeps_elsewhere(p: Tensor) -> type | None:
     """The class, of the parameter or of this rank's part of it, that is known by its own dispatch alone."""
     for t in (p, local(p)) if is_spread(p) else (p,):
         kind = type(t)
-        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not (is_spread(t) or _is_fake(t)):
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not (is_spread(t) or is_fake(t)):
             return kind
     return None
 
 
-def _is_fake(t: Tensor) -> bool:
+def is_fake(t: Tensor) -> bool:
+    """True for a tensor of torch's tracers, which has a shape and no memory."""
     fakes = sys.modules.get("torch._subclasses.fake_tensor")
     return fakes is not None and isinstance(t, fakes.FakeTensor)
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Where tensors of one kind begin in memory; zeros for those that have none (meta and fake tensors)."""
-    if tensors and _is_fake(tensors[0]):
+    if tensors and is_fake(tensors[0]):
         return [0] * len(tensors)
     return list(map(Tensor.data_ptr, tensors))
 

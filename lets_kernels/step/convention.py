@@ -3,22 +3,19 @@
 import enum
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from lets_kernels.base.fused import OWN_CODE
 from lets_kernels.parts.samples import Closure
 from lets_kernels.space.runs import capturing
-from lets_kernels.space.shards import is_spread, version
-
-if TYPE_CHECKING:
-    from lets_kernels.sam import SAM
+from lets_kernels.space.shards import is_spread
+from lets_kernels.step.workspace import Workspace
 
 _CODES = 64
 #: Where the function inside lies: of methods, of partial, of functools.wraps, of torch.compile.
@@ -59,32 +56,43 @@ class Convention:
         #: Closures make every gradient, and nobody asks any more: they zero, or it was said that they do not.
         self.settled = False
 
-    def look(self, o: "SAM", closure: Closure, said: bool | None) -> Guess:
+    def look(
+        self, w: Workspace, closure: Closure, said: bool | None, begun: bool, are_new: Callable[[], bool]
+    ) -> Guess:
         """Whose is the first gradient?
+
+        Args:
+            w: what the step works with.
+            closure: that of the step.
+            said: what ``first_backward=`` says.
+            begun: a first pass was made in its context.
+            are_new: are there gradients that no step has used?
 
         Raises:
             RuntimeError: it was said that it is the caller's, and there is no new gradient.
             ValueError: it was said that it is, and the method has no use for it.
         """
         if said:
-            _check_said(o)
-        if said is not None or o.samples.per_sample or not o.direction.needs_gradient or self.settled:
+            _check_said(w, are_new)
+        setting = w.setting
+        if said is not None or setting.samples.per_sample or not setting.direction.needs_gradient or self.settled:
             return Guess.CALLER if said else Guess.CLOSURE
-        if self._caller is not False and (o.network.passed or o._started):  # with opt.first_pass(): was around it
+        if self._caller is not False and begun:  # with opt.first_pass(): was around it
             return Guess.CALLER
-        if o.direction.starts or not o._has_new_gradients():  # a first pass that starts elsewhere is in that context
+        if setting.direction.starts or not are_new():  # a first pass that starts elsewhere is in that context
             return Guess.CLOSURE
         zeroing = self._zeroing.get(_code(closure))
         if zeroing:
             return Guess.CLOSURE
         if zeroing is None and (_mentions_zeroing(closure) or self._caller is False):
             return Guess.OPEN
-        if not self.are_callers(o._gradients()):
+        if not self.are_callers(w.gradients()):
             return Guess.CLOSURE
         if zeroing is False:  # ranks would have to look at the same, and to agree
-            return Guess.CALLER if o.replicas.groups else Guess.KNOWN_CALLER
+            return Guess.CALLER if setting.replicas.groups else Guess.KNOWN_CALLER
         # What a step does between its passes cannot always be undone; then the closure is asked first.
-        undone = o.schedule.capturable and not (o.direction.remembers or o.radius.waits)
+        waits = setting.learning is not None and setting.learning.waits
+        undone = setting.schedule.capturable and not (setting.direction.remembers or waits)
         return Guess.LIKELY_CALLER if undone else Guess.OPEN
 
     def are_callers(self, gradients: Sequence[Tensor]) -> bool:
@@ -131,17 +139,18 @@ def _outside() -> int:
     return level
 
 
-def _check_said(o: "SAM") -> None:
-    if o.samples.per_sample:
+def _check_said(w: Workspace, are_new: Callable[[], bool]) -> None:
+    setting = w.setting
+    if setting.samples.per_sample:
         raise ValueError(
-            f"first_backward=True: {type(o.samples).__name__} needs the loss of each sample from both passes; let "
-            "step(closure) call the closure for the first pass too"
+            f"first_backward=True: {type(setting.samples).__name__} needs the loss of each sample from both passes; "
+            "let step(closure) call the closure for the first pass too"
         )
-    if not o.direction.needs_gradient:
+    if not setting.direction.needs_gradient:
         raise ValueError(
-            f"first_backward=True: {type(o.direction).__name__} has no first pass: call step(closure) alone"
+            f"first_backward=True: {type(setting.direction).__name__} has no first pass: call step(closure) alone"
         )
-    if not o._has_new_gradients():
+    if not are_new():
         raise RuntimeError(
             "first_backward=True, and there is no new gradient: call backward() before step(closure), or leave "
             "first_backward out"
@@ -207,77 +216,3 @@ def _are_nothing(gradients: Sequence[Tensor]) -> bool:
     if any(g._version == 0 for g in gradients):  # as backward leaves them
         return False
     return not any(bool(g.any()) for g in gradients)
-
-
-class Watch:
-    """Zeros in the place of gradients, by which a closure is seen to zero: it drops them, or writes zeros over them.
-
-    They are -0, to which any gradient can be added and stays what it is, and are looked at when backward comes to them.
-    """
-
-    def __init__(self, o: "SAM", params: Sequence[Tensor]) -> None:
-        self._optimizer, self._calls = o, o._zeroed
-        self._before = [(p, p.grad) for p in params]
-        with torch.no_grad():
-            self._zeros = [_zeros_for(p) for p in params]
-        self._versions = list(map(version, self._zeros))
-        self._reached = [False] * len(params)
-        self._zeroed = False
-        self._replaced: list[Tensor | None] = []
-        self._hooks: list[RemovableHandle] = []
-        for i, (p, zero) in enumerate(zip(params, self._zeros, strict=True)):
-            p.grad = zero
-            self._hooks.append(p.register_hook(partial(self._reach, i)))
-
-    def _reach(self, i: int, _: Tensor) -> None:
-        """Backward has come to the i-th: was it dropped, or written to, before?"""
-        if not self._reached[i]:
-            self._reached[i] = True
-            self._zeroed = self._zeroed or self._is_another(i)
-
-    def _is_another(self, i: int) -> bool:
-        (p, _), zero = self._before[i], self._zeros[i]
-        if p.grad is not zero or version(zero) != self._versions[i]:
-            return True
-        # What goes by grad.data shows in the sign of zero alone; nobody waits for a device to look at that.
-        seen = zero.numel() and zero.device.type == "cpu" and not is_spread(zero) and not zero.is_complex()
-        return bool(seen and not torch.signbit(zero.flatten()[0]))
-
-    @property
-    def gradients(self) -> list[Tensor]:
-        """Those that were there before."""
-        return [grad for _, grad in self._before if grad is not None]
-
-    def ends(self) -> None:
-        """The closure has been called, or has failed. What it did not touch is None again."""
-        for hook in self._hooks:
-            hook.remove()
-        for i, (p, _) in enumerate(self._before):
-            if p.grad is not self._zeros[i]:
-                self._replaced.append(p.grad)
-            elif not self._reached[i] and not self._holds_gradient(i):
-                p.grad = None
-
-    def _holds_gradient(self, i: int) -> bool:
-        """Somebody has written one without a backward of the parameter's own: FSDP and DDP do. Scaled, it is zero."""
-        zero = self._zeros[i]
-        return version(zero) != self._versions[i] and (is_spread(zero) or bool(zero.any()))
-
-    def saw_zeroing(self) -> bool:
-        """Did the closure zero? On every rank that takes part, if on any."""
-        zeroed = self._zeroed or self._optimizer._zeroed != self._calls
-        if not self._optimizer.replicas.groups:  # DDP puts others there at any time
-            # Backward does so only where it makes a graph of itself.
-            zeroed = zeroed or any(g is None or not g.requires_grad for g in self._replaced)
-        return self._optimizer.replicas.any(zeroed, self._optimizer.skipped.device)
-
-    def give_back(self) -> None:
-        """The gradients that were there before."""
-        for p, grad in self._before:
-            p.grad = grad
-
-
-def _zeros_for(p: Tensor) -> Tensor:
-    dtype = getattr(p, "grad_dtype", None) or p.dtype
-    like = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    return like.neg_()

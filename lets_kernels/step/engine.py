@@ -1,156 +1,192 @@
-"""What an optimizer of this package is around its steps: tables of its parameters, ranks, and what a user reads."""
+"""The life of a step: how it is begun, finished, given up and healed. SAM is its public face."""
 
 import warnings
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lets_kernels.around.amp import LossScaling, Scaler
-from lets_kernels.around.network import Network
+from lets_kernels.around.amp import unscale_by
+from lets_kernels.around.publication import Publication
+from lets_kernels.base.foreign import own_step
 from lets_kernels.parts.passes import FirstPass
-from lets_kernels.parts.radius import RadiusWarning, radii
-from lets_kernels.parts.samples import Closure, Pass
+from lets_kernels.parts.progress import Progress
+from lets_kernels.parts.radius import RadiusWarning
 from lets_kernels.parts.schedule import Moment
-from lets_kernels.space.distributed import Replicas
-from lets_kernels.space.layout import Bucket, ParameterSpace
-from lets_kernels.step.precision import warn_of_narrow
-from lets_kernels.step.saving import Saved
+from lets_kernels.space.shards import version
+from lets_kernels.step.capture import check_same_graph
+from lets_kernels.step.given_up import given_up
+from lets_kernels.step.losses import as_scalar
+from lets_kernels.step.now import Now
+from lets_kernels.step.setting import Setting
+from lets_kernels.step.start import Start
+from lets_kernels.step.step import Step
+from lets_kernels.step.tables import Tables
+from lets_kernels.step.workspace import Workspace
 
+_SEEN = "_lets_kernels_seen"
 #: Steps from which a radius could have learned, after which it is said that it did not.
 _MISSED = 10
 
 
-class Engine(Saved):
-    """All of :class:`SAM` but its steps."""
+class Engine:
+    """What an optimizer works with, what goes on now, and the transitions between one and the other."""
 
-    network: Network
-    replicas: Replicas
-    check_finite: bool
-    rho_warmup: int
-    _scaling: LossScaling
-    _backend: str
-    _flatten: bool
+    def __init__(self, setting: Setting, base: torch.optim.Optimizer, progress: Progress) -> None:
+        self.work = Workspace(setting, base, progress, Tables(setting, base, progress, Publication(self)))
+        self.now = Now()
 
-    # ---- what a user reads -------------------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: without what goes on, and without the tables, which are of this memory."""
+        w = self.work
+        return {"setting": w.setting, "base": w.base, "progress": w.progress}
 
-    @property
-    def rho(self) -> Tensor:
-        """The radius: 0-d if all groups share one, else one value a group. Nothing waits for the device."""
-        self._take_in_new_groups()
-        groups = self.param_groups[:1] if self.radius.shared else self.param_groups
-        values = radii([self.radius.present(i, group) for i, group in enumerate(groups)])
-        return values[0].clone() if len(values) == 1 else torch.stack(values)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
-    @property
-    def model(self) -> torch.nn.Module | None:
-        """The module that was given as ``model=``."""
-        return self.network.model
+    def begin_anew(self) -> None:
+        """Another state has been loaded."""
+        self.now = Now()
+        self.work.tables.forget()
 
-    @property
-    def backend(self) -> str:
-        """The backend that runs, by name; several, separated by commas, where parameters lie on several devices."""
-        return ", ".join(sorted({b.backend for b in self._space().buckets}))
+    # ---- refusals ----------------------------------------------------------------------------------------------------
 
-    def metrics(self) -> dict[str, Tensor]:
-        """What the last step saw, as tensors on the device; nothing waits for them.
-
-        ``grad_norm`` is ‖Tg‖ in the dual norm (over all parameters; the power mean of several where ranks or
-        micro-batches are perturbed one by one; ‖g‖ on a step that does not perturb), ``perturbed_grad_norm`` ‖ĝ‖ (with
-        ``check_finite``), ``rho`` the present radius, ``skipped_steps`` and ``gradients``, the gradients that all steps
-        have taken, two counts; ``loss``, ``perturbed_loss`` and
-        ``loss_gap`` where the optimizer saw the losses; with ``rho_warmup`` ``applied_rho``, by which the last step
-        perturbed; and what the radius reports: ``rho_grad`` = ∂F/∂ρ,
-        ``val_loss``, ``train_loss``. With 16-bit weights, from the first step and then from every hundredth:
-        ``perturbation_cosine`` between ε and what rounding left of it, ``perturbation_length``, the ratio of their
-        lengths, and ``perturbed_fraction``, the share of weights that moved at all.
-        """
-        gradients = torch.full((), self._passes, dtype=torch.int64, device=self.skipped.device)
-        counted = {"rho": self.rho, "skipped_steps": self.skipped.clone(), "gradients": gradients}
-        return {**self._last, **self._precision, **counted, **self.radius.metrics()}
-
-    # ---- within ----------------------------------------------------------------------------------------------------
-
-    def _space(self) -> ParameterSpace:
-        """The buckets, built anew where the groups or the parameters have changed."""
-        if self._buckets is None or not self._buckets.is_current(self.param_groups):
-            self._take_in_new_groups()
-            self._forget_replaced()
-            self.network.bind()
-            self.network.weights_move()  # parameters are found, and stand in their modules, in one piece a rank
-            self.direction.bind(self.model)
-            self._publication.cover(self.model)
-            direction, names = self.direction, self.network.names()
-            space = ParameterSpace(
-                self.param_groups, names, direction.geometry, self._backend, self._flatten, direction.filter_dim
+    def refuse_while_perturbed(self, what: str) -> None:
+        """``RuntimeError`` while the weights are not the user's."""
+        step = self.now.step
+        if self.now.start is not None:
+            raise RuntimeError(
+                f"{what} while the weights are beside themselves for the first pass: leave `with opt.first_pass():` "
+                "first, or call restore() to give the pass up"
             )
-            self._check_ranks(space)
-            warn_of_narrow(space.buckets)
-            self._buckets, self._precision = space, {}
-            self._move_scalars(self._buckets.buckets)
-        return self._buckets
-
-    def _agreed_space(self) -> ParameterSpace:
-        """As :meth:`_space`, where all ranks come by: they agree on the seed before anything is drawn."""
-        space = self._space()
-        self.random.agree(self.replicas)
-        return space
-
-    def _check_ranks(self, space: ParameterSpace) -> None:
-        """Find the ranks that take part, and refuse what would go wrong among them in silence."""
-        params = [p for b in space.buckets for p in b.params]
-        if self.model is None and any(b.spread for b in space.buckets):
-            raise ValueError(
-                "DTensor parameters need model=, the sharded module: its unsharded copies of the weights have to be "
-                "dropped whenever the weights move"
-            )
-        self.replicas.find(self.model, params)
-        shared = {
-            "a radius that is learned or finds itself": self.radius.moves,
-            "random decisions": self.random.used and not self.random.given,
-            "decisions by the gradient": self.schedule.looks_at_gradient,
-        }
-        what = next((name for name, present in shared.items() if present), None)
-        if self.replicas.unclear and what is not None:
-            raise ValueError(
-                f"several ranks are there, and {what} must be the same on all that train one model: pass model=, the "
-                "DistributedDataParallel module, or process_group=; process_group='alone' if each rank trains a model "
-                "of its own"
+        if step is not None and step.is_perturbed:
+            raise RuntimeError(
+                f"{what} while the weights are perturbed: call second_step() after the second backward first, or "
+                "restore() to give the perturbation up"
             )
 
-    def _move_scalars(self, buckets: list[Bucket]) -> None:
-        """What is counted and learned lies beside the first parameters, also where those have been moved."""
-        if buckets and buckets[0].device != self.skipped.device:
-            self.skipped = self.skipped.to(buckets[0].device)
-            self.radius.to(self.skipped.device)
-        self.random.to(self.skipped.device)
+    def refuse_another_step(self, what: str) -> None:
+        """``RuntimeError`` if a step has been begun and its weights are perturbed."""
+        self._heal()
+        self.refuse_while_perturbed(what)
 
-    def keep_for_graphs(self) -> None:
-        """Keep what the CUDA graph that is being captured refers to, as long as this optimizer lives.
+    def _heal(self) -> None:
+        """Undo a perturbation that an interrupt cut off before it was complete, or while it was being undone."""
+        step, start = self.now.step, self.now.start  # a signal handler may take them away at any time
+        if (step is not None and step.torn) or (start is not None and start.torn):
+            self.restore()
 
-        Later steps may replace it here (``load_state_dict`` does), but not in the graph.
-        """
-        state = [t for entry in self.base_optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
-        radii = [g["rho"] for g in self.param_groups if isinstance(g["rho"], Tensor)]
-        held = [t for entry in self.held.state.values() for t in entry.values()]
-        self._captured.append((self._space(), state, radii, held))
+    @property
+    def begun_step(self) -> Step:
+        """The step that was begun, or ``RuntimeError`` if a signal handler has called :meth:`restore` since."""
+        step = self.now.step
+        if step is None:
+            raise given_up()
+        return step
 
-    def rho_share(self) -> float:
-        """The share of the radius that the present step perturbs by: below 1 while ``rho_warmup`` lasts."""
-        if self._step_number >= self.rho_warmup:
-            return 1.0
-        return (self._step_number + 1) / self.rho_warmup
+    # ---- gradients: which are new, which the last step has seen ------------------------------------------------------
 
-    def _forget_trial(self) -> None:
+    def _marked(self) -> list[Tensor]:
+        """The gradients that are marked; the first stands for all where closures make every one, as is seldom asked."""
+        if not self.now.convention.settled:
+            return self.work.gradients()
+        each = (p.grad for group in self.work.groups for p in group["params"] if p.requires_grad)
+        return list(islice((g for g in each if g is not None), 1))
+
+    def mark_gradients(self) -> None:
+        """Remember that these gradients, in this version, have been used; a later backward makes others."""
+        for g in self._marked():
+            setattr(g, _SEEN, version(g))
+
+    def has_new_gradients(self) -> bool:
+        return any(getattr(g, _SEEN, None) != version(g) for g in self._marked())
+
+    def zeroes(self) -> None:
+        """``zero_grad()`` is called: a first pass that no step has followed is forgotten."""
+        self.now.zeroed += 1
+        if self.now.step is None:
+            self.forget_pass()
+
+    def forget_pass(self) -> None:
+        """The gradients of a pass that was made for a step are dropped without it."""
+        self.work.setting.network.forget_pass()
+        self.now.started = False
+        if self.work.scaling.first_only:
+            self.work.scaling.give_up()
+
+    # ---- the first half ----------------------------------------------------------------------------------------------
+
+    def _decide(self, first: FirstPass | None) -> bool:
+        """Whether the present step perturbs."""
+        known, schedule, progress = self.now.decision, self.work.setting.schedule, self.work.progress
+        # A schedule that looks at the gradient is asked once a first pass: a step that is begun again has another one.
+        if known is None or known[0] != progress.step or schedule.looks_at_gradient:
+            known = progress.step, schedule.decide(Moment(progress.step, progress.random, first))
+            self.now.decision = known
+        return known[1]
+
+    def begin_start(self) -> None:
+        """Move the weights to where the first pass is made, for directions that want it."""
+        self.now.started = False
+        if self.work.setting.direction.starts:
+            self.work.tables.agreed()  # the schedule may draw
+            if self._decide(None):
+                self._forget_lesson()
+                self.now.start = start = Start(self.work)
+                start.move()
+
+    def end_start(self, failed: bool) -> None:
+        """Bring them back."""
+        start = self.now.start
+        if start is not None:
+            if failed:
+                start.given_up = True
+                self.work.setting.network.pass_failed()
+            start.restore()
+            self.now.start, self.now.started = None, not failed and not start.given_up
+
+    @torch.no_grad()
+    def begin(self, zero_grad: bool, loss: Any) -> bool:
+        """:meth:`SAM.first_step`."""
+        w, now = self.work, self.now
+        self.refuse_another_step("first_step()")
+        now.step = None
+        try:
+            step = Step(w, as_scalar(loss), keep=not zero_grad)
+            started, now.started = now.started, False
+            step.prepare(self._decide, started)
+            now.step = step
+        except BaseException:
+            self.forget_pass()
+            w.scaling.give_up()
+            raise
+        try:
+            # Left in their place they would be unscaled twice, if no second pass replaces them.
+            unscaled = w.scaling.first_only and not step.perturbs
+            if zero_grad:
+                now.zeroed += 1
+            if zero_grad or unscaled:
+                w.drop_gradients()
+            if now.radius_waits or now.lesson is not None:
+                self._forget_lesson()
+            step.perturb()
+        except BaseException:
+            self.restore()
+            raise
+        return step.perturbs or not w.setting.direction.needs_gradient
+
+    def _forget_lesson(self) -> None:
         """The next step begins, and writes where the last one left what the radius would learn from.
 
         Say it once if steps pass by from which it does not learn, since nobody calls what it learns from.
         """
-        missed, self._trial, self._radius_waits = self._trial is not None, None, False
-        if self._missed is None or not missed:
+        now = self.now
+        missed, now.lesson, now.radius_waits = now.lesson is not None, None, False
+        if now.missed is None or not missed:
             return
-        self._missed += 1
-        if self._missed == _MISSED:
+        now.missed += 1
+        if now.missed == _MISSED:
             warnings.warn(
                 f"the radius has not learned from any of {_MISSED} steps and stays where it began: call "
                 "opt.radius_step(closure, val_closure) after every second_step(), or take steps with "
@@ -159,33 +195,113 @@ class Engine(Saved):
                 stacklevel=2,
             )
 
-    # ---- passes ------------------------------------------------------------------------------------------------------
+    # ---- the second half ---------------------------------------------------------------------------------------------
 
-    def _perturbs(self, first: FirstPass | None) -> bool:
-        known = self._decision
-        # A schedule that looks at the gradient is asked once a first pass: a step that is begun again has another one.
-        if known is None or known[0] != self._step_number or self.schedule.looks_at_gradient:
-            moment = Moment(self._step_number, self.random, first)
-            known = self._decision = self._step_number, self.schedule.decide(moment)
-        return known[1]
-
-    def _pass(self, scaler: Scaler | None) -> Pass:
-        return Pass(lambda closure: self._call(closure, scaler), self._drop_gradients, scaler)
-
-    def _forget_pass(self) -> None:
-        self.network.forget_pass()
-        self._started = False
-        if self._scaling.first_only:
-            self._scaling.give_up()
-
-    def _call(self, closure: Closure, scaler: Scaler | None = None) -> Any:
+    @torch.no_grad()
+    def finish(self, zero_grad: bool = False) -> None:
+        """:meth:`SAM.second_step`, without the hooks, which around :meth:`SAM.step` have run."""
+        w, now, radius = self.work, self.now, self.work.setting.radius
+        self._heal()
+        step = now.step
+        if step is None:
+            raise RuntimeError("second_step() without first_step(): call first_step() after the first backward")
+        if step.in_context:
+            raise RuntimeError("the step is taken after `with opt.perturbed():`, not inside; leave the context first")
+        refused: RuntimeError | None = None
         try:
-            # No scaler steps within a closure. Lightning asks there whether to clip, and would refuse, in bf16 too.
-            self._step_supports_amp_scaling = False
-            with torch.enable_grad():
-                loss = closure()
-        finally:
-            self.__dict__.pop("_step_supports_amp_scaling", None)
-        if scaler is not None:
-            self._scaling.unscale(scaler, self.param_groups)
-        return loss
+            refused = self._refuses_to_finish(step)
+            if refused is None:
+                step.find_second_pass()
+                now.fused, now.fused_reason = step.descend()
+                if not w.setting.network.sync_perturbation:
+                    w.scaling.tell(step.gate)
+                now.lesson, now.step, now.radius_waits = step.lesson, None, radius.learns
+                if now.lesson is not None and not radius.learns:
+                    lesson, now.lesson = now.lesson, None
+                    assert w.setting.learning is not None
+                    w.setting.learning.observe(lesson.trial, None, None, w.groups, w.setting.replicas)
+        except BaseException:  # an interrupt after the base optimizer's step too: it must not be taken again
+            self.restore()
+            raise
+        if refused is not None:
+            raise refused
+        w.scaling.end()
+        now.seen = step.metrics()
+        w.progress.count(step.passes, step.perturbs)
+        w.base.__dict__["_opt_called"] = True  # what LR schedulers look at
+        if zero_grad:
+            self.zeroes()
+            w.drop_gradients()
+        else:
+            self.mark_gradients()
+
+    def _refuses_to_finish(self, step: Step) -> RuntimeError | None:
+        """What stands against the second part of a step that may still be taken otherwise, or None."""
+        try:
+            check_same_graph(step.captured, "second_step()", "first_step()")
+        except RuntimeError as error:
+            return error
+        if self.work.scaling.first_only and step.overflow is None:
+            return RuntimeError(
+                "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
+                "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so)"
+            )
+        return None
+
+    def finish_begun(self, scale: Tensor | None, overflow: Tensor | None) -> bool:
+        """``step()``: finish what was begun; under a scaler with the scale and the overflow that it hands over.
+
+        Returns:
+            True if a step was taken.
+        """
+        step, scaling = self.now.step, self.work.scaling
+        if step is None:
+            self._step_alone()
+            return False
+        if overflow is not None and not scaling.first_only and self.work.setting.direction.needs_gradient:
+            self.restore()
+            raise RuntimeError(
+                "scaler.step(opt) without opt.unscale_first(scaler): the first gradients are still scaled, and the "
+                "scaler would not hear of their overflow; call it between the first backward and first_step() or "
+                "perturbed(). The weights were restored, the step is given up"
+            )
+        if scale is not None:
+            unscale_by(self.work.gradients(), scale)
+        step.overflow = overflow
+        self.finish()
+        return True
+
+    def _step_alone(self) -> None:
+        """``step()`` with nothing begun: what checkpointing tools call, with zero gradients or lr = 0."""
+        w = self.work
+        self.refuse_another_step("step()")
+        grads = [p.grad for p in w.params() if p.grad is not None]
+        if not grads:
+            return
+        if all(float(group.get("lr", 1.0)) == 0 for group in w.groups):
+            if not w.base.state:
+                own_step(w.base)  # makes the state, moves nothing
+            w.progress.held.make([b.all_runs() for b in w.tables.current().buckets], w.setting.held)
+            w.setting.radius.make_state()
+        elif any(map(torch.any, grads)):
+            raise RuntimeError(
+                "step() without a perturbation before it: call step(closure), or first_step() and second_step(), or "
+                "step() after `with opt.perturbed():`; base_optimizer.step() takes a step without one. A framework "
+                "that calls the closure itself (Lightning's 16-mixed) leaves no room for the second pass: use "
+                "bf16-mixed, or manual optimisation with a loss scaler of your own"
+            )
+
+    def restore(self) -> None:
+        """:meth:`SAM.restore`."""
+        now = self.now
+        if now.start is not None:
+            self.end_start(failed=True)
+        step = now.step
+        if step is not None:
+            step.given_up = True
+            if step.is_perturbed:
+                self.work.setting.network.pass_failed()
+            with torch.no_grad():
+                step.restore()
+            now.step = None
+            self.work.scaling.give_up()

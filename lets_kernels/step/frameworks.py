@@ -1,5 +1,7 @@
 """What training frameworks put around an optimizer and into its closures. None of them is imported here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -48,3 +50,13 @@ def unwrap(closure: Any) -> Any:
             "manual optimisation with a closure over all batches of the step, or accumulate_grad_batches=1"
         )
     return closure
+
+
+@contextmanager
+def no_scaler_steps(optimizer: Any) -> Iterator[None]:
+    """Around closures: no scaler steps within them. Lightning asks there whether to clip, and would refuse in bf16."""
+    try:
+        optimizer._step_supports_amp_scaling = False
+        yield
+    finally:
+        optimizer.__dict__.pop("_step_supports_amp_scaling", None)

@@ -1,20 +1,20 @@
 """One step over micro-batches, each perturbed along its own gradient: m-sharpness in one process."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lets_kernels.around.amp import Scaler
-from lets_kernels.step.combinations import check_micro_batches
-from lets_kernels.step.step import Closure, loss_in
+from lets_kernels.parts.samples import Closure
+from lets_kernels.step.contexts import FirstPassContext
+from lets_kernels.step.engine import Engine
+from lets_kernels.step.losses import loss_in
+from lets_kernels.step.setting import Setting
 
-if TYPE_CHECKING:
-    from lets_kernels.sam import SAM
 
-
-def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> list[Any]:
+def micro_step(e: Engine, closures: Sequence[Closure], scaler: Scaler | None) -> list[Any]:
     """:meth:`SAM.step` over a list of closures; the base optimizer steps along the mean of their gradients.
 
     As a rank of its own would for every closure (``sync_perturbation=False``), so with m micro-batches this is the
@@ -22,17 +22,17 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
     """
     if not closures:
         raise ValueError("step([]): no closures, no gradients")
-    check_micro_batches(o)
+    _check(e.work.setting)
     losses, perturbed, totals, sums, passes = [], list[Tensor | None](), [], dict[Tensor, Tensor](), 0
     try:
         for closure in closures:
-            o._drop_gradients()
-            with o.first_pass():
-                losses.append(o._call(closure, scaler))
-            o.first_step(zero_grad=True, loss=loss_in(losses[-1]))
-            step = o.begun_step
+            e.work.drop_gradients()
+            with FirstPassContext(e):
+                losses.append(e.work.call(closure, scaler))
+            e.begin(zero_grad=True, loss=loss_in(losses[-1]))
+            step = e.begun_step
             if step.perturbs:
-                step.perturbed_loss = loss_in(o._call(closure, scaler))
+                step.perturbed_loss = loss_in(e.work.call(closure, scaler))
                 step.passes += 1
             else:
                 step.return_gradients()
@@ -41,20 +41,35 @@ def micro_step(o: "SAM", closures: Sequence[Closure], scaler: Scaler | None) -> 
             perturbed.append(step.perturbed_loss)
             passes += step.passes
             totals.append(step.total)
-            _add(sums, o)
+            _add(sums, e)
         for p, total in sums.items():
             p.grad = total.div_(len(closures))
-        step = o.begun_step
-        step.totals, step.passes = totals, passes
-        step.returned = True  # no pass is left that the end of the step would have to count
-        step.loss, step.perturbed_loss = _mean(map(loss_in, losses)), _mean(perturbed)
-        o._finish()
+        e.begun_step.goes_along(totals, passes, _mean(map(loss_in, losses)), _mean(perturbed))
+        e.finish()
     except BaseException:
-        o.restore()
-        o._scaling.give_up()
-        o._mark_gradients()
+        e.restore()
+        e.work.scaling.give_up()
+        e.mark_gradients()
         raise
     return losses
+
+
+def _check(s: Setting) -> None:
+    """``ValueError`` where a step cannot go over micro-batches that are perturbed one by one."""
+    reason = None
+    if s.radius.moves or s.descent.holds_first:
+        what = type(s.radius if s.radius.moves else s.descent).__name__
+        reason = f"{what} compares the two gradients of one step"
+    elif s.schedule.looks_at_gradient:
+        reason = f"{type(s.schedule).__name__} decides by the gradient of the whole batch"
+    elif not s.direction.needs_gradient:
+        reason = f"{type(s.direction).__name__} perturbs all micro-batches alike, so accumulate them in one closure"
+    elif s.direction.remembers:
+        reason = f"{type(s.direction).__name__} remembers one first gradient a step"
+    elif s.samples.per_sample:
+        reason = f"{type(s.samples).__name__} looks at the samples of one batch"
+    if reason is not None:
+        raise ValueError(f"{reason}: give step() one closure, not a list")
 
 
 def _mean(losses: Iterable[Tensor | None]) -> Tensor | None:
@@ -64,8 +79,8 @@ def _mean(losses: Iterable[Tensor | None]) -> Tensor | None:
 
 
 @torch.no_grad()
-def _add(sums: dict[Tensor, Tensor], o: "SAM") -> None:
-    for p in (p for group in o.param_groups for p in group["params"] if p.grad is not None):
+def _add(sums: dict[Tensor, Tensor], e: Engine) -> None:
+    for p in (p for group in e.work.groups for p in group["params"] if p.grad is not None):
         if p in sums:
             sums[p] += p.grad
         else:

@@ -77,14 +77,15 @@ class Ascent:
 
     @property
     def table(self) -> Tensor:
-        return self.runs.table if self.scaled else self.bucket.unscaled_table(self.runs.indices)
+        b, indices = self.runs.bucket, self.runs.indices
+        return b.table(indices) if self.scaled else b.unscaled_table(indices)
 
     @property
     def bucket(self) -> Bucket:
         return self.runs.bucket
 
     def _weights(self, saved: bool) -> list[Tensor]:
-        if not (self.scaled and self.bucket.element_wise):
+        if not (self.scaled and self.runs.bucket.element_wise):
             return []
         return [self.bucket.saved] if saved else self.runs.weights
 
@@ -93,7 +94,7 @@ class Ascent:
 
         ``saved``: T at the saved weights, not at the present ones.
         """
-        b, r = self.bucket, self.runs
+        b, r = self.runs.bucket, self.runs
         share = r.squares if self.vectors is r.grads and self.q == 2 and not (self.scaled and b.scaled) else None
         if share is None:
             vectors = r.pack(self.vectors)
@@ -102,7 +103,7 @@ class Ascent:
 
     def perturb(self, total: Tensor, rho: Tensor) -> None:
         """Save the weights of this bucket and add ε to them; ``total`` is the sum over all buckets."""
-        b, r = self.bucket, self.runs
+        b, r = self.runs.bucket, self.runs
         vectors = r.pack(self.vectors)
         b.ops.perturb_(r.weights, vectors, b.saved, b.dirty, self.table, b.filter_norms, self.xi, self.q, total, rho)
         r.forget()
@@ -169,8 +170,12 @@ class Direction:
 
     def prepare(self, first: FirstPass) -> Perturbation:
         """The perturbation of all buckets, from the gradients in ``first.runs``."""
-        ascents = [self.ascent(runs, first.groups[runs.bucket.group]) for runs in first.runs]
-        return Perturbation(ascents, first.total([a.total() for a in ascents]))
+        ascents, shares = [], []
+        for runs in first.runs:
+            ascent = self.ascent(runs, first.groups[runs.bucket.group])
+            ascents.append(ascent)
+            shares.append(ascent.total())
+        return Perturbation(ascents, first.total(shares))
 
     def start(self, runs: Runs, first: FirstPass) -> None:
         """Write δ, by which the weights of a bucket move for the first pass, where ``first.room`` says."""

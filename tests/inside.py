@@ -1,0 +1,26 @@
+"""What lies behind an optimizer's public face, for tests that look there; the only place that knows where."""
+
+
+def work(opt):
+    """What its steps work with."""
+    return opt._engine.work
+
+
+def now(opt):
+    """What goes on."""
+    return opt._engine.now
+
+
+def progress(opt):
+    """What is kept from step to step."""
+    return opt._engine.work.progress
+
+
+def held(opt):
+    """What parts keep for every parameter, by parameter and name."""
+    return opt._engine.work.progress.held.state
+
+
+def space(opt):
+    """The tables of the parameters, built anew where they have changed."""
+    return opt._engine.work.tables.current()
