@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lets_kernels.base.state import Look
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.space.runs import Runs
 from lets_kernels.step.step import Closure
@@ -44,7 +45,9 @@ def update_mask(o: "SparseSAM", closure: Closure, samples: int) -> None:
             "the squared gradients of these samples sum up to zero or to no finite number, so the mask stays: does the "
             "closure call backward(), on a loss that no gradient scaler has scaled?"
         )
-    first = FirstPass(runs, o.param_groups, o._step_number, home, o.replicas, o.random, o.held, o.state, keeps=False)
+    first = FirstPass(
+        runs, o.param_groups, o._step_number, home, o.replicas, o.random, o.held, Look.at(o.base_optimizer), keeps=False
+    )
     with torch.no_grad():
         o.direction.select(first, sums)
 

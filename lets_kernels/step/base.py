@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo  # what torch's own optimizers use; i
 from lets_kernels.around.publication import Publication
 from lets_kernels.around.randomness import Randomness
 from lets_kernels.base.foreign import check_saves, check_steps_alone
+from lets_kernels.base.state import Look
 from lets_kernels.learning.hypergradient import Trial
 from lets_kernels.parts.descent import Descent
 from lets_kernels.parts.direction import Direction, check_xi
@@ -100,6 +101,7 @@ class Wrapper(torch.optim.Optimizer):
             base = base(self.param_groups, **kwargs)
             self._check_names(base)
         _check_options(base.param_groups)
+        self.direction.check_base(Look.at(base))
         check_saves(base)
         self.base_optimizer = base
         del self.__dict__["_early_groups"], self.__dict__["_early_state"]
@@ -189,6 +191,7 @@ class Wrapper(torch.optim.Optimizer):
         self._check_groups([{**group, "params": [p[1] if isinstance(p, tuple) else p for p in group["params"]]}])
         whole = {**self.defaults, **group}
         _check_options([whole])
+        self.direction.check_base(Look(type(self.base_optimizer), [whole]))
         self.radius.check_groups([*self.param_groups, whole])
         self.base_optimizer.add_param_group(group)
         self.radius.bind(self.param_groups, self.skipped.device)
@@ -196,6 +199,7 @@ class Wrapper(torch.optim.Optimizer):
     def _take_in_new_groups(self) -> None:
         """Groups that were added to the base optimizer get what they lack."""
         if any(name not in group for group in self.param_groups for name in self._own):
+            self.direction.check_base(Look.at(self.base_optimizer))
             for group in self.param_groups:
                 for name, value in self._own.items():
                     group.setdefault(name, value)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lets_kernels.base.saved import check_base
+from lets_kernels.base.state import Look
 from lets_kernels.checks import check_count, check_keys, check_part, check_scalar
 from lets_kernels.parts.direction import check_xi
 from lets_kernels.parts.passes import Held
@@ -124,6 +125,7 @@ class Saved(Wrapper):
         held = {places.get(key, f"{key}"): own_tensors for key, own_tensors in held.items()}
         params = self._all_params()
         check_base(rest["state"], groups, self.base_optimizer, places, params)
+        self.direction.check_base(Look(type(self.base_optimizer), groups))
         check_held(held, params, {*self.direction.held, *self.descent.held, *self.radius.held})
         if own is not None:
             counts = own["direction"].values()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lets_kernels.base.state import Look
 from lets_kernels.parts.direction import Ascent
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.step.base import given_up, untraced
@@ -28,9 +29,8 @@ class Start:
     def move(self) -> None:
         o, self.torn = self._optimizer, True
         home = o.skipped.device
-        first = FirstPass(
-            self._runs, o.param_groups, o._step_number, home, None, o.random, o.held, o.state, keeps=False
-        )
+        look = Look.at(o.base_optimizer)
+        first = FirstPass(self._runs, o.param_groups, o._step_number, home, None, o.random, o.held, look, keeps=False)
         o.network.weights_move()
         one = torch.ones((), dtype=torch.float64, device=home)
         for runs in self._runs:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lets_kernels.base.foreign import own_step
 from lets_kernels.base.fused import FUSED, refusal
 from lets_kernels.base.guarded import guarded_step
+from lets_kernels.base.state import Look
 from lets_kernels.learning.hypergradient import Trial
 from lets_kernels.parts.direction import Perturbation
 from lets_kernels.parts.passes import FirstPass, Gradients, SecondPass, add_up, by_index, displacements, squared
@@ -134,7 +135,7 @@ class Step:
             o.replicas if o.network.sync_perturbation else None,
             o.random,
             o.held,
-            o.state,
+            Look.at(o.base_optimizer),
             self._keeps_vectors(),
         )
         if o.radius.waits and o.direction.needs_gradient:
