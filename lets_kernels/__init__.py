@@ -3,29 +3,16 @@
 from lets_kernels._version import __version__
 from lets_kernels.learning.auto import AutoConstants, AutoRadius
 from lets_kernels.learning.learned import CurvatureWarning, LearnedRadius
-from lets_kernels.methods import (
-    AESAM,
-    ASAM,
-    BSAM,
-    ESAM,
-    GSAM,
-    LETSASAM,
-    LETSSAM,
-    RGSAM,
-    RSAM,
-    RST,
-    SAM,
-    AELookSAM,
-    ClosureWarning,
-    DeltaSAM,
-    FisherSAM,
-    FriendlySAM,
-    GradientNormPenalty,
-    LookSAM,
-    RandomSAM,
-    SparseSAM,
-    VaSSO,
-)
+from lets_kernels.methods.asam import ASAM
+from lets_kernels.methods.bsam import BSAM
+from lets_kernels.methods.esam import ESAM, DeltaSAM
+from lets_kernels.methods.fisher import FisherSAM, SparseSAM
+from lets_kernels.methods.friendly import FriendlySAM, VaSSO
+from lets_kernels.methods.gsam import GSAM, RGSAM, GradientNormPenalty
+from lets_kernels.methods.lets import LETSASAM, LETSSAM
+from lets_kernels.methods.looksam import AESAM, AELookSAM, LookSAM
+from lets_kernels.methods.rsam import RSAM, RandomSAM
+from lets_kernels.methods.rst import RST
 from lets_kernels.ops import backends
 from lets_kernels.parts.descent import Descent, NormPenalty, Perturbed, Reuse, SurrogateGap
 from lets_kernels.parts.direction import (
@@ -44,6 +31,8 @@ from lets_kernels.parts.direction import (
 from lets_kernels.parts.radius import ConstantRadius, LearningRateRadius, Radius, RadiusWarning, ScheduledRadius
 from lets_kernels.parts.samples import Samples, SelectedSamples, WeightedSamples
 from lets_kernels.parts.schedule import Always, Bernoulli, Every, NormThreshold, Schedule
+from lets_kernels.sam import SAM
+from lets_kernels.step.convention import ClosureWarning
 from lets_kernels.step.precision import PrecisionWarning
 from lets_kernels.trajectory import MESA, SAF, trajectory_loss
 

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[1:]:
         parser.error(f"unrecognized arguments: {' '.join(arguments[1:])}")
     if options.command == "methods":
-        print(catalogue.table())
+        print(catalogue.text())
     else:
         _report()
     return 0

@@ -11,6 +11,7 @@ from lets_kernels import ops
 from lets_kernels.around.amp import Scaler, handed_over
 from lets_kernels.around.network import Named, Network
 from lets_kernels.around.randomness import Randomness
+from lets_kernels.base.state import Look
 from lets_kernels.learning.auto import as_radius
 from lets_kernels.parts.descent import Descent, Perturbed
 from lets_kernels.parts.direction import Adaptive, Direction
@@ -443,6 +444,7 @@ class SAM(torch.optim.Optimizer):
         check_groups([{**group, "params": tensors}], self.direction)
         whole = {**self.defaults, **group}
         check_options([whole])
+        self.direction.check_base(Look(type(self.base_optimizer), [whole]))
         self.radius.check_groups([*self.param_groups, whole])
         self.base_optimizer.add_param_group(group)
         self.radius.bind(self.param_groups, w.progress.home)

@@ -65,6 +65,15 @@ GROUPS = [
         ],
     ),
     (
+        "lets_kernels/base/state.py",
+        "tests/test_look.py",
+        [
+            ("self._state.get(runs.bucket.params[i], {})", "self._state[runs.bucket.params[i]]"),
+            ("MappingProxyType(self._state.get(p, {}))", "self._state.get(p, {})"),
+            ("[MappingProxyType(dict(group)) for group in self._groups]", "list(self._groups)"),
+        ],
+    ),
+    (
         "lets_kernels/around/randomness.py",
         "tests/test_family_state.py -k 'resumed or seed'",
         [

@@ -55,7 +55,6 @@ GROUPS = [
         DIRECTED,
         [
             ("else p / (p - 1)", "else p"),
-            ("return 1 if id(p) in self._transposed else 0", "return 0"),
             (
                 'bias = p.dim() <= 1 if name is None else "weight" not in name',
                 "bias = p.dim() <= 1",
@@ -69,6 +68,7 @@ GROUPS = [
         DIRECTED,
         [
             ("return [self.bucket.saved] if saved else self.runs.weights", "return self.runs.weights"),
+            ("return 1 if id(p) in self._transposed else 0", "return 0"),
             ("math.isfinite(xi) and xi >= 0", "xi >= 0", "tests/test_errors.py"),
         ],
     ),

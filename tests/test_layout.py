@@ -13,7 +13,7 @@ from lets_kernels.space.runs import is_dense
 def space(params, direction=None, flatten=False, **group):
     direction = direction or Adaptive(filterwise=True)
     groups = [{"params": list(params), "adaptive": True, "xi": 0.01, **group}]
-    return ParameterSpace(groups, {}, direction.geometry, "reference", flatten), groups
+    return ParameterSpace(groups, {}, direction.geometry, "reference", flatten, direction.filter_dim), groups
 
 
 @pytest.mark.parametrize(

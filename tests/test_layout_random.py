@@ -53,7 +53,8 @@ def spaces(draw):
     flatten = draw(st.booleans())
     before = [p.detach().clone() for g in groups for p in g["params"]]
     strides = [p.stride() for g in groups for p in g["params"]]
-    space = ParameterSpace(groups, {}, direction.geometry, draw(st.sampled_from(["reference", "cpu"])), flatten)
+    backend = draw(st.sampled_from(["reference", "cpu"]))
+    space = ParameterSpace(groups, {}, direction.geometry, backend, flatten, direction.filter_dim)
     return space, groups, before, strides
 
 

@@ -6,7 +6,6 @@ that a learning rate that is a tensor on an accelerator, which the ops could onl
 an argument of a kernel, so a captured CUDA graph keeps the learning rate that it was captured with.
 """
 
-import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.guarded import guarded_step
+from lets_kernels.base.state import State, begun_state
 from lets_kernels.base.variational import VariationalSGD
 from lets_kernels.space.layout import UNSCALED, Bucket
 from lets_kernels.space.runs import Runs, refuse_while_capturing
-from lets_kernels.space.shards import local
 
 Group = Mapping[str, Any]
-State = Mapping[Tensor, dict[str, Any]]
 
 
 def _not_plain(group: Group, names: tuple[str, ...]) -> str | None:
@@ -33,50 +31,6 @@ def _not_plain(group: Group, names: tuple[str, ...]) -> str | None:
     if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
         return "lr is a tensor on an accelerator"
     return None
-
-
-def state_of(runs: Runs, state: State, name: str) -> list[Tensor] | None:
-    """One state tensor a run, made of zeros (which is how SGD's and Adam's averages begin) where there is none.
-
-    None if one of them lies otherwise in memory than its parameter. Looking the parameters up is slow in Python, so the
-    tensors are remembered, and taken again as long as the state holds the very same ones.
-    """
-    b = runs.bucket
-    present = [entry.get(name) for entry in state.values()]
-    found = b.found_state.get(name)
-    if found is not None and found[0] == runs.indices and _same(found[1], present) and _fit(found[2], runs.params):
-        return found[2]
-    tensors = []
-    for i, p in zip(runs.indices, runs.params, strict=True):
-        own = state[b.params[i]]
-        if own.get(name) is None:
-            refuse_while_capturing(f"the optimizer's {name}")
-            like = b.params[i] if b.apart else p
-            own[name] = torch.zeros_like(like, memory_format=torch.preserve_format, requires_grad=False)
-        if own[name].is_conj() or own[name].is_neg():  # what is written to its memory has another sign when it is read
-            refuse_while_capturing(f"the optimizer's {name}")
-            own[name] = own[name].resolve_conj().resolve_neg()
-        tensors.append(local(own[name]))
-    if not _fit(tensors, runs.params):
-        return None
-    b.found_state[name] = runs.indices, [entry.get(name) for entry in state.values()], tensors
-    return tensors
-
-
-def _fit(tensors: list[Tensor], params: list[Tensor]) -> bool:
-    """True if the tensors lie in memory as the parameters do; what has a ``.data`` can be changed at any time."""
-    if not tensors:
-        return True
-    return (
-        list(map(Tensor.numel, tensors)) == list(map(Tensor.numel, params))
-        and list(map(Tensor.stride, tensors)) == list(map(Tensor.stride, params))
-        and {t.dtype for t in tensors} == {params[0].dtype}
-        and {t.get_device() for t in tensors} == {params[0].get_device()}
-    )
-
-
-def _same(old: Sequence[object], new: Sequence[object]) -> bool:
-    return len(old) == len(new) and all(map(operator.is_, old, new))
 
 
 class FusedStep(Protocol):
@@ -105,7 +59,7 @@ class FusedSGD:
 
     @staticmethod
     def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        momenta = state_of(runs, state, "momentum_buffer") if group["momentum"] else []
+        momenta = begun_state(runs, state, "momentum_buffer") if group["momentum"] else []
         if momenta is None or runs.copies:
             return None
         b, momentum, nesterov = runs.bucket, float(group["momentum"]), bool(group["nesterov"])
@@ -148,7 +102,7 @@ class FusedAdam:
 
     @staticmethod
     def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        averages, squares = state_of(runs, state, "exp_avg"), state_of(runs, state, "exp_avg_sq")
+        averages, squares = begun_state(runs, state, "exp_avg"), begun_state(runs, state, "exp_avg_sq")
         steps = _steps(runs, state)
         if averages is None or squares is None or steps is None or runs.copies:
             return None
@@ -180,7 +134,7 @@ class FusedVariational:
 
     @staticmethod
     def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        averages, precisions = state_of(runs, state, "exp_avg"), state_of(runs, state, "precision")
+        averages, precisions = begun_state(runs, state, "exp_avg"), begun_state(runs, state, "precision")
         if averages is None or precisions is None or runs.copies:
             return None
         b = runs.bucket

@@ -1,5 +1,6 @@
 """What the demo compares: the same SGD alone, and inside SAM with each kind of radius; the other methods by name."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -8,30 +9,8 @@ from typing import Any
 from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 
-from lets_kernels import (
-    AESAM,
-    ASAM,
-    BSAM,
-    ESAM,
-    GSAM,
-    LETSASAM,
-    LETSSAM,
-    RGSAM,
-    RSAM,
-    RST,
-    SAM,
-    AELookSAM,
-    AutoRadius,
-    DeltaSAM,
-    FisherSAM,
-    FriendlySAM,
-    GradientNormPenalty,
-    LearnedRadius,
-    LookSAM,
-    RandomSAM,
-    SparseSAM,
-    VaSSO,
-)
+from lets_kernels import ASAM, BSAM, LETSASAM, LETSSAM, SAM, AutoRadius, LearnedRadius, SparseSAM
+from lets_kernels.methods import catalogue
 from lets_kernels.parts.radius import RadiusLike
 
 TRAIN_SIZE = 1280
@@ -89,8 +68,12 @@ def inside(kind: type[SAM], radius: Callable[[float], RadiusLike] = float, **opt
     return lambda params, s, rho: kind(params, SGD, rho=radius(rho), backend=s.backend, **options, **s.sgd)
 
 
-def adaptive_policy(kind: type[SAM]) -> Build:
-    return lambda params, s, rho: inside(kind, steps=s.steps)(params, s, rho)
+def as_described(kind: type[SAM]) -> Build:
+    """SGD inside a method of which nothing is known here but its constructor; one that asks for ``steps`` gets them."""
+    steps = inspect.signature(kind).parameters.get("steps")
+    if steps is not None and steps.default is steps.empty:
+        return lambda params, s, rho: inside(kind, steps=s.steps)(params, s, rho)
+    return inside(kind)
 
 
 def sparse_sam(params: Parameters, settings: Settings, rho: float) -> Optimizer:
@@ -120,29 +103,19 @@ METHODS = {
     "lets-sam": Method("LETS-SAM", inside(LETSSAM), STARTS),
 }
 
-#: What it runs if it is named.
+#: Methods that want more than their constructors ask for.
+SPECIAL = {SparseSAM: sparse_sam, BSAM: bsam}
+
+#: What it runs if it is named: other radii, and then every method of the package, from its own default radius.
 OTHERS = {
     "lets-sam-secant": Method("LETS-SAM secant", inside(LETSSAM, secant)),
-    "asam": Method("ASAM", inside(ASAM), (0.5,)),
     "asam-auto": Method('ASAM rho="auto"', inside(ASAM, AutoRadius), (0.5,)),
-    "lets-asam": Method("LETS-ASAM", inside(LETSASAM), (0.5,)),
     "lets-asam-secant": Method("LETS-ASAM secant", inside(LETSASAM, secant), (0.5,)),
-    "rst": Method("RST", inside(RST)),
-    "looksam": Method("LookSAM", inside(LookSAM)),
-    "ae-sam": Method("AE-SAM", adaptive_policy(AESAM)),
-    "ae-looksam": Method("AE-LookSAM", adaptive_policy(AELookSAM)),
-    "gsam": Method("GSAM", inside(GSAM)),
-    "r-sam": Method("R-SAM", inside(RSAM)),
-    "r-gsam": Method("R-GSAM", inside(RGSAM)),
-    "gradient-norm-penalty": Method("Gradient-norm penalty", inside(GradientNormPenalty)),
-    "random-sam": Method("Random SAM", inside(RandomSAM)),
-    "friendly-sam": Method("Friendly SAM", inside(FriendlySAM)),
-    "vasso": Method("VaSSO", inside(VaSSO)),
-    "fisher-sam": Method("Fisher SAM", inside(FisherSAM)),
-    "sparse-sam": Method("Sparse SAM", sparse_sam),
-    "esam": Method("ESAM", inside(ESAM)),
-    "delta-sam": Method("δ-SAM", inside(DeltaSAM)),
-    "bsam": Method("bSAM", bsam),
+    **{
+        m.key: Method(m.name, SPECIAL.get(m.cls) or as_described(m.cls), (m.values["rho"],))
+        for m in catalogue.methods()
+        if m.key not in METHODS
+    },
 }
 
 ALL = {**METHODS, **OTHERS}

@@ -1,38 +1,4 @@
-"""The optimizers: an engine, and one short file for each family of methods."""
+"""A page a method: its class, and below it where it is from, what it costs and whose its defaults are.
 
-from lets_kernels.methods.asam import ASAM
-from lets_kernels.methods.bsam import BSAM
-from lets_kernels.methods.esam import ESAM, DeltaSAM
-from lets_kernels.methods.fisher import FisherSAM, SparseSAM
-from lets_kernels.methods.friendly import FriendlySAM, VaSSO
-from lets_kernels.methods.gsam import GSAM, RGSAM, GradientNormPenalty
-from lets_kernels.methods.lets import LETSASAM, LETSSAM
-from lets_kernels.methods.looksam import AESAM, AELookSAM, LookSAM
-from lets_kernels.methods.rsam import RSAM, RandomSAM
-from lets_kernels.methods.rst import RST
-from lets_kernels.sam import SAM
-from lets_kernels.step.convention import ClosureWarning
-
-__all__ = [
-    "AESAM",
-    "ASAM",
-    "BSAM",
-    "ESAM",
-    "GSAM",
-    "LETSASAM",
-    "LETSSAM",
-    "RGSAM",
-    "RSAM",
-    "RST",
-    "SAM",
-    "AELookSAM",
-    "ClosureWarning",
-    "DeltaSAM",
-    "FisherSAM",
-    "FriendlySAM",
-    "GradientNormPenalty",
-    "LookSAM",
-    "RandomSAM",
-    "SparseSAM",
-    "VaSSO",
-]
+SAM itself, the engine of all of them, is lets_kernels/sam.py. :mod:`.catalogue` finds the pages and prints them.
+"""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lets_kernels.methods.page import CODE, OURS, Method, Row
 from lets_kernels.parts.direction import Adaptive
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.sam import SAM
@@ -15,7 +16,7 @@ class ASAM(SAM):
 
     Args:
         params, base_optimizer, kwargs: as :class:`SAM`.
-        rho: the radius, in the space that T scales; the authors' default is 0.5.
+        rho: the radius, in the space that T scales.
         xi: ξ of T = |θ| + ξ; a group may have its own.
         filterwise: T = ‖filter‖ + ξ for convolution filters (LETS, 2024, Eq. 7); see :class:`Adaptive`.
         scale_bias: False for T = 1 on biases; see :class:`Adaptive`.
@@ -33,3 +34,29 @@ class ASAM(SAM):
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, rho, direction=Adaptive(xi, filterwise, scale_bias), **kwargs)
+
+
+METHODS = (
+    Method(
+        ASAM,
+        "ASAM",
+        key="asam",
+        paper="Kwon et al., ICML 2021",
+        parts=(Adaptive,),
+        defaults={
+            "rho": CODE,
+            "xi": f"{CODE} (η there)",
+            "filterwise": OURS,
+            "scale_bias": "ours, as the paper's equation reads; the authors' code has False",
+        },
+        rows=(
+            Row("ASAM", "rho=0.5, xi=0.01, lr=0.1"),
+            Row(
+                "ASAM, filter-wise",
+                "rho=0.5, filterwise=True, lr=0.1",
+                remark="transposed convolutions need `model=`",
+                paper="LETS, Eq. 7",
+            ),
+        ),
+    ),
+)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lets_kernels.base.variational import VariationalSGD
+from lets_kernels.methods.page import CODE, OURS, PAPER, Method, Row
 from lets_kernels.parts.direction import Posterior
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.sam import SAM
@@ -14,10 +15,9 @@ class BSAM(SAM):
 
     Möllenhoff & Khan, ICLR 2023 (bSAM). An optimizer of its own, without a base optimizer: g at a sample
     of N(ω, 1/(Ns)), ĝ at ω + ρ g/s, then m ← β₁m + (1 − β₁)(ĝ + δω), s ← β₂s + (1 − β₂)(√s|g| + δ + γ) and
-    ω ← ω − α m/s. The weights are the mean ω; ``opt.state[p]["precision"]`` is s. State: s and m, two parameter-sized
-    buffers; the noise is drawn again where it is used. Two gradients a step; the first pass belongs into
-    ``with opt.first_pass():`` unless ``step(closure)`` makes it. β₁, β₂, δ and γ are the paper's; the first s is ours.
-    The average in s takes in every first gradient that is finite, also of a step that is given up later.
+    ω ← ω − α m/s. The weights are the mean ω; ``opt.state[p]["precision"]`` is s. The noise
+    is drawn again where it is used. The first pass belongs into ``with opt.first_pass():`` unless ``step(closure)``
+    makes it. The average in s takes in every first gradient that is finite, also of a step that is given up later.
 
     Args:
         params: as :class:`SAM`.
@@ -48,3 +48,30 @@ class BSAM(SAM):
         direction = Posterior(data_size, beta2, damping)
         own: dict[str, Any] = {"lr": lr, "beta1": beta1, "weight_decay": weight_decay, "precision": precision}
         super().__init__(params, VariationalSGD, rho, direction=direction, **own, **kwargs)
+
+
+METHODS = (
+    Method(
+        BSAM,
+        "bSAM",
+        key="bsam",
+        paper="Möllenhoff & Khan, ICLR 2023",
+        parts=(Posterior,),
+        defaults={
+            "rho": f"{OURS}; the authors' code has 0.1",
+            "beta1": PAPER,
+            "beta2": PAPER,
+            "weight_decay": PAPER,
+            "damping": PAPER,
+            "precision": f"ours, and {CODE} (--custominit)",
+        },
+        rows=(
+            Row(
+                "Variational SAM (bSAM)",
+                "rho=0.05, lr=0.1, data_size=50000",
+                state=2.0,
+                remark="no base optimizer; two-step shape: first pass in `first_pass()`",
+            ),
+        ),
+    ),
+)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lets_kernels.methods.page import AS_SAM, OURS, PAPER, Method, Row
 from lets_kernels.parts.direction import Dropped
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.samples import SelectedSamples, WeightedSamples
@@ -14,11 +15,10 @@ from lets_kernels.sam import SAM
 class ESAM(SAM):
     """Efficient SAM: a random part of the weights is perturbed, and a part of the samples gives the second gradient.
 
-    Du et al., ICLR 2022: stochastic weight perturbation, and sharpness-sensitive data selection. State:
-    none beside SAM's. A step takes one gradient of the batch, one of its γ part, and a forward pass. ``step(closure)``
+    Du et al., ICLR 2022: stochastic weight perturbation, and sharpness-sensitive data selection. A
+    step takes one gradient of the batch, one of its γ part, and a forward pass. ``step(closure)``
     takes ``closure(subset=None)``, which returns the loss of each sample and leaves ``backward`` to the optimizer
-    (:mod:`lets_kernels.parts.samples`); in the other shapes ``opt.samples.subset(before, after)`` chooses. β = 0.5 (the
-    paper has 0.5 and 0.6), γ = 0.5.
+    (:mod:`lets_kernels.parts.samples`); in the other shapes ``opt.samples.subset(before, after)`` chooses.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -45,7 +45,7 @@ class ESAM(SAM):
 class DeltaSAM(SAM):
     """δ-SAM: the ascent gradient weights the samples, so that one perturbation approximates one a sample.
 
-    Zhou et al., 2021 (arXiv 2112.08772). State: none beside SAM's. Two gradients a step. ``step(closure)`` takes
+    Zhou et al., 2021 (arXiv 2112.08772). ``step(closure)`` takes
     ``closure(subset=None)``, which returns ``(losses, outputs)`` and leaves ``backward`` to the optimizer. The weights,
     and how the gradient norms are estimated, are ours: see :class:`~lets_kernels.WeightedSamples`.
 
@@ -63,3 +63,37 @@ class DeltaSAM(SAM):
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, rho, samples=WeightedSamples(power), **kwargs)
+
+
+METHODS = (
+    Method(
+        ESAM,
+        "ESAM",
+        key="esam",
+        paper="Du et al., ICLR 2022",
+        parts=(Dropped, SelectedSamples),
+        defaults={
+            "rho": "the authors' code's, and SAM's",
+            "beta": f"{PAPER}, which has 0.6 too",
+            "gamma": PAPER,
+            "granularity": f"{OURS}; public code has 'tensor'",
+        },
+        rows=(
+            Row(
+                "ESAM",
+                "rho=0.05, beta=0.5, gamma=0.5, lr=0.1",
+                gradients="1 + γ, and a forward pass",
+                remark="closure returns the loss of each sample",
+            ),
+        ),
+    ),
+    Method(
+        DeltaSAM,
+        "δ-SAM",
+        key="delta-sam",
+        paper="Zhou et al., 2021",
+        parts=(WeightedSamples,),
+        defaults={"rho": AS_SAM, "power": OURS},
+        rows=(Row("δ-SAM", "rho=0.05, lr=0.1", remark="closure returns (losses, outputs)"),),
+    ),
+)

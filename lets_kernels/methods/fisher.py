@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lets_kernels.methods.masks import update_mask
+from lets_kernels.methods.page import AS_SAM, CODE, OURS, PAPER, Method, Row
 from lets_kernels.parts.direction import Fisher, Masked
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.samples import Closure
@@ -15,8 +16,7 @@ from lets_kernels.sam import SAM
 class FisherSAM(SAM):
     """ε = ρ F⁻¹g/√(gᵀF⁻¹g): SAM in the geometry of the diagonal Fisher information F⁻¹ ≈ 1/(1 + η_F g²).
 
-    Kim et al., ICML 2022. State: none beside SAM's. Two gradients a step. The information is that of the
-    batch's gradient. η_F = 1 is ours.
+    Kim et al., ICML 2022. The information is that of the batch's gradient.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -37,9 +37,8 @@ class FisherSAM(SAM):
 class SparseSAM(SAM):
     """ε = ρ (g/‖g‖) ⊙ mask: only a share 1 − s of the weights is perturbed.
 
-    Mi et al., NeurIPS 2022. State: the mask, one byte an element. Two gradients a step. s = 0.5 is
-    the paper's. The mask is there from the first step on; see :class:`~lets_kernels.Masked` for how and when it is
-    selected.
+    Mi et al., NeurIPS 2022. The mask, one byte an element, is there from the first step on; see
+    :class:`~lets_kernels.Masked` for how and when it is selected.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -79,3 +78,44 @@ class SparseSAM(SAM):
         """
         assert isinstance(self.direction, Masked)
         update_mask(self._engine, self.direction, closure, samples)
+
+
+METHODS = (
+    Method(
+        FisherSAM,
+        "Fisher SAM",
+        key="fisher-sam",
+        paper="Kim et al., ICML 2022",
+        parts=(Fisher,),
+        defaults={"rho": AS_SAM, "eta": OURS},
+        rows=(Row("Fisher SAM", "rho=0.05, eta=1.0, lr=0.1"),),
+    ),
+    Method(
+        SparseSAM,
+        "Sparse SAM",
+        key="sparse-sam",
+        paper="Mi et al., NeurIPS 2022",
+        parts=(Masked,),
+        defaults={
+            "rho": CODE,
+            "sparsity": f"{PAPER}; the authors' code has 0.2",
+            "kind": OURS,
+            "interval": f"{OURS}; the authors' code has 5 epochs",
+            "drop": CODE,
+            "steps": "none: kind='dynamic' needs it",
+        },
+        rows=(
+            Row(
+                "Sparse SAM, Fisher",
+                "rho=0.05, sparsity=0.5, lr=0.1",
+                state=0.25,
+                remark="`interval=`, or `update_mask(closure)`",
+            ),
+            Row(
+                "Sparse SAM, dynamic",
+                'rho=0.05, kind="dynamic", interval=100, steps=1000, lr=0.1',
+                state=0.25,
+            ),
+        ),
+    ),
+)

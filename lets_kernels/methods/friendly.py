@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lets_kernels.methods.page import AS_SAM, CODE, PAPER, Method, Row
 from lets_kernels.parts.direction import Friendly, Smoothed
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.sam import SAM
@@ -13,8 +14,7 @@ from lets_kernels.sam import SAM
 class FriendlySAM(SAM):
     """ε along d = g − σm, with m a moving average of the gradients: without the part that all batches share.
 
-    Li et al., CVPR 2024. State: m, one parameter-sized buffer. Two gradients a step. σ = 1 and λ = 0.9 are
-    the paper's; the order of the two updates is that of the authors' code unless ``update_first``.
+    Li et al., CVPR 2024. The order of the two updates is that of the authors' code unless ``update_first``.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -41,8 +41,7 @@ class FriendlySAM(SAM):
 class VaSSO(SAM):
     """Variance-suppressed SAM: ε = ρ d/‖d‖ along the moving average d ← (1 − θ)d + θg.
 
-    Li & Giannakis, NeurIPS 2023. State: d, one parameter-sized buffer. Two gradients a step. ρ = 0.05;
-    the paper takes θ between 0.2 and 0.9.
+    Li & Giannakis, NeurIPS 2023.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -58,3 +57,30 @@ class VaSSO(SAM):
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, rho, direction=Smoothed(theta), **kwargs)
+
+
+METHODS = (
+    Method(
+        FriendlySAM,
+        "Friendly SAM",
+        key="friendly-sam",
+        paper="Li et al., CVPR 2024",
+        parts=(Friendly,),
+        defaults={
+            "rho": AS_SAM,
+            "sigma": PAPER,
+            "decay": PAPER,
+            "update_first": f"{CODE}; the paper's text has the other order",
+        },
+        rows=(Row("Friendly SAM", "rho=0.05, sigma=1.0, lr=0.1", state=1.0),),
+    ),
+    Method(
+        VaSSO,
+        "VaSSO",
+        key="vasso",
+        paper="Li & Giannakis, NeurIPS 2023",
+        parts=(Smoothed,),
+        defaults={"rho": CODE, "theta": f"{CODE}; the paper tunes it between 0.2 and 0.9"},
+        rows=(Row("VaSSO", "rho=0.05, theta=0.9, lr=0.1", state=1.0),),
+    ),
+)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lets_kernels.methods.page import AS_SAM, OURS, Method, Row
 from lets_kernels.parts.descent import NormPenalty, SurrogateGap
 from lets_kernels.parts.direction import RandomStart
 from lets_kernels.parts.radius import RadiusLike
@@ -14,8 +15,7 @@ from lets_kernels.sam import SAM
 class GSAM(SAM):
     """Along ĝ − α g⊥, where g⊥ is the part of g orthogonal to ĝ: the surrogate gap ĥ = L(θ + ε) − L(θ) shrinks too.
 
-    Zhuang et al., ICLR 2022. State: none beside SAM's; the first gradient is held through the second pass.
-    Two gradients a step. α = 0.4 by default; 0.6 is in use for ViTs. Its ρ falls with the learning rate: pass
+    Zhuang et al., ICLR 2022. Its ρ falls with the learning rate: pass
     ``rho=LearningRateRadius(rho_max, rho_min)`` for that.
 
     Args:
@@ -37,8 +37,8 @@ class GSAM(SAM):
 class RGSAM(SAM):
     """GSAM with R-SAM's perturbation: the first gradient is taken at a random point beside θ.
 
-    Liu et al., NeurIPS 2022. State and cost are GSAM's; the noise is drawn again where it is used. The first pass
-    belongs into ``with opt.first_pass():`` unless ``step(closure)`` makes it.
+    Liu et al., NeurIPS 2022. The noise is drawn again where it is used. The first pass belongs into
+    ``with opt.first_pass():`` unless ``step(closure)`` makes it.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -65,9 +65,6 @@ class RGSAM(SAM):
 class GradientNormPenalty(SAM):
     """Along (1 − α) g + α ĝ: the gradient of L + λ‖∇L‖ with λ = αρ (Zhao et al., ICML 2022).
 
-    State: none beside SAM's; the first gradient is held through the second pass. Two gradients a step. The
-    default of α is ours.
-
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         alpha: α ≥ 0; 1 is SAM, 0 the base optimizer.
@@ -82,3 +79,54 @@ class GradientNormPenalty(SAM):
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, rho, descent=NormPenalty(alpha), **kwargs)
+
+
+METHODS = (
+    Method(
+        GSAM,
+        "GSAM",
+        key="gsam",
+        paper="Zhuang et al., ICLR 2022",
+        parts=(SurrogateGap,),
+        defaults={"rho": AS_SAM, "alpha": f"{OURS}; 0.6 is in use for ViTs, 0.2 in the authors' CIFAR example"},
+        rows=(
+            Row("GSAM", "rho=0.05, alpha=0.4, lr=0.1", holds=True),
+            Row(
+                "GSAM, ρ by learning rate",
+                "rho=LearningRateRadius(rho_max=0.05, rho_min=0.01), lr=0.1",
+                holds=True,
+            ),
+        ),
+    ),
+    Method(
+        RGSAM,
+        "R-GSAM",
+        key="r-gsam",
+        paper="Liu et al., NeurIPS 2022",
+        parts=(RandomStart, SurrogateGap),
+        defaults={
+            "rho": AS_SAM,
+            "alpha": "as GSAM",
+            "gamma": "as R-SAM",
+            "lam": "as R-SAM",
+            "noise_scale": "as R-SAM",
+        },
+        rows=(
+            Row(
+                "R-GSAM",
+                "rho=0.05, alpha=0.4, gamma=1e-4, lr=0.1",
+                holds=True,
+                remark="two-step shape: first pass in `first_pass()`",
+            ),
+        ),
+    ),
+    Method(
+        GradientNormPenalty,
+        "Gradient-norm penalty",
+        key="gradient-norm-penalty",
+        paper="Zhao et al., ICML 2022",
+        parts=(NormPenalty,),
+        defaults={"rho": AS_SAM, "alpha": OURS},
+        rows=(Row("Gradient-norm penalty", "rho=0.05, alpha=0.8, lr=0.1", holds=True),),
+    ),
+)

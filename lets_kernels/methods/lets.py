@@ -13,6 +13,8 @@ import torch
 
 from lets_kernels.learning.learned import LearnedRadius
 from lets_kernels.methods.asam import ASAM
+from lets_kernels.methods.page import Method, Row
+from lets_kernels.parts.direction import Adaptive
 from lets_kernels.parts.radius import Radius
 from lets_kernels.sam import SAM
 
@@ -65,3 +67,30 @@ class LETSASAM(ASAM):
     ) -> None:
         learned = _learned(rho, "ASAM")
         super().__init__(params, base_optimizer, learned, xi, filterwise=filterwise, scale_bias=scale_bias, **kwargs)
+
+
+METHODS = (
+    Method(
+        LETSSAM,
+        "LETS-SAM",
+        key="lets-sam",
+        paper="Wang et al., ECML-PKDD 2024",
+        parts=(LearnedRadius,),
+        defaults={"rho": "as SAM, to begin with; the paper tries 0.01 to 2"},
+        rows=(Row("LETS-SAM", "rho=0.05, lr=0.1", gradients="4", holds=True, remark="`step(closure, val_closure)`"),),
+    ),
+    Method(
+        LETSASAM,
+        "LETS-ASAM",
+        key="lets-asam",
+        paper="Wang et al., ECML-PKDD 2024",
+        parts=(Adaptive, LearnedRadius),
+        defaults={
+            "rho": "as ASAM, to begin with; the paper tries 0.01 to 2",
+            "xi": "as ASAM",
+            "filterwise": "the paper's, Eq. 7",
+            "scale_bias": "as ASAM",
+        },
+        rows=(Row("LETS-ASAM", "rho=0.5, lr=0.1", gradients="4", holds=True, remark="`step(closure, val_closure)`"),),
+    ),
+)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lets_kernels.methods.page import AS_SAM, OURS, PAPER, Method, Row
 from lets_kernels.parts.descent import Reuse
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.schedule import Every, NormThreshold
@@ -14,9 +15,8 @@ from lets_kernels.sam import SAM
 class LookSAM(SAM):
     """SAM at every k-th step, whose gradient's part g_v orthogonal to g is used again in between.
 
-    Liu et al., CVPR 2022: in between along g + α (‖g‖/‖g_v‖) g_v. State: g_v, one parameter-sized buffer;
-    the first gradient is held through the second pass. 1 + 1/k gradients a step. k = 5 is the paper's, α = 0.7
-    ours; that norms and products are over all parameters together is how its equations read.
+    Liu et al., CVPR 2022: in between along g + α (‖g‖/‖g_v‖) g_v. Norms and products are over all parameters
+    together unless ``per_tensor``.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -42,8 +42,7 @@ class LookSAM(SAM):
 class AESAM(SAM):
     """SAM where the squared norm of the gradient is large for its moving mean and deviation, else the base optimizer.
 
-    Jiang et al., ICLR 2023. State: two numbers. Between 1 and 2 gradients a step. Each step waits once for
-    the device, to read ‖g‖². δ = 0.9 and λ₁ = -1 are the paper's, λ₂ = 1 is ours.
+    Jiang et al., ICLR 2023. Each step waits once for the device, to read ‖g‖². State: two numbers.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -70,8 +69,7 @@ class AESAM(SAM):
 class AELookSAM(SAM):
     """AE-SAM decides whether to perturb; LookSAM's g_v is used again where it does not (Jiang et al., ICLR 2023).
 
-    State: g_v, one parameter-sized buffer, and two numbers. Between 1 and 2 gradients a step. Until the first step that
-    perturbs there is no g_v, and steps are the base optimizer's.
+    Until the first step that perturbs there is no g_v, and steps are the base optimizer's.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -95,3 +93,55 @@ class AELookSAM(SAM):
     ) -> None:
         schedule, descent = NormThreshold(steps, lambda1, lambda2, delta), Reuse(alpha, per_tensor=per_tensor)
         super().__init__(params, base_optimizer, rho, schedule=schedule, descent=descent, **kwargs)
+
+
+METHODS = (
+    Method(
+        LookSAM,
+        "LookSAM",
+        key="looksam",
+        paper="Liu et al., CVPR 2022",
+        parts=(Every, Reuse),
+        defaults={
+            "rho": AS_SAM,
+            "k": PAPER,
+            "alpha": OURS,
+            "per_tensor": "how the paper's equations read; public code has True",
+        },
+        rows=(Row("LookSAM", "rho=0.05, k=5, lr=0.1", gradients="1 + 1/k", state=1.0, holds=True),),
+    ),
+    Method(
+        AESAM,
+        "AE-SAM",
+        key="ae-sam",
+        paper="Jiang et al., ICLR 2023",
+        parts=(NormThreshold,),
+        defaults={"rho": AS_SAM, "lambda1": PAPER, "lambda2": OURS, "delta": PAPER},
+        rows=(Row("AE-SAM", "rho=0.05, steps=1000, lr=0.1", gradients="1 to 2", remark="waits once a step for ‖g‖²"),),
+    ),
+    Method(
+        AELookSAM,
+        "AE-LookSAM",
+        key="ae-looksam",
+        paper="Jiang et al., ICLR 2023",
+        parts=(NormThreshold, Reuse),
+        defaults={
+            "rho": AS_SAM,
+            "lambda1": "as AE-SAM",
+            "lambda2": "as AE-SAM",
+            "delta": "as AE-SAM",
+            "alpha": "as LookSAM",
+            "per_tensor": "as LookSAM",
+        },
+        rows=(
+            Row(
+                "AE-LookSAM",
+                "rho=0.05, steps=1000, lr=0.1",
+                gradients="1 to 2",
+                state=1.0,
+                holds=True,
+                remark="waits once a step for ‖g‖²",
+            ),
+        ),
+    ),
+)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lets_kernels.methods.page import AS_SAM, OURS, PAPER, Method, Row
 from lets_kernels.parts.direction import Gaussian, RandomStart
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.sam import SAM
@@ -13,9 +14,8 @@ from lets_kernels.sam import SAM
 class RSAM(SAM):
     """ε = ρ (δ₀ + λĝ₀)/‖δ₀ + λĝ₀‖, with ĝ₀ the gradient at θ + δ₀ and δ₀ random, one scale a filter.
 
-    Liu et al., NeurIPS 2022. State: none beside SAM's; δ₀ is drawn again where it is used. Two gradients a
-    step. The first pass is made at θ + δ₀: in the two-step shape and in that with a context it belongs into
-    ``with opt.first_pass():``. The defaults of γ and λ are ours.
+    Liu et al., NeurIPS 2022. δ₀ is drawn again where it is used. The first pass is made at θ + δ₀: in the
+    two-step shape and in that with a context it belongs into ``with opt.first_pass():``.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -42,7 +42,7 @@ class RSAM(SAM):
 class RandomSAM(SAM):
     """ε ~ N(0, ρ²/d · I): the gradient at a random point about ρ away (Ujváry et al., 2022).
 
-    State: none beside SAM's. One gradient a step, at θ + ε: the closure is called once, and returns the loss there. In
+    One gradient a step, at θ + ε: the closure is called once, and returns the loss there. In
     the other shapes there is no first backward: ``opt.first_step()``, forward, backward, ``opt.second_step()``.
 
     Args:
@@ -58,3 +58,31 @@ class RandomSAM(SAM):
         **kwargs: Any,
     ) -> None:
         super().__init__(params, base_optimizer, rho, direction=Gaussian(), **kwargs)
+
+
+METHODS = (
+    Method(
+        RSAM,
+        "R-SAM",
+        key="r-sam",
+        paper="Liu et al., NeurIPS 2022",
+        parts=(RandomStart,),
+        defaults={"rho": AS_SAM, "gamma": OURS, "lam": OURS, "noise_scale": f"{PAPER}, as printed"},
+        rows=(
+            Row(
+                "R-SAM",
+                "rho=0.05, gamma=1e-4, lr=0.1",
+                remark="two-step shape: first pass in `first_pass()`",
+            ),
+        ),
+    ),
+    Method(
+        RandomSAM,
+        "Random SAM",
+        key="random-sam",
+        paper="Ujváry et al., 2022",
+        parts=(Gaussian,),
+        defaults={"rho": AS_SAM},
+        rows=(Row("Random SAM", "rho=0.05, lr=0.1", gradients="1"),),
+    ),
+)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lets_kernels.methods.page import AS_SAM, OURS, Method, Row
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.schedule import Bernoulli
 from lets_kernels.sam import SAM
@@ -13,8 +14,8 @@ from lets_kernels.sam import SAM
 class RST(SAM):
     """Randomised sharpness-aware training: a SAM step with probability p, else a step of the base optimizer.
 
-    Zhao et al., 2022 (RST; also published as SS-SAM). State: none beside SAM's saved weights. 1 + p
-    gradients a step. p = 0.5 by default; for the shapes of its schedules see :class:`~lets_kernels.Bernoulli`.
+    Zhao et al., 2022 (RST; also published as SS-SAM). For the shapes of its schedules see
+    :class:`~lets_kernels.Bernoulli`.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -36,3 +37,22 @@ class RST(SAM):
     ) -> None:
         schedule = Bernoulli(p, end=end, steps=steps, shape=shape)
         super().__init__(params, base_optimizer, rho, schedule=schedule, **kwargs)
+
+
+METHODS = (
+    Method(
+        RST,
+        "RST",
+        key="rst",
+        paper="Zhao et al., 2022",
+        parts=(Bernoulli,),
+        defaults={
+            "rho": AS_SAM,
+            "p": OURS,
+            "end": "none: p stays",
+            "steps": "none: a p that changes needs it",
+            "shape": "p stays",
+        },
+        rows=(Row("RST / SS-SAM", "rho=0.05, p=0.5, lr=0.1", gradients="1 + p"),),
+    ),
+)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lets_kernels.around.randomness import Randomness
-from lets_kernels.base.fused import state_of
+from lets_kernels.base.state import Look, begun_state
 from lets_kernels.space.distributed import Replicas
 from lets_kernels.space.layout import Bucket
 from lets_kernels.space.runs import Runs, refuse_while_capturing
@@ -66,13 +66,13 @@ class Held:
         Raises:
             ValueError: a loaded tensor lies otherwise.
         """
-        found = state_of(runs, self.state, name)
+        found = begun_state(runs, self.state, name)
         if found is None:  # parameters that lie otherwise by now: channels last, say
             for i in runs.indices:
                 p = runs.bucket.params[i]
                 like = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
                 self.state[p][name] = like.copy_(self.state[p][name])
-            found = state_of(runs, self.state, name)
+            found = begun_state(runs, self.state, name)
         if found is None:
             raise ValueError(f"the state's {name} lies otherwise in memory than the parameter; load it again")
         return found
@@ -179,7 +179,7 @@ class FirstPass:
     replicas: Replicas | None  # None: each rank goes along its own gradient
     random: Randomness
     held: Held
-    state: Mapping[Tensor, dict[str, Tensor]]  # the base optimizer's
+    base: Look  # at the base optimizer: its class, groups and state
     keeps: bool  # the vectors of the perturbation are asked for after it
     _squared: Tensor | None = None
 

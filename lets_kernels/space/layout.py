@@ -378,7 +378,7 @@ class ParameterSpace:
         geometry: Geometry,
         backend: str,
         flatten: bool,
-        filter_dim: Callable[[Tensor], int] = lambda p: 0,
+        filter_dim: Callable[[Tensor], int],
     ) -> None:
         self._key = self._signature(groups)
         for index, group in enumerate(groups):

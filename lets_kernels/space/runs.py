@@ -209,7 +209,7 @@ class Runs:
     def only(self, places: list[int]) -> "Runs":
         """Some of these runs, by their places among them."""
         params = [self.params[j] for j in places]
-        indices, grads = tuple(self.indices[j] for j in places), [self.grads[j] for j in places]
+        indices, grads = tuple(self.indices[j] for j in places), [self.grads[j] for j in places if self.grads]
         copies = [pair for pair in self.copies if pair[0] in indices]
         return Runs(self.bucket, indices, params, grads, copies)
 

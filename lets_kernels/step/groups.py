@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lets_kernels.base.foreign import check_saves, check_steps_alone
+from lets_kernels.base.state import Look
 from lets_kernels.parts.direction import Direction, check_xi
 from lets_kernels.parts.radius import check_rho
 from lets_kernels.space.runs import check_parameter
@@ -43,6 +44,7 @@ def base_on(
         base = base(groups, **kwargs)
         _check_names(base, keys)
     check_options(base.param_groups)
+    direction.check_base(Look.at(base))
     check_saves(base)
     return base
 

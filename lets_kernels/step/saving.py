@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lets_kernels.base.saved import check_base
+from lets_kernels.base.state import Look
 from lets_kernels.checks import check_count, check_keys, check_part
 from lets_kernels.parts.direction import check_xi
 from lets_kernels.parts.passes import Held
@@ -79,6 +80,7 @@ def load(e: Engine, state_dict: dict[str, Any]) -> None:
     held = {places.get(key, f"{key}"): own_tensors for key, own_tensors in held.items()}
     params = w.params()
     check_base(rest["state"], groups, w.base, places, params)
+    setting.direction.check_base(Look(type(w.base), groups))
     check_held(held, params, setting.held)
     if own is not None:
         counts = own["direction"].values()

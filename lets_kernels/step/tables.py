@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.around.publication import Publication
+from lets_kernels.base.state import Look
 from lets_kernels.parts.progress import Progress
 from lets_kernels.space.layout import Bucket, ParameterSpace
 from lets_kernels.step.precision import NARROW, warn_of_narrow
@@ -68,6 +69,7 @@ class Tables:
         """Groups that were added to the base optimizer get what they lack."""
         groups, keys = self._base.param_groups, self._setting.group_keys
         if any(name not in group for group in groups for name in keys):
+            self._setting.direction.check_base(Look.at(self._base))
             for group in groups:
                 for name, value in keys.items():
                     group.setdefault(name, value)

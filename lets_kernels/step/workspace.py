@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.around.amp import LossScaling, Scaler
+from lets_kernels.base.state import Look
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.samples import Pass
@@ -61,7 +62,7 @@ class Workspace:
             replicas=self.setting.replicas if synced else None,
             random=progress.random,
             held=progress.held,
-            state=self.base.state,
+            base=Look.at(self.base),
             keeps=keeps,
         )
 

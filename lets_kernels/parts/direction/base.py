@@ -7,7 +7,8 @@ A direction gives a perturbation of the form
 over *all* parameters together, where v is a vector (the gradient), T a diagonal scaling and the sum the dual norm of
 Foret et al. (ICLR 2021, Eq. 2). A gradient of exactly zero gives ε = 0. A new direction along something that lies in
 memory is a class with ``q``, ``defaults`` (the group keys it reads, with their defaults), ``geometry`` and ``ascent``;
-one that first has to make its vectors has ``prepare``, and writes them where the weights will be saved.
+one that first has to make its vectors has ``prepare``, and writes them where the weights will be saved. One that goes
+by the base optimizer's state reads it in ``first.base``, and says in ``check_base`` what it can go with.
 """
 
 import math
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.base.state import Look
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.space.layout import UNSCALED, Bucket
 from lets_kernels.space.runs import Runs, is_dense
@@ -145,6 +147,15 @@ class Direction:
     remembers = False
     #: What it keeps for every parameter from step to step, by name.
     held: Sequence[str] = ()
+    #: The ids of the weights of transposed convolutions in the model.
+    _transposed: frozenset[int] = frozenset()
+
+    def check_base(self, base: Look) -> None:
+        """Refuse a base optimizer that this direction cannot go with: ``ValueError``, whose message names the way out.
+
+        Called when the optimizer is built, with the whole group when one is added, and with the groups of a state
+        before that is loaded. It goes by ``base.kind`` and ``base.groups``: of state there need be none yet.
+        """
 
     def not_capturable(self) -> str | None:
         """Why a step cannot be captured in a CUDA graph, or None: what the host decides in it a replay would repeat."""
@@ -152,6 +163,7 @@ class Direction:
 
     def bind(self, model: torch.nn.Module | None) -> None:
         """Called before ``geometry`` whenever the tables are built, with what the optimizer got as ``model=``."""
+        self._transposed = transposed(model)
 
     def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
         """How T scales this parameter: the ``row_length`` and ``row_count`` of the run table (lets_kernels.ops)."""
@@ -160,9 +172,10 @@ class Direction:
     def filter_dim(self, p: Tensor) -> int:
         """The dimension along which the filters of a parameter lie, for parameters that ``geometry`` scales by them.
 
-        ``shards.WHOLE`` for one that is a single filter.
+        The first; the second of transposed convolutions, which only the model can tell. ``shards.WHOLE`` for a
+        parameter that is a single filter.
         """
-        return 0
+        return 1 if id(p) in self._transposed else 0
 
     def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
         """The perturbation of one bucket, from the gradients in ``runs``."""

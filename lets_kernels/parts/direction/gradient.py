@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi, filter_rows, transposed
+from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi, filter_rows
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.space.layout import ELEMENT_WISE, FISHER, UNSCALED
 from lets_kernels.space.runs import Runs
@@ -95,10 +95,6 @@ class Adaptive(Direction):
     def __init__(self, xi: float = 0.01, filterwise: bool = False, scale_bias: bool = True) -> None:
         self.filterwise, self.scale_bias = filterwise, scale_bias
         self.defaults = {"adaptive": True, "xi": check_xi(xi)}
-        self._transposed: frozenset[int] = frozenset()
-
-    def bind(self, model: torch.nn.Module | None) -> None:
-        self._transposed = transposed(model)
 
     def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
         bias = p.dim() <= 1 if name is None else "weight" not in name
@@ -107,9 +103,6 @@ class Adaptive(Direction):
         if not self.filterwise or p.dim() < 3 or p.numel() == 0:
             return ELEMENT_WISE, 0
         return filter_rows(p, self.filter_dim(p)) or (ELEMENT_WISE, 0)
-
-    def filter_dim(self, p: Tensor) -> int:
-        return 1 if id(p) in self._transposed else 0
 
     def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
         b = runs.bucket

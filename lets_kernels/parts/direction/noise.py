@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lets_kernels.base.fused import state_of
-from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, filter_rows, transposed
+from lets_kernels.base.state import Look, lies_as
+from lets_kernels.base.variational import VariationalSGD
+from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, filter_rows
 from lets_kernels.parts.passes import NOISE, FirstPass
 from lets_kernels.space.layout import UNSCALED
 from lets_kernels.space.runs import Runs
@@ -66,23 +67,17 @@ class RandomStart(Direction):
         if noise_scale not in SCALES:
             raise ValueError(f"noise_scale must be one of {', '.join(SCALES)}, not {noise_scale!r}")
         self.gamma, self.lam, self.noise_scale = _finite(gamma, "gamma"), _finite(lam, "lam"), noise_scale
-        self._transposed: frozenset[int] = frozenset()
 
     @property
     def starts(self) -> bool:  # type: ignore[override]
         return self.gamma > 0
-
-    def bind(self, model: torch.nn.Module | None) -> None:
-        self._transposed = transposed(model)
 
     def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
         rows = filter_rows(p, self.filter_dim(p)) if p.dim() > 1 else (max(1, local(p).numel()), 1)
         return rows or (UNSCALED, 0)
 
     def filter_dim(self, p: Tensor) -> int:
-        if p.dim() < 2:
-            return WHOLE
-        return 1 if id(p) in self._transposed else 0
+        return super().filter_dim(p) if p.dim() > 1 else WHOLE
 
     def _scales(self, runs: Runs) -> Tensor | None:
         b = runs.bucket
@@ -142,10 +137,17 @@ class Posterior(Direction):
     def starts(self) -> bool:  # type: ignore[override]
         return math.isfinite(self.data_size)
 
+    def check_base(self, base: Look) -> None:
+        if not issubclass(base.kind, VariationalSGD):
+            raise ValueError(
+                f"{type(self).__name__} moves the precisions of VariationalSGD, and {base.name} has none: "
+                "BSAM(params, lr=..., data_size=...) puts the two together"
+            )
+
     @staticmethod
     def _precisions(runs: Runs, first: FirstPass) -> list[Tensor]:
-        found = state_of(runs, first.state, "precision")
-        if found is None:
+        found = [t for t in first.base.tensors(runs, "precision") if t is not None and not t.is_neg()]
+        if len(found) < len(runs.indices) or not lies_as(found, runs.params):
             raise ValueError(
                 "the precisions lie otherwise in memory than the parameters: opt.load_state_dict(opt.state_dict())"
             )
