@@ -31,7 +31,7 @@ from benchmarks.common import (
 )
 from lets_kernels.ops import reference
 from lets_kernels.parts.direction import Adaptive, Direction, Gradient
-from lets_kernels.space.layout import Bucket
+from lets_kernels.space.buckets import Bucket
 
 native = pytest.importorskip("lets_kernels.ops.native", reason="the compiled extension is what is measured here")
 

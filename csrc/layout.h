@@ -9,7 +9,7 @@ enum class Dtype : int { float32, float64, bfloat16, float16 };
 
 constexpr int64_t size_of(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype::float32 ? 4 : 2; }
 
-// One row of the run table, as Python builds it (lets_kernels/space/layout.py).
+// One row of the run table, as Python builds it (lets_kernels/space/buckets.py).
 struct Run {
   int64_t start;       // offset in the flat buffers of the bucket, a multiple of 16
   int64_t numel;       //

@@ -150,7 +150,7 @@ def test_under_capture_known_tables_are_kept_for_good_and_new_ones_refused(monke
     known, new = bucket.give(bucket.values(), "list"), bucket.give(bucket.values(), "list")
     before = norm_of(bucket, known)
     assert not launch._captured
-    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    monkeypatch.setattr(launch, "capturing", lambda: True)
     with pytest.raises(RuntimeError, match="warm-up"):
         norm_of(bucket, new)
     assert norm_of(bucket, known) == before

@@ -155,7 +155,7 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/space/layout.py",
+        "lets_kernels/space/buckets.py",
         "tests/test_moved.py -k 'reference and resized'",
         [
             ("for i in (i for i in runs.indices if i not in resized):", "for i in (() if resized else runs.indices):"),

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_leaves
 
 import lets_kernels as lk
-from lets_kernels.space import layout
+from lets_kernels.space import buckets as layout
 from methods import BASES
 from test_opcheck import WRITES
 from toys import SHAPES

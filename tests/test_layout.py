@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import lets_kernels
+from lets_kernels.ops.memory import is_dense
 from lets_kernels.parts.direction import Adaptive
 from lets_kernels.space.layout import ParameterSpace
-from lets_kernels.space.runs import is_dense
 
 
 def space(params, direction=None, flatten=False, **group):

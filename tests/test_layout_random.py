@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import lets_kernels
+from lets_kernels.ops.memory import is_dense
 from lets_kernels.parts.direction import Adaptive, Gradient
-from lets_kernels.space.layout import PADDING, ParameterSpace, is_dense
+from lets_kernels.space.buckets import PADDING
+from lets_kernels.space.layout import ParameterSpace
 from runs import DTYPES, same_bits
 
 hypothesis = pytest.importorskip("hypothesis")

@@ -7,7 +7,7 @@ import torch
 
 import lets_kernels as lk
 from inside import now
-from lets_kernels.space.runs import check_apart
+from lets_kernels.space.memory import check_apart
 from nets import Task
 from runs import same_bits
 

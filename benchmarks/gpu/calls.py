@@ -12,7 +12,7 @@ from benchmarks.common import Shape
 from benchmarks.gpu.timing import Device
 from lets_kernels.ops import reference
 from lets_kernels.parts.direction import Adaptive, Direction, Gradient
-from lets_kernels.space.layout import Bucket
+from lets_kernels.space.buckets import Bucket
 
 XI, LR, MOMENTUM, DECAY, BETAS, EPS = 0.01, 1e-3, 0.9, 1e-4, (0.9, 0.999), 1e-8
 DIRECTIONS: dict[str, Callable[[], Direction]] = {

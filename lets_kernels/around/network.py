@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from lets_kernels.space.runs import capturing, refuse_while_capturing
+from lets_kernels.ops.memory import capturing
+from lets_kernels.space.memory import refuse_while_capturing
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule

@@ -17,8 +17,8 @@ from torch import Tensor
 from lets_kernels.base.guarded import guarded_step
 from lets_kernels.base.state import State, begun_state
 from lets_kernels.base.variational import VariationalSGD
-from lets_kernels.space.layout import UNSCALED, Bucket
-from lets_kernels.space.runs import Runs, refuse_while_capturing
+from lets_kernels.space.buckets import UNSCALED, Bucket, Runs
+from lets_kernels.space.memory import refuse_while_capturing
 
 Group = Mapping[str, Any]
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lets_kernels.space.runs import Runs, refuse_while_capturing
+from lets_kernels.space.buckets import Runs
+from lets_kernels.space.memory import refuse_while_capturing
 from lets_kernels.space.shards import local
 
 State = Mapping[Tensor, dict[str, Any]]

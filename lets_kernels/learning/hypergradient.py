@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.ops.memory import is_dense
 from lets_kernels.parts.direction import Ascent
 from lets_kernels.parts.passes import Gradients
+from lets_kernels.space.buckets import Bucket, Runs
 from lets_kernels.space.distributed import Replicas
-from lets_kernels.space.layout import Bucket
-from lets_kernels.space.runs import Runs, is_dense
 
 
 def placed(gradients: list[Gradients], buckets: list[Bucket]) -> list[Gradients]:

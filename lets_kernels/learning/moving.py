@@ -11,8 +11,8 @@ from lets_kernels.parts.direction import Direction
 from lets_kernels.parts.passes import Gradients
 from lets_kernels.parts.radius import Radius
 from lets_kernels.parts.samples import Samples
+from lets_kernels.space.buckets import Bucket
 from lets_kernels.space.distributed import Replicas
-from lets_kernels.space.layout import Bucket
 
 
 class MovingRadius(Radius):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lets_kernels.parts.direction import Masked
 from lets_kernels.parts.samples import Closure
-from lets_kernels.space.runs import Runs
+from lets_kernels.space.buckets import Runs
 from lets_kernels.step.engine import Engine
 
 

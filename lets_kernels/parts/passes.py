@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lets_kernels.around.randomness import Randomness
 from lets_kernels.base.state import Look, begun_state
+from lets_kernels.space.buckets import Bucket, Runs
 from lets_kernels.space.distributed import Replicas
-from lets_kernels.space.layout import Bucket
-from lets_kernels.space.runs import Runs, refuse_while_capturing
+from lets_kernels.space.memory import refuse_while_capturing
 from lets_kernels.space.shards import is_spread, local, spread_as
 
 #: One bucket's gradients by parameter index.

@@ -1,6 +1,6 @@
 """Steps that go into a CUDA graph."""
 
-from lets_kernels.space.runs import capturing
+from lets_kernels.ops.memory import capturing
 from lets_kernels.step.workspace import Workspace
 
 

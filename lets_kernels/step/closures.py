@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from lets_kernels.around.amp import Scaler
+from lets_kernels.ops.memory import capturing
 from lets_kernels.parts.samples import Closure
-from lets_kernels.space.runs import capturing
 from lets_kernels.step.contexts import FirstPassContext
 from lets_kernels.step.convention import Guess
 from lets_kernels.step.engine import Engine

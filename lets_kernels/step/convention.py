@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.fused import OWN_CODE
+from lets_kernels.ops.memory import capturing
 from lets_kernels.parts.samples import Closure
-from lets_kernels.space.runs import capturing
 from lets_kernels.space.shards import is_spread
 from lets_kernels.step.workspace import Workspace
 

@@ -9,7 +9,7 @@ from lets_kernels.base.foreign import check_saves, check_steps_alone
 from lets_kernels.base.state import Look
 from lets_kernels.parts.direction import Direction, check_xi
 from lets_kernels.parts.radius import check_rho
-from lets_kernels.space.runs import check_parameter
+from lets_kernels.space.memory import check_parameter
 
 Groups = list[dict[str, Any]]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lets_kernels.ops import reference
 from lets_kernels.parts.direction import Ascent
-from lets_kernels.space.layout import Bucket
+from lets_kernels.space.buckets import Bucket
 
 NARROW = (torch.bfloat16, torch.float16)
 #: Steps between two measurements; the first perturbed step is measured.

@@ -15,7 +15,7 @@ from lets_kernels.learning.moving import NextPass
 from lets_kernels.parts.direction import Perturbation
 from lets_kernels.parts.passes import FirstPass, Gradients, SecondPass, add_up, by_index, displacements, squared
 from lets_kernels.parts.radius import radii
-from lets_kernels.space.runs import Runs
+from lets_kernels.space.buckets import Runs
 from lets_kernels.space.shards import version
 from lets_kernels.step.capture import check_capture
 from lets_kernels.step.given_up import given_up

@@ -9,7 +9,8 @@ from torch import Tensor
 from lets_kernels.around.publication import Publication
 from lets_kernels.base.state import Look
 from lets_kernels.parts.progress import Progress
-from lets_kernels.space.layout import Bucket, ParameterSpace
+from lets_kernels.space.buckets import Bucket
+from lets_kernels.space.layout import ParameterSpace
 from lets_kernels.step.precision import NARROW, warn_of_narrow
 from lets_kernels.step.setting import Setting
 

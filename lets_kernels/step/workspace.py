@@ -12,7 +12,7 @@ from lets_kernels.base.state import Look
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.samples import Pass
-from lets_kernels.space.runs import Runs
+from lets_kernels.space.buckets import Runs
 from lets_kernels.step.setting import Setting
 from lets_kernels.step.tables import Tables
 

@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from lets_kernels.ops.memory import capturing, is_dense
 from lets_kernels.ops.triton.device import INTERPRETED, add_slots
 
 DTYPES = {
@@ -40,11 +41,6 @@ def recall(cache: dict[Any, T], key: Hashable, limit: int, make: Callable[[], T]
         while len(cache) > limit:
             cache.pop(next(iter(cache)), None)
     return found
-
-
-def capturing(device: torch.device) -> bool:
-    """True while the current stream records a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Packed(list[Tensor]):
@@ -76,7 +72,7 @@ class Resident:
     """An int64 table on the device, uploaded on the stream that is current when it is made."""
 
     def __init__(self, rows: Tensor, device: torch.device) -> None:
-        if capturing(device):
+        if capturing():
             raise RuntimeError(
                 "these tensors are new to the triton backend, and nothing can be uploaded while a CUDA graph is "
                 "captured: run the step once on the same tensors before (a warm-up), and keep the gradients where "
@@ -104,16 +100,6 @@ class Resident:
 
 def table_of(numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever torch.set_default_device says
-
-
-def is_dense(t: Tensor) -> bool:
-    """True if the elements fill one stretch of memory without holes or overlaps, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
-        if stride != expected:
-            return t.numel() == 0
-        expected *= size
-    return True
 
 
 def has_memory(t: Tensor) -> bool:
@@ -226,7 +212,7 @@ class Call:
         self.plan = recall(_plans, key, PLANS, lambda: Plan(table, self.device))
         self._module = torch.get_device_module(self.device)
         self.stream = None if self.device.type == "cpu" else self._module.current_stream(self.device)
-        self.capturing = capturing(self.device)
+        self.capturing = capturing()
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.aligned = True
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.state import Look
+from lets_kernels.ops.memory import is_dense
 from lets_kernels.parts.passes import FirstPass
-from lets_kernels.space.layout import UNSCALED, Bucket
-from lets_kernels.space.runs import Runs, is_dense
+from lets_kernels.space.buckets import UNSCALED, Bucket, Runs
 from lets_kernels.space.shards import local
 
 

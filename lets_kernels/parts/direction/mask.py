@@ -10,7 +10,8 @@ from torch import Tensor
 from lets_kernels.parts.direction.average import check_share
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation
 from lets_kernels.parts.passes import DRAWS, MASK, REGROWTH, FirstPass
-from lets_kernels.space.runs import Runs, refuse_while_capturing
+from lets_kernels.space.buckets import Runs
+from lets_kernels.space.memory import refuse_while_capturing
 from lets_kernels.space.shards import elements
 
 GRANULARITIES = ("element", "tensor")

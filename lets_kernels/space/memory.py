@@ -1,29 +1,15 @@
-"""Runs: the parameters of a bucket that take part in one pass, as dense stretches of memory that kernels can take."""
+"""Where tensors lie in memory, and what no method can perturb."""
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from lets_kernels import ops
-from lets_kernels.space.shards import check_spread, is_spread, local, whole_gradient
-
-if TYPE_CHECKING:
-    from lets_kernels.space.layout import Bucket
-
-
-def is_dense(t: Tensor) -> bool:
-    """True if the elements fill one stretch of memory without holes or overlaps, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
-        if stride != expected:
-            return t.numel() == 0
-        expected *= size
-    return True
+from lets_kernels.ops.memory import capturing, is_dense
+from lets_kernels.space.shards import check_spread, is_spread, local
 
 
 def is_lent(grad: Tensor) -> bool:
@@ -154,11 +140,6 @@ def _shared(a: _Place, b: _Place) -> ValueError:
     )
 
 
-def capturing() -> bool:
-    """True while the work of the current stream goes into a CUDA graph instead of running."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
 def refuse_while_capturing(what: str) -> None:
     """``RuntimeError`` for memory that a graph would make anew, with what it holds, at every replay."""
     if capturing():
@@ -166,63 +147,3 @@ def refuse_while_capturing(what: str) -> None:
             f"{what} would be made inside the CUDA graph that is being captured: take a step or two in the same way "
             "before the capture, as torch's examples do on a side stream"
         )
-
-
-@dataclass
-class Runs:
-    """The parameters of a bucket that take part in one pass, with their gradients, in the order of the bucket.
-
-    ``params`` and ``grads`` are dense and agree in strides and dtype, run by run; where the user's do not, they are
-    copies, and ``write_back`` brings the weights home.
-    """
-
-    bucket: "Bucket"
-    indices: tuple[int, ...]
-    params: list[Tensor]
-    grads: list[Tensor]
-    copies: list[tuple[int, Tensor]] = field(default_factory=list)  # which parameter, and the dense copy of it
-    squares: Tensor | None = None  # Σ g², where an op that read these gradients has found it already: 0-d float64
-    _packed: tuple[list[Tensor], list[Tensor]] | None = None
-
-    @property
-    def table(self) -> Tensor:
-        return self.bucket.table(self.indices)
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """What the ops take for the parameters: one tensor a run, or the one buffer that holds them all."""
-        b = self.bucket
-        if b.flat is not None and not self.copies:
-            return [b.flat]
-        return b.pack(self.params)
-
-    def pack(self, tensors: list[Tensor]) -> list[Tensor]:
-        """As :meth:`Bucket.pack`, once for several ops in a row on the same list; ``forget`` ends the row."""
-        if self._packed is None or self._packed[0] is not tensors:
-            self._packed = tensors, self.bucket.pack(tensors)
-        return self._packed[1]
-
-    def forget(self) -> None:
-        """Before other code runs, which may move the tensors."""
-        self._packed = None
-
-    def only(self, places: list[int]) -> "Runs":
-        """Some of these runs, by their places among them."""
-        params = [self.params[j] for j in places]
-        indices, grads = tuple(self.indices[j] for j in places), [self.grads[j] for j in places if self.grads]
-        copies = [pair for pair in self.copies if pair[0] in indices]
-        return Runs(self.bucket, indices, params, grads, copies)
-
-    def return_gradients(self) -> None:
-        """Make these gradients those of the parameters, for a step along them."""
-        for i, g in zip(self.indices, self.grads, strict=True):
-            p = self.bucket.params[i]
-            p.grad = whole_gradient(g, p)
-
-    def write_back(self) -> None:
-        """After an op wrote the weights: copies go home, and autograd learns that the parameters have changed."""
-        b = self.bucket
-        memory = b.memory if self.copies else []
-        for i, copy in self.copies:
-            memory[i].detach().copy_(copy)
-        increment_version(b.params if len(self.indices) == len(b.params) else [b.params[i] for i in self.indices])

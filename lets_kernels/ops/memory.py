@@ -1,0 +1,19 @@
+"""What ops ask of tensors' memory."""
+
+import torch
+from torch import Tensor
+
+
+def is_dense(t: Tensor) -> bool:
+    """True if the elements fill one stretch of memory without holes or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= size
+    return True
+
+
+def capturing() -> bool:
+    """True while the work of the current stream goes into a CUDA graph instead of running."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,418 @@
+"""Buckets of parameters, their runs, and the tables that the ops read.
+
+Parameters of one group, device and dtype form a bucket: an index space in which parameter i owns
+``[start_i, start_i + numel_i)``, starts padded to 16 elements. State that the package owns (saved weights, filter
+norms) is one flat buffer a bucket. The parameters stay where they lie unless ``flatten`` moves them into one buffer.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from lets_kernels import ops
+from lets_kernels.ops.memory import capturing, is_dense
+from lets_kernels.space.memory import addresses, is_fake, is_lent, refuse_while_capturing
+from lets_kernels.space.shards import (
+    filter_groups,
+    is_apart,
+    is_spread,
+    local,
+    local_gradient,
+    part_of,
+    parts,
+    whole_gradient,
+)
+
+_dtype, _grad = operator.attrgetter("dtype"), operator.attrgetter("grad")
+
+PADDING = 16
+_TABLES = 64
+FISHER, UNSCALED, ELEMENT_WISE = -2, -1, 0
+
+# (row_length, row_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
+Geometry = Callable[[Tensor, str | None, dict[str, Any]], tuple[int, int]]
+
+
+@dataclass
+class Runs:
+    """The parameters of a bucket that take part in one pass, with their gradients, in the order of the bucket.
+
+    ``params`` and ``grads`` are dense and agree in strides and dtype, run by run; where the user's do not, they are
+    copies, and ``write_back`` brings the weights home.
+    """
+
+    bucket: "Bucket"
+    indices: tuple[int, ...]
+    params: list[Tensor]
+    grads: list[Tensor]
+    copies: list[tuple[int, Tensor]] = field(default_factory=list)  # which parameter, and the dense copy of it
+    squares: Tensor | None = None  # Σ g², where an op that read these gradients has found it already: 0-d float64
+    _packed: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @property
+    def table(self) -> Tensor:
+        return self.bucket.table(self.indices)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What the ops take for the parameters: one tensor a run, or the one buffer that holds them all."""
+        b = self.bucket
+        if b.flat is not None and not self.copies:
+            return [b.flat]
+        return b.pack(self.params)
+
+    def pack(self, tensors: list[Tensor]) -> list[Tensor]:
+        """As :meth:`Bucket.pack`, once for several ops in a row on the same list; ``forget`` ends the row."""
+        if self._packed is None or self._packed[0] is not tensors:
+            self._packed = tensors, self.bucket.pack(tensors)
+        return self._packed[1]
+
+    def forget(self) -> None:
+        """Before other code runs, which may move the tensors."""
+        self._packed = None
+
+    def only(self, places: list[int]) -> "Runs":
+        """Some of these runs, by their places among them."""
+        params = [self.params[j] for j in places]
+        indices, grads = tuple(self.indices[j] for j in places), [self.grads[j] for j in places if self.grads]
+        copies = [pair for pair in self.copies if pair[0] in indices]
+        return Runs(self.bucket, indices, params, grads, copies)
+
+    def return_gradients(self) -> None:
+        """Make these gradients those of the parameters, for a step along them."""
+        for i, g in zip(self.indices, self.grads, strict=True):
+            p = self.bucket.params[i]
+            p.grad = whole_gradient(g, p)
+
+    def write_back(self) -> None:
+        """After an op wrote the weights: copies go home, and autograd learns that the parameters have changed."""
+        b = self.bucket
+        memory = b.memory if self.copies else []
+        for i, copy in self.copies:
+            memory[i].detach().copy_(copy)
+        increment_version(b.params if len(self.indices) == len(b.params) else [b.params[i] for i in self.indices])
+
+
+class Bucket:
+    """Parameters of one group, device and dtype, as one index space."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        names: Sequence[str | None],
+        index: int,
+        group: int,
+        options: dict[str, Any],
+        geometry: Geometry,
+        backend: str,
+        flatten: bool,
+    ) -> None:
+        refuse_while_capturing("the tables of the parameters")
+        #: The user's parameters; the kernels see local parts and real pairs of them, see :attr:`memory`.
+        self.params = list(params)
+        self.spread, self.parts, self.part = any(map(is_spread, params)), parts(params[0]), part_of(params[0])
+        self.apart = any(map(is_apart, params))
+        memory = self.memory
+        self.index, self.group = index, group
+        #: Where the parameters stand in their group.
+        self.places = list(range(len(self.params)))
+        self.dtype, self.device = memory[0].dtype, memory[0].device
+        self.backend, self.ops = ops.choose(backend, self.device)
+        self.flat: Tensor | None = None
+        self._saved: Tensor | None = None
+        self.dirty = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._tables: dict[tuple[int, ...], Tensor] = {}
+        self._scalar: tuple[float, Tensor] | None = None
+        #: The optimizer's state tensors of these parameters, as the fused steps found them (fused.py).
+        self.found_state: dict[str, tuple[tuple[int, ...], list[Tensor | None], list[Tensor]]] = {}
+        #: Flat buffers of the parts' own state, and the views of them that the state holds (passes.py).
+        self.flats: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+        rows: list[tuple[int, ...]] = []
+        self.size = self.filters = 0
+        #: Where the norms of a parameter's filters stand, by its index; and those whose elements other ranks hold.
+        self._filters_of: dict[int, slice] = {}
+        self._elsewhere: list[slice] = []
+        for p, part, name in zip(params, memory, names, strict=True):
+            length, count = geometry(p, name, options)
+            first = 0
+            if length > 0:
+                first, self.filters = self.filters, self.filters + count
+                self._filters_of[len(rows)] = slice(first, self.filters)
+                if not part.numel():  # nothing here for the ops to read, but the rank still takes part in the sums
+                    self._elsewhere.append(self._filters_of[len(rows)])
+                    length, count, first = ELEMENT_WISE, 0, 0
+            rows.append((self.size, part.numel(), length, count, first))
+            self.size += -(-part.numel() // PADDING) * PADDING
+        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self.element_wise = any(row[2] == ELEMENT_WISE for row in rows)
+        self.scaled = any(row[2] != UNSCALED for row in rows)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.filter_norms = torch.empty(self.filters, dtype=wide, device=self.device) if self.filters else None
+        #: Filters that several ranks hold together: the group of those ranks, and where the norms stand.
+        self._split_filters: dict[dist.ProcessGroup, list[slice]] = {}
+
+        self._all = tuple(range(len(self.params)))
+        self._all_dense = all(map(is_dense, memory))
+        if flatten and self.apart:
+            raise ValueError("flatten=True goes with real parameters that are no DTensors; leave it out")
+        if flatten and self._all_dense:
+            self._flatten()
+            memory = self.memory
+        self._device_index = memory[0].get_device()
+        self._shapes, self._strides = [p.shape for p in memory], [p.stride() for p in memory]
+        self.numels = [p.numel() for p in memory]
+        self._fake = is_fake(memory[0])
+        self._addresses = addresses(memory)
+        #: A parameter has been given other memory since somebody looked whether it shares that with another.
+        self.moved = False
+
+    def _flatten(self) -> None:
+        self.flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for p, (start, *_) in zip(self.params, self._rows.tolist(), strict=True):
+            home = self.flat.as_strided(p.size(), p.stride(), start)
+            home.copy_(p.detach())
+            p.data = home
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """The parameters where they lie on this rank; looked up anew, since sharding may move them."""
+        return [local(p) for p in self.params] if self.apart else self.params
+
+    def split_filters(self, filter_dim: Callable[[Tensor], int]) -> None:
+        """Find the filters that are cut over ranks; ``filter_dim`` gives the dimension along which filters lie."""
+        for i, place in self._filters_of.items():
+            for group in filter_groups(self.params[i], filter_dim(self.params[i])):
+                self._split_filters.setdefault(group, []).append(place)
+
+    def join_filters(self) -> None:
+        """Make norms of parts of filters those of whole filters: one all-reduce a group of ranks, if there are any."""
+        norms = self.filter_norms
+        for place in self._elsewhere:
+            assert norms is not None
+            norms[place] = 0
+        for group, places in self._split_filters.items():
+            assert norms is not None
+            squares = torch.cat([norms[place] for place in places]).double().square()
+            dist.all_reduce(squares, group=group)
+            for place, whole in zip(places, squares.sqrt().split([p.stop - p.start for p in places]), strict=True):
+                norms[place] = whole
+
+    @property
+    def saved(self) -> Tensor:
+        """The weights before the perturbation: one flat buffer, made when first needed."""
+        if self._saved is None:
+            refuse_while_capturing("the copy of the weights")
+            self._saved = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        return self._saved
+
+    def pack(self, tensors: list[Tensor]) -> list[Tensor]:
+        """A list as the backend takes it at the least cost, for use before any tensor of it can be moved."""
+        return self.ops.pack(tensors, self.dirty)
+
+    def table(self, indices: tuple[int, ...]) -> Tensor:
+        """The run table of these parameters; made once for every set."""
+        if len(self._tables) > _TABLES:  # sets that change from step to step: layer drop, experts
+            self._tables.clear()
+        if indices not in self._tables:
+            self._tables[indices] = self._rows[list(indices)].contiguous()
+        return self._tables[indices]
+
+    def unscaled_table(self, indices: tuple[int, ...]) -> Tensor:
+        """As :meth:`table`, with T = 1 everywhere."""
+        key = (UNSCALED, *indices)
+        if key not in self._tables:
+            table = self.table(indices).clone()
+            table[:, 2], table[:, 3:] = UNSCALED, 0
+            self._tables[key] = table
+        return self._tables[key]
+
+    def scalar(self, value: float | Tensor) -> Tensor:
+        """A number as the ops take it: 0-d float64 on the bucket's device, made anew only where it has changed.
+
+        In a captured step it is made by the graph: neither may the graph read what a later step replaces, nor a later
+        step find what only a replay fills.
+        """
+        if isinstance(value, Tensor):
+            return value.to(self.device, torch.float64)
+        if capturing():
+            return torch.full((), value, dtype=torch.float64, device=self.device)
+        if self._scalar is None or self._scalar[0] != value:
+            self._scalar = value, torch.full((), value, dtype=torch.float64, device=self.device)
+        return self._scalar[1]
+
+    def is_current(self) -> bool:
+        """False once a parameter was re-typed, moved, resized or re-strided (or, where flattened, re-pointed)."""
+        memory = self.memory
+        if (
+            list(map(Tensor.stride, memory)) != self._strides
+            or list(map(Tensor.numel, memory)) != self.numels
+            or set(map(_dtype, memory)) != {self.dtype}
+        ):
+            return False
+        found = self._addresses if self._fake else list(map(Tensor.data_ptr, memory))
+        if found != self._addresses:  # nothing else tells of another device
+            if self.flat is not None or {p.get_device() for p in memory} != {self._device_index}:
+                return False
+            if any(map(Tensor.is_neg, memory)):  # p.data = x.conj().imag
+                return False
+            self._addresses, self.moved = found, True
+        return True
+
+    def gather(self, own: bool = False, whole: bool = False, current: bool = False) -> Runs:
+        """The runs of the parameters that have a gradient.
+
+        Args:
+            own: the gradients are kept beyond the next backward: those that lie in memory which that may write again,
+                as views of the buckets of DistributedDataParallel do, are copied.
+            whole: a gradient that is not there stands for zero.
+            current: somebody has just looked where the parameters lie.
+
+        Raises:
+            TypeError: a sparse gradient.
+            RuntimeError: a parameter lies otherwise than when the tables were made.
+        """
+        if not current:
+            self.refuse_what_moved()
+        runs = self._gather(whole)
+        # What is written to a DTensor does not count as a version of its part, so nobody would notice.
+        if own and (self.spread or any(map(is_lent, runs.grads))):
+            runs.grads = [g.clone() if self.spread or is_lent(g) else g for g in runs.grads]
+        return runs
+
+    def _gather(self, whole: bool) -> Runs:
+        grads, memory = list(map(_grad, self.params)), self.memory
+        if whole:
+            grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)]
+        if self.apart:
+            pairs = zip(grads, self.params, strict=True)
+            grads = [g if g is None else local_gradient(g, p) for g, p in pairs]
+        if self._all_dense and not any(map(operator.is_, grads, repeat(None))):
+            found = cast(list[Tensor], grads)
+            try:
+                strides = list(map(Tensor.stride, found))
+            except RuntimeError:  # a sparse gradient has none
+                strides = []
+            same = strides == self._strides and list(map(Tensor.numel, found)) == self.numels
+            if same and set(map(_dtype, found)) == {self.dtype} and not any(map(Tensor.is_neg, found)):
+                return Runs(self, self._all, memory, found)
+        return self._gather_some(memory, grads)
+
+    def _gather_some(self, memory: list[Tensor], grads: list[Tensor | None]) -> Runs:
+        """As :meth:`gather`, where some gradients are missing or something has to be copied to lie dense."""
+        runs = Runs(self, (), [], [])
+        indices = []
+        for i, (p, g) in enumerate(zip(memory, grads, strict=True)):
+            if g is None:
+                continue
+            if g.layout is not torch.strided:
+                raise TypeError(
+                    f"a gradient of layout {g.layout} (shape {tuple(g.shape)}) cannot give a perturbation of all "
+                    "weights; build the embedding with sparse=False"
+                )
+            indices.append(i)
+            weights: Tensor = p
+            if not is_dense(p):
+                weights = p.detach().clone(memory_format=torch.contiguous_format)
+                runs.copies.append((i, weights))
+            # Kernels read memory, where a lazily negated tensor has the numbers with the other sign.
+            if g.stride() != weights.stride() or g.dtype is not self.dtype or g.is_neg():
+                g = torch.empty_like(weights, memory_format=torch.preserve_format).copy_(g.detach())
+            runs.params.append(weights)
+            runs.grads.append(g)
+        runs.indices = tuple(indices)
+        return runs
+
+    def all_runs(self) -> Runs:
+        """The runs of all parameters, without gradients."""
+        self.refuse_what_moved()
+        runs, memory = Runs(self, self._all, self.memory, []), self.memory
+        if not self._all_dense:
+            runs.params = [
+                p if is_dense(p) else p.detach().clone(memory_format=torch.contiguous_format) for p in memory
+            ]
+            pairs = zip(memory, runs.params, strict=True)
+            runs.copies = [(i, dense) for i, (p, dense) in enumerate(pairs) if dense is not p]
+        return runs
+
+    def views(self, flat: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """The parameters' stretches of a flat buffer, each in the shape and the order of memory of its parameter."""
+        memory, starts = self.memory, self._rows[:, 0].tolist()
+        found = []
+        for i in self._all if indices is None else indices:
+            p = memory[i]
+            like = p if is_dense(p) else torch.empty(p.shape, device="meta")
+            found.append(flat.as_strided(p.shape, like.stride(), starts[i]))
+        return found
+
+    def refuse_what_moved(self) -> None:
+        """Before anything is read or written by these tables.
+
+        Raises:
+            RuntimeError: a parameter was re-typed, moved, resized or re-strided (or, where flattened, re-pointed).
+        """
+        if self.is_current():
+            return
+        for p, shape, stride in zip(self.memory, self._shapes, self._strides, strict=True):
+            now, before = _kind(p), (self.dtype, self.device, shape, stride)
+            if p.is_neg():
+                found = "given memory that is lazily negated (p.data = ...); give it p.data.resolve_neg()"
+                break
+            if now != before:
+                what = "resized" if p.shape != shape else "changed"
+                found = f"{what} between the passes of a step: it is now {_described(*now)}, and was "
+                found += _described(*before)
+                break
+        else:
+            found = "taken out of the buffer of flatten=True between the passes of a step (p.data = ...)"
+        raise RuntimeError(f"a parameter was {found}. This step is given up; do that between steps")
+
+    def restore(self, runs: Runs) -> None:
+        """Bring back the saved weights of these runs, if they are perturbed. Bit-exact; waits for nothing.
+
+        Parameters are followed to where they lie by now, and weights are rounded to the dtype that they have there.
+
+        Raises:
+            RuntimeError: a parameter has another shape by now; it is not written, the others are.
+        """
+        if not self.is_current():
+            self._restore_what_moved(runs)
+            return
+        if self.apart:  # views of what the parameters were
+            memory, copies = self.memory, dict(runs.copies)
+            runs.params = [copies.get(i, memory[i]) for i in runs.indices]
+        self.ops.restore_(runs.weights, self.saved, self.dirty, runs.table)
+        runs.write_back()
+
+    def _restore_what_moved(self, runs: Runs) -> None:
+        memory, starts = self.memory, self._rows[:, 0].tolist()
+        resized = [i for i in runs.indices if memory[i].shape != self._shapes[i]]
+        for i in (i for i in runs.indices if i not in resized):
+            shape, stride, p = self._shapes[i], self._strides[i], memory[i].detach()
+            if not is_dense(torch.empty_strided(shape, stride, device="meta")):
+                stride = torch.empty(shape, device="meta").stride()
+            home = self.saved.as_strided(shape, stride, starts[i]).to(p.device, p.dtype)
+            p.copy_(torch.where(self.dirty.to(p.device) != 0, home, p))
+            increment_version([self.params[i]])
+        for i in resized:
+            raise RuntimeError(
+                f"a parameter was resized while it is perturbed: it is now {_described(*_kind(memory[i]))}; the others "
+                f"are restored. Give it a tensor of shape {tuple(self._shapes[i])} again (p.data = ...) and call "
+                "restore()"
+            )
+        self.dirty.zero_()
+
+
+def _kind(p: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
+    return p.dtype, p.device, p.shape, p.stride()
+
+
+def _described(dtype: torch.dtype, device: torch.device, shape: torch.Size, stride: tuple[int, ...]) -> str:
+    return f"{dtype} of shape {tuple(shape)} with strides {tuple(stride)} on {device}"
