@@ -12,6 +12,7 @@ import torch
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo, OptimizerInput, optim_db
 from torch.testing._internal.common_utils import TestCase
 
+import family
 import lets_kernels as lk
 
 # Importing torch's test utilities freezes the flags of torch.backends for the whole process; other tests set them.
@@ -41,6 +42,12 @@ BASES = {
     lk.RSAM: ("SGD",),
     lk.VaSSO: ("SGD",),
 }
+#: And those that have nothing but a page: with what its first row says, over a base optimizer with every kind of state.
+PAGES = [name for name in family.FAMILY if name not in (*family.TUNED, *family.PER_SAMPLE) and family.FAMILY[name].base]
+for name in PAGES:
+    cls, options = family.FAMILY[name].cls, {**family.FAMILY[name].options, "seed": 1}
+    METHODS[cls] = [options, {**options, "backend": "reference", "flatten": True}]
+    BASES[cls] = ("AdamW",)
 
 
 def over(method, base):
@@ -135,7 +142,8 @@ ENTRIES = [entry(method, getattr(torch.optim, base)) for method, bases in BASES.
 
 # ---- what the tests share
 
-OWN = ("rho", "adaptive", "backend", "flatten", "filterwise", "scale_bias", "check_finite", "gamma", "theta")
+OWN = {"rho", "adaptive", "backend", "flatten", "filterwise", "scale_bias", "check_finite", "gamma", "theta", "seed"}
+OWN |= {option for name in PAGES for option in family.FAMILY[name].options}
 
 
 def configurations(info, device, **more):

@@ -1,6 +1,11 @@
-"""Every method beside SAM, ASAM and LETS: how it is built, its transcription, and a step of it in each call shape."""
+"""Every method beside SAM, ASAM and LETS: how it is built, its transcription, and a step of it in each call shape.
+
+A method that has a page is in all the lists here, with the arguments of the page's first row and the transcription in
+papers.py that is called as it is; a line in FAMILY gives it others.
+"""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +15,7 @@ from torch import nn
 
 import lets_kernels as lk
 import papers
+from lets_kernels.methods import catalogue
 from lets_kernels.step.carried import numbers
 from methods import BASES
 from nets import TRANSPOSED
@@ -25,7 +31,7 @@ class Member:
 
     cls: type
     options: dict[str, Any]
-    paper: Callable[..., None]
+    paper: Callable[..., None] | None  # None: nobody has transcribed it, which test_family.py finds
     formula: dict[str, Any] = field(default_factory=dict)
     base: bool = True  # False: an optimizer of its own
 
@@ -71,6 +77,22 @@ FAMILY = {
     "delta-sam": Member(lk.DeltaSAM, {"rho": 0.1}, papers.delta_sam),
     "bsam": Member(lk.BSAM, {"rho": 0.05, **VARIATIONAL}, papers.bsam, base=False),
 }
+
+
+def of_page(method):
+    """A member as its page describes it, without the options of the base optimizer, which BASES gives."""
+    scope = {name: getattr(lk, name) for name in lk.__all__}
+    options = eval(f"dict({method.rows[0].arguments})", scope)
+    if not method.own_base:
+        options = {k: v for k, v in options.items() if k not in ("lr", "momentum", "betas")}
+    return Member(method.cls, options, getattr(papers, method.key.replace("-", "_"), None), base=not method.own_base)
+
+
+#: Those with a line of their own above.
+TUNED = tuple(FAMILY)
+#: Those of tests/methods.py, and those that have a line above.
+ELSEWHERE = {lk.SAM, lk.ASAM, lk.LETSSAM, lk.LETSASAM, *(member.cls for member in FAMILY.values())}
+FAMILY |= {method.key: of_page(method) for method in catalogue.methods() if method.cls not in ELSEWHERE}
 #: One of each class, for tests that need no more.
 ONE_EACH = [name for i, name in enumerate(FAMILY) if FAMILY[name].cls not in [m.cls for m in list(FAMILY.values())[:i]]]
 #: Arguments with which those that leave out second passes make them at every step.
@@ -88,8 +110,6 @@ COUNTED = {
     "aesam": {"schedule.mean", "schedule.variance"},
     "aelooksam": {"schedule.mean", "schedule.variance"},
 }
-#: Those that make their first pass beside the weights, and need `first_pass()` around it.
-BESIDE = ("rgsam", "rsam", "rsam-std", "bsam")
 
 
 def build(name, source, base="momentum", seed=SEED, **options):
@@ -103,6 +123,40 @@ def build(name, source, base="momentum", seed=SEED, **options):
         return member.cls(net, **arguments)
     optimizer, _, base_options, _ = BASES[base]
     return member.cls(net, optimizer, **arguments, **base_options)
+
+
+@functools.cache
+def _small(name, base="momentum"):
+    """A member on one parameter, to be looked at; None where it refuses the base optimizer."""
+    try:
+        return build(name, [torch.nn.Parameter(torch.ones(2))], base)
+    except ValueError:
+        return None
+
+
+def takes(name, base):
+    """True for a base optimizer that the method goes with; momentum SGD is one for each."""
+    return _small(name, base) is not None
+
+
+def draws(name):
+    """True for a method that draws random numbers."""
+    return _small(name).random.used
+
+
+def plainest(name):
+    """The name of the base optimizer with the least state that the method goes with."""
+    return "sgd" if takes(name, "sgd") else "momentum"
+
+
+#: Those that make their first pass beside the weights, and need `first_pass()` around it.
+BESIDE = tuple(name for name in FAMILY if _small(name).direction.starts)
+#: Those that have one pass a step, at the perturbed weights.
+ONE_PASS = tuple(name for name in FAMILY if not _small(name).direction.needs_gradient)
+#: Those that go by what the base optimizer keeps: nothing moves before its first step.
+BY_STATE = tuple(name for name in ONE_PASS if not _small(name).direction.draws)
+#: Those whose closure returns the losses of single samples.
+PER_SAMPLE = tuple(name for name in FAMILY if _small(name).samples.per_sample)
 
 
 def closure(opt, net, batch, calls=None):

@@ -10,7 +10,7 @@ from nets import Task
 from toys import snapshot
 
 #: The other methods whose closure is torch's: a framework's own knows no losses of single samples.
-OTHERS = [name for name in family.ONE_EACH if name not in ("esam", "delta-sam")]
+OTHERS = [name for name in family.ONE_EACH if name not in family.PER_SAMPLE]
 METHODS = {
     "sam": lambda p: lk.SAM(p, torch.optim.SGD, rho=0.3, lr=0.1, momentum=0.9),
     "asam": lambda p: lk.ASAM(p, torch.optim.AdamW, rho=0.5, filterwise=True, lr=0.02),

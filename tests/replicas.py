@@ -125,6 +125,17 @@ def optimizer(model, /, method="sam", base="momentum", **options):
     return cls(model.parameters(), kind, **options, **settings)
 
 
+def base_of(method, start):
+    """The name of the first of BASES that the method goes with, from one of them on."""
+    for base in [*BASES, *BASES][start % len(BASES) :]:
+        try:
+            optimizer(nn.Linear(2, 2), method, base)
+            return base
+        except ValueError:
+            pass
+    raise AssertionError(f"{method} goes with none of {list(BASES)}")
+
+
 def build(model, /, kind, sync=True, **options):
     """SAM, ASAM with one of the learners, or another method, on SGD without weight decay."""
     if kind in FAMILY:

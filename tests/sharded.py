@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lets_kernels as lk
-from family import FAMILY
+from family import FAMILY, TUNED, draws
 from inside import progress
 from methods import BASES
 from radii import auto, following
@@ -113,6 +113,7 @@ METHODS = {
 }
 #: Methods that draw for each element: every part of a tensor has numbers of its own, so another sharding has others.
 DRAWN = ("rgsam", "rsam", "rsam-std", "random-sam", "sparse-dynamic", "esam", "bsam")
+DRAWN += tuple(name for name in FAMILY if name not in TUNED and draws(name))
 #: The other ones beside SAM, ASAM and LETS: the same steps however the weights are spread.
 EVERYWHERE = ("p-1", "auto", "auto-filterwise", "next", *(name for name in FAMILY if name not in DRAWN))
 

@@ -5,7 +5,7 @@ import torch
 
 import family
 import lets_kernels as lk
-from family import FAMILY, ONE_EACH
+from family import FAMILY, ONE_EACH, PER_SAMPLE
 from nets import Task
 from passes import SHAPES, Passes
 from radii import auto
@@ -56,7 +56,7 @@ CASES = [
     for scaled in (False, True)
 ]
 # A closure that returns the losses of samples has no place for a second backward.
-WHOLE = [name for name in ONE_EACH if name not in ("esam", "delta-sam")]
+WHOLE = [name for name in ONE_EACH if name not in PER_SAMPLE]
 CASES += [(name, ("closure", "two-steps", "context")[i % 3], True) for i, name in enumerate(WHOLE)]
 
 

@@ -99,7 +99,7 @@ def test_an_overflow_in_either_pass_skips_the_step_and_the_scale_backs_off(shape
 @pytest.mark.parametrize("shape, method", MEMBERS)
 def test_an_overflow_in_a_pass_of_any_method(shape, method, where):
     """As above, but that what a method draws or counts is its own: weights and the base optimizer's state stay."""
-    where = min(where, 2 if method != "random-sam" else 1)
+    where = min(where, 2 if method not in family.ONE_PASS else 1)
     task, opt = built(method, check_finite=False)
     scaler = scaler_of()
     run(shape, opt, task, slice(0, 1), scaler)

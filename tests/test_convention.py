@@ -528,7 +528,7 @@ def hidden_zeroing(task, batch, calls):
     return run
 
 
-@pytest.mark.parametrize("name", [n for n in family.FAMILY if not n.startswith(("esam", "delta-sam"))])
+@pytest.mark.parametrize("name", [n for n in family.FAMILY if n not in family.PER_SAMPLE])
 def test_a_wrong_guess_leaves_no_trace_in_any_method(name):
     """Averages, masks, decisions: nothing has counted the stranger's gradient."""
     ends = []

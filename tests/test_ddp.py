@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 import oracle
 from family import ONE_EACH, assert_same, held
 from replicas import (
-    BASES,
     BESIDE_SAM,
     VALIDATION,
+    base_of,
     batch,
     by_parts,
     closure,
@@ -29,7 +29,7 @@ from toys import snapshot, weights
 BOTH = pytest.mark.parametrize("sync", [True, False], ids=["one-perturbation", "one-a-rank"])
 PAIRS = [("sam", "momentum"), ("asam", "rmsprop"), ("lets-sam", "adam"), ("lets-asam", "momentum")]
 #: The other methods, each on one of the base optimizers.
-OTHERS = [(method, list(BASES)[i % len(BASES)]) for i, method in enumerate(BESIDE_SAM)]
+OTHERS = [(method, base_of(method, i)) for i, method in enumerate(BESIDE_SAM)]
 #: Of these, what each rank can go along by its own first gradient.
 ALONE = [pair for pair in OTHERS if pair[0].startswith(("rsam", "fisher-sam", "esam", "delta-sam", "p-1"))]
 RUNS = [

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from family import BESIDE, FAMILY
+from family import BESIDE, FAMILY, PER_SAMPLE
 from replicas import KINDS, VALIDATION, batch, build, closure, net, replica, train
 from runs import same_bits
 from toys import snapshot
@@ -107,7 +107,7 @@ def never_backward(rank, kind):
 
 
 #: Not those that call backward by themselves: they have gradients wherever there is a loss.
-SILENT = [name for name, member in FAMILY.items() if not name.startswith(("esam", "delta-sam"))]
+SILENT = [name for name in FAMILY if name not in PER_SAMPLE]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *SILENT])

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-from family import FAMILY
+from family import FAMILY, ONE_PASS
 from lets_kernels import LearnedRadius, Schedule
 from replicas import batch, by_two_steps, closure, net, optimizer, replica, train
 from runs import same_bits
@@ -154,7 +154,7 @@ NOT_ALONE = {
     "gsam": "combine each rank's own first gradient",
     "rgsam": "combine each rank's own first gradient",
     "norm-penalty": "combine each rank's own first gradient",
-    "random-sam": "is about the first of two passes",
+    **dict.fromkeys(ONE_PASS, "is about the first of two passes"),
     "friendly": "keep an average or a mask",
     "vasso": "keep an average or a mask",
     "sparse": "keep an average or a mask",

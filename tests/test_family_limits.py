@@ -7,7 +7,7 @@ import torch
 
 import family
 import lets_kernels as lk
-from family import FAMILY, SEED, build, held, take
+from family import FAMILY, PER_SAMPLE, SEED, build, held, take
 from inside import now, progress
 from methods import BASES
 from nets import Task
@@ -80,14 +80,12 @@ SAM_WHERE = {
     "esam-tensor": {"beta": 1.0, "gamma": 1.0},
     "delta-sam": {"power": 0.0},
 }
-#: Those whose gradient is that of losses taken one by one and averaged, which torch sums in another order.
-PER_SAMPLE = ("esam", "esam-tensor", "delta-sam")
 
 
 @pytest.mark.parametrize("name", SAM_WHERE)
 def test_where_a_method_is_sam(backend, name):
     found, expected = weights_after(name, backend, **SAM_WHERE[name]), sam(backend, steps=few(name, backend))
-    if name in PER_SAMPLE:
+    if name in PER_SAMPLE:  # their gradient is that of losses averaged one by one, which torch sums in another order
         assert strayed(found, expected) <= TIGHT
     else:
         assert same(found, expected)
@@ -178,7 +176,7 @@ def test_bsam_of_infinite_data_samples_nothing(backend):
 def test_a_learning_rate_of_0_leaves_the_weights_as_they_are(backend, name):
     """To the bit, at every step: nothing of a perturbation or of a random start stays behind."""
     task = Task(steps=2)
-    opt = build(name, task, "sgd", backend=backend.name)
+    opt = build(name, task, family.plainest(name), backend=backend.name)
     for group in opt.param_groups:
         group["lr"] = 0.0
     before = task.bits()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lets_kernels as lk
-from family import FAMILY, ONE_EACH, assert_same, build, held
+from family import BESIDE, FAMILY, ONE_EACH, ONE_PASS, assert_same, build, held, plainest, takes
 from toys import Toy
 
 SHAPES = ((3, 4, 2, 2), (7,), (5, 6))
@@ -55,10 +55,10 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", [name for name in ONE_EACH if FAMILY[name].cls is not lk.RandomSAM])
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in ONE_PASS])
 def test_a_first_gradient_that_is_not_finite_skips_the_step(backend, name, value):
     """Weights, the base optimizer's state and all that a part keeps stay as they are, to the bit; though the second
-    gradient is sound. The step after it is taken. (Random SAM has no first gradient.)"""
+    gradient is sound. The step after it is taken. (Those with one pass have no first gradient.)"""
     toy, opt = made(name, 1, backend=backend.name)
     before, grads = held(opt), toy.grads(10)
     grads[1][3] = value
@@ -109,7 +109,7 @@ def test_a_second_gradient_that_is_not_finite_skips_the_step(backend, name, valu
     assert not torch.equal(held(opt)["weights.0"], before["weights.0"])
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if takes(name, "sgd")])
 def test_zero_gradients_leave_the_weights_where_they_are(backend, name):
     """No NaN, and not by a bit: from the very first step on, and after steps whose gradients were not zero."""
     own = {"weight_decay": 0.0, "beta1": 0.0} if name == "bsam" else {}
@@ -127,7 +127,7 @@ def test_zero_gradients_leave_the_weights_where_they_are(backend, name):
 
 
 # Others go along random numbers, or have no base optimizer.
-@pytest.mark.parametrize("name", [n for n in ONE_EACH if n not in ("rgsam", "rsam", "random-sam", "bsam")])
+@pytest.mark.parametrize("name", [n for n in ONE_EACH if n not in (*BESIDE, *ONE_PASS)])
 def test_a_zero_first_gradient_perturbs_nothing_and_the_step_is_taken(backend, name):
     """Along the second gradient: epsilon is zero, not NaN."""
     toy, opt = made(name, backend=backend.name, base="sgd")
@@ -142,7 +142,7 @@ def test_a_zero_first_gradient_perturbs_nothing_and_the_step_is_taken(backend, n
 def test_a_gradient_in_one_pass_only_leaves_nothing_perturbed(backend, name):
     """Of the three parameters one has a gradient in the first pass only, one in the second only, one in both; then in
     other roles. A parameter without a second gradient stays where it was, to the bit; all stay finite."""
-    toy, opt = made(name, backend=backend.name, base="sgd")
+    toy, opt = made(name, backend=backend.name, base=plainest(name))
     for i in range(3):
         before, first, second = weights(toy), toy.grads(2 * i), toy.grads(2 * i + 1)
         lacks_second, lacks_first = i % 3, (i + 1) % 3
@@ -153,7 +153,7 @@ def test_a_gradient_in_one_pass_only_leaves_nothing_perturbed(backend, name):
         assert all(torch.isfinite(v).all() for v in held(opt).values())
 
 
-@pytest.mark.parametrize("name", [n for n in ONE_EACH if n not in ("rgsam", "rsam", "random-sam", "bsam", "sparse")])
+@pytest.mark.parametrize("name", [n for n in ONE_EACH if n not in (*BESIDE, *ONE_PASS, "sparse")])
 def test_a_first_gradient_that_is_missing_counts_as_zero(backend, name):
     """Also in the products of a descent, and in an average that begins without it. (Noise moves a parameter that takes
     part, and a mask is a share of those that do.)"""

@@ -7,14 +7,14 @@ import torch
 
 import family
 import lets_kernels as lk
-from family import BESIDE, FAMILY, SHAPES, assert_same, build, closure, held, take
+from family import BESIDE, FAMILY, ONE_PASS, SHAPES, TUNED, assert_same, build, closure, held, take
 from inside import now
 from nets import Task
 from test_family_limits import few
 
 # Passes of a step that perturbs, and of one that does not: (calls of the closure, gradients).
-CALLS = {lk.RandomSAM: ((1, 1), (1, 1)), lk.ESAM: ((3, 2), (1, 1))}
-TWO = ((2, 2), (1, 1))
+CALLS = {lk.ESAM: ((3, 2), (1, 1))}
+ONE, TWO = ((1, 1), (1, 1)), ((2, 2), (1, 1))
 
 
 def perturbs(opt):
@@ -72,7 +72,7 @@ def test_the_closure_is_called_as_often_as_needed_and_gradients_are_counted(name
     for batch, _ in task.batches:
         calls = []
         opt.step(closure(opt, task.net, batch, calls))
-        expected, passes = CALLS.get(FAMILY[name].cls, TWO)[0 if perturbs(opt) else 1]
+        expected, passes = CALLS.get(FAMILY[name].cls, ONE if name in ONE_PASS else TWO)[0 if perturbs(opt) else 1]
         gradients += passes
         assert len(calls) == expected
         assert opt.metrics()["gradients"] == gradients
@@ -80,7 +80,16 @@ def test_the_closure_is_called_as_often_as_needed_and_gradients_are_counted(name
 
 
 # What goes by one micro-batch after the other. The others remember one first gradient a step, or look at the batch.
-ONE_BY_ONE = [n for n in FAMILY if FAMILY[n].cls in (lk.RST, lk.RSAM, lk.FisherSAM)]
+def goes_one_by_one(opt):
+    remembers = opt.direction.remembers or opt.descent.holds_first or opt.schedule.looks_at_gradient
+    return opt.direction.needs_gradient and not (remembers or opt.samples.per_sample)
+
+
+ONE_BY_ONE = [n for n in FAMILY if goes_one_by_one(build(n, Task(steps=1)))]
+
+
+def test_those_that_go_by_micro_batches_are_those_that_should():
+    assert {FAMILY[n].cls for n in ONE_BY_ONE if n in TUNED} == {lk.RST, lk.RSAM, lk.FisherSAM}
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
@@ -152,7 +161,7 @@ def test_a_step_that_is_given_up_is_taken_again_with_the_same_draws(name):
 
     def failing(*subset):
         count.append(1)
-        if len(count) == (1 if FAMILY[name].cls is lk.RandomSAM else 2):
+        if len(count) == (1 if name in ONE_PASS else 2):
             raise KeyError("once")
         return inner(*subset)
 
@@ -161,7 +170,7 @@ def test_a_step_that_is_given_up_is_taken_again_with_the_same_draws(name):
         opt.step(failing)
     except KeyError:
         failed = True
-    perturbed = len(count) > 1 or FAMILY[name].cls is lk.RandomSAM
+    perturbed = len(count) > 1 or name in ONE_PASS
     assert failed is perturbed
     if not failed:
         return

@@ -128,7 +128,7 @@ def test_other_gradients_in_the_second_pass_of_any_method(name, second):
     """What has no second gradient keeps its bits, state and all, but for bSAM's precision, which the first moves; what
     has none in the first pass is perturbed by noise alone, and is moved for it by a start."""
     toy, take = Sets(), TAKES[[*SECOND].index(second) % 3]
-    if take is by_closure and name in ("esam", "delta-sam", "random-sam"):  # which call it in another way, or once
+    if take is by_closure and name in (*family.PER_SAMPLE, *family.ONE_PASS):  # which call it in another way, or once
         take = by_context
     opt = family.build(name, toy.groups, **ALWAYS.get(name, {}))
     everyone = set(range(len(SHAPES)))
@@ -140,7 +140,9 @@ def test_other_gradients_in_the_second_pass_of_any_method(name, second):
         if name in ("esam", "sparse"):
             assert moved <= first and {0, 2} & first <= moved
         else:
-            assert moved == (everyone if name == "random-sam" else first)
+            begun = {i for i, own in enumerate(held) if own}
+            known = begun if name in family.BY_STATE else first
+            assert moved == (everyone if name == "random-sam" else known)
         assert same_bits(toy.seen[0], before) is (name not in BESIDE)
         after = states(opt, toy.params)
         for i, p in enumerate(toy.params):

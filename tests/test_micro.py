@@ -254,7 +254,7 @@ ALONE = {
     "gsam": "compares the two gradients",
     "rgsam": "compares the two gradients",
     "norm-penalty": "compares the two gradients",
-    "random-sam": "perturbs all micro-batches alike",
+    **dict.fromkeys(family.ONE_PASS, "perturbs all micro-batches alike"),
     "esam": "looks at the samples",
     "delta-sam": "looks at the samples",
     **dict.fromkeys(("friendly", "vasso", "sparse", "bsam"), "remembers one first gradient"),

@@ -8,7 +8,7 @@ from torch import nn
 
 import family
 import lets_kernels as lk
-from family import BESIDE, FAMILY, ONE_EACH
+from family import BESIDE, FAMILY, ONE_EACH, ONE_PASS
 from lets_kernels.around import network
 from lets_kernels.around.network import RunningStatistics
 from nets import Task
@@ -43,7 +43,7 @@ BUILDS = {
 }
 COMBINATIONS = [(s, m) for s in SHAPES for m in BUILDS if (s, m) != ("micro-batches", "lets")]
 #: Those whose first pass, or the only one, is beside the weights count it all the same: of that a test below.
-COMBINATIONS += [(s, m) for s in ("closure", "context") for m in ONE_EACH if m not in (*BESIDE, "random-sam")]
+COMBINATIONS += [(s, m) for s in ("closure", "context") for m in ONE_EACH if m not in (*BESIDE, *ONE_PASS)]
 
 
 def built(method="sam", steps=3, model=True, **options):
@@ -87,7 +87,7 @@ def test_statistics_are_those_of_one_pass_a_step(shape, method):
 
 
 @pytest.mark.parametrize("shape", ["closure", "two-steps", "context"])
-@pytest.mark.parametrize("name", [*BESIDE, "random-sam"])
+@pytest.mark.parametrize("name", [*BESIDE, *(name for name in ONE_PASS if name in ONE_EACH)])
 def test_a_pass_beside_the_weights_counts_where_it_is_the_first(shape, name):
     """Once a step, at the weights where it is made; the second pass of those with two does not count."""
     task, opt = built(name)
@@ -100,7 +100,7 @@ def test_a_pass_beside_the_weights_counts_where_it_is_the_first(shape, name):
     for step, (batch, _) in enumerate(task.batches):
         seen.clear()
         run(shape, opt, task, slice(step, step + 1))
-        assert len(seen) == (1 if name == "random-sam" else 2)
+        assert len(seen) == (1 if name in ONE_PASS else 2)
         with torch.no_grad():
             for mine, value in zip(twin.parameters(), seen[0], strict=True):
                 mine.copy_(value)

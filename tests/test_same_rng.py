@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import family
 import lets_kernels as lk
-from family import ALWAYS, FAMILY, ONE_EACH
+from family import ALWAYS, FAMILY, ONE_EACH, ONE_PASS
 from lets_kernels.around.network import SameRandomNumbers
 from nets import Task
 from passes import SHAPES, Passes, run
@@ -61,7 +61,7 @@ def test_both_passes_of_a_step_have_the_same_masks_and_no_two_steps(shape):
     assert not any(torch.equal(a, b) for i, a in enumerate(masks[::2]) for b in masks[2 * i + 2 :: 2])
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in ("random-sam", "esam")])
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in (*ONE_PASS, "esam")])
 def test_both_passes_of_any_method_have_the_same_masks(name):
     for shape in ("closure", "two-steps", "context"):
         task, opt = built(name)
@@ -72,9 +72,10 @@ def test_both_passes_of_any_method_have_the_same_masks(name):
         assert not torch.equal(masks[0], masks[each])
 
 
-def test_a_method_with_one_pass_has_no_use_for_it():
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_a_method_with_one_pass_has_no_use_for_it(name):
     with pytest.raises(ValueError, match="the first of two passes"):
-        built("random-sam")
+        built(name)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -293,7 +293,7 @@ def test_a_changed_parameter_is_noticed_by_any_method(name, change):
     for fresh in (False, True):
         task = Task(torch.float32, steps=4)
         net, make = task.net, {"rho": 0.3, "flatten": True}
-        opt = family.build(name, net, "sgd", **make)
+        opt = family.build(name, net, family.plainest(name), **make)
         family.run(opt, task, task.batches[:2])
         opt.zero_grad()
         saved = copy.deepcopy(opt.state_dict())
@@ -308,7 +308,7 @@ def test_a_changed_parameter_is_noticed_by_any_method(name, change):
             net.double()
             task.batches = [[(x.double(), y) for x, y in pair] for pair in task.batches]
         if fresh:
-            opt = family.build(name, net, "sgd", **make)
+            opt = family.build(name, net, family.plainest(name), **make)
             opt.load_state_dict(saved)
         before = weights(task)
         try:
@@ -318,7 +318,10 @@ def test_a_changed_parameter_is_noticed_by_any_method(name, change):
             refused = None if fresh else f"{error}"
             assert same_bits(weights(task), before)
             assert any((*opt.direction.held, *opt.descent.held, name == "bsam"))
-    if refused is None:
+    if refused is None and change == "double" and family.plainest(name) != "sgd":
+        # The base optimizer's own momentum stays in float32: four steps of 0.1 times 2^-24 of buffers below 8.
+        assert all((a - b).abs().max() < 4 * 0.1 * 8 * 2**-24 for a, b in zip(*ends, strict=True))
+    elif refused is None:
         assert same_bits(*ends)
     else:  # and loading it does help
         assert "otherwise in memory" in refused and "load" in refused and change in ("channels_last", "double")
