@@ -15,6 +15,7 @@ from torch import nn
 
 import lets_kernels as lk
 import papers
+from inside import progress
 from lets_kernels.methods import catalogue
 from lets_kernels.step.carried import numbers
 from methods import BASES
@@ -141,7 +142,7 @@ def takes(name, base):
 
 def draws(name):
     """True for a method that draws random numbers."""
-    return _small(name).random.used
+    return progress(_small(name)).random.used
 
 
 def plainest(name):

@@ -24,3 +24,14 @@ def held(opt):
 def space(opt):
     """The tables of the parameters, built anew where they have changed."""
     return opt._engine.work.tables.current()
+
+
+def waits(opt):
+    """True if the radius is still to learn from the last step."""
+    learning = opt._engine.work.setting.learning
+    return learning is not None and learning.waits
+
+
+def replace_samples(opt, samples):
+    """Let it look at others; nothing but a test does so."""
+    object.__setattr__(opt._engine.work.setting, "samples", samples)

@@ -6,6 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lets_kernels as lk
 from family import FAMILY, held
+from inside import replace_samples
 from lets_kernels import LearnedRadius
 from radii import auto, following
 from toys import snapshot
@@ -109,9 +110,9 @@ class WeightedByParts(lk.WeightedSamples):
 def by_parts(opt, count=2):
     """Let an optimizer in one process look at samples as ranks do."""
     if isinstance(opt.samples, lk.SelectedSamples):
-        opt.samples = ChosenByParts(opt.samples.gamma)
+        replace_samples(opt, ChosenByParts(opt.samples.gamma))
     elif isinstance(opt.samples, lk.WeightedSamples):
-        opt.samples = WeightedByParts(opt.samples.power)
+        replace_samples(opt, WeightedByParts(opt.samples.power))
     opt.samples.count = count
     return opt
 

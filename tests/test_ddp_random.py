@@ -28,7 +28,7 @@ def without_ranks(rank, method):
 @pytest.mark.parametrize("method", FAMILY)
 def test_random_decisions_need_ranks_or_a_seed(ranks, method):
     """And decisions by a norm need ranks, whose sums may differ in the last bit."""
-    draws = optimizer(net(), method).random.used
+    draws = progress(optimizer(net(), method)).random.used
     by_norm = FAMILY[method].cls in (lk.AESAM, lk.AELookSAM)
     for nothing, seeded, alone in ranks.run(without_ranks, method):
         assert alone is None

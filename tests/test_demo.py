@@ -19,6 +19,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import lets_kernels
+from inside import progress
 from lets_kernels import SAM, AutoRadius, LearnedRadius, __version__, backends
 from lets_kernels.demo import cli, processes, report
 from lets_kernels.demo.data import TEST_SIZE, TRAIN_SIZE, batches, load, noisy_targets
@@ -341,7 +342,7 @@ def test_a_method_of_the_others_trains(name, usual):
     assert last.train_loss not in [loss for other, loss in usual.items() if other != name]
     opt = OTHERS[name].build(small_cnn().parameters(), SHORT, rho)
     assert (last.optimizer_ms is None) == opt.samples.per_sample and last.step_ms > 0
-    if opt.random.used:
+    if progress(opt).random.used:
         assert last.train_loss == train(name, rho, 0, SHORT).epochs[-1].train_loss
 
 

@@ -101,7 +101,7 @@ def test_without_a_seed_torchs_generator_gives_it(name):
 
 
 def test_methods_that_draw_are_those_that_should():
-    drawing = {name for name in ONE_EACH if build(name, Task(steps=1)).random.used}
+    drawing = {name for name in ONE_EACH if progress(build(name, Task(steps=1))).random.used}
     assert drawing & set(TUNED) == {"rst", "rgsam", "rsam", "random-sam", "sparse", "esam", "bsam"}
 
 

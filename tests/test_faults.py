@@ -103,14 +103,14 @@ def test_an_interrupt_between_the_perturbation_and_the_context_restores(backend,
     """Code of torch's stands around `first_step`; inside the context, or not, the weights are either's."""
     toy = Toy()
     opt = lk.SAM(toy.params, torch.optim.SGD, rho=3.0, backend=backend.name, lr=0.1)
-    before, perturb, seen = weights(toy), opt.first_step, []
+    before, perturb, seen = weights(toy), opt._engine.begin, []
 
-    def first_step(**options):
+    def begin(**options):
         perturb(**options)
         seen.append(weights(toy))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opt, "first_step", first_step)
+    monkeypatch.setattr(opt._engine, "begin", begin)
     toy.set_grads(toy.grads(0))
     with pytest.raises(KeyboardInterrupt), opt.perturbed():
         pass

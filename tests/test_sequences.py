@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 import lets_kernels as lk
-from inside import now
+from inside import now, waits
 from runs import GUARD, same_bits
 
 EXAMPLES = int(os.environ.get("LETS_KERNELS_EXAMPLES", "0"))
@@ -576,7 +576,7 @@ class Machine(RuleBasedStateMachine):
         if shape == "older":
             opt.zero_grad()
             plan.make(self.params)
-            asks = self.made_by_closures or opt.direction.remembers or opt.radius.waits or not opt.schedule.capturable
+            asks = self.made_by_closures or opt.direction.remembers or waits(opt) or not opt.schedule.capturable
             said = {"first_backward": True} if asks else {}  # else one call more would find it out, once
             return opt.step(adding, *val, **said)
         opt.zero_grad()

@@ -23,6 +23,7 @@ from lets_kernels.step.setting import Setting
 from lets_kernels.step.start import Start
 from lets_kernels.step.step import Step
 from lets_kernels.step.tables import Tables
+from lets_kernels.step.tracing import untraced
 from lets_kernels.step.workspace import Workspace
 
 _SEEN = "_lets_kernels_seen"
@@ -66,6 +67,7 @@ class Engine:
                 "restore() to give the perturbation up"
             )
 
+    @untraced
     def refuse_another_step(self, what: str) -> None:
         """``RuntimeError`` if a step has been begun and its weights are perturbed."""
         self._heal()
@@ -291,6 +293,7 @@ class Engine:
                 "bf16-mixed, or manual optimisation with a loss scaler of your own"
             )
 
+    @untraced
     def restore(self) -> None:
         """:meth:`SAM.restore`."""
         now = self.now
