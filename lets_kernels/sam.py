@@ -268,6 +268,7 @@ class SAM(torch.optim.Optimizer):
         w.scaling.begin(scaler, first_only=True)
         w.scaling.unscale(scaler, w.groups)
 
+    @untraced
     def first_step(self, zero_grad: bool = False, *, loss: Any = None) -> bool:
         """Move the weights to θ + ε, from the gradients that the first backward left.
 

@@ -227,9 +227,8 @@ def test_along_the_training_gradient_as_algorithm_1_prints_it(name):
     hat, train, val = seen[-3:]
     q = {"p=1.5": 3.0, "p=1.05": 21.0, "p=inf": 1.0}.get(name, 2.0)
     if name == "esam-tensor":
-        chosen = [
-            i for i, draw in enumerate(progress(problem.opt).random.uniforms(WARM, len(SHAPES), DRAWS)) if draw < 0.8
-        ]
+        drawn = progress(problem.opt).random.uniforms(WARM, len(SHAPES), DRAWS)
+        chosen = [i for i, draw in enumerate(drawn) if draw < 0.8]
         assert 0 < len(chosen) < len(SHAPES)
         hat, train, val = ([each[i] for i in chosen] for each in (hat, train, val))
     directions = unit(train, scales_of(name, weights, train), q)
