@@ -11,6 +11,7 @@ from lets_kernels.methods.friendly import FriendlySAM, VaSSO
 from lets_kernels.methods.gsam import GSAM, RGSAM, GradientNormPenalty
 from lets_kernels.methods.lets import LETSASAM, LETSSAM
 from lets_kernels.methods.looksam import AESAM, AELookSAM, LookSAM
+from lets_kernels.methods.msam import MSAM
 from lets_kernels.methods.rsam import RSAM, RandomSAM
 from lets_kernels.methods.rst import RST
 from lets_kernels.ops import backends
@@ -24,6 +25,7 @@ from lets_kernels.parts.direction import (
     Gaussian,
     Gradient,
     Masked,
+    Momentum,
     Posterior,
     RandomStart,
     Smoothed,
@@ -45,6 +47,7 @@ __all__ = [
     "LETSASAM",
     "LETSSAM",
     "MESA",
+    "MSAM",
     "RGSAM",
     "RSAM",
     "RST",
@@ -75,6 +78,7 @@ __all__ = [
     "LearningRateRadius",
     "LookSAM",
     "Masked",
+    "Momentum",
     "NormPenalty",
     "NormThreshold",
     "Perturbed",

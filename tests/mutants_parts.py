@@ -65,6 +65,18 @@ GROUPS = [
         ],
     ),
     (
+        DIRECTION + "momentum.py",
+        "tests/test_msam.py -k 'cpu or refused'",
+        [
+            ("for value in (-1.0, 0.0, 1.0)]", "for value in (1.0, 0.0, 1.0)]"),
+            ('"betas": "exp_avg"', '"betas": "exp_avg_sq"'),
+            ("if not value:", "if value is None:"),
+            ("packed, [], table, None, 0.0, 2.0)", "packed, [], table, None, 0.0, 1.0)"),
+            ("runs.only(places)", "runs"),
+            ("if not places and any(", "if places and any("),
+        ],
+    ),
+    (
         "lets_kernels/base/state.py",
         "tests/test_look.py",
         [

@@ -207,6 +207,15 @@ def random_sam(run, rho):
         run.descend(run.grad(batch, run.moved(rho, lin((1 / math.sqrt(d), run.draw(normals, t, NOISE))))))
 
 
+def msam(run, rho):
+    """Becker et al. 2024, Algorithm 1: the gradient at w - rho v/||v||; v is what the base optimizer has summed up."""
+    for _, batch in run.steps():
+        sgd = isinstance(run.base, oracle.SGD)
+        v = dict(run.base.buffers) if sgd else {k: m for k, (_, m, _) in run.base.moments.items()}
+        v = v or lin((0.0, run.theta))
+        run.descend(run.grad(batch, run.moved(rho, lin((-1.0, unit(v))))))
+
+
 def friendly(run, rho, sigma, decay, update_first=False):
     """Li et al. 2024, Algorithm 1; in the first step d and m are the gradient."""
     m = None

@@ -106,13 +106,16 @@ METHODS = {
 #: Methods that want more than their constructors ask for.
 SPECIAL = {SparseSAM: sparse_sam, BSAM: bsam}
 
+#: Where a method's default radius is larger, this: SAM's own training is lost from 1.0 on in so small a network.
+LARGEST = 0.5
+
 #: What it runs if it is named: other radii, and then every method of the package, from its own default radius.
 OTHERS = {
     "lets-sam-secant": Method("LETS-SAM secant", inside(LETSSAM, secant)),
     "asam-auto": Method('ASAM rho="auto"', inside(ASAM, AutoRadius), (0.5,)),
     "lets-asam-secant": Method("LETS-ASAM secant", inside(LETSASAM, secant), (0.5,)),
     **{
-        m.key: Method(m.name, SPECIAL.get(m.cls) or as_described(m.cls), (m.values["rho"],))
+        m.key: Method(m.name, SPECIAL.get(m.cls) or as_described(m.cls), (min(m.values["rho"], LARGEST),))
         for m in catalogue.methods()
         if m.key not in METHODS
     },

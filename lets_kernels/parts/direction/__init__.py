@@ -4,6 +4,7 @@ from lets_kernels.parts.direction.average import Friendly, Smoothed
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi
 from lets_kernels.parts.direction.gradient import Adaptive, Fisher, Gradient
 from lets_kernels.parts.direction.mask import Dropped, Masked
+from lets_kernels.parts.direction.momentum import Momentum
 from lets_kernels.parts.direction.noise import Gaussian, Posterior, RandomStart
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Gaussian",
     "Gradient",
     "Masked",
+    "Momentum",
     "Perturbation",
     "Posterior",
     "RandomStart",

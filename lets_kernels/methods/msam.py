@@ -1,0 +1,57 @@
+"""Momentum-SAM (Becker, Altrock & Risse, 2024)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lets_kernels.methods.page import Method, Row
+from lets_kernels.parts.direction import Momentum
+from lets_kernels.parts.radius import RadiusLike
+from lets_kernels.sam import SAM
+
+
+class MSAM(SAM):
+    """ε = −ρ v/‖v‖ along the base optimizer's momentum v: one gradient a step.
+
+    Becker, Altrock & Risse, 2024 (arXiv 2401.12033), Algorithm 1. The perturbation goes on in the direction in which
+    the last steps went; v = 0 before the first step, which is the base optimizer's. The closure is called once, and
+    returns the loss at θ + ε. In the other shapes there is no first backward: ``opt.first_step()``, forward, backward,
+    ``opt.second_step()``. Between steps the weights are θ; the authors' code leaves them at θ + ε.
+
+    Where paper and code (MarlonBecker/MSAM) differ, this is the paper's: weight decay sees θ, in the code's SGD θ + ε.
+    Its AdamW decays after the step, torch's before it.
+
+    Args:
+        params, base_optimizer, kwargs: as :class:`SAM`. The base optimizer has momentum: see
+            :class:`~lets_kernels.Momentum`.
+        rho: ρ, the length of ε; 0 is the base optimizer. It is larger than SAM's.
+
+    Raises:
+        ValueError: the base optimizer, or a group of it, has no momentum.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        rho: RadiusLike = 3.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, direction=Momentum(), **kwargs)
+
+
+METHODS = (
+    Method(
+        MSAM,
+        "MSAM",
+        key="msam",
+        paper="Becker et al., 2024",
+        parts=(Momentum,),
+        defaults={
+            "rho": "the authors' CIFAR and ImageNet commands' (ViT's configuration has 10, the classes in the code 0.3 "
+            "for SGD and 1 for AdamW)"
+        },
+        rows=(Row("MSAM", "rho=3.0, lr=0.1, momentum=0.9", gradients="1", remark="a base optimizer with momentum"),),
+    ),
+)
