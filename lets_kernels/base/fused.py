@@ -153,18 +153,13 @@ class FusedAdam:
         if averages is None or squares is None or steps is None or runs.copies:
             return None
         b = runs.bucket
-        options = (
-            float(group["lr"]),
-            *map(float, group["betas"]),
-            float(group["eps"]),
-            float(group["weight_decay"]),
-            bool(group["decoupled_weight_decay"]),
-            bool(group["maximize"]),
-        )
+        lr, (beta1, beta2), eps = float(group["lr"]), map(float, group["betas"]), float(group["eps"])
+        decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
+        options = (lr, beta1, beta2, eps, decay, decoupled, bool(group["maximize"]))
 
         def step(gate: Tensor) -> None:
-            lists = (runs.pack(runs.grads), *map(b.pack, (averages, squares, steps)))
-            b.ops.restore_adamw_(runs.weights, *lists, b.saved, b.dirty, runs.table, gate, *options)
+            grads, m, v, t = runs.pack(runs.grads), b.pack(averages), b.pack(squares), b.pack(steps)
+            b.ops.restore_adamw_(runs.weights, grads, m, v, t, b.saved, b.dirty, runs.table, gate, *options)
 
         return step
 

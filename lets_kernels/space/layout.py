@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lets_kernels import ops
+from lets_kernels.ops.declared import ELEMENT_WISE as ELEMENT_WISE
+from lets_kernels.ops.declared import FISHER as FISHER
+from lets_kernels.ops.declared import UNSCALED as UNSCALED
 from lets_kernels.space.runs import (
     Runs,
     addresses,
@@ -40,7 +43,6 @@ from lets_kernels.space.shards import (
 
 PADDING = 16
 _TABLES = 64
-FISHER, UNSCALED, ELEMENT_WISE = -2, -1, 0
 
 # (row_length, row_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
 Geometry = Callable[[Tensor, str | None, dict[str, Any]], tuple[int, int]]

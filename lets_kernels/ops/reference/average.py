@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import root, runs, wide
 
+__all__ = ["average_", "posterior_ascent_"]
+
 
 def average_(
     averages: Sequence[Tensor],

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import runs, wide
 
+__all__ = ["combine_", "displacement_dots", "dots"]
+
 
 def dots(x: Sequence[Tensor], y: Sequence[Tensor], table: Tensor) -> Tensor:
     """x·x, x·y and y·y over all runs: float64, of shape [3]."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from lets_kernels.ops.reference.noise import words
 from lets_kernels.ops.reference.shared import runs, wide
 
+__all__ = ["count_above", "masked_", "select_"]
+
 
 def masked_(
     out: Sequence[Tensor],

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import filter_of, root, runs, wide
 
+__all__ = ["noise_"]
+
 _LOW = 0xFFFFFFFF
 
 

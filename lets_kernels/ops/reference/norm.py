@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import runs, scaling, wide
 
+__all__ = ["all_finite_", "filter_norms", "grad_norm", "largest", "peaks_"]
+
 
 def grad_norm(
     vectors: Sequence[Tensor],

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import dual, runs, scaling, wide
 
+__all__ = ["perturb_", "restore_"]
+
 
 def perturb_(
     params: Sequence[Tensor],

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import dual, runs, scaling, wide
 
+__all__ = ["rho_grad_diagonal", "rho_grad_secant"]
+
 
 def rho_grad_diagonal(
     val: Sequence[Tensor],

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import runs, wide
 
+__all__ = ["restore_adamw_", "restore_bsam_", "restore_sgd_"]
+
 
 def restore_sgd_(
     params: Sequence[Tensor],
