@@ -364,3 +364,17 @@ def _declared(name: str, method: Callable[..., object]) -> Op:
 
 
 OPS: tuple[Op, ...] = tuple(_declared(n, f) for n, f in vars(Backend).items() if hasattr(f, "moved"))
+
+
+def table() -> str:
+    """All ops in Markdown, for docs/ops.md."""
+
+    def listed(names: Sequence[str], where: str = "") -> str:
+        return "".join(f", {name}{where}" for name in names)
+
+    lines = ["| op | computes | reads | writes |", "|---|---|---|---|"]
+    for op in OPS:
+        reads = listed(op.reads) + listed(op.element_wise, " (element-wise T)") + listed(op.filter_wise, " (filters)")
+        doc = op.doc.replace("|", "\\|")
+        lines.append(f"| `{op.name}` | {doc} | {reads[2:] or '–'} | {', '.join(op.written) or '–'} |")
+    return "\n".join(lines)
