@@ -20,6 +20,7 @@ from torch import Tensor
 
 import lets_kernels
 from lets_kernels import ops
+from lets_kernels.ops.declared import ELEMENT_WISE, OPS, Op
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -67,44 +68,19 @@ def combine(pairs: Sequence[tuple[float, Sequence[Tensor]]]) -> list[Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """Parameter-sized buffers that must be moved: of all elements, and of those alone whose T is of one kind; and masks
-    of a byte an element.
-    """
+    """What an op cannot avoid moving, as it is declared."""
 
-    buffers: int
-    element_wise: int = 0
-    filter_wise: int = 0
-    masks: int = 0
+    op: Op
 
     def bytes(self, table: Tensor, itemsize: int) -> int:
         numel, row_length = table[:, 1], table[:, 2]
-        moved = self.buffers * numel + self.element_wise * numel * (row_length == 0)
-        moved = itemsize * (moved + self.filter_wise * numel * (row_length > 0))
-        return int((moved + self.masks * numel).sum())
+        lists, masks = map(len, self.op.moved)
+        moved = lists * numel + len(self.op.element_wise) * numel * (row_length == ELEMENT_WISE)
+        moved = itemsize * (moved + len(self.op.filter_wise) * numel * (row_length > ELEMENT_WISE))
+        return int((moved + masks * numel).sum())
 
 
-FLOORS = {
-    "grad_norm": Floor(1, element_wise=1),
-    "filter_norms": Floor(0, filter_wise=1),
-    "perturb_": Floor(4),
-    "restore_": Floor(2),
-    "restore_sgd_": Floor(5),
-    "restore_adamw_": Floor(7),
-    "rho_grad_diagonal": Floor(4, element_wise=1),
-    "rho_grad_secant": Floor(4),
-    "dots": Floor(2),
-    "displacement_dots": Floor(3),
-    "combine_": Floor(3),
-    "average_": Floor(4),
-    "posterior_ascent_": Floor(4),
-    "restore_bsam_": Floor(6),
-    "noise_": Floor(2),
-    "masked_": Floor(2, masks=1),
-    "count_above": Floor(1, masks=1),
-    "select_": Floor(1, masks=2),
-    "largest": Floor(1),
-    "peaks_": Floor(2),
-}
+FLOORS = {op.name: Floor(op) for op in OPS if any(a.name == "table" for a in op.arguments)}
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------

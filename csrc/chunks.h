@@ -1,11 +1,9 @@
 // What the CPU ops share: chunks on torch's threads, sums over them, new scalars.
 #pragma once
 
-#include "runs.h"
+#include "call.h"
 
 namespace lets {
-
-constexpr Where kCpu;
 
 // A new float64 tensor: of one number with no dimensions, or of several with one.
 inline Tensor make_numbers(const double* values, int64_t numel, int64_t dimensions) {
@@ -34,14 +32,20 @@ std::vector<Value> of_each_chunk(const Table& table, const F& f) {
   for_each(int64_t(chunks.size()), table.total(), [&](int64_t i) { partial[size_t(i)] = f(chunks[size_t(i)]); });
   return partial;
 }
-template <class F>
+template <class Value, class F>
 Tensor sum_over_chunks(const Table& table, const F& f) {
-  double total = 0;
-  for (double p : of_each_chunk<double>(table, f)) total += p;
-  return make_scalar(total);
+  double total[3] = {};
+  if constexpr (std::is_same_v<Value, double>) {
+    for (double p : of_each_chunk<double>(table, f)) total[0] += p;
+    return make_scalar(total[0]);
+  } else {
+    for (const Three& p : of_each_chunk<Three>(table, f))
+      total[0] += p.first, total[1] += p.second, total[2] += p.third;
+    return make_numbers(total, 3, 1);
+  }
 }
 
 // What the op does not read back may be written around the caches.
-inline bool streams(const Table& table, Dtype dtype) { return table.total() * size_of(dtype) >= kStreamBytes; }
+inline bool streams(const Call& c) { return c.table.total() * size_of(c.dtype) >= kStreamBytes; }
 
 }  // namespace lets

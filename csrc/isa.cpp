@@ -10,22 +10,23 @@ struct Candidate {
   Kernels kernels;
 };
 
-#define LETS_KERNELS_OF(isa)                                                                     \
-  {isa::norm,    isa::filter_norm,  isa::perturb,          isa::restore, isa::sgd,               \
-   isa::adam,    isa::rho_diagonal, isa::rho_secant,       isa::dots,    isa::displacement_dots, \
-   isa::combine, isa::average,      isa::posterior_ascent, isa::bsam,    isa::noise,             \
-   isa::masked,  isa::count_above,  isa::select,           isa::largest, isa::peaks}
+#define LETS_TAKE(op, result) .op = op,
+#define LETS_CANDIDATE(isa)                        \
+  [] {                                             \
+    using namespace isa;                           \
+    return Candidate{#isa, {LETS_OPS(LETS_TAKE)}}; \
+  }()
 
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> all = [] {
-    std::vector<Candidate> found{{"baseline", LETS_KERNELS_OF(baseline)}};
+    std::vector<Candidate> found{LETS_CANDIDATE(baseline)};
 #ifdef LETS_HAVE_AVX2
-    if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", LETS_KERNELS_OF(avx2)});
+    if (__builtin_cpu_supports("avx2")) found.push_back(LETS_CANDIDATE(avx2));
 #endif
 #ifdef LETS_HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-      found.push_back({"avx512", LETS_KERNELS_OF(avx512)});
+      found.push_back(LETS_CANDIDATE(avx512));
 #endif
     return found;
   }();

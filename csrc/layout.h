@@ -13,8 +13,7 @@ constexpr int64_t size_of(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype
 struct Run {
   int64_t start;       // offset in the flat buffers of the bucket, a multiple of 16
   int64_t numel;       //
-  int64_t row_length;  // -2: T of the Fisher information; -1: T = 1; 0: T = |theta| + xi; else T of filter
-                       // (element / row_length) % row_count
+  int64_t row_length;  // kFisher, kUnscaled, kElementWise; or T is of filter (element / row_length) % row_count
   int64_t row_count;   //
   int64_t row_start;   // the run's first entry among the filter norms
 };
@@ -38,6 +37,11 @@ constexpr int64_t kWorthAThread = LETS_WORTH_A_THREAD;    // elements from which
 constexpr int64_t kStreamBytes = LETS_STREAM_BYTES;       // bytes written from which a CPU op writes around the caches
 constexpr int64_t kChunksALaunch = LETS_CHUNKS_A_LAUNCH;  // chunks of a CUDA launch
 static_assert(kChunksALaunch <= int64_t(1) << 30, "a block's index, and the next one's, are of 32 bits");
+
+// Three sums.
+struct Three {
+  double first, second, third;
+};
 
 // How one chunk is scaled: T of ASAM.
 struct Scaling {

@@ -151,17 +151,7 @@ LETS_FN PerturbationScale<C> perturbation_scale(double total, double rho, double
   return {length, shrink};
 }
 
-// ---- base optimizers, with the options as torch has them
-
-struct SgdOptions {
-  double lr, momentum, weight_decay;
-  bool nesterov, maximize;
-};
-
-struct AdamOptions {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled, maximize;
-};
+// ---- base optimizers, with the options as the ops have them: `Options` is a struct of declared.h
 
 template <class C>
 struct Sgd {
@@ -180,8 +170,8 @@ struct Sgd {
   }
 };
 
-template <class C>
-LETS_FN Sgd<C> sgd_of(const SgdOptions& o) {
+template <class C, class Options>
+LETS_FN Sgd<C> sgd_of(const Options& o) {
   return {C(o.lr), C(o.momentum), C(o.weight_decay), o.nesterov, o.maximize};
 }
 
@@ -208,8 +198,8 @@ struct Adam {
 // 1 - beta^t
 LETS_FN double bias_correction(double beta, double step) { return 1 - power(beta, step); }
 
-template <class C>
-LETS_FN Adam<C> adam_of(const AdamOptions& o, double bias1, double bias2) {
+template <class C, class Options>
+LETS_FN Adam<C> adam_of(const Options& o, double bias1, double bias2) {
   return {o.decoupled ? C(1 - o.lr * o.weight_decay) : C(1),
           o.decoupled ? C(0) : C(o.weight_decay),
           C(o.beta1),
@@ -220,6 +210,10 @@ LETS_FN Adam<C> adam_of(const AdamOptions& o, double bias1, double bias2) {
           C(square_root(bias2)),
           C(o.eps),
           o.maximize};
+}
+template <class C, class Options>
+LETS_FN Adam<C> adam_of(const Options& o, double step) {
+  return adam_of<C>(o, bias_correction(o.beta1, step), bias_correction(o.beta2, step));
 }
 
 // Variational SAM (Moellenhoff & Khan, 2023), its step: s is the precision, m the average.
@@ -232,6 +226,11 @@ struct Bsam {
     return o.lr == 0 ? theta : theta - o.lr * (m / s);
   }
 };
+
+template <class C, class Options>
+LETS_FN Bsam<C> bsam_of(const Options& o) {
+  return {C(o.lr), C(o.beta1), C(1 - o.beta1), C(o.weight_decay)};
+}
 
 // ---- vectors: moving averages, combinations, displacements, keys
 

@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "layout.h"
+#include "random.h"
+
+#include <declared.h>  // made by generate.py, of what stands above
 
 // What torch before 2.13 calls otherwise.
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)
@@ -85,7 +88,7 @@ class Table {
     size_ = t.size(0);
     for (int64_t i = 0; i < size_; ++i) {
       const Run& run = runs_[i];
-      STD_TORCH_CHECK(within(run.start) && within(run.numel) && run.row_length >= -2, "run table: row ", i,
+      STD_TORCH_CHECK(within(run.start) && within(run.numel) && run.row_length >= kFisher, "run table: row ", i,
                       " is not valid");
       if (run.row_length > 0) {
         STD_TORCH_CHECK(within(run.row_count) && run.row_count >= 1 && within(run.row_start) &&
@@ -96,7 +99,7 @@ class Table {
       total_ += run.numel;
       STD_TORCH_CHECK(within(total_), "run table: more elements than any memory holds");
       if (run.start + run.numel > end_) end_ = run.start + run.numel;
-      adaptive_ = adaptive_ || run.row_length == 0;
+      adaptive_ = adaptive_ || run.row_length == kElementWise;
       if (run.row_length > 0 && run.row_start + run.row_count > rows_) rows_ = run.row_start + run.row_count;
     }
   }
@@ -202,24 +205,33 @@ class Scalings {
  public:
   Scalings(const Table& table, const Tensors& params, const std::optional<Tensor>& norms, Dtype dtype, double xi,
            Where where)
-      : Scalings(table, norms, dtype, xi, where) {
+      : Scalings(table, norms, dtype, where) {
+    xi_ = xi;
+    check_given();
     STD_TORCH_CHECK(!table.element_wise() || !params.empty(), "params must be given where T = |theta| + xi");
   }
-  // For ops that look at filters alone.
-  Scalings(const Table& table, const std::optional<Tensor>& norms, Dtype dtype, double xi, Where where,
-           Need need = Need::required)
-      : table_(table), xi_(xi), item_(dtype == Dtype::float64 ? 8 : 4) {
-    if (table.rows() == 0 || (need == Need::optional && !norms.has_value())) return;
-    STD_TORCH_CHECK(norms.has_value(), "filter_norms must be given where the run table has filters");
-    norms_ = filter_norms_of(*norms, table, dtype, where, "filter_norms");
+  // For ops that look at filters alone, if they are given.
+  Scalings(const Table& table, const std::optional<Tensor>& norms, Dtype dtype, Where where)
+      : table_(table), xi_(0), item_(dtype == Dtype::float64 ? 8 : 4) {
+    if (table.rows() > 0 && norms.has_value()) norms_ = address_of(*norms, table, dtype, where, "filter_norms");
+  }
+  // For the op that writes the norms.
+  Scalings(const Table& table, const Tensor& norms, Dtype dtype, Where where, const char* what)
+      : table_(table), xi_(0), item_(dtype == Dtype::float64 ? 8 : 4) {
+    if (table.rows() > 0) norms_ = address_of(norms, table, dtype, where, what);
+  }
+  void check_given() const {
+    STD_TORCH_CHECK(table_.rows() == 0 || norms_, "filter_norms must be given where the run table has filters");
   }
   Scaling at(const Chunk& chunk) const {
     const Run& run = table_[chunk.run];
     const char* norms = run.row_length > 0 && norms_ ? norms_ + run.row_start * item_ : nullptr;
     return {run.row_length, run.row_count, norms, xi_, chunk.begin};
   }
+
+ private:
   // The address of one norm a filter, float (double for float64).
-  static char* filter_norms_of(const Tensor& t, const Table& table, Dtype dtype, Where where, const char* what) {
+  static char* address_of(const Tensor& t, const Table& table, Dtype dtype, Where where, const char* what) {
     using torch::headeronly::ScalarType;
     STD_TORCH_CHECK(where.has(t) && t.is_contiguous() && t.numel() >= table.rows() &&
                         t.scalar_type() == (dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float),
@@ -227,7 +239,6 @@ class Scalings {
     return static_cast<char*>(memory_of(t, what));
   }
 
- private:
   const Table& table_;
   double xi_;
   int64_t item_;
@@ -246,6 +257,11 @@ inline double* scalar(const Tensor& t, Where where, const char* what) {
 }
 inline int64_t* counter(const Tensor& t, Where where, const char* what) {
   return static_cast<int64_t*>(element(t, torch::headeronly::ScalarType::Long, "int64", where, what));
+}
+inline std::vector<const double*> scalars(const Tensors& list, Where where, const char* what) {
+  std::vector<const double*> found;
+  for (const Tensor& t : list) found.push_back(scalar(t, where, what));
+  return found;
 }
 // A mask of the bucket: one byte an element, addressed by Run::start.
 inline uint8_t* mask_of(const Tensor& t, const Table& table, Where where) {

@@ -13,7 +13,10 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
+import generate
+
 ROOT = Path(__file__).resolve().parent.parent
+DECLARED = ROOT / "build" / "declared"  # the headers that generate.py makes of the ops' declaration
 TORCH_MINIMUM = (2, 10)
 TORCH_TARGET_VERSION = f"0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"  # as torch/headeronly/version.h
 GIB_PER_JOB = 1.5  # a file that includes torch's and pybind11's headers
@@ -189,11 +192,16 @@ def escape(path):
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def declared():
+    """Write the headers of the declared ops, where they are out of date; the flags with which they are found."""
+    return ["-I", str(generate.write(DECLARED))]
+
+
 def ninja_text(compiler, cuda, torch, include_pybind11, suffix):
     """The build file: csrc/*.cpp once, csrc/cpu/*.cpp once for each instruction set, into one library; csrc/cuda, where
-    there is an nvcc, into another.
+    there is an nvcc, into another. The headers that it needs are written.
     """
-    flags = ["-O3", *shlex.split(os.environ.get("CXXFLAGS", "")), *FLAGS]
+    flags = ["-O3", *shlex.split(os.environ.get("CXXFLAGS", "")), *FLAGS, *declared()]
     python = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
     includes = [include_pybind11, torch.root / "include", *python]  # torch's own pybind11 is not for extensions
     binding = [
@@ -223,7 +231,7 @@ def ninja_text(compiler, cuda, torch, include_pybind11, suffix):
         static += "-Xlinker --exclude-libs,ALL -Xlinker --no-as-needed".split()
         lines += [
             "rule nvcc",
-            f"  command = {quote([cuda.nvcc, *host, *NVCC_FLAGS, *codes])} -MD -MF $out.d -c $in -o $out"
+            f"  command = {quote([cuda.nvcc, *host, *NVCC_FLAGS, *declared(), *codes])} -MD -MF $out.d -c $in -o $out"
             " > $out.ptxas 2>&1 || (cat $out.ptxas; false)",
             "  deps = gcc",
             "  depfile = $out.d",

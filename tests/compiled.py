@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lets_kernels.ops import triton as ops
+from lets_kernels.ops.declared import FISHER
 from lets_kernels.ops.triton import (
     average,
     bsam,
@@ -203,7 +204,7 @@ def main(arch):
         bucket = rows(dtype, "filter")
         ops.filter_norms(bucket.give(bucket.values(), "list"), bucket.table, bucket.norms())
     bucket = rows(DTYPES[which], ("fisher", "element", "all")[which])
-    bucket.table[1, 2] = -2
+    bucket.table[1, 2] = FISHER
     call_scaled(bucket, kinds[4 * which][0])
     repeated = 0
     if arch == ARCHES[0]:

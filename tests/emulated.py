@@ -31,10 +31,16 @@ def build(out=OUT, flags=(), link=()):
 def _build(out, flags, link):
     compiler, torch_found = toolchain.find_compiler(), toolchain.find_torch()
     assert not isinstance(compiler, str), compiler
-    depends = [*(ROOT / "csrc").glob("**/*.h"), *Path(__file__).parent.glob("emulator/*.h"), Path(__file__)]
+    declared = toolchain.declared()
+    depends = [
+        *(ROOT / "csrc").glob("**/*.h"),
+        *toolchain.DECLARED.glob("*.h"),
+        *Path(__file__).parent.glob("emulator/*.h"),
+        Path(__file__),
+    ]
     newest = max(path.stat().st_mtime for path in depends)
     version = f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET_VERSION}"
-    includes = ["-I", str(Path(__file__).parent / "emulator"), "-isystem", str(torch_found.root / "include")]
+    includes = [*declared, "-I", str(Path(__file__).parent / "emulator"), "-isystem", str(torch_found.root / "include")]
 
     def compile(source):
         target = out / f"{source.stem}.o"

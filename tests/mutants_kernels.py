@@ -115,10 +115,10 @@ GROUPS = [
         ],
     ),
     (
-        "csrc/schemas.h",
-        "tests/test_opcheck.py -k 'restore_sgd_ and (opcheck or schema)'",
+        "lets_kernels/ops/declared.py",
+        "tests/test_opcheck.py -k 'restore_sgd_ and writes_what'",
         [
-            ("Tensor(b!)[] momenta, Tensor saved", "Tensor[] momenta, Tensor saved"),
+            ("momenta: Written[MaybeTensors],", "momenta: MaybeTensors,"),
         ],
     ),
 ]

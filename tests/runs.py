@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
+
 GUARD = -77.0  # stands around every run, and in the padding of every flat buffer; exact in each dtype
 BAND = 32
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -106,7 +108,14 @@ LAYOUTS = {
 
 
 # Scales by the row lengths of the run table; 1 stands for the run's own.
-KINDS = {"plain": [-1], "element": [0], "filter": [1], "mixed": [1, 0, -1], "fisher": [-2], "all": [1, -2, 0, -1]}
+KINDS = {
+    "plain": [UNSCALED],
+    "element": [ELEMENT_WISE],
+    "filter": [1],
+    "mixed": [1, ELEMENT_WISE, UNSCALED],
+    "fisher": [FISHER],
+    "all": [1, FISHER, ELEMENT_WISE, UNSCALED],
+}
 
 
 @dataclass
@@ -138,7 +147,7 @@ class Bucket:
     def roundings(self):
         """Of T v, in units of u.  ASAM: xi, |theta| + xi, the product.  Fisher: xi, v^2, their product and the sum, of
         which the root leaves half; root, reciprocal, the product."""
-        return 5 if -2 in KINDS[self.scale] else 3
+        return 5 if FISHER in KINDS[self.scale] else 3
 
     def values(self, spread=1.0, zeros=True):
         """Random values of every run, exact in the dtype, in memory order; each seventh is a zero (of either sign)."""

@@ -1,6 +1,6 @@
 """The C++ kernels under sanitizers: what is built of tests/sanitize, and `make sanitize`, which runs all of it.
 
-``csrc/ops*.cpp`` and the kernels are compiled unchanged, against a stand-in for torch (``sanitize/standin``). ``walk``
+``csrc/ops.cpp`` and the kernels are compiled unchanged, against a stand-in for torch (``sanitize/standin``). ``walk``
 runs every op on random layouts between guard bands, ``fuzz`` gives the ops tables and lists that make no sense.
 """
 
@@ -41,7 +41,16 @@ def ninja_text(compiler, isas, optimization):
     """The programs as ``<sanitizer>/<name>``, with the instruction sets of ``isas[sanitizer]``: ``walk``, ``fuzz`` and
     ``sizes``, ``-small`` with the limits of that name; and ``walk-emulated``, the CUDA kernels in the emulator.
     """
-    flags = [optimization, "-g1", *toolchain.FLAGS, "-Werror", "-Wconversion", "-Wno-sign-conversion", "-pthread"]
+    flags = [
+        optimization,
+        "-g1",
+        *toolchain.FLAGS,
+        *toolchain.declared(),
+        "-Werror",
+        "-Wconversion",
+        "-Wno-sign-conversion",
+        "-pthread",
+    ]
     lines = [
         f"cxx = {toolchain.quote(compiler.command)}",
         "rule compile",
@@ -85,14 +94,12 @@ def ninja_text(compiler, isas, optimization):
         ]
         kernels.append(compile(ROOT / "csrc" / "isa.cpp", "isa", have))
         walk = compile(HERE / "walk.cpp", "walk", standin)
-        ops = ("ops", "ops_vectors")
-        small = [
-            compile(ROOT / "csrc" / f"{name}.cpp", f"{name}-small", [*standin, *shlex.split(SMALL)]) for name in ops
-        ]
-        link("walk", [walk, *(compile(ROOT / "csrc" / f"{name}.cpp", name, standin) for name in ops), *kernels])
-        link("walk-small", [walk, *small, *kernels])
+        ops = ROOT / "csrc" / "ops.cpp"
+        small = compile(ops, "ops-small", [*standin, *shlex.split(SMALL)])
+        link("walk", [walk, compile(ops, "ops", standin), *kernels])
+        link("walk-small", [walk, small, *kernels])
         if sanitizer == "address":
-            link("fuzz", [compile(HERE / "fuzz.cpp", "fuzz", standin), *small, *kernels])
+            link("fuzz", [compile(HERE / "fuzz.cpp", "fuzz", standin), small, *kernels])
             for name, limits in (("sizes", []), ("sizes-small", shlex.split(SMALL))):
                 link(
                     name,

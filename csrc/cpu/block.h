@@ -78,8 +78,8 @@ LETS_FN void stream_copy(void* to, const void* from, int64_t bytes) {
 #endif
 }
 
-LETS_FN void copy(void* to, const void* from, int64_t bytes, bool stream) {
-  if (stream) {
+LETS_FN void copy(void* to, const void* from, int64_t bytes, bool around) {
+  if (around) {
     stream_copy(to, from, bytes);
   } else {
     __builtin_memcpy(to, from, size_t(bytes));
@@ -87,43 +87,43 @@ LETS_FN void copy(void* to, const void* from, int64_t bytes, bool stream) {
 }
 
 // Streamed stores become visible to other threads only after this.
-LETS_FN void finish(bool stream) {
+LETS_FN void finish(bool around) {
 #if defined(__SSE2__)
-  if (stream) _mm_sfence();
+  if (around) _mm_sfence();
 #else
-  (void)stream;
+  (void)around;
 #endif
 }
 
 // Where a block's results are computed (the memory itself if it may be), and how they get to storage.
 template <class C, class T>
-LETS_FN C* result(T* to, C* buffer, bool stream) {
+LETS_FN C* result(T* to, C* buffer, bool around) {
   if constexpr (sizeof(T) == sizeof(C)) {
-    return stream ? buffer : to;
+    return around ? buffer : to;
   } else {
     return buffer;
   }
 }
 template <class C, class T>
-LETS_FN void store(T* to, const C* from, T* buffer, int64_t n, bool stream) {
+LETS_FN void store(T* to, const C* from, T* buffer, int64_t n, bool around) {
   if constexpr (sizeof(T) == sizeof(C)) {
-    if (stream) stream_copy(to, from, n * int64_t(sizeof(T)));
+    if (around) stream_copy(to, from, n * int64_t(sizeof(T)));
   } else {
-    T* target = stream ? buffer : to;
+    T* target = around ? buffer : to;
     for (int64_t i = 0; i < n; ++i) narrow(from[i], target[i]);
-    if (stream) stream_copy(to, buffer, n * int64_t(sizeof(T)));
+    if (around) stream_copy(to, buffer, n * int64_t(sizeof(T)));
   }
 }
 
 // Stores a block of results as `store` does, and gives them back as they are stored. `to` may be null: not stored.
 template <class C, class T>
-LETS_FN const C* keep(T* to, C* values, T* buffer, int64_t n, bool stream) {
+LETS_FN const C* keep(T* to, C* values, T* buffer, int64_t n, bool around) {
   if constexpr (sizeof(T) == sizeof(C)) {
-    if (to && stream) stream_copy(to, values, n * int64_t(sizeof(T)));
+    if (to && around) stream_copy(to, values, n * int64_t(sizeof(T)));
   } else {
     for (int64_t i = 0; i < n; ++i) narrow(values[i], buffer[i]);
     for (int64_t i = 0; i < n; ++i) values[i] = widen(buffer[i]);
-    if (to) copy(to, buffer, n * int64_t(sizeof(T)), stream);
+    if (to) copy(to, buffer, n * int64_t(sizeof(T)), around);
   }
   return values;
 }
@@ -146,13 +146,13 @@ LETS_FN void filter_scales(const Scaling& s, int64_t begin, C xi, C* buffer, int
 // T of a block, or null where T = 1. `theta` may be null unless the scaling is element-wise.
 template <class C>
 LETS_FN const C* scales(const Scaling& s, const C* theta, const C* v, int64_t begin, C* buffer, int64_t n) {
-  if (s.row_length == -1) return nullptr;
+  if (s.row_length == kUnscaled) return nullptr;
   const C xi = C(s.xi);
-  if (s.row_length == -2) {
+  if (s.row_length == kFisher) {
     for (int64_t i = 0; i < n; ++i) buffer[i] = fisher_scale(v[i], xi);
     return buffer;
   }
-  if (s.row_length == 0) {
+  if (s.row_length == kElementWise) {
     for (int64_t i = 0; i < n; ++i) buffer[i] = adaptive_scale(absolute(theta[i]), xi);
     return buffer;
   }

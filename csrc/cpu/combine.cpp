@@ -22,12 +22,14 @@ LETS_FN void add(Sum& xx, Sum& xy, Sum& yy, int64_t n, U u, V v) {
 }
 
 template <class T>
-Dots dots_of(const T* x, const T* y, int64_t numel) {
+Three dots_of(const chunk_of::dots& c) {
+  auto* const x = static_cast<const T*>(c.x);
+  auto* const y = static_cast<const T*>(c.y);
   using C = typename ArithmeticOf<T>::type;
   C x_buffer[kBlockOfTwo], y_buffer[kBlockOfTwo];
   Sum xx, xy, yy;
-  for (int64_t at = 0; at < numel; at += kBlockOfTwo) {
-    const int64_t n = smaller(kBlockOfTwo, numel - at);
+  for (int64_t at = 0; at < c.numel; at += kBlockOfTwo) {
+    const int64_t n = smaller(kBlockOfTwo, c.numel - at);
     const C* u = load<C>(x + at, x_buffer, n, kReadAhead);
     const C* v = load<C>(y + at, y_buffer, n, kReadAhead);
     add(xx, xy, yy, n, [=](int64_t i) { return u[i]; }, [=](int64_t i) { return v[i]; });
@@ -36,12 +38,15 @@ Dots dots_of(const T* x, const T* y, int64_t numel) {
 }
 
 template <class T>
-Dots displacement_dots_of(const T* g, const T* theta, const T* saved, int64_t numel) {
+Three displacement_dots_of(const chunk_of::displacement_dots& c) {
+  auto* const g = static_cast<const T*>(c.grads);
+  auto* const theta = static_cast<const T*>(c.params);
+  auto* const saved = static_cast<const T*>(c.saved);
   using C = typename ArithmeticOf<T>::type;
   C g_buffer[kBlockOfThree], now_buffer[kBlockOfThree], before_buffer[kBlockOfThree];
   Sum xx, xy, yy;
-  for (int64_t at = 0; at < numel; at += kBlockOfThree) {
-    const int64_t n = smaller(kBlockOfThree, numel - at);
+  for (int64_t at = 0; at < c.numel; at += kBlockOfThree) {
+    const int64_t n = smaller(kBlockOfThree, c.numel - at);
     const C* u = load<C>(g + at, g_buffer, n, kReadAhead);
     const C* now = load<C>(theta + at, now_buffer, n, kReadAhead);
     const C* before = load<C>(saved + at, before_buffer, n, kReadAhead);
@@ -51,12 +56,15 @@ Dots displacement_dots_of(const T* g, const T* theta, const T* saved, int64_t nu
 }
 
 template <class T>
-void combine_of(T* out, const T* x, const T* y, int64_t numel, double a, double b) {
+void combine_of(const chunk_of::combine_& c) {
+  auto* const out = static_cast<T*>(c.out);
+  auto* const x = static_cast<const T*>(c.x);
+  auto* const y = static_cast<const T*>(c.y);
   using C = typename ArithmeticOf<T>::type;
   C x_buffer[kBlock], y_buffer[kBlock];
-  const C first = C(a), second = C(b);
-  for (int64_t at = 0; at < numel; at += kBlock) {
-    const int64_t n = smaller(kBlock, numel - at);
+  const C first = C(c.coefficients[0]), second = C(c.coefficients[1]);
+  for (int64_t at = 0; at < c.numel; at += kBlock) {
+    const int64_t n = smaller(kBlock, c.numel - at);
     const C* u = load<C>(x + at, x_buffer, n);
     const C* v = load<C>(y + at, y_buffer, n);
     C* to = result<C>(out + at, x_buffer, false);
@@ -68,26 +76,16 @@ void combine_of(T* out, const T* x, const T* y, int64_t numel, double a, double 
 
 }  // namespace
 
-Dots dots(Dtype dtype, const void* x, const void* y, int64_t numel) {
-  return with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    return dots_of(static_cast<const T*>(x), static_cast<const T*>(y), numel);
-  });
+Three dots(const chunk_of::dots& c) {
+  return with_type(c.dtype, [&](auto type) { return dots_of<decltype(type)>(c); });
 }
 
-Dots displacement_dots(Dtype dtype, const void* g, const void* theta, const void* saved, int64_t numel) {
-  return with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    return displacement_dots_of(static_cast<const T*>(g), static_cast<const T*>(theta), static_cast<const T*>(saved),
-                                numel);
-  });
+Three displacement_dots(const chunk_of::displacement_dots& c) {
+  return with_type(c.dtype, [&](auto type) { return displacement_dots_of<decltype(type)>(c); });
 }
 
-void combine(Dtype dtype, void* out, const void* x, const void* y, int64_t numel, double a, double b) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    combine_of(static_cast<T*>(out), static_cast<const T*>(x), static_cast<const T*>(y), numel, a, b);
-  });
+void combine_(const chunk_of::combine_& c) {
+  return with_type(c.dtype, [&](auto type) { return combine_of<decltype(type)>(c); });
 }
 
 }  // namespace lets::cpu::LETS_ISA

@@ -6,25 +6,27 @@ namespace lets::cpu::LETS_ISA {
 namespace {
 
 template <class T>
-void perturb_of(T* theta, const T* v, T* saved, int64_t numel, const Scaling& s, double q, double total, double rho,
-                bool stream) {
+void perturb_of(const chunk_of::perturb_& c) {
+  auto* const theta = static_cast<T*>(c.params);
+  auto* const v = static_cast<const T*>(c.vectors);
+  auto* const saved = static_cast<T*>(c.saved);
   using C = typename ArithmeticOf<T>::type;
   C theta_buffer[kBlock], v_buffer[kBlock], t_buffer[kBlock];
-  const auto [factor, shrink] = perturbation_scale<C>(total, rho, q);
-  const C exponent = C(q);
-  if (!v) stream = false;  // what stands in `saved` is read first
-  for (int64_t b = 0; b < numel; b += kBlock) {
-    const int64_t n = smaller(kBlock, numel - b);
+  const auto [factor, shrink] = perturbation_scale<C>(c.total, c.rho, c.q);
+  const C exponent = C(c.q);
+  const bool around = v && c.around;  // what stands in `saved` is read first
+  for (int64_t b = 0; b < c.numel; b += kBlock) {
+    const int64_t n = smaller(kBlock, c.numel - b);
     const C* x = v_buffer;
     if (v) {
       x = load<C>(v + b, v_buffer, n);
     } else {
       for (int64_t i = 0; i < n; ++i) v_buffer[i] = widen(saved[b + i]);
     }
-    copy(saved + b, theta + b, n * int64_t(sizeof(T)), stream);
+    copy(saved + b, theta + b, n * int64_t(sizeof(T)), around);
     if (factor == 0) continue;
     const C* weights = load<C>(theta + b, theta_buffer, n);
-    const C* t = scales<C>(s, weights, x, b, t_buffer, n);
+    const C* t = scales<C>(c.scaling, weights, x, b, t_buffer, n);
     C* out = result<C>(theta + b, theta_buffer, false);
     if (exponent != 1 && exponent != 2) {
       for (int64_t i = 0; i < n; ++i) {
@@ -40,23 +42,18 @@ void perturb_of(T* theta, const T* v, T* saved, int64_t numel, const Scaling& s,
     }
     store<C>(theta + b, out, static_cast<T*>(nullptr), n, false);
   }
-  finish(stream);
+  finish(around);
 }
 
 }  // namespace
 
-void perturb(Dtype dtype, void* theta, const void* v, void* saved, int64_t numel, const Scaling& s, double q,
-             double total, double rho, bool stream) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    perturb_of(static_cast<T*>(theta), static_cast<const T*>(v), static_cast<T*>(saved), numel, s, q, total, rho,
-               stream);
-  });
+void perturb_(const chunk_of::perturb_& c) {
+  return with_type(c.dtype, [&](auto type) { return perturb_of<decltype(type)>(c); });
 }
 
-void restore(void* theta, const void* saved, int64_t bytes, bool stream) {
-  copy(theta, saved, bytes, stream);
-  finish(stream);
+void restore_(const chunk_of::restore_& c) {
+  copy(c.params, c.saved, c.numel * size_of(c.dtype), c.around);
+  finish(c.around);
 }
 
 }  // namespace lets::cpu::LETS_ISA

@@ -7,16 +7,20 @@ namespace lets::cpu::LETS_ISA {
 namespace {
 
 template <class T>
-void sgd_chunk(T* theta, const T* g, T* m, const T* saved, int64_t numel, const SgdOptions& options, bool stream) {
+void sgd_chunk(const chunk_of::restore_sgd_& c) {
+  auto* const theta = static_cast<T*>(c.params);
+  auto* const g = static_cast<const T*>(c.grads);
+  auto* const m = static_cast<T*>(c.momenta);
+  auto* const saved = static_cast<const T*>(c.saved);
   using C = typename ArithmeticOf<T>::type;
   C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], out_buffer[kBlock];
   T narrow_buffer[kBlock];
-  const Sgd<C> sgd = sgd_of<C>(options);
-  for (int64_t b = 0; b < numel; b += kBlock) {
-    const int64_t n = smaller(kBlock, numel - b);
+  const Sgd<C> sgd = sgd_of<C>(c);
+  for (int64_t b = 0; b < c.numel; b += kBlock) {
+    const int64_t n = smaller(kBlock, c.numel - b);
     const C* weights = load<C>(saved + b, saved_buffer, n);
     const C* gradient = load<C>(g + b, g_buffer, n);
-    C* out = result<C>(theta + b, out_buffer, stream);
+    C* out = result<C>(theta + b, out_buffer, c.around);
     if (m) {
       const C* old = load<C>(m + b, m_buffer, n);
       C* average = result<C>(m + b, m_buffer, false);
@@ -31,27 +35,31 @@ void sgd_chunk(T* theta, const T* g, T* m, const T* saved, int64_t numel, const 
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) out[i] = Sgd<C>::step(sgd, weights[i], gradient[i], static_cast<C*>(nullptr));
     }
-    store<C>(theta + b, out, narrow_buffer, n, stream);
+    store<C>(theta + b, out, narrow_buffer, n, c.around);
   }
-  finish(stream);
+  finish(c.around);
 }
 
 template <class T>
-void adam_chunk(T* theta, const T* g, T* m, T* v, const T* saved, int64_t numel, double step,
-                const AdamOptions& options, bool stream) {
+void adam_chunk(const chunk_of::restore_adamw_& c) {
+  auto* const theta = static_cast<T*>(c.params);
+  auto* const g = static_cast<const T*>(c.grads);
+  auto* const m = static_cast<T*>(c.exp_avgs);
+  auto* const v = static_cast<T*>(c.exp_avg_sqs);
+  auto* const saved = static_cast<const T*>(c.saved);
   using C = typename ArithmeticOf<T>::type;
   C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock], out_buffer[kBlock];
   T narrow_buffer[kBlock];
-  const Adam<C> adam = adam_of<C>(options, bias_correction(options.beta1, step), bias_correction(options.beta2, step));
-  for (int64_t b = 0; b < numel; b += kBlock) {
-    const int64_t n = smaller(kBlock, numel - b);
+  const Adam<C> adam = adam_of<C>(c, double(*c.steps));
+  for (int64_t b = 0; b < c.numel; b += kBlock) {
+    const int64_t n = smaller(kBlock, c.numel - b);
     const C* weights = load<C>(saved + b, saved_buffer, n);
     const C* gradient = load<C>(g + b, g_buffer, n);
     const C* old_m = load<C>(m + b, m_buffer, n);
     const C* old_v = load<C>(v + b, v_buffer, n);
     C* next_m = result<C>(m + b, m_buffer, false);
     C* next_v = result<C>(v + b, v_buffer, false);
-    C* out = result<C>(theta + b, out_buffer, stream);
+    C* out = result<C>(theta + b, out_buffer, c.around);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       C first = old_m[i], second = old_v[i];
@@ -61,26 +69,30 @@ void adam_chunk(T* theta, const T* g, T* m, T* v, const T* saved, int64_t numel,
     }
     store<C>(m + b, next_m, static_cast<T*>(nullptr), n, false);
     store<C>(v + b, next_v, static_cast<T*>(nullptr), n, false);
-    store<C>(theta + b, out, narrow_buffer, n, stream);
+    store<C>(theta + b, out, narrow_buffer, n, c.around);
   }
-  finish(stream);
+  finish(c.around);
 }
 
 template <class T>
-void bsam_chunk(T* theta, const T* g, T* m, const T* s, const T* saved, int64_t numel, double lr, double beta1,
-                double weight_decay, bool stream) {
+void bsam_chunk(const chunk_of::restore_bsam_& c) {
+  auto* const theta = static_cast<T*>(c.params);
+  auto* const g = static_cast<const T*>(c.grads);
+  auto* const m = static_cast<T*>(c.exp_avgs);
+  auto* const s = static_cast<const T*>(c.precisions);
+  auto* const saved = static_cast<const T*>(c.saved);
   using C = typename ArithmeticOf<T>::type;
   C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], s_buffer[kBlock], out_buffer[kBlock];
   T narrow_buffer[kBlock];
-  const Bsam<C> bsam{C(lr), C(beta1), C(1 - beta1), C(weight_decay)};
-  for (int64_t b = 0; b < numel; b += kBlock) {
-    const int64_t n = smaller(kBlock, numel - b);
+  const Bsam<C> bsam = bsam_of<C>(c);
+  for (int64_t b = 0; b < c.numel; b += kBlock) {
+    const int64_t n = smaller(kBlock, c.numel - b);
     const C* weights = load<C>(saved + b, saved_buffer, n);
     const C* gradient = load<C>(g + b, g_buffer, n);
     const C* old = load<C>(m + b, m_buffer, n);
     const C* precision = load<C>(s + b, s_buffer, n);
     C* average = result<C>(m + b, m_buffer, false);
-    C* out = result<C>(theta + b, out_buffer, stream);
+    C* out = result<C>(theta + b, out_buffer, c.around);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       C next = old[i];
@@ -88,38 +100,23 @@ void bsam_chunk(T* theta, const T* g, T* m, const T* s, const T* saved, int64_t 
       average[i] = next;
     }
     store<C>(m + b, average, static_cast<T*>(nullptr), n, false);
-    store<C>(theta + b, out, narrow_buffer, n, stream);
+    store<C>(theta + b, out, narrow_buffer, n, c.around);
   }
-  finish(stream);
+  finish(c.around);
 }
 
 }  // namespace
 
-void sgd(Dtype dtype, void* theta, const void* g, void* m, const void* saved, int64_t numel, const SgdOptions& options,
-         bool stream) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    sgd_chunk(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<const T*>(saved), numel,
-              options, stream);
-  });
+void restore_sgd_(const chunk_of::restore_sgd_& c) {
+  return with_type(c.dtype, [&](auto type) { return sgd_chunk<decltype(type)>(c); });
 }
 
-void adam(Dtype dtype, void* theta, const void* g, void* m, void* v, const void* saved, int64_t numel, double step,
-          const AdamOptions& options, bool stream) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    adam_chunk(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<T*>(v),
-               static_cast<const T*>(saved), numel, step, options, stream);
-  });
+void restore_adamw_(const chunk_of::restore_adamw_& c) {
+  return with_type(c.dtype, [&](auto type) { return adam_chunk<decltype(type)>(c); });
 }
 
-void bsam(Dtype dtype, void* theta, const void* g, void* m, const void* precision, const void* saved, int64_t numel,
-          double lr, double beta1, double weight_decay, bool stream) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    bsam_chunk(static_cast<T*>(theta), static_cast<const T*>(g), static_cast<T*>(m), static_cast<const T*>(precision),
-               static_cast<const T*>(saved), numel, lr, beta1, weight_decay, stream);
-  });
+void restore_bsam_(const chunk_of::restore_bsam_& c) {
+  return with_type(c.dtype, [&](auto type) { return bsam_chunk<decltype(type)>(c); });
 }
 
 }  // namespace lets::cpu::LETS_ISA

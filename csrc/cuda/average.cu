@@ -7,14 +7,13 @@ namespace {
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-average_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double decay, double share, double weight_x,
-               double weight_m, const int64_t* updates, const double* gate, double* sums, bool add) {
+average_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::average_ c, bool add) {
   using C = typename ArithmeticOf<T>::type;
-  const bool begins = *updates == 0, go = *gate != 0;  // the count is raised when all have read it
-  const C keeps = C(decay), takes = C(share), a = C(weight_x), b = C(weight_m);
+  const bool begins = *c.updates == 0, go = *c.gate != 0;  // the count is raised when all have read it
+  const C keeps = C(c.decay), takes = C(1 - c.decay), a = C(c.a), b = C(c.b);
   double mine = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const Row& row = batch.row[piece.row];
     T* m = reinterpret_cast<T*>(row.address[0]) + piece.begin;
     const T* x = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
@@ -43,15 +42,15 @@ average_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double deca
       add_squares<C>(mine, v);
     });
   }
-  keep(sums, mine, add);
+  keep(c.sums, mine, add);
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-ascent_kernel(LETS_PARAMETER Batch<Capacity> batch, double beta2, double damping, const double* gate) {
+ascent_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::posterior_ascent_ c) {
   using C = typename ArithmeticOf<T>::type;
-  const bool go = *gate != 0;
-  const C keeps = C(beta2), takes = C(1 - beta2), more = C(damping);
+  const bool go = *c.gate != 0;
+  const C keeps = C(c.beta2), takes = C(1 - c.beta2), more = C(c.damping);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   const Row& row = batch.row[piece.row];
   T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
@@ -75,24 +74,21 @@ ascent_kernel(LETS_PARAMETER Batch<Capacity> batch, double beta2, double damping
 
 }  // namespace
 
-void average(Dtype dtype, const Row* rows, int64_t count, double decay, double a, double b, int64_t* updates,
-             const double* gate, double* sums, void* stream) {
-  with_type(dtype, [&](auto type) {
+void average_(const launch_of::average_& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(rows, count, sums, stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&average_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch, chunks, decay,
-             1 - decay, a, b, static_cast<const int64_t*>(updates), gate, sums, add);
+    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+      launch(&average_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     });
   });
-  advance(updates, gate, stream);
+  advance(c.updates, c.gate, c.stream);
 }
 
-void posterior_ascent(Dtype dtype, const Row* rows, int64_t count, double beta2, double damping, const double* gate,
-                      void* stream) {
-  with_type(dtype, [&](auto type) {
+void posterior_ascent_(const launch_of::posterior_ascent_& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&ascent_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch, beta2, damping, gate);
+    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&ascent_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });
 }

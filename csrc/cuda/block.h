@@ -133,10 +133,10 @@ struct Scale {
   template <int V>
   LETS_DEVICE Values<C, V> at(const Scale& s, int i, const Values<C, V>& theta, const Values<C, V>& v) {
     Values<C, V> t;
-    if (Scaled && s.row_length == 0) {
+    if (Scaled && s.row_length == kElementWise) {
 #pragma unroll
       for (int j = 0; j < V; ++j) t.value[j] = adaptive_scale(absolute(theta.value[j]), s.xi);
-    } else if (Scaled && s.row_length == -2) {
+    } else if (Scaled && s.row_length == kFisher) {
 #pragma unroll
       for (int j = 0; j < V; ++j) t.value[j] = fisher_scale(v.value[j], s.xi);
     } else if (!Scaled || s.row_length < 0) {
@@ -191,7 +191,8 @@ LETS_KERNEL join_slots(double* sums, int slots) {
 // Calls f(bool_constant) with whether any run has a T.
 template <class F>
 void with_scaling(const Row* rows, int64_t count, F f) {
-  if (std::any_of(rows, rows + count, [](const Row& row) { return row.row_length != -1; })) return f(std::true_type{});
+  if (std::any_of(rows, rows + count, [](const Row& row) { return row.row_length != kUnscaled; }))
+    return f(std::true_type{});
   return f(std::false_type{});
 }
 

@@ -7,11 +7,11 @@ namespace {
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-dots_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double* sums, bool add) {
+dots_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::dots c, bool add) {
   using C = typename ArithmeticOf<T>::type;
   double xx = 0, xy = 0, yy = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const Row& row = batch.row[piece.row];
     const T* x = reinterpret_cast<const T*>(row.address[0]) + piece.begin;
     const T* y = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
@@ -27,18 +27,18 @@ dots_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double* sums, 
       }
     });
   }
-  keep<Sum, 3>(sums, xx, add, 0);
-  keep<Sum, 3>(sums, xy, add, 1);
-  keep<Sum, 3>(sums, yy, add, 2);
+  keep<Sum, 3>(c.sums, xx, add, 0);
+  keep<Sum, 3>(c.sums, xy, add, 1);
+  keep<Sum, 3>(c.sums, yy, add, 2);
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-displacement_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double* sums, bool add) {
+displacement_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::displacement_dots c, bool add) {
   using C = typename ArithmeticOf<T>::type;
   double gg = 0, gd = 0, dd = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const Row& row = batch.row[piece.row];
     const T* g = reinterpret_cast<const T*>(row.address[0]) + piece.begin;
     const T* theta = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
@@ -55,17 +55,17 @@ displacement_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double
       }
     });
   }
-  keep<Sum, 3>(sums, gg, add, 0);
-  keep<Sum, 3>(sums, gd, add, 1);
-  keep<Sum, 3>(sums, dd, add, 2);
+  keep<Sum, 3>(c.sums, gg, add, 0);
+  keep<Sum, 3>(c.sums, gd, add, 1);
+  keep<Sum, 3>(c.sums, dd, add, 2);
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-combine_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* coefficients, const double* gate) {
+combine_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::combine_ c) {
   using C = typename ArithmeticOf<T>::type;
-  if (*gate == 0) return;
-  const C a = C(coefficients[0]), b = C(coefficients[1]);
+  if (*c.gate == 0) return;
+  const C a = C(c.coefficients[0]), b = C(c.coefficients[1]);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   const Row& row = batch.row[piece.row];
   T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
@@ -83,32 +83,31 @@ combine_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* coefficients,
 
 }  // namespace
 
-void dots(Dtype dtype, const Row* rows, int64_t count, double* sums, void* stream) {
-  with_type(dtype, [&](auto type) {
+void dots(const launch_of::dots& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
     const auto one = [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&dots_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch, chunks, sums, add);
+      launch(&dots_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     };
-    sum_in_batches(rows, count, sums, stream, one, 3);
+    sum_in_batches(c.rows, c.count, c.sums, c.stream, one, 3);
   });
 }
 
-void displacement_dots(Dtype dtype, const Row* rows, int64_t count, double* sums, void* stream) {
-  with_type(dtype, [&](auto type) {
+void displacement_dots(const launch_of::displacement_dots& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
     const auto one = [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&displacement_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch, chunks, sums, add);
+      launch(&displacement_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     };
-    sum_in_batches(rows, count, sums, stream, one, 3);
+    sum_in_batches(c.rows, c.count, c.sums, c.stream, one, 3);
   });
 }
 
-void combine(Dtype dtype, const Row* rows, int64_t count, const double* coefficients, const double* gate,
-             void* stream) {
-  with_type(dtype, [&](auto type) {
+void combine_(const launch_of::combine_& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&combine_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch, coefficients, gate);
+    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&combine_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });
 }

@@ -7,15 +7,14 @@ namespace {
 
 template <class T, bool Drawn, int Capacity>
 LETS_KERNEL_FOR(4)
-masked_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, const int64_t* random, uint32_t draws, double share,
-              double* sums, bool add) {
+masked_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::masked_ c, bool add) {
   using C = typename ArithmeticOf<T>::type;
-  const Draw draw = draw_of(random, draws);
-  const uint64_t limit = word_limit(share);
-  const C enlarge = C(1 / share);
+  const Draw draw = draw_of(c.random, c.draws);
+  const uint64_t limit = word_limit(c.share);
+  const C enlarge = C(1 / c.share);
   double mine = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const Row& row = batch.row[piece.row];
     T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
     const T* v = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
@@ -40,7 +39,7 @@ masked_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, const int64_
       pack_at<V>(out, i) = kept;
     });
   }
-  keep(sums, mine, add);
+  keep(c.sums, mine, add);
 }
 
 // Whether the elements i … i + V - 1 have keys above the threshold. Words are drawn only where they can decide.
@@ -69,13 +68,12 @@ LETS_DEVICE Values<bool, V> above_at(const T* v, int i, const Draw& draw, int64_
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-count_above_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, const int64_t* limit, const int64_t* random,
-                   uint32_t draws, int64_t member, double* sums, bool add) {
-  const Draw draw = draw_of(random, draws);
-  const int64_t threshold = *limit;
+count_above_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::count_above c, bool add) {
+  const Draw draw = draw_of(c.random, c.draws);
+  const int64_t threshold = *c.threshold;
   int64_t mine = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const Row& row = batch.row[piece.row];
     const T* v = row.address[0] ? reinterpret_cast<const T*>(row.address[0]) + piece.begin : nullptr;
     const uint8_t* mask = reinterpret_cast<const uint8_t*>(row.address[1]) + piece.begin;
@@ -83,24 +81,23 @@ count_above_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, const i
     over_in_order<T>(piece.numel, aligned(v) && aligned(mask), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const auto above = above_at<V>(v, i, draw, position + i, threshold);
-      const auto own = member < 0 ? Pack<uint8_t, V>{} : read_only(&pack_at<V>(mask, i));
+      const auto own = c.member < 0 ? Pack<uint8_t, V>{} : read_only(&pack_at<V>(mask, i));
 #pragma unroll
-      for (int j = 0; j < V; ++j) mine += above.value[j] && (member < 0 || own.value[j] == member);
+      for (int j = 0; j < V; ++j) mine += above.value[j] && (c.member < 0 || own.value[j] == c.member);
     });
   }
-  keep(sums, double(mine), add);
+  keep(c.sums, double(mine), add);
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-select_kernel(LETS_PARAMETER Batch<Capacity> batch, const int64_t* limit, const int64_t* random, uint32_t draws,
-              int64_t member, uint8_t value) {
-  const Draw draw = draw_of(random, draws);
-  const int64_t threshold = *limit;
+select_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::select_ c) {
+  const Draw draw = draw_of(c.random, c.draws);
+  const int64_t threshold = *c.threshold;
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   const Row& row = batch.row[piece.row];
-  const T* v = row.address[0] ? reinterpret_cast<const T*>(row.address[0]) + piece.begin : nullptr;
-  uint8_t* mask = reinterpret_cast<uint8_t*>(row.address[1]) + piece.begin;
+  const T* v = row.address[1] ? reinterpret_cast<const T*>(row.address[1]) + piece.begin : nullptr;
+  uint8_t* mask = reinterpret_cast<uint8_t*>(row.address[0]) + piece.begin;
   const int64_t position = position_of(row, piece);
   over<T>(piece.numel, aligned(v) && aligned(mask), [&](auto width, int i) {
     constexpr int V = decltype(width)::value;
@@ -109,8 +106,8 @@ select_kernel(LETS_PARAMETER Batch<Capacity> batch, const int64_t* limit, const 
     bool any = false;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      if (above.value[j] && (member < 0 || own.value[j] == member)) {
-        own.value[j] = value;
+      if (above.value[j] && (c.member < 0 || own.value[j] == c.member)) {
+        own.value[j] = uint8_t(c.value);
         any = true;
       }
     }
@@ -120,37 +117,32 @@ select_kernel(LETS_PARAMETER Batch<Capacity> batch, const int64_t* limit, const 
 
 }  // namespace
 
-void masked(Dtype dtype, const Row* rows, int64_t count, const int64_t* random, uint32_t draws, double share,
-            double* sums, void* stream) {
-  const bool given = std::any_of(rows, rows + count, [](const Row& row) { return row.address[2] != nullptr; });
-  with_type(dtype, [&](auto type) {
+void masked_(const launch_of::masked_& c) {
+  const bool given = std::any_of(c.rows, c.rows + c.count, [](const Row& row) { return row.address[2] != nullptr; });
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(rows, count, sums, stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
       constexpr int capacity = capacity_of<decltype(batch)>;
-      launch(given ? &masked_kernel<T, false, capacity> : &masked_kernel<T, true, capacity>, blocks, kThreads, stream,
-             batch, chunks, random, draws, share, sums, add);
+      launch(given ? &masked_kernel<T, false, capacity> : &masked_kernel<T, true, capacity>, blocks, kThreads, c.stream,
+             batch, chunks, c, add);
     });
   });
 }
 
-void count_above(Dtype dtype, const Row* rows, int64_t count, const int64_t* threshold, const int64_t* random,
-                 uint32_t draws, int64_t member, double* sums, void* stream) {
-  with_type(dtype, [&](auto type) {
+void count_above(const launch_of::count_above& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(rows, count, sums, stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&count_above_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch, chunks, threshold,
-             random, draws, member, sums, add);
+    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+      launch(&count_above_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     });
   });
 }
 
-void select_above(Dtype dtype, const Row* rows, int64_t count, const int64_t* threshold, const int64_t* random,
-                  uint32_t draws, int64_t member, uint8_t value, void* stream) {
-  with_type(dtype, [&](auto type) {
+void select_(const launch_of::select_& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&select_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch, threshold, random, draws,
-             member, value);
+    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&select_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });
 }

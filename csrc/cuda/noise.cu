@@ -6,14 +6,13 @@ namespace {
 
 template <class T, bool Scaled, int Capacity>
 LETS_KERNEL_FOR(3)
-noise_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, const int64_t* random, uint32_t draws, double a,
-             double std, double* sums, bool add) {
+noise_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::noise_ c, bool add) {
   using C = typename ArithmeticOf<T>::type;
-  const Draw draw = draw_of(random, draws);
-  const C weight = C(a), deviation = C(std);
+  const Draw draw = draw_of(c.random, c.draws);
+  const C weight = C(c.a), deviation = C(c.std);
   double mine = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const Row& row = batch.row[piece.row];
     T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
     const T* v = row.address[1] ? reinterpret_cast<const T*>(row.address[1]) + piece.begin : nullptr;
@@ -48,20 +47,21 @@ noise_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, const int64_t
       add_squares<C>(mine, stored);
     });
   }
-  keep(sums, mine, add);
+  keep(c.sums, mine, add);
 }
 
 }  // namespace
 
-void noise(Dtype dtype, const Row* rows, int64_t count, const int64_t* random, uint32_t draws, double a, double std,
-           double* sums, void* stream) {
-  with_type(dtype, [&](auto type) {
-    with_scaling(rows, count, [&](auto scaled) {
-      using T = decltype(type);
-      sum_in_batches(rows, count, sums, stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-        launch(&noise_kernel<T, decltype(scaled)::value, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch,
-               chunks, random, draws, a, std, sums, add);
-      });
+void noise_(const launch_of::noise_& c) {
+  // With precisions filters mean nothing, and no other T ever does.
+  const bool scaled =
+      std::any_of(c.rows, c.rows + c.count, [](const Row& row) { return row.row_length > 0 && !row.address[2]; });
+  with_type(c.dtype, [&](auto type) {
+    using T = decltype(type);
+    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+      constexpr int capacity = capacity_of<decltype(batch)>;
+      launch(scaled ? &noise_kernel<T, true, capacity> : &noise_kernel<T, false, capacity>, blocks, kThreads, c.stream,
+             batch, chunks, c, add);
     });
   });
 }

@@ -6,24 +6,25 @@ namespace {
 
 template <class T, Q Kind, bool Scaled, int Capacity>
 LETS_KERNEL_FOR(Kind == Q::other ? 3 : 4)
-norm_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double xi, double q, double* sums, bool add) {
+norm_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::grad_norm c, bool add) {
   using C = typename ArithmeticOf<T>::type;
   double mine = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const Row& row = batch.row[piece.row];
     const T* v = reinterpret_cast<const T*>(row.address[0]) + piece.begin;
-    const T* theta = Scaled && row.row_length == 0 ? reinterpret_cast<const T*>(row.address[1]) + piece.begin : nullptr;
+    const T* theta =
+        Scaled && row.row_length == kElementWise ? reinterpret_cast<const T*>(row.address[1]) + piece.begin : nullptr;
     auto term = [&](C x) {
       if constexpr (Kind == Q::two) {
         mine += double(x) * double(x);
       } else if constexpr (Kind == Q::one) {
         mine += absolute(double(x));
       } else {
-        mine += power(absolute(double(x)), q);
+        mine += power(absolute(double(x)), c.q);
       }
     };
-    const auto scale = Scale<C, Scaled>::of(row, piece.begin, xi);
+    const auto scale = Scale<C, Scaled>::of(row, piece.begin, c.xi);
     over_in_order<T>(piece.numel, aligned(v) && aligned(theta), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const auto x = fetch<C, V>(v, i);
@@ -32,7 +33,7 @@ norm_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double xi, dou
       for (int j = 0; j < V; ++j) term(t.value[j] * x.value[j]);
     });
   }
-  keep(sums, mine, add);
+  keep(c.sums, mine, add);
 }
 
 // Filters of many elements get a block each, small ones a warp.
@@ -92,25 +93,25 @@ LETS_KERNEL filter_kernel(LETS_PARAMETER Batch<Capacity> batch) {
 
 }  // namespace
 
-void norm(Dtype dtype, const Row* rows, int64_t count, double xi, double q, double* sums, void* stream) {
-  with_type(dtype, [&](auto type) {
-    with_exponent(q, [&](auto kind) {
-      with_scaling(rows, count, [&](auto scaled) {
+void grad_norm(const launch_of::grad_norm& c) {
+  with_type(c.dtype, [&](auto type) {
+    with_exponent(c.q, [&](auto kind) {
+      with_scaling(c.rows, c.count, [&](auto scaled) {
         using T = decltype(type);
-        sum_in_batches(rows, count, sums, stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+        sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
           launch(&norm_kernel<T, decltype(kind)::value, decltype(scaled)::value, capacity_of<decltype(batch)>>, blocks,
-                 kThreads, stream, batch, chunks, xi, q, sums, add);
+                 kThreads, c.stream, batch, chunks, c, add);
         });
       });
     });
   });
 }
 
-void filter_norms(Dtype dtype, const Row* rows, int64_t count, void* stream) {
-  with_type(dtype, [&](auto type) {
+void filter_norms(const launch_of::filter_norms& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(rows, count, filter_chunks, [&](const auto& batch, int32_t chunks) {
-      launch(&filter_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch);
+    in_batches(c.rows, c.count, filter_chunks, [&](const auto& batch, int32_t chunks) {
+      launch(&filter_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch);
     });
   });
 }

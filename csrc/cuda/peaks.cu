@@ -6,11 +6,11 @@ namespace {
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-largest_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double* sums, bool add) {
+largest_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::largest c, bool add) {
   using C = typename ArithmeticOf<T>::type;
   C mine = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const T* v = reinterpret_cast<const T*>(batch.row[piece.row].address[0]) + piece.begin;
     over_in_order<T>(piece.numel, aligned(v), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
@@ -19,17 +19,17 @@ largest_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double* sum
       for (int j = 0; j < V; ++j) mine = Largest::join(mine, absolute(x.value[j]));
     });
   }
-  keep<Largest>(sums, double(mine), add);
+  keep<Largest>(c.sums, double(mine), add);
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-peaks_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, const double* largest, double* sums, bool add) {
+peaks_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::peaks_ c, bool add) {
   using C = typename ArithmeticOf<T>::type;
-  const double height = *largest;
+  const double height = *c.largest;
   int64_t mine = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const Row& row = batch.row[piece.row];
     T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
     const T* v = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
@@ -45,26 +45,26 @@ peaks_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, const double*
       store<V>(out, i, x);
     });
   }
-  keep(sums, double(mine), add);
+  keep(c.sums, double(mine), add);
 }
 
 }  // namespace
 
-void largest(Dtype dtype, const Row* rows, int64_t count, double* sums, void* stream) {
-  with_type(dtype, [&](auto type) {
+void largest(const launch_of::largest& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches<Largest>(rows, count, sums, stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&largest_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch, chunks, sums, add);
-    });
+    sum_in_batches<Largest>(
+        c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+          launch(&largest_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
+        });
   });
 }
 
-void peaks(Dtype dtype, const Row* rows, int64_t count, const double* largest, double* sums, void* stream) {
-  with_type(dtype, [&](auto type) {
+void peaks_(const launch_of::peaks_& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(rows, count, sums, stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&peaks_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch, chunks, largest, sums,
-             add);
+    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+      launch(&peaks_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     });
   });
 }

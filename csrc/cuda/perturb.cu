@@ -7,25 +7,24 @@ namespace {
 
 template <class T, Q Kind, bool Scaled, int Capacity>
 LETS_KERNEL_FOR(Kind == Q::other || (Scaled && sizeof(T) != 4) ? 2 : 4)
-perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, double xi, double q, const double* total, const double* rho,
-               int64_t* dirty) {
+perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::perturb_ c) {
   using C = typename ArithmeticOf<T>::type;
   LETS_SHARED C shared[2];
   if (threadIdx.x == 0) {
-    const auto scale = perturbation_scale<C>(*total, *rho, q);
+    const auto scale = perturbation_scale<C>(*c.total, *c.rho, c.q);
     shared[0] = scale.length;
     shared[1] = scale.shrink;
-    if (blockIdx.x == 0) *dirty = 1;
+    if (blockIdx.x == 0) *c.dirty = 1;
   }
   __syncthreads();
-  const C length = shared[0], shrink = shared[1], exponent = C(q);
+  const C length = shared[0], shrink = shared[1], exponent = C(c.q);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   const Row& row = batch.row[piece.row];
   T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
   T* saved = reinterpret_cast<T*>(row.address[2]) + piece.begin;
   const bool swapped = row.address[1] == nullptr;  // v stands in `saved`, which takes the weights
   const T* v = swapped ? saved : reinterpret_cast<const T*>(row.address[1]) + piece.begin;
-  const auto scale = Scale<C, Scaled>::of(row, piece.begin, xi);
+  const auto scale = Scale<C, Scaled>::of(row, piece.begin, c.xi);
   const bool all_aligned = aligned(theta) && aligned(v) && aligned(saved);
   if (length == 0) {  // decided here, not in the loop, where the load of v would wait for that of theta
     over<T>(piece.numel, all_aligned, [&](auto width, int i) {
@@ -53,8 +52,8 @@ perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, double xi, double q, const 
 }
 
 template <class T, int Capacity>
-LETS_KERNEL restore_kernel(LETS_PARAMETER Batch<Capacity> batch, const int64_t* dirty) {
-  if (*dirty == 0) return;
+LETS_KERNEL restore_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_ c) {
+  if (*c.dirty == 0) return;
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   const Row& row = batch.row[piece.row];
   T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
@@ -67,31 +66,29 @@ LETS_KERNEL restore_kernel(LETS_PARAMETER Batch<Capacity> batch, const int64_t* 
 
 }  // namespace
 
-void perturb(Dtype dtype, const Row* rows, int64_t count, double xi, double q, const double* total, const double* rho,
-             int64_t* dirty, void* stream) {
-  if (std::none_of(rows, rows + count, pieces)) return set(dirty, 1, stream);  // no block would
-  with_type(dtype, [&](auto type) {
-    with_exponent(q, [&](auto kind) {
-      with_scaling(rows, count, [&](auto scaled) {
+void perturb_(const launch_of::perturb_& c) {
+  if (std::none_of(c.rows, c.rows + c.count, pieces)) return set(c.dirty, 1, c.stream);  // no block would
+  with_type(c.dtype, [&](auto type) {
+    with_exponent(c.q, [&](auto kind) {
+      with_scaling(c.rows, c.count, [&](auto scaled) {
         using T = decltype(type);
-        in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
+        in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
           launch(&perturb_kernel<T, decltype(kind)::value, decltype(scaled)::value, capacity_of<decltype(batch)>>,
-                 chunks, kThreads, stream, batch, xi, q, total, rho, dirty);
+                 chunks, kThreads, c.stream, batch, c);
         });
       });
     });
   });
 }
 
-void restore(Dtype dtype, const Row* rows, int64_t count, int64_t* dirty, void* stream) {
-  with_type(dtype, [&](auto type) {
+void restore_(const launch_of::restore_& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&restore_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch,
-             static_cast<const int64_t*>(dirty));
+    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&restore_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });
-  set(dirty, 0, stream);
+  set(c.dirty, 0, c.stream);
 }
 
 }  // namespace lets::cuda

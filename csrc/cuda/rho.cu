@@ -6,18 +6,18 @@ namespace {
 
 template <class T, Q Kind, bool Scaled, int Capacity>
 LETS_KERNEL_FOR(2)
-diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double xi, double q, double* sums, bool add) {
+diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::rho_grad_diagonal c, bool add) {
   using C = typename ArithmeticOf<T>::type;
   double mine = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const Row& row = batch.row[piece.row];
     auto at = [&](int list) {
       return row.address[list] ? reinterpret_cast<const T*>(row.address[list]) + piece.begin : nullptr;
     };
     const T *val = at(0), *train = at(1), *g_hat = at(2), *v = at(3);
-    const T* theta = Scaled && row.row_length == 0 ? at(4) : nullptr;
-    const auto scale = Scale<C, Scaled>::of(row, piece.begin, xi);
+    const T* theta = Scaled && row.row_length == kElementWise ? at(4) : nullptr;
+    const auto scale = Scale<C, Scaled>::of(row, piece.begin, c.xi);
     const bool all_aligned = aligned(val) && aligned(train) && aligned(g_hat) && aligned(v) && aligned(theta);
     over_in_order<T>(piece.numel, all_aligned, [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
@@ -29,23 +29,24 @@ diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double xi,
         const C scaled = t.value[j] * x.value[j];
         double unit;
         if constexpr (Kind == Q::other) {
-          unit = double(t.value[j]) * dual(double(scaled), q);  // a general power may underflow in float
+          unit = double(t.value[j]) * dual(double(scaled), c.q);  // a general power may underflow in float
         } else {
-          unit = double(t.value[j] * dual_of<Kind>(scaled, C(q)));
+          unit = double(t.value[j] * dual_of<Kind>(scaled, C(c.q)));
         }
         mine += diagonal_share(double(a.value[j]) - double(b.value[j]), double(h.value[j]), unit);
       }
     });
   }
-  keep(sums, mine, add);
+  keep(c.sums, mine, add);
 }
 
 template <class T, int Capacity>
-LETS_KERNEL secant_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, double* sums, bool add) {
+LETS_KERNEL secant_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::rho_grad_secant c,
+                          bool add) {
   using C = typename ArithmeticOf<T>::type;
   double mine = 0;
-  for (int32_t c = int32_t(blockIdx.x); c < chunks; c += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, c);
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
+    const Piece piece = piece_of(batch, k);
     const Row& row = batch.row[piece.row];
     auto at = [&](int list) {
       return row.address[list] ? reinterpret_cast<const T*>(row.address[list]) + piece.begin : nullptr;
@@ -61,30 +62,30 @@ LETS_KERNEL secant_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, 
         mine += secant_share(double(a.value[j]) - double(b.value[j]), double(h.value[j]), double(x.value[j]));
     });
   }
-  keep(sums, mine, add);
+  keep(c.sums, mine, add);
 }
 
 }  // namespace
 
-void rho_diagonal(Dtype dtype, const Row* rows, int64_t count, double xi, double q, double* sums, void* stream) {
-  with_type(dtype, [&](auto type) {
-    with_exponent(q, [&](auto kind) {
-      with_scaling(rows, count, [&](auto scaled) {
+void rho_grad_diagonal(const launch_of::rho_grad_diagonal& c) {
+  with_type(c.dtype, [&](auto type) {
+    with_exponent(c.q, [&](auto kind) {
+      with_scaling(c.rows, c.count, [&](auto scaled) {
         using T = decltype(type);
-        sum_in_batches(rows, count, sums, stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+        sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
           launch(&diagonal_kernel<T, decltype(kind)::value, decltype(scaled)::value, capacity_of<decltype(batch)>>,
-                 blocks, kThreads, stream, batch, chunks, xi, q, sums, add);
+                 blocks, kThreads, c.stream, batch, chunks, c, add);
         });
       });
     });
   });
 }
 
-void rho_secant(Dtype dtype, const Row* rows, int64_t count, double* sums, void* stream) {
-  with_type(dtype, [&](auto type) {
+void rho_grad_secant(const launch_of::rho_grad_secant& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(rows, count, sums, stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&secant_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, stream, batch, chunks, sums, add);
+    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+      launch(&secant_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     });
   });
 }

@@ -1,12 +1,10 @@
-// What the registrations of the ops share: results on the device, and the rows of a call.
+// What an op needs on the device: results, and the rows of a call.
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
-#include <optional>
 #include <vector>
 
-#include "../runs.h"
+#include "../call.h"
 #include "kernels.h"
 #if defined(LETS_EMULATED)
 #include "emulated_device.h"  // tests/emulator: the same kernels on CPU tensors
@@ -43,17 +41,17 @@ inline Tensor first_of(const Tensor& t, int64_t numel) {
 }
 
 // The rows of a call: the runs' addresses in each of its lists, their places in the bucket, and their scaling.
-inline std::vector<Row> rows_of(const Table& table, std::initializer_list<const Runs*> lists,
-                                const Scalings* scalings = nullptr) {
-  std::vector<Row> rows(size_t(table.size()));
-  for (int64_t i = 0; i < table.size(); ++i) {
+template <class C>
+std::vector<Row> rows_of(const C& c) {
+  static_assert(C::lists <= cuda::kLists, "a row has no place for so many lists");
+  std::vector<Row> rows(size_t(c.table.size()));
+  for (int64_t i = 0; i < c.table.size(); ++i) {
     Row& row = rows[size_t(i)];
-    row = {{}, table[i].numel, -1, 0, nullptr};
-    row.address[cuda::kStart] = reinterpret_cast<char*>(intptr_t(table[i].start));
-    int l = 0;
-    for (const Runs* list : lists) row.address[l++] = list->run(i);
-    if (scalings) {
-      const Scaling s = scalings->at({i, 0, 0});
+    row = {{}, c.table[i].numel, kUnscaled, 0, nullptr};
+    row.address[cuda::kStart] = reinterpret_cast<char*>(intptr_t(c.table[i].start));
+    c.addresses(i, row.address);
+    if constexpr (requires { c.scaling; }) {
+      const Scaling s = c.scaling.at({i, 0, 0});
       row.row_length = s.row_length, row.row_count = s.row_count, row.norms = s.norms;
     }
   }

@@ -8,11 +8,11 @@ namespace {
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-sgd_kernel(LETS_PARAMETER Batch<Capacity> batch, SgdOptions options, const double* gate, const int64_t* dirty) {
+sgd_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_sgd_ c) {
   using C = typename ArithmeticOf<T>::type;
-  const bool go = *gate != 0, perturbed = *dirty != 0;
+  const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
   if (!go && !perturbed) return;
-  const Sgd<C> sgd = sgd_of<C>(options);
+  const Sgd<C> sgd = sgd_of<C>(c);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   const Row& row = batch.row[piece.row];
   T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
@@ -44,27 +44,29 @@ sgd_kernel(LETS_PARAMETER Batch<Capacity> batch, SgdOptions options, const doubl
   });
 }
 
+constexpr int kSteps = 4;  // Adam's step counts in a row
+
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-adam_kernel(LETS_PARAMETER Batch<Capacity> batch, AdamOptions options, const double* gate, const int64_t* dirty) {
+adam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_adamw_ c) {
   using C = typename ArithmeticOf<T>::type;
   LETS_SHARED double bias[2];
   if (threadIdx.x < 2) {  // the count is raised when all have read it
     const Row& row = batch.row[row_of(batch, int32_t(blockIdx.x))];
-    const double step = double(*reinterpret_cast<const float*>(row.address[5]) + 1.0f);
-    bias[threadIdx.x] = bias_correction(threadIdx.x == 0 ? options.beta1 : options.beta2, step);
+    const double step = double(*reinterpret_cast<const float*>(row.address[kSteps]) + 1.0f);
+    bias[threadIdx.x] = bias_correction(threadIdx.x == 0 ? c.beta1 : c.beta2, step);
   }
   __syncthreads();
-  const bool go = *gate != 0, perturbed = *dirty != 0;
+  const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
   if (!go && !perturbed) return;
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   const Row& row = batch.row[piece.row];
-  const Adam<C> adam = adam_of<C>(options, bias[0], bias[1]);
+  const Adam<C> adam = adam_of<C>(c, bias[0], bias[1]);
   T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
   const T* g = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
   T* m = reinterpret_cast<T*>(row.address[2]) + piece.begin;
   T* v = reinterpret_cast<T*>(row.address[3]) + piece.begin;
-  const T* saved = reinterpret_cast<const T*>(row.address[4]) + piece.begin;
+  const T* saved = reinterpret_cast<const T*>(row.address[5]) + piece.begin;
   const T* from = perturbed ? saved : theta;
   const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(v) && aligned(saved);
   over<T>(piece.numel, all_aligned, [&](auto width, int i) {
@@ -87,12 +89,11 @@ adam_kernel(LETS_PARAMETER Batch<Capacity> batch, AdamOptions options, const dou
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(sizeof(T) == 8 ? 3 : 4)
-bsam_kernel(LETS_PARAMETER Batch<Capacity> batch, double lr, double beta1, double weight_decay, const double* gate,
-            const int64_t* dirty) {
+bsam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_bsam_ c) {
   using C = typename ArithmeticOf<T>::type;
-  const bool go = *gate != 0, perturbed = *dirty != 0;
+  const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
   if (!go && !perturbed) return;
-  const Bsam<C> bsam{C(lr), C(beta1), C(1 - beta1), C(weight_decay)};
+  const Bsam<C> bsam = bsam_of<C>(c);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   const Row& row = batch.row[piece.row];
   T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
@@ -122,49 +123,44 @@ bsam_kernel(LETS_PARAMETER Batch<Capacity> batch, double lr, double beta1, doubl
 template <int Capacity>
 LETS_KERNEL count_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* gate) {
   if (*gate == 0) return;
-  for (int i = int(threadIdx.x); i < batch.rows; i += kThreads) *reinterpret_cast<float*>(batch.row[i].address[5]) += 1;
+  for (int i = int(threadIdx.x); i < batch.rows; i += kThreads)
+    *reinterpret_cast<float*>(batch.row[i].address[kSteps]) += 1;
 }
 
 }  // namespace
 
-void sgd(Dtype dtype, const Row* rows, int64_t count, const SgdOptions& options, const double* gate, int64_t* dirty,
-         void* stream) {
-  with_type(dtype, [&](auto type) {
+void restore_sgd_(const launch_of::restore_sgd_& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&sgd_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch, options, gate,
-             static_cast<const int64_t*>(dirty));
+    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&sgd_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });
-  set(dirty, 0, stream);
+  set(c.dirty, 0, c.stream);
 }
 
-void adam(Dtype dtype, const Row* rows, int64_t count, const AdamOptions& options, const double* gate, int64_t* dirty,
-          void* stream) {
-  with_type(dtype, [&](auto type) {
+void restore_adamw_(const launch_of::restore_adamw_& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&adam_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch, options, gate,
-             static_cast<const int64_t*>(dirty));
+    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&adam_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });
   const auto once = [](const Row&) { return int64_t(1); };
-  in_batches(rows, count, once, [&](const auto& batch, int32_t) {
-    launch(&count_kernel<capacity_of<decltype(batch)>>, 1, kThreads, stream, batch, gate);
+  in_batches(c.rows, c.count, once, [&](const auto& batch, int32_t) {
+    launch(&count_kernel<capacity_of<decltype(batch)>>, 1, kThreads, c.stream, batch, c.gate);
   });
-  set(dirty, 0, stream);
+  set(c.dirty, 0, c.stream);
 }
 
-void bsam(Dtype dtype, const Row* rows, int64_t count, double lr, double beta1, double weight_decay, const double* gate,
-          int64_t* dirty, void* stream) {
-  with_type(dtype, [&](auto type) {
+void restore_bsam_(const launch_of::restore_bsam_& c) {
+  with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&bsam_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, stream, batch, lr, beta1, weight_decay,
-             gate, static_cast<const int64_t*>(dirty));
+    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&bsam_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });
-  set(dirty, 0, stream);
+  set(c.dirty, 0, c.stream);
 }
 
 }  // namespace lets::cuda

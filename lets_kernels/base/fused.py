@@ -17,7 +17,8 @@ from torch import Tensor
 from lets_kernels.base.guarded import guarded_step
 from lets_kernels.base.state import State, begun_state
 from lets_kernels.base.variational import VariationalSGD
-from lets_kernels.space.buckets import UNSCALED, Bucket, Runs
+from lets_kernels.ops.declared import UNSCALED
+from lets_kernels.space.buckets import Bucket, Runs
 from lets_kernels.space.memory import refuse_while_capturing
 
 Group = Mapping[str, Any]
@@ -107,18 +108,13 @@ class FusedAdam:
         if averages is None or squares is None or steps is None or runs.copies:
             return None
         b = runs.bucket
-        options = (
-            float(group["lr"]),
-            *map(float, group["betas"]),
-            float(group["eps"]),
-            float(group["weight_decay"]),
-            bool(group["decoupled_weight_decay"]),
-            bool(group["maximize"]),
-        )
+        lr, (beta1, beta2), eps = float(group["lr"]), map(float, group["betas"]), float(group["eps"])
+        decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
+        options = (lr, beta1, beta2, eps, decay, decoupled, bool(group["maximize"]))
 
         def step(gate: Tensor) -> None:
-            lists = (runs.pack(runs.grads), *map(b.pack, (averages, squares, steps)))
-            b.ops.restore_adamw_(runs.weights, *lists, b.saved, b.dirty, runs.table, gate, *options)
+            grads, m, v, t = runs.pack(runs.grads), b.pack(averages), b.pack(squares), b.pack(steps)
+            b.ops.restore_adamw_(runs.weights, grads, m, v, t, b.saved, b.dirty, runs.table, gate, *options)
 
         return step
 

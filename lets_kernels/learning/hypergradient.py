@@ -80,10 +80,9 @@ class Trial:
             k, indices = bucket.index, tuple(i for i in first if i in stepped)
             if not indices:
                 continue
-            lists = self._aligned(indices, first, val[k], None if train is None else train[k])
-            pairs = ([source[i] for i in indices] for source in (stepped, first))
-            packed = (bucket.pack(each) for each in (*lists, *pairs))
-            share = bucket.ops.rho_grad_secant(*packed, bucket.table(indices))
+            v, t = map(bucket.pack, self._aligned(indices, first, val[k], None if train is None else train[k]))
+            d, g = (bucket.pack([source[i] for i in indices]) for source in (stepped, first))
+            share = bucket.ops.rho_grad_secant(v, t, d, g, bucket.table(indices))
             out.append((bucket, -lr * bucket.parts * share))
         return out
 

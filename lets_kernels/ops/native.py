@@ -1,8 +1,8 @@
 """Every op through the compiled libraries, ``torch.ops.lets_kernels.*``, on the CPU and, after ``load_cuda``, on GPUs.
 
-Importing this module loads ``lets_kernels._C`` and raises ``ImportError`` where it was not built. The names below are
-the registered ops themselves; schemas are in ``csrc/schemas.h``. What stands here in Python are the fake kernels, from
-which torch.compile and ``torch.library.opcheck`` learn the shapes without running anything.
+Importing this module loads ``lets_kernels._C`` and raises ``ImportError`` where it was not built. The functions of
+this module are the registered ops themselves, which :mod:`lets_kernels.ops.declared` declares. What stands here in
+Python are the fake kernels: torch.compile and ``torch.library.opcheck`` learn the shapes without running anything.
 """
 
 import ctypes
@@ -17,54 +17,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lets_kernels import _C  # type: ignore[attr-defined]
+from lets_kernels.ops import declared
 
-_ops = torch.ops.lets_kernels
-grad_norm = _ops.grad_norm.default
-filter_norms = _ops.filter_norms.default
-perturb_ = _ops.perturb_.default
-restore_ = _ops.restore_.default
-restore_sgd_ = _ops.restore_sgd_.default
-restore_adamw_ = _ops.restore_adamw_.default
-restore_bsam_ = _ops.restore_bsam_.default
-rho_grad_diagonal = _ops.rho_grad_diagonal.default
-rho_grad_secant = _ops.rho_grad_secant.default
-dots = _ops.dots.default
-displacement_dots = _ops.displacement_dots.default
-combine_ = _ops.combine_.default
-average_ = _ops.average_.default
-posterior_ascent_ = _ops.posterior_ascent_.default
-noise_ = _ops.noise_.default
-masked_ = _ops.masked_.default
-count_above = _ops.count_above.default
-select_ = _ops.select_.default
-largest = _ops.largest.default
-peaks_ = _ops.peaks_.default
-all_finite_ = _ops.all_finite_.default
-
-OPS = (
-    grad_norm,
-    filter_norms,
-    perturb_,
-    restore_,
-    restore_sgd_,
-    restore_adamw_,
-    restore_bsam_,
-    rho_grad_diagonal,
-    rho_grad_secant,
-    dots,
-    displacement_dots,
-    combine_,
-    average_,
-    posterior_ascent_,
-    noise_,
-    masked_,
-    count_above,
-    select_,
-    largest,
-    peaks_,
-    all_finite_,
-)
-
+#: The registered ops by name, which are this module's functions.
+OPS = {op.name: getattr(torch.ops.lets_kernels, op.name).default for op in declared.OPS}
+globals().update(OPS)
 
 # As csrc/layout.h numbers them.
 _NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -120,12 +77,11 @@ def _refuse_negated(*_: object, **__: object) -> None:
 
 
 _lazy = torch.library.Library("lets_kernels", "IMPL")  # lives as long as what it registers
-for _op in OPS:
-    _shape = (3,) if _op in (dots, displacement_dots) else ()
-    _fake = functools.partial(_fake_numbers, _shape) if _op._schema.returns else _fake_nothing
-    torch.library.register_fake(_op.name(), _fake)
+for _op in declared.OPS:
+    _fake = _fake_nothing if _op.shape is None else functools.partial(_fake_numbers, _op.shape)
+    torch.library.register_fake(f"lets_kernels::{_op.name}", _fake)
     for _key in ("Negative", "Conjugate"):
-        _lazy.impl(_op.name().partition("::")[2], _refuse_negated, _key)
+        _lazy.impl(_op.name, _refuse_negated, _key)
 
 if os.environ.get("LETS_KERNELS_CPU_ISA"):
     _C.use_cpu_isa(os.environ["LETS_KERNELS_CPU_ISA"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lets_kernels import ops
+from lets_kernels.ops.declared import ELEMENT_WISE, UNSCALED
 from lets_kernels.ops.memory import capturing, is_dense
 from lets_kernels.space.memory import addresses, is_fake, is_lent, refuse_while_capturing
 from lets_kernels.space.shards import (
@@ -34,7 +35,6 @@ _dtype, _grad = operator.attrgetter("dtype"), operator.attrgetter("grad")
 
 PADDING = 16
 _TABLES = 64
-FISHER, UNSCALED, ELEMENT_WISE = -2, -1, 0
 
 # (row_length, row_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
 Geometry = Callable[[Tensor, str | None, dict[str, Any]], tuple[int, int]]

@@ -125,8 +125,10 @@ class EveryOp : public Loops {
     List theta = some(), g = some(), m = some(), saved = flat(Values::any);
     auto dirty = flag(often(random_, 70));
     auto gate = number(often(random_, 80) ? 1.0 : 0.0);
-    const lets::SgdOptions options{0.1, with_momentum ? 0.9 : 0.0, often(random_, 50) ? 0.05 : 0.0, often(random_, 50),
-                                   often(random_, 50)};
+    const struct {
+      double lr, momentum, weight_decay;
+      bool nesterov, maximize;
+    } options{0.1, with_momentum ? 0.9 : 0.0, often(random_, 50) ? 0.05 : 0.0, often(random_, 50), often(random_, 50)};
     using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&,
                     const Tensor&, double, double, double, bool, bool);
     standin::op<Op>("restore_sgd_")(theta.tensors, g.tensors, with_momentum ? m.tensors : Tensors{}, saved.tensors[0],
@@ -162,7 +164,10 @@ class EveryOp : public Loops {
     List steps(random_, singles, often(random_, 50) ? Form::list : Form::packed, Values::positive, Dtype::float32);
     auto dirty = flag(often(random_, 70));
     auto gate = number(often(random_, 80) ? 1.0 : 0.0);
-    const lets::AdamOptions options{0.01, 0.9, 0.99, 1e-8, 0.05, often(random_, 50), often(random_, 50)};
+    const struct {
+      double lr, beta1, beta2, eps, weight_decay;
+      bool decoupled, maximize;
+    } options{0.01, 0.9, 0.99, 1e-8, 0.05, often(random_, 50), often(random_, 50)};
     using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensor&,
                     const Tensor&, const Tensor&, const Tensor&, double, double, double, double, double, bool, bool);
     standin::op<Op>("restore_adamw_")(theta.tensors, g.tensors, m.tensors, v.tensors, steps.tensors, saved.tensors[0],
@@ -171,8 +176,7 @@ class EveryOp : public Loops {
     for (size_t r = 0; r < layout_.runs.size(); ++r) {
       float& step = *steps.expected<float>(r);
       if (gate.expected() != 0) step += 1;
-      const auto adam = lets::adam_of<C>(options, lets::bias_correction(options.beta1, double(step)),
-                                         lets::bias_correction(options.beta2, double(step)));
+      const auto adam = lets::adam_of<C>(options, double(step));
       for (int64_t i = 0; i < layout_.runs[r].numel; ++i) {
         T& weight = theta.expected<T>(r)[i];
         if (dirty.expected() != 0) weight = saved.expected<T>(r)[i];

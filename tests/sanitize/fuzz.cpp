@@ -15,7 +15,7 @@ using namespace sanitize;
 bool one(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
   Given given(bytes);
-  const int op = bytes.take() % 16;
+  const int op = bytes.take() % 21;
   const double qs[] = {1, 1.5, 2, 2, 3, 0.5}, q = qs[bytes.take() % 6];
   Rows rows(bytes);
   rows.runs.shrink_to_fit();
@@ -48,8 +48,8 @@ bool one(const uint8_t* data, size_t size) {
           false);
     } else if (op == 5) {
       standin::op<void(L, L, L, L, L, T, T, T, T, double, double, double, double, double, bool, bool)>(
-          "restore_adamw_")(list(), list(), list(), list(), given.step_counts(rows), flat(), flag(), table, number(1),
-                            0.1, 0.9, 0.99, 1e-8, 0.01, true, false);
+          "restore_adamw_")(list(), list(), list(), list(), given.numbers(rows, ScalarType::Float), flat(), flag(),
+                            table, number(1), 0.1, 0.9, 0.99, 1e-8, 0.01, true, false);
     } else if (op == 6) {
       standin::op<void(L, L, L, L, T, T, T, T, double, double, double)>("restore_bsam_")(
           list(), list(), list(), list(), flat(), flag(), table, number(1), 0.1, 0.9, 0.01);
@@ -76,11 +76,21 @@ bool one(const uint8_t* data, size_t size) {
       standin::op<Tensor(L, L, T)>("dots")(list(), list(), table);
     } else if (op == 14) {
       standin::op<Tensor(L, L, T, T)>("displacement_dots")(list(), list(), flat(), table);
-    } else if (bytes.take() % 2) {
+    } else if (op == 15) {
       standin::op<Tensor(L, L, L, L, L, T, const Maybe&, double, double)>("rho_grad_diagonal")(
           list(), maybe(), list(), list(), maybe(), table, given.norms(rows), 0.1, q);
-    } else {
+    } else if (op == 16) {
       standin::op<Tensor(L, L, L, L, T)>("rho_grad_secant")(list(), maybe(), list(), list(), table);
+    } else if (op == 17) {
+      standin::op<void(L, L, L, T, T, double, double)>("posterior_ascent_")(list(), list(), list(), table, number(1),
+                                                                            0.9, 0.1);
+    } else if (op == 18) {
+      standin::op<Tensor(L, T, T, T, T, int64_t, int64_t)>("count_above")(maybe(), given.mask(rows), table, flag(),
+                                                                          random(), 1, bytes.up_to(260) - 2);
+    } else if (op == 19) {
+      standin::op<Tensor(L, T)>("largest")(list(), table);
+    } else {
+      standin::op<Tensor(L, T)>("all_finite_")(given.numbers(rows, ScalarType::Double), flag());
     }
   } catch (const standin::Refused&) {
     ran = false;
@@ -123,6 +133,10 @@ int main(int count, char** words) {
     } else {
       kept[size_t(up_to(random, 4095))] = input;
     }
+  }
+  if (inputs >= 1000 && !standin::left_out().empty()) {
+    std::fprintf(stderr, "fuzz: no call of %s\n", standin::left_out().c_str());
+    return 1;
   }
   std::printf("{\"inputs\": %lld, \"ran\": %lld}\n", static_cast<long long>(inputs), static_cast<long long>(ran));
 }

@@ -156,11 +156,12 @@ class Given {
     memory_.back()->close();
     return Tensor(memory_.back()->data(), ScalarType::Byte, {numel}, {1});
   }
-  Tensors step_counts(const Rows& rows) {
-    Tensors steps;
-    for (size_t i = 0; i < rows.runs.size(); ++i) steps.push_back(scalar(ScalarType::Float, 1.0f));
-    if (bytes_.seldom()) steps.push_back(scalar(ScalarType::Float, 1.0f));
-    return steps;
+  // One number a run, or one more.
+  Tensors numbers(const Rows& rows, ScalarType type) {
+    Tensors found;
+    for (size_t i = rows.runs.size() + bytes_.seldom(); i > 0; --i)
+      found.push_back(type == ScalarType::Float ? scalar(type, 1.0f) : scalar(type, 1.0));
+    return found;
   }
   Tensor table(Rows& rows) {
     auto* data = rows.runs.data();

@@ -3,7 +3,10 @@
 
 #include <cmath>
 
+#include "../../csrc/random.h"
 #include "cases.h"
+
+#include <declared.h>
 
 namespace sanitize {
 
@@ -47,10 +50,10 @@ class Loops {
   template <class T>
   Arithmetic<T> scale(const Run& run, int64_t i, T theta, T v) {
     using C = Arithmetic<T>;
-    if (run.row_length == -1) return C(1);
+    if (run.row_length == lets::kUnscaled) return C(1);
     const C xi = C(xi_);
-    if (run.row_length == -2) return lets::fisher_scale(C(lets::widen(v)), xi);
-    if (run.row_length == 0) return lets::adaptive_scale(lets::absolute(lets::widen(theta)), xi);
+    if (run.row_length == lets::kFisher) return lets::fisher_scale(C(lets::widen(v)), xi);
+    if (run.row_length == lets::kElementWise) return lets::adaptive_scale(lets::absolute(lets::widen(theta)), xi);
     return lets::adaptive_scale(norms_->expected<C>(0)[run.row_start + i / run.row_length % run.row_count], xi);
   }
   // f(run's number, element) for all elements.

@@ -108,7 +108,9 @@ void filters_far_into_a_run(Random& random) {
     sum += norms[size_t((offset + i) / length % count)];
     check(lets::cuda::Scale<double, true>::row(scale, int(i)) == (begin + i) / length % count, "Scale::row");
   }
-  const double found = lets::cpu::kernels().norm(Dtype::float64, v.data(), nullptr, kNumel, scaling, 1.0);
+  lets::chunk_of::grad_norm chunk{};
+  chunk.dtype = Dtype::float64, chunk.numel = kNumel, chunk.vectors = v.data(), chunk.scaling = scaling, chunk.q = 1;
+  const double found = lets::cpu::kernels()(chunk);
   check(found == sum, "a CPU kernel took another filter's norm");  // integers: exact in any order
 }
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import root, runs, wide
 
+__all__ = ["average_", "posterior_ascent_"]
+
 
 def average_(
     averages: Sequence[Tensor],
@@ -22,7 +24,9 @@ def average_(
     """m <- decay m + (1 - decay) x, then v = a x + b m; Σ v², of v as it is stored.
 
     Where ``updates`` is zero the average begins: m and v are x. Where the gate is closed m stays as it is, and v is
-    made of that; else ``updates`` counts one more. ``out`` takes v, unless it is empty.
+    made of that; else ``updates`` counts one more. ``out`` takes v, unless it is empty. ``updates`` is 0-d int64, the
+    gate 0-d float64; returns a 0-d float64 tensor. With a = 1 and b = -σ v is the direction
+    of Friendly SAM (Li et al., 2024), with a = 0 and b = 1 that of VaSSO (Li & Giannakis, 2023).
     """
     begins, go = updates == 0, gate != 0
     total = torch.zeros((), dtype=torch.float64, device=updates.device)
@@ -47,7 +51,11 @@ def posterior_ascent_(
     beta2: float,
     damping: float,
 ) -> None:
-    """out <- g/s, then s <- beta2 s + (1 - beta2)(√s |g| + damping) (Moellenhoff & Khan, 2023)."""
+    """out <- g/s, then s <- β₂ s + (1 - β₂)(√s |g| + damping) (Möllenhoff & Khan, 2023).
+
+    s are the precisions, positive; where the gate (0-d float64) is closed they stay, and ``out`` is written all the
+    same. ``damping`` is what is added to the square root of the curvature, in the units of s.
+    """
     go = gate != 0
     for to, s, g in zip(runs(out, table), runs(precisions, table), runs(grads, table), strict=True):
         before = wide(s)

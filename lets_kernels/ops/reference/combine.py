@@ -7,9 +7,11 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import runs, wide
 
+__all__ = ["combine_", "displacement_dots", "dots"]
+
 
 def dots(x: Sequence[Tensor], y: Sequence[Tensor], table: Tensor) -> Tensor:
-    """x·x, x·y and y·y over all runs: float64, of shape [3]."""
+    """x·x, x·y and y·y over all runs: float64, of shape [3], from products of float64."""
     return _products(runs(x, table), runs(y, table), x[0].device if len(x) else None)
 
 
@@ -36,7 +38,10 @@ def combine_(
     coefficients: Tensor,
     gate: Tensor,
 ) -> None:
-    """out <- a x + b y, where the gate is open; ``coefficients`` holds a and b. ``out`` may be x or y itself."""
+    """out <- a x + b y, where the gate is open (0-d float64, not 0); ``out`` may be x or y itself.
+
+    ``coefficients`` holds a and b, float64 of shape [2], rounded to the arithmetic type.
+    """
     for to, u, v in zip(runs(out, table), runs(x, table), runs(y, table), strict=True):
         a, b = coefficients.to(wide(u).dtype).unbind()
         to.copy_(torch.where(gate != 0, (a * wide(u) + b * wide(v)).to(to.dtype), to))

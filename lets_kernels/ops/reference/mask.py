@@ -13,6 +13,8 @@ from torch import Tensor
 from lets_kernels.ops.reference.noise import words
 from lets_kernels.ops.reference.shared import runs, wide
 
+__all__ = ["count_above", "masked_", "select_"]
+
 
 def masked_(
     out: Sequence[Tensor],
@@ -23,9 +25,13 @@ def masked_(
     stream: int,
     share: float,
 ) -> Tensor:
-    """out <- v where the mask is set, else 0; Σ v² of all elements.
+    """out <- v where the mask is set, else 0 (Mi et al., 2022); Σ v² of all elements, 0-d float64.
 
-    Without a mask each element is kept with probability ``share`` (the word is below share · 2^32) and divided by it.
+    Without a mask each element is kept with probability ``share`` (the word is below share · 2^32) and divided by it
+    (Du et al., 2022). ``random`` holds seed and count, int64 of shape [2].
+
+    Raises:
+        RuntimeError: no mask, and a share that is not above 0 and at most 1 (compiled and Triton backends).
     """
     total = torch.zeros((), dtype=torch.float64, device=random.device)
     masks = [None] * len(table) if mask is None else runs([mask], table)
@@ -70,7 +76,13 @@ def count_above(
     stream: int,
     member: int,
 ) -> Tensor:
-    """How many elements, of those whose mask is ``member`` (-1: of all), have keys above the threshold: 0-d float64."""
+    """How many elements, of those whose mask is ``member`` (-1: of all), have keys above the threshold: 0-d float64.
+
+    ``threshold`` is 0-d int64, in the units of keys; without ``vectors`` keys are of words alone.
+
+    Raises:
+        RuntimeError: ``member`` is not of -1 to 255 (compiled and Triton backends).
+    """
     total = torch.zeros((), dtype=torch.float64, device=mask.device)
     for _, above in _above(vectors, mask, table, threshold, random, stream, member):
         total += above.sum()
@@ -87,6 +99,6 @@ def select_(
     member: int,
     value: int,
 ) -> None:
-    """Set the mask to ``value`` for the elements that :func:`count_above` counts."""
+    """Set the mask to ``value``, of 0 to 255, for the elements that :func:`count_above` counts."""
     for own, above in _above(vectors, mask, table, threshold, random, stream, member):
         own.masked_fill_(above, value)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import filter_of, root, runs, wide
 
+__all__ = ["noise_"]
+
 _LOW = 0xFFFFFFFF
 
 
@@ -77,7 +79,11 @@ def noise_(
     """out <- a v + std S n with n standard normal; Σ out², of what is stored.
 
     S is the norm of the element's filter where its run has filters, 1/√s where precisions s are given, else 1. No
-    ``vectors`` stand for zero.
+    ``vectors`` stand for zero. ``random`` holds seed and count; n is what :func:`normals` has for the element's
+    position in its bucket and the stream, the same for every backend. Returns a 0-d float64 tensor.
+
+    Raises:
+        RuntimeError: a table with filters, and neither their norms nor precisions (compiled and Triton backends).
     """
     total = torch.zeros((), dtype=torch.float64, device=random.device)
     vs = runs(vectors, table) if len(vectors) else [None] * len(table)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import runs, scaling, wide
 
+__all__ = ["all_finite_", "filter_norms", "grad_norm", "largest", "peaks_"]
+
 
 def grad_norm(
     vectors: Sequence[Tensor],
@@ -16,6 +18,15 @@ def grad_norm(
     xi: float,
     q: float,
 ) -> Tensor:
+    """Σ |Tv|^q over all elements (Foret et al., 2021, Eq. 2; Kwon et al., 2021, §3): the q-th power of the norm of Tv.
+
+    T is as the run table says, with xi = ξ (η of the Fisher information). ``params`` may be empty where no T is |θ| +
+    ξ, ``filter_norms`` None where there are no filters. Returns a 0-d float64 tensor; a NaN or infinity in v shows in
+    it.
+
+    Raises:
+        RuntimeError: q below 1 (compiled and Triton backends), or lists that do not fit the table.
+    """
     thetas = runs(params, table) if len(params) else [None] * len(table)
     total = torch.zeros((), dtype=torch.float64, device=vectors[0].device if len(vectors) else None)
     for v, theta, row in zip(runs(vectors, table), thetas, table.tolist(), strict=True):
@@ -25,6 +36,12 @@ def grad_norm(
 
 
 def filter_norms(params: Sequence[Tensor], table: Tensor, out: Tensor) -> None:
+    """out <- ‖c‖, the Euclidean norm of every filter c of θ (LETS: Wang et al., 2024, Eq. 7), in the order of the run
+    table.
+
+    ``out`` is flat, float32 (float64 for float64 parameters), one number a filter, in the units of the weights; of runs
+    without filters nothing is written. The sum of squares is taken in float64.
+    """
     for theta, (_, _, row_length, row_count, row_start) in zip(runs(params, table), table.tolist(), strict=True):
         if row_length > 0:
             filters = theta.double().reshape(-1, row_count, row_length)
@@ -32,6 +49,10 @@ def filter_norms(params: Sequence[Tensor], table: Tensor, out: Tensor) -> None:
 
 
 def all_finite_(values: Sequence[Tensor], skipped: Tensor) -> Tensor:
+    """1 if all values are finite, else 0, and then ``skipped`` counts one more: a gate, without asking the host.
+
+    ``values`` are any number of 0-d float64 tensors, ``skipped`` is 0-d int64. Returns a 0-d float64 tensor.
+    """
     finite = torch.stack([v.isfinite() for v in values]).all()
     skipped.add_((~finite).to(skipped.dtype))
     return finite.double()

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import dual, runs, scaling, wide
 
+__all__ = ["perturb_", "restore_"]
+
 
 def perturb_(
     params: Sequence[Tensor],
@@ -20,6 +22,14 @@ def perturb_(
     total: Tensor,
     rho: Tensor,
 ) -> None:
+    """θ <- θ + ρ T sign(Tv)|Tv|^(q-1) / total^(1/p) with 1/p + 1/q = 1 (Foret et al., 2021, Eq. 2; LETS Eq. 7).
+
+    ``total`` is Σ |Tv|^q as :func:`grad_norm` has it, over all buckets and ranks, and ``rho`` the radius ‖T⁻¹ε‖_p (in
+    the units of the weights where T = 1): both 0-d float64. ``saved``, one flat buffer, takes the weights as they were,
+    bit for bit, and ``dirty`` becomes 1. Without ``vectors`` v stands in ``saved``, and is exchanged for the weights.
+
+    Where the total is zero or not finite, or the perturbation's length overflows or vanishes, the weights stay.
+    """
     thetas, swapped = runs(params, table), not len(vectors)
     directions = [v.clone() for v in runs([saved], table)] if swapped else runs(vectors, table)
     for theta, old in zip(thetas, runs([saved], table), strict=True):
@@ -39,6 +49,7 @@ def perturb_(
 
 
 def restore_(params: Sequence[Tensor], saved: Tensor, dirty: Tensor, table: Tensor) -> None:
+    """θ <- saved where ``dirty`` is not 0, bit for bit; then ``dirty`` is 0. :func:`perturb_` leaves both so."""
     for theta, old in zip(runs(params, table), runs([saved], table), strict=True):
         theta.copy_(torch.where(dirty != 0, old, theta))
     dirty.fill_(0)

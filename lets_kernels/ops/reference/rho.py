@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import dual, runs, scaling, wide
 
+__all__ = ["rho_grad_diagonal", "rho_grad_secant"]
+
 
 def rho_grad_diagonal(
     val: Sequence[Tensor],
@@ -19,6 +21,12 @@ def rho_grad_diagonal(
     xi: float,
     q: float,
 ) -> Tensor:
+    """(val - train)ᵀ H T sign(Tv)|Tv|^(q-1) with the curvature H = diag(ĝ²) (LETS: Wang et al., 2024).
+
+    ``val`` and ``train`` are the gradients of the two losses after the step (no ``train``: zero), ``perturbed`` is ĝ
+    and ``vectors`` v. It is not yet divided by the norm of Tv, nor multiplied by the learning rate. Returns a 0-d
+    float64 tensor; all terms are products of float64.
+    """
     thetas = runs(params, table) if len(params) else [None] * len(table)
     units = []
     for v, theta, row in zip(runs(vectors, table), thetas, table.tolist(), strict=True):
@@ -32,6 +40,11 @@ def rho_grad_diagonal(
 def rho_grad_secant(
     val: Sequence[Tensor], train: Sequence[Tensor], perturbed: Sequence[Tensor], first: Sequence[Tensor], table: Tensor
 ) -> Tensor:
+    """(val - train)ᵀ (ĝ - g): as :func:`rho_grad_diagonal` with the curvature of the secant, H ε = ĝ - g.
+
+    ``first`` is g, the gradient at the weights before they were perturbed by ε, ``perturbed`` ĝ, that after. Without
+    ``train`` it stands for zero. Returns a 0-d float64 tensor, whose differences are taken in float64.
+    """
     pairs = zip(runs(perturbed, table), runs(first, table), strict=True)
     return _outer_product(val, train, [h.double() - g.double() for h, g in pairs], table)
 

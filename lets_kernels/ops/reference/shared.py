@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
+
 
 def runs(tensors: Sequence[Tensor], table: Tensor) -> list[Tensor]:
     """One 1-d view a row of the table, in memory order, of a list of dense tensors or of one flat buffer."""
@@ -39,14 +41,14 @@ def scaling(
 ) -> Tensor | float:
     """T of ASAM for one run (Kwon et al., 2021; LETS Eq. 7), or of the Fisher information (Kim et al., 2022)."""
     row_length = row[2]
-    if row_length == -2:
+    if row_length == FISHER:
         v = wide(vector)
         f = xi * (v * v)
         far = root(torch.full_like(v, xi)).reciprocal() / v.abs()  # where f overflows, and so 1 + f = f
         return torch.where(f - f == 0, root(1 + f).reciprocal(), far)
-    if row_length < 0:
+    if row_length == UNSCALED:
         return 1.0
-    if row_length == 0:
+    if row_length == ELEMENT_WISE:
         assert theta is not None
         return wide(theta).abs() + xi
     assert filter_norms is not None

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import runs, wide
 
+__all__ = ["restore_adamw_", "restore_bsam_", "restore_sgd_"]
+
 
 def restore_sgd_(
     params: Sequence[Tensor],
@@ -22,6 +24,16 @@ def restore_sgd_(
     nesterov: bool,
     maximize: bool,
 ) -> None:
+    """A step of torch.optim.SGD with dampening 0, from the weights before they were perturbed.
+
+    g <- g + λ w (after -g where ``maximize``), m <- μ m + g, w <- w - lr (g + μ m where ``nesterov``, else m); w are
+    the saved weights where ``dirty`` is not 0, else θ (Sutskever et al., 2013, as torch has it). λ is ``weight_decay``,
+    μ ``momentum``; with μ = 0 ``momenta`` is empty, and the step is w - lr g. With lr = 0 not a bit of w changes. Where
+    the gate (0-d float64) is 0, θ <- w and m stays. In any case ``dirty`` is 0 afterwards.
+
+    Raises:
+        RuntimeError: momenta without a momentum, or a momentum without momenta (compiled and Triton backends).
+    """
     go, from_saved = gate != 0, dirty != 0
     buffers = runs(momenta, table) if momentum else [None] * len(table)
     for theta, g, m, old in zip(runs(params, table), runs(grads, table), buffers, runs([saved], table), strict=True):
@@ -56,6 +68,13 @@ def restore_adamw_(
     decoupled: bool,
     maximize: bool,
 ) -> None:
+    """A step of torch.optim.Adam, or with ``decoupled`` of AdamW, from the weights before they were perturbed.
+
+    m <- m + (1 - β₁)(g - m), v <- β₂ v + (1 - β₂) g², w <- w - lr/(1 - β₁ᵗ) m / (√v/√(1 - β₂ᵗ) + eps) (Kingma & Ba,
+    2015, Algorithm 1), after g <- g + λ w, or w <- (1 - lr λ) w where decoupled (Loshchilov & Hutter, 2019, Algorithm
+    2). ``steps`` has one float32 count t a run, which is raised first. The weights it starts from, the gate and
+    ``dirty`` are those of :func:`restore_sgd_`; a closed gate leaves m, v and t as they are.
+    """
     go, from_saved = gate != 0, dirty != 0
     lists = (params, grads, exp_avgs, exp_avg_sqs, [saved])
     for theta, g, m, v, old, t in zip(*(runs(x, table) for x in lists), steps, strict=True):
@@ -91,7 +110,11 @@ def restore_bsam_(
     beta1: float,
     weight_decay: float,
 ) -> None:
-    """m <- beta1 m + (1 - beta1)(g + delta w), w <- w - lr m/s (Moellenhoff & Khan, 2023)."""
+    """A step of Variational SAM from the weights before they were perturbed (Möllenhoff & Khan, 2023).
+
+    m <- β₁ m + (1 - β₁)(g + δ w), w <- w - lr m/s with the precisions s, which are read, and δ = ``weight_decay``. The
+    weights it starts from, the gate and ``dirty`` are those of :func:`restore_sgd_`; a closed gate leaves m as it is.
+    """
     go, from_saved = gate != 0, dirty != 0
     lists = (params, grads, exp_avgs, precisions, [saved])
     for theta, g, m, s, old in zip(*(runs(x, table) for x in lists), strict=True):

@@ -26,21 +26,9 @@ if tuple(int(x) for x in _triton.__version__.split(".")[:2]) < MINIMUM:
 
 VERSION: str = _triton.__version__
 
-from lets_kernels.ops.triton import (  # noqa: E402
-    average,
-    bsam,
-    combine,
-    launch,
-    mask,
-    noise,
-    norm,
-    peaks,
-    perturb,
-    rho,
-    step,
-)
+from lets_kernels.ops.declared import OPS, Backend, Op  # noqa: E402
+from lets_kernels.ops.triton import launchers  # noqa: E402
 from lets_kernels.ops.triton.device import INTERPRETED as INTERPRETED  # noqa: E402
-from lets_kernels.ops.triton.schemas import SCHEMAS  # noqa: E402
 
 
 def refuses() -> str | None:
@@ -52,59 +40,39 @@ def refuses() -> str | None:
     return None
 
 
+_launchers: Backend = launchers  # what is missing there, or has other arguments, mypy names
 _library = torch.library.Library("lets_kernels_triton", "DEF")
 
 
-def _fake(name: str, schema: str) -> Callable[..., Tensor | None]:
+def _fake(op: Op) -> Callable[..., Tensor | None]:
     """What an op returns: sums, on the device of the first tensor (of no runs: of the run table)."""
-    shape = (3,) if name in ("dots", "displacement_dots") else ()
 
     def sums(*arguments: Any) -> Tensor:
         first = next(filter(torch.is_tensor, tree_leaves(arguments)))
-        return torch.empty(shape, dtype=torch.float64, device=first.device)
+        return torch.empty(op.shape or (), dtype=torch.float64, device=first.device)
 
-    return (lambda *_: None) if schema.endswith("()") else sums
+    return (lambda *_: None) if op.shape is None else sums
 
 
-def _op(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
+def _registered(op: Op) -> Callable[..., Any]:
     """The op: its launcher, or its operator while torch.compile traces."""
-    schema = next(s for s in SCHEMAS if s.startswith(f"{name}("))
-    _library.define(schema)
+    launcher: Callable[..., Any] = getattr(_launchers, op.name)
+    _library.define(op.schema)
     for key in ("CPU", "CUDA", "XPU"):
-        _library.impl(name, launcher, key)
-    torch.library.register_fake(f"lets_kernels_triton::{name}", _fake(name, schema), lib=_library)
-    operator = getattr(torch.ops.lets_kernels_triton, name).default
+        _library.impl(op.name, launcher, key)
+    torch.library.register_fake(f"lets_kernels_triton::{op.name}", _fake(op), lib=_library)
+    operator = getattr(torch.ops.lets_kernels_triton, op.name).default
 
-    def op(*arguments: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         return operator(*arguments) if torch.compiler.is_compiling() else launcher(*arguments)
 
-    op.__name__, op.__doc__ = name, f"As :func:`lets_kernels.ops.reference.{name}`."
-    return op
+    call.__name__, call.__doc__ = op.name, f"As :func:`lets_kernels.ops.reference.{op.name}`."
+    return call
 
 
 def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
     """As :func:`lets_kernels.ops.native.pack`: the list with its addresses, read once for several ops."""
-    return tensors if torch.compiler.is_compiling() else launch.Packed(tensors)
+    return tensors if torch.compiler.is_compiling() else _launchers.pack(tensors, anchor)
 
 
-grad_norm = _op("grad_norm", norm.grad_norm)
-filter_norms = _op("filter_norms", norm.filter_norms)
-perturb_ = _op("perturb_", perturb.perturb_)
-restore_ = _op("restore_", perturb.restore_)
-restore_sgd_ = _op("restore_sgd_", step.restore_sgd_)
-restore_adamw_ = _op("restore_adamw_", step.restore_adamw_)
-rho_grad_diagonal = _op("rho_grad_diagonal", rho.rho_grad_diagonal)
-rho_grad_secant = _op("rho_grad_secant", rho.rho_grad_secant)
-dots = _op("dots", combine.dots)
-displacement_dots = _op("displacement_dots", combine.displacement_dots)
-combine_ = _op("combine_", combine.combine_)
-average_ = _op("average_", average.average_)
-posterior_ascent_ = _op("posterior_ascent_", average.posterior_ascent_)
-restore_bsam_ = _op("restore_bsam_", bsam.restore_bsam_)
-noise_ = _op("noise_", noise.noise_)
-masked_ = _op("masked_", mask.masked_)
-count_above = _op("count_above", mask.count_above)
-select_ = _op("select_", mask.select_)
-largest = _op("largest", peaks.largest)
-peaks_ = _op("peaks_", peaks.peaks_)
-all_finite_ = _op("all_finite_", norm.all_finite_)
+globals().update({op.name: _registered(op) for op in OPS})

@@ -21,6 +21,8 @@ from lets_kernels.ops.triton.device import (
     tree_sum,
 )
 
+__all__ = ["average_", "posterior_ascent_"]
+
 
 @helper
 def _average(

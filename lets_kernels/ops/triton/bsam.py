@@ -11,6 +11,8 @@ from lets_kernels.ops.triton.device import chunk_at, divide, elements, helper, k
 from lets_kernels.ops.triton.perturb import copy_chunk
 from lets_kernels.ops.triton.step import starting_point
 
+__all__ = ["restore_bsam_"]
+
 
 @helper
 def _bsam(

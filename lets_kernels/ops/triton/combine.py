@@ -11,6 +11,8 @@ from torch import Tensor
 from lets_kernels.ops.triton import launch
 from lets_kernels.ops.triton.device import chunk_at, elements, helper, kernel, load, narrow, store, tree_sum
 
+__all__ = ["combine_", "displacement_dots", "dots"]
+
 
 @helper
 def _products(x, y, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):

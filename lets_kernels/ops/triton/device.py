@@ -11,8 +11,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from lets_kernels.ops.declared import ELEMENT_WISE, FISHER
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+_FISHER: tl.constexpr = tl.constexpr(FISHER)
+_ELEMENT_WISE: tl.constexpr = tl.constexpr(ELEMENT_WISE)
 _FAR: tl.constexpr = tl.constexpr(1 << 30)  # further than any chunk reaches
 
 
@@ -158,13 +162,13 @@ def scale(scaling, theta, v, norms, xi, at, SCALED: tl.constexpr, BLOCK: tl.cons
     """
     length, start = scaling[0], scaling[5]
     t = tl.full([BLOCK], 1, C)
-    if length == 0:
+    if length == _ELEMENT_WISE:
         t = tl.abs(theta) + xi
     if SCALED % 4 == 2:  # noqa: SIM102 (this one is decided when the kernel is compiled, the next one when it runs)
         if length > 0:
             t = tl.load(norms + start + filters_of(scaling, at, BLOCK)) + xi
     if SCALED >= 4:  # noqa: SIM102
-        if length == -2:
+        if length == _FISHER:
             f = xi * (v * v)
             far = divide(divide(t, square_root(t * xi, C), C), tl.abs(v), C)  # where f overflows, and so 1 + f = f
             t = tl.where(f - f == 0, divide(t, square_root(1 + f, C), C), far)
@@ -175,7 +179,7 @@ def scale(scaling, theta, v, norms, xi, at, SCALED: tl.constexpr, BLOCK: tl.cons
 def theta_for(scaling, pointer, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
     """The weights where T needs them, zeros elsewhere."""
     theta = tl.full([BLOCK], 0.0, C)
-    if scaling[0] == 0:
+    if scaling[0] == _ELEMENT_WISE:
         theta = load(pointer, at, count, MASKED, BLOCK).to(C)
     return theta
 

@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from lets_kernels.ops.declared import ELEMENT_WISE, FISHER
 from lets_kernels.ops.memory import capturing, is_dense
 from lets_kernels.ops.triton.device import INTERPRETED, add_slots
 
@@ -119,18 +120,18 @@ class Plan:
         self.rows: list[list[int]] = table.tolist()
         self.device = device
         for i, (start, numel, length, count, first) in enumerate(self.rows):
-            require(start >= 0 and numel >= 0 and length >= -2, f"run table: row {i} is not valid")
+            require(start >= 0 and numel >= 0 and length >= FISHER, f"run table: row {i} is not valid")
             fits = length < 1 or (count >= 1 and first >= 0 and numel % (length * count) == 0)
             require(fits, f"run table: the filters of row {i} do not divide it")
         self.starts = [row[0] for row in self.rows]
         self.numels = [row[1] for row in self.rows]
         self.end = max((start + numel for start, numel, *_ in self.rows), default=0)
-        self.element_wise = any(row[2] == 0 for row in self.rows)
+        self.element_wise = any(row[2] == ELEMENT_WISE for row in self.rows)
         self.filters = max((row[4] + row[3] for row in self.rows if row[2] > 0), default=0)
         #: ``SCALED`` of the kernels: 0 for T = 1 everywhere, 1 where T may be |theta| + xi, 2 where there are filters,
         #: and 4 more where T may be that of the Fisher information.
         self.scaled = 2 if self.filters else int(self.element_wise)
-        self.scaled += 4 * any(row[2] == -2 for row in self.rows)
+        self.scaled += 4 * any(row[2] == FISHER for row in self.rows)
         self.runs = Resident(table.clone(), device)
         # Small enough to fill a device with few parameters, large enough that the partial sums of many stay few.
         self.chunk = CHUNK

@@ -20,6 +20,8 @@ from lets_kernels.ops.triton.device import (
 )
 from lets_kernels.ops.triton.random import draw_at, random_of, words
 
+__all__ = ["count_above", "masked_", "select_"]
+
 
 @helper
 def mask_at(mask, position, ALIGNED: tl.constexpr):

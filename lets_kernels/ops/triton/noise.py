@@ -23,6 +23,8 @@ from lets_kernels.ops.triton.device import (
 )
 from lets_kernels.ops.triton.random import draw_at, normals, random_of
 
+__all__ = ["noise_"]
+
 
 @helper
 def _noise(

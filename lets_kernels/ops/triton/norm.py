@@ -22,6 +22,8 @@ from lets_kernels.ops.triton.device import (
     typed,
 )
 
+__all__ = ["all_finite_", "filter_norms", "grad_norm"]
+
 
 @helper
 def _powers(

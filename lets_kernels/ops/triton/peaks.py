@@ -9,6 +9,8 @@ from torch import Tensor
 from lets_kernels.ops.triton import launch
 from lets_kernels.ops.triton.device import chunk_at, elements, helper, kernel, load, masked, store, tree_sum
 
+__all__ = ["largest", "peaks_"]
+
 # Magnitudes are compared by their bits, as integers: they have the same order, and a NaN is above everything.
 
 

@@ -21,6 +21,8 @@ from lets_kernels.ops.triton.device import (
     store,
 )
 
+__all__ = ["perturb_", "restore_"]
+
 
 @helper
 def _ascend(

@@ -20,6 +20,8 @@ from lets_kernels.ops.triton.device import (
     tree_sum,
 )
 
+__all__ = ["rho_grad_diagonal", "rho_grad_secant"]
+
 
 @helper
 def _outer(val, train, at, count, TRAIN: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):

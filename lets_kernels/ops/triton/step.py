@@ -25,6 +25,8 @@ from lets_kernels.ops.triton.device import (
 )
 from lets_kernels.ops.triton.perturb import copy_chunk
 
+__all__ = ["restore_adamw_", "restore_sgd_"]
+
 
 @helper
 def starting_point(dirty, theta_address, saved_address):

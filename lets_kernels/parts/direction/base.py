@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.state import Look
+from lets_kernels.ops.declared import UNSCALED
 from lets_kernels.ops.memory import is_dense
 from lets_kernels.parts.passes import FirstPass
-from lets_kernels.space.buckets import UNSCALED, Bucket, Runs
+from lets_kernels.space.buckets import Bucket, Runs
 from lets_kernels.space.shards import local
 
 
@@ -114,9 +115,8 @@ class Ascent:
     def rho_grad(self, val: list[Tensor], train: list[Tensor], perturbed: list[Tensor]) -> Tensor:
         """As :meth:`total`: Σ (val - train) · perturbed² · T sign(Tv)|Tv|^(q-1), T at the saved weights."""
         b = self.bucket
-        lists = (b.pack(each) for each in (val, train, perturbed, self.vectors))
-        weights, table = self._weights(True), self.table
-        share = b.ops.rho_grad_diagonal(*lists, weights, table, b.filter_norms, self.xi, self.q)
+        v, t, h, g = map(b.pack, (val, train, perturbed, self.vectors))
+        share = b.ops.rho_grad_diagonal(v, t, h, g, self._weights(True), self.table, b.filter_norms, self.xi, self.q)
         return share * b.parts if b.parts != 1 else share
 
 

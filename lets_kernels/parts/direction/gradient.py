@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi, filter_rows
 from lets_kernels.parts.passes import FirstPass
-from lets_kernels.space.buckets import ELEMENT_WISE, FISHER, UNSCALED, Runs
+from lets_kernels.space.buckets import Runs
 
 #: Exponents from which |g|^q of a small or a large float32 may be no number any more, even in float64.
 _HIGH = 6.0

@@ -177,6 +177,10 @@ class Masked(Direction):
         self._selected = int(state["selected"])
 
 
+# The vectors, the mask, the run table, and what is drawn from.
+_Arguments = tuple[list[Tensor], Tensor, Tensor, tuple[Tensor, int]]
+
+
 class _Selection:
     """Of the elements with one value of the mask, those with the highest keys, counted over all buckets and ranks.
 
@@ -188,7 +192,7 @@ class _Selection:
         self._own = [first.held.flat(runs.bucket, MASK, 1) for runs in first.runs]
         self._masks = [mask.clone() for mask in self._own]
 
-    def _each(self, vectors: list[list[Tensor]] | None) -> list[tuple[Runs, Tensor, tuple[Any, ...]]]:
+    def _each(self, vectors: list[list[Tensor]] | None) -> list[tuple[Runs, Tensor, _Arguments]]:
         purpose = REGROWTH if vectors is None else DRAWS
         lists: list[list[Tensor]] = [[] for _ in self._masks] if vectors is None else vectors
         return [

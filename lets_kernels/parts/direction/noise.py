@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lets_kernels.base.state import Look, lies_as
 from lets_kernels.base.variational import VariationalSGD
+from lets_kernels.ops.declared import UNSCALED
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, filter_rows
 from lets_kernels.parts.passes import NOISE, FirstPass
-from lets_kernels.space.buckets import UNSCALED, Runs
+from lets_kernels.space.buckets import Runs
 from lets_kernels.space.shards import WHOLE, elements, local
 
 SCALES = ("variance", "std")

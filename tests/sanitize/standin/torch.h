@@ -34,6 +34,7 @@ template <class... Words>
 struct Op {
   void (*function)();
   const std::type_info* type;
+  std::shared_ptr<std::atomic<bool>> asked = std::make_shared<std::atomic<bool>>(false);
 };
 inline std::map<std::string, Op>& ops() {
   static std::map<std::string, Op> all;
@@ -45,13 +46,21 @@ struct Library {
 };
 template <class F>
 Op box(F* function) {
-  return {reinterpret_cast<void (*)()>(function), &typeid(F)};
+  return {reinterpret_cast<void (*)()>(function), &typeid(F), std::make_shared<std::atomic<bool>>(false)};
 }
 template <class F>
 F* op(const char* name) {
   const Op& found = ops().at(name);
+  found.asked->store(true, std::memory_order_relaxed);
   if (*found.type != typeid(F)) throw std::logic_error(std::string(name) + " has another C++ type");
   return reinterpret_cast<F*>(found.function);
+}
+// The names of the ops that nobody has asked for.
+inline std::string left_out() {
+  std::string names;
+  for (const auto& [name, op] : ops())
+    if (!op.asked->load()) names += (names.empty() ? "" : ", ") + name;
+  return names;
 }
 struct Registration {
   explicit Registration(void (*define)(Library&)) {
