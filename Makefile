@@ -20,14 +20,14 @@ demo: build    ## train on real data; options in ARGS: make demo ARGS="--help"
 test: build    ## the tests, by files in WORKERS processes (2); options for pytest in ARGS
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-fuzz: build    ## thousands of random parameters for tests/test_hypothesis.py, new ones each time; EXAMPLES=n for n
-	LETS_KERNELS_EXAMPLES=$(or $(EXAMPLES),5000) $(PY) -m pytest tests/test_hypothesis.py $(ARGS)
+fuzz: build    ## thousands of random parameters for tests/ops/test_hypothesis.py, new ones each time; EXAMPLES=n for n
+	LETS_KERNELS_EXAMPLES=$(or $(EXAMPLES),5000) $(PY) -m pytest tests/ops/test_hypothesis.py $(ARGS)
 
 sequences: build    ## hundreds of random sequences of calls, and of calls of ops; writes tests/results/sequences.json
-	OMP_NUM_THREADS=1 $(PY) tests/sequenced.py $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) tests/support/sequenced.py $(ARGS)
 
 mutants: build    ## take the formulas apart one by one: does a test go red each time? Writes tests/results/mutants.json
-	$(PY) tests/mutants.py $(ARGS)
+	$(PY) tests/mutations/mutants.py $(ARGS)
 
 bench: build    ## the benchmarks; ARGS="--save-results --wait 20" writes benchmarks/results
 	$(PY) -m pytest benchmarks -q $(ARGS)
@@ -37,7 +37,7 @@ experiments: build    ## is there a radius that nobody has to search for? Hours,
 	$(PY) -m benchmarks.experiments all $(ARGS)
 
 sanitize: $(READY)    ## the C++ kernels under sanitizers, at length; writes tests/results/sanitize.json
-	$(PY) tests/sanitized.py
+	$(PY) tests/support/sanitized.py
 
 trust: sanitize mutants fuzz sequences    ## the long versions of what docs/trust.md promises; over an hour on two cores
 

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-import runs
-from backends import Backend, targets
-from standing import Ranks
+from support import guard_bands
+from support.backends import Backend, targets
+from support.standing_ranks import Ranks
 
 # Thousands of small ops: a second thread costs more than it brings, and far more where the cores are shared. The tests
 # that are about threads ask for the `threads` fixture.
@@ -61,10 +61,10 @@ def settled(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def guard_bands():
-    """No test may forget them: whatever it gave to an op from runs.py, nothing around it was written."""
-    runs.forget_guards()
+    """No test may forget them: whatever it gave to an op from guard_bands.py, nothing around it was written."""
+    guard_bands.forget_guards()
     yield
-    runs.assert_guards()
+    guard_bands.assert_guards()
 
 
 @pytest.fixture

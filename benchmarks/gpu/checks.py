@@ -15,7 +15,7 @@ from benchmarks.gpu.process import cores, run
 
 SAMPLE = "cuda-gpu and (several or many-small) and (float32 or bfloat16)"  # of the op tests, by their ids
 SAMPLE_FILES = ("norm", "perturb", "step", "rho", "finite")
-DRY_TESTS = ("tests/test_finite.py::test_a_gradient_of_zero_perturbs_nothing",)
+DRY_TESTS = ("tests/step/test_finite.py::test_a_gradient_of_zero_perturbs_nothing",)
 MOST_NAMED = 15
 MOST_WORKERS = 6  # processes that share the GPU, where pytest-xdist is installed
 

@@ -24,7 +24,7 @@ class Row:
     name: str
     #: What follows the parameters and the base optimizer, in terms of the names that lets_kernels exports.
     arguments: str
-    #: Gradients a step, in words that tests/test_catalogue.py reads: ``"2"``, ``"1 + p"``, ``"1 to 2"``.
+    #: Gradients a step, in words that tests/methods/test_catalogue.py reads: ``"2"``, ``"1 + p"``, ``"1 to 2"``.
     gradients: str = "2"
     #: Kept from step to step, beside the saved weights: buffers as large as float32 parameters. One byte an element is
     #: 1/4.

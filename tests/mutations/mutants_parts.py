@@ -1,0 +1,96 @@
+"""Mutations of the parts of the other methods, killed by the transcriptions of the papers; see mutants_table.py."""
+
+DIRECTION = "lets_kernels/parts/direction/"
+ROBUST = "tests/methods/test_family_robust.py -k 'cpu and not_finite'"
+TEN = "tests/methods/test_family.py -k 'cpu and every_method and ({})'"
+
+GROUPS = [
+    (
+        DIRECTION + "average.py",
+        TEN.format("friendly or vasso"),
+        [
+            ("super().__init__(1 - self.theta, 0.0, 1.0)", "super().__init__(self.theta, 0.0, 1.0)"),
+            ("(1 + old * (1 - self.decay), -old)", "(1.0, -old)"),
+            ("(1.0, -self.sigma) if update_first", "(1.0, self.sigma) if update_first"),
+            ("gate = finite.double()", "gate = torch.ones_like(finite).double()", ROBUST),
+        ],
+    ),
+    (
+        DIRECTION + "noise.py",
+        TEN.format("rsam or random or bsam"),
+        [
+            ("count += sum(elements(b.params[i]) for i in runs.indices)", "count += len(runs.indices)"),
+            ("b.filter_norms.sqrt_()", "pass"),
+            ("draw, self.lam, self.gamma))", "draw, self.gamma, self.lam))"),
+            ("std = 1 / math.sqrt(self.data_size)", "std = 1 / self.data_size"),
+        ],
+    ),
+    (
+        DIRECTION + "mask.py",
+        TEN.format("sparse or esam"),
+        [
+            ("total * self.beta**2, norm", "total * self.beta, norm"),
+            ("kept = max(1, round((1 - self.sparsity) * size))", "kept = max(1, round(self.sparsity * size))"),
+            ("(low >> 1) + (high >> 1) + (low & high & 1)", "low + (high - low) // 2"),
+            ("first.squared_norm if due else first.total(shares))", "first.total(shares) / 2)"),
+        ],
+    ),
+    (
+        "lets_kernels/parts/descent.py",
+        TEN.format("looksam or gsam or penalty"),
+        [
+            ("a = 1 + self.alpha * _ratio(across, squared)", "a = 1 + self.alpha * across"),
+            ("torch.full_like(a, -self.alpha)", "torch.full_like(a, self.alpha)"),
+            ("second.numbers(self.alpha, 1 - self.alpha)", "second.numbers(1 - self.alpha, self.alpha)"),
+            ("-_ratio(across, other)], dim=1", "-_ratio(across, squared)], dim=1"),
+            ("_ratio(squared, other).sqrt()", "_ratio(squared, other)"),
+        ],
+    ),
+    (
+        "lets_kernels/parts/schedule.py",
+        TEN.format("rst or ae"),
+        [
+            ("return moment.uniform() < self.probability", "return moment.uniform() > self.probability"),
+            ("(squared - self._mean) ** 2", "squared - self._mean"),
+            ("done * self.lambda1 + (1 - done) * self.lambda2", "done * self.lambda2 + (1 - done) * self.lambda1"),
+            ("done = (1 - math.cos(math.pi * done)) / 2", "done = 1 - math.cos(math.pi * done) / 2"),
+        ],
+    ),
+    (
+        "lets_kernels/parts/samples.py",
+        TEN.format("esam or delta"),
+        [
+            ("torch.topk((after - before).detach(), count)", "torch.topk((before - after).detach(), count)"),
+            ("norms.pow(self.power)", "norms.pow(-self.power)"),
+        ],
+    ),
+    (
+        DIRECTION + "momentum.py",
+        "tests/methods/test_msam.py -k 'cpu or refused'",
+        [
+            ("for value in (-1.0, 0.0, 1.0)]", "for value in (1.0, 0.0, 1.0)]"),
+            ('"betas": "exp_avg"', '"betas": "exp_avg_sq"'),
+            ("if not value:", "if value is None:"),
+            ("packed, [], table, None, 0.0, 2.0)", "packed, [], table, None, 0.0, 1.0)"),
+            ("runs.only(places)", "runs"),
+            ("if not places and any(", "if places and any("),
+        ],
+    ),
+    (
+        "lets_kernels/base/state.py",
+        "tests/base/test_look.py",
+        [
+            ("self._state.get(runs.bucket.params[i], {})", "self._state[runs.bucket.params[i]]"),
+            ("MappingProxyType(self._state.get(p, {}))", "self._state.get(p, {})"),
+            ("[MappingProxyType(dict(group)) for group in self._groups]", "list(self._groups)"),
+        ],
+    ),
+    (
+        "lets_kernels/around/randomness.py",
+        "tests/methods/test_family_state.py -k 'resumed or seed'",
+        [
+            ("            self._state[1] += 1", "            pass", TEN.format("random")),
+            ('self._state[1] = state["count"]', "pass"),
+        ],
+    ),
+]  # fmt: skip

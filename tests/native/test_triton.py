@@ -1,0 +1,84 @@
+"""The Triton backend without a GPU: its ops in Triton's interpreter, in a process of their own, and its import."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+#: Of the op tests, every layout in small, and everything that is the same for every dtype once (float32) or twice.
+CHOSEN = (
+    "not same_bits and "
+    "(0-d or numel-0 or numel-17 or filters-of-1 or 300-filters or channels-last or dense-permuted or unaligned- "
+    "or several- and (float32 or bfloat16) or every_q and float32 and list or every_q and float32 and runs "
+    "or every_kind and float32 and runs or non_finite or zero or gate or starts_from or restore_of)"
+)
+#: Of those of the ops on vectors, where the layout matters less: every dtype once, and each way an element can go.
+FEWER = (
+    "not same_bits and (unaligned-torch or no_runs or same_size or arithmetic_type or 32_bits "
+    "or 300-filters and float32 or channels-last and bfloat16 or closed_gate and float16 or members and float16 "
+    "or bisection and 0.4 and False or nan and 719 "
+    "or not several- and (as_plain_torch and precision and float32 or first_vector or would_stand and float64))"
+)
+
+
+def run(*arguments, interpret=True):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", **({"TRITON_INTERPRET": "1"} if interpret else {})}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=600
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def interpreted_tests(*arguments):
+    """How many tests passed; all of them must, and none may be skipped."""
+    code, output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+    assert code == 0, output[-6000:]
+    summary = output.strip().splitlines()[-1]
+    assert "skipped" not in summary and "failed" not in summary, summary
+    return int(re.search(r"(\d+) passed", summary).group(1))
+
+
+@pytest.fixture
+def interpreter():
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    numpy = pytest.importorskip("numpy")
+    if [*map(int, triton.__version__.split(".")[:2])] < [3, 7] and [*map(int, numpy.__version__.split(".")[:2])] > [
+        2,
+        3,
+    ]:
+        pytest.skip("the interpreter of Triton 3.6 takes no NumPy from 2.4 on")
+
+
+def test_the_op_tests_pass_in_the_interpreter(interpreter):
+    files = [f"tests/test_{stem}.py" for stem in ("norm", "perturb", "step", "rho")]
+    assert interpreted_tests(*files, "-k", f"triton and {CHOSEN}") > 300
+
+
+def test_the_tests_of_the_ops_on_vectors_pass_in_the_interpreter(interpreter):
+    stems = ("combine", "average", "bsam_step", "fisher", "swapped", "noise", "mask", "peaks")
+    assert interpreted_tests(*(f"tests/test_{stem}.py" for stem in stems), "-k", f"triton and {FEWER}") > 100
+
+
+def test_what_is_tritons_own_passes_in_the_interpreter(interpreter):
+    assert interpreted_tests("tests/native/triton_interpreted.py", "tests/native/triton_interpreted_tables.py") > 100
+
+
+def test_importing_the_package_imports_no_triton():
+    code, output = run("-c", "import sys, lets_kernels; assert 'triton' not in sys.modules", interpret=False)
+    assert code == 0, output
+
+
+MISSING = "sys.modules['triton'] = None"
+OLD = "m = types.ModuleType('triton'); m.__version__ = '3.5.1'; sys.modules['triton'] = m"
+
+
+@pytest.mark.parametrize("pretend, reason", [(MISSING, "not installed"), (OLD, "3.5.1 is too old; 3.6 or later")])
+def test_where_triton_is_missing_or_too_old_the_backend_says_so(pretend, reason):
+    code, output = run("-c", f"import sys, types; {pretend}; import lets_kernels; print(lets_kernels.backends())")
+    assert code == 0, output
+    assert re.search(f"'triton': 'not available: [^']*{reason}", output), output
