@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from support import guard_bands
 from support.backends import Backend, targets
+from support.guard_bands import assert_guards, forget_guards
 from support.standing_ranks import Ranks
 
 # Thousands of small ops: a second thread costs more than it brings, and far more where the cores are shared. The tests
@@ -18,20 +18,20 @@ torch.set_num_threads(1)
 # What some files need beyond torch and pytest: `make gpu-check` does without, `make test` installs it all.
 FRAMEWORKS = ("accelerate", "lightning", "transformers")
 NEEDS = {
-    "test_demo.py": ("sklearn", "matplotlib", "rich"),
-    "test_conformance.py": ("expecttest",),
-    "test_conformance_state.py": ("expecttest",),
-    "test_conformance_table.py": ("expecttest",),
-    "test_examples.py": FRAMEWORKS,
-    "test_experiments_batched.py": ("sklearn", "rich"),
-    "test_federated.py": ("sklearn",),
-    "test_frameworks_accelerate.py": ("accelerate",),
-    "test_frameworks_lightning.py": ("lightning",),
-    "test_frameworks_replicas.py": FRAMEWORKS,
-    "test_frameworks_transformers.py": ("transformers",),
-    "test_hypothesis.py": ("hypothesis",),
-    "test_sequences.py": ("hypothesis",),
-    "test_random_calls.py": ("hypothesis",),
+    "programs/test_demo.py": ("sklearn", "matplotlib", "rich"),
+    "base/test_conformance.py": ("expecttest",),
+    "base/test_conformance_state.py": ("expecttest",),
+    "base/test_conformance_table.py": ("expecttest",),
+    "docs/test_examples.py": FRAMEWORKS,
+    "programs/test_experiments_batched.py": ("sklearn", "rich"),
+    "docs/test_federated.py": ("sklearn",),
+    "frameworks/test_frameworks_accelerate.py": ("accelerate",),
+    "frameworks/test_frameworks_lightning.py": ("lightning",),
+    "frameworks/test_frameworks_replicas.py": FRAMEWORKS,
+    "frameworks/test_frameworks_transformers.py": ("transformers",),
+    "ops/test_hypothesis.py": ("hypothesis",),
+    "step/test_sequences.py": ("hypothesis",),
+    "ops/test_random_calls.py": ("hypothesis",),
 }
 collect_ignore = [
     file for file, names in NEEDS.items() if any(importlib.util.find_spec(name) is None for name in names)
@@ -62,9 +62,9 @@ def settled(monkeypatch):
 @pytest.fixture(autouse=True)
 def guard_bands():
     """No test may forget them: whatever it gave to an op from guard_bands.py, nothing around it was written."""
-    guard_bands.forget_guards()
+    forget_guards()
     yield
-    guard_bands.assert_guards()
+    assert_guards()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.gpu.process import cores, run
 
 SAMPLE = "cuda-gpu and (several or many-small) and (float32 or bfloat16)"  # of the op tests, by their ids
-SAMPLE_FILES = ("norm", "perturb", "step", "rho", "finite")
+SAMPLE_FILES = ("ops/test_norm", "ops/test_perturb", "ops/test_step", "ops/test_rho", "step/test_finite")
 DRY_TESTS = ("tests/step/test_finite.py::test_a_gradient_of_zero_perturbs_nothing",)
 MOST_NAMED = 15
 MOST_WORKERS = 6  # processes that share the GPU, where pytest-xdist is installed
@@ -106,7 +106,7 @@ def sanitize(dry: bool, seconds: float) -> dict[str, Any]:
         reason = "a dry run has no GPU" if dry else "compute-sanitizer is not on the PATH"
         found["left_out"] = [[tool, reason] for tool in ("memcheck", "racecheck")]
         return found
-    files = [f"tests/test_{stem}.py" for stem in SAMPLE_FILES]
+    files = [f"tests/{file}.py" for file in SAMPLE_FILES]
     with tempfile.TemporaryDirectory() as scratch:
         for share, tool in ((0.5, "memcheck"), (1.0, "racecheck")):
             junit = Path(scratch) / f"{tool}.xml"

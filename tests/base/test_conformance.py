@@ -1,5 +1,5 @@
 """SAM, ASAM and LETS-SAM over torch's optimizers in torch's generated optimizer tests: the machinery is torch's, the
-entries are those of conformance_entries.py. test_conformance_table.py lists torch's tests, with what does not apply and why.
+entries are those of conformance_entries.py; test_conformance_table.py lists torch's tests and says which do not apply.
 
 Many of these rest on a linear loss: its gradient is the same wherever it is taken, so a perturbation changes nothing,
 and the step, the state and the options must be those of the base optimizer by itself, which torch computes.

@@ -10,7 +10,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LINES = {
     "accelerate_loop": r"loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+)",
     "federated": r"FedSAM: test loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+); "

@@ -9,7 +9,7 @@ import torch
 
 from support.given_gradients import weights
 
-federated = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "examples" / "federated.py")))
+federated = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "federated.py")))
 
 CLIENTS, STEPS, BATCH, WIDTH, CLASSES = 5, 3, 8, 4, 3
 

@@ -1,4 +1,4 @@
-"""Whole steps on a GPU, by each of its backends. tests/support/accelerator.py tells how to try this file without one."""
+"""Whole steps on a GPU, by each of its backends. tests/support/accelerator.py tells how to try it without one."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""State, faults and places on a GPU, by each backend; tests/support/accelerator.py tells how to try this file without one."""
+"""State, faults and places on a GPU, by each backend; tests/support/accelerator.py tells how to try it without."""
 
 import copy
 import io

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from test_methods import assert_near
 
 import lets_kernels as lk
 from support import family, oracle
@@ -17,6 +16,7 @@ from support.given_gradients import Toy, snapshot, weights
 from support.guard_bands import LAYOUTS, Bucket, same_bits
 from support.inside import held, now, progress, space
 from support.moving_radii import auto
+from support.nearness import assert_near
 
 SGD = torch.optim.SGD
 STEPS = 20

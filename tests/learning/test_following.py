@@ -5,16 +5,16 @@ import warnings
 
 import pytest
 import torch
-from test_methods import NU, assert_near
 
 import lets_kernels as lk
 from support import family, oracle
 from support.conv_net import TRANSPOSED, Task
-from support.core_methods import BASES, CURVATURES
+from support.core_methods import BASES, CURVATURES, NU
 from support.given_gradients import Toy, snapshot, weights
 from support.guard_bands import same_bits
 from support.inside import now
 from support.moving_radii import following
+from support.nearness import assert_near
 
 SGD = torch.optim.SGD
 KINDS = {name: CURVATURES[name] for name in ("secant", "diagonal")}

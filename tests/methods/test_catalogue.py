@@ -13,7 +13,7 @@ from lets_kernels.__main__ import main
 from lets_kernels.methods import catalogue
 from support.inside import held, space, work
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = {name: getattr(lk, name) for name in lk.__all__}
 SIZE = 128
 

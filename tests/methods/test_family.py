@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from test_methods import assert_near, norm
 from torch import nn
 
 import lets_kernels as lk
@@ -15,6 +14,7 @@ from support.conv_net import Task, conv_net
 from support.core_methods import BASES
 from support.family import FAMILY, ONE_EACH, SEED, STEPS, build, closure
 from support.inside import held
+from support.nearness import assert_near, norm
 
 # As in test_methods.py: disturbing every weight of the start by 1e-13 of itself moves the end of a transcription's ten
 # steps by 1e-12 at most, what it keeps by 2e-13 (measured, all methods, both bases). Rounding disturbs a step by 5e-16.

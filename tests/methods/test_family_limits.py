@@ -9,18 +9,13 @@ import lets_kernels as lk
 from support import family
 from support.conv_net import Task
 from support.core_methods import BASES
-from support.family import FAMILY, PER_SAMPLE, SEED, build, held, take
+from support.family import FAMILY, PER_SAMPLE, SEED, build, few, held, take
 from support.given_gradients import Toy
 from support.inside import now, progress
 
 # Two ways to the same gradient, in float64: sums in another order, a square root beside another. Ten steps, as in
 # test_methods.py.
 TIGHT = 1e-12
-
-
-def few(name, backend):
-    """Steps: one where the reference selects a mask, which it does slowly."""
-    return 1 if backend.name == "reference" and FAMILY[name].cls is lk.SparseSAM else 4
 
 
 def ran(opt, task, steps):

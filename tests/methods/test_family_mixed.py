@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from test_methods import assert_near
 
 import lets_kernels as lk
 from support import oracle, papers
 from support.conv_net import TRANSPOSED, Task
 from support.family import SEED, closure, take
+from support.nearness import assert_near
 from support.papers import lin, sam_gradient, unit
 
 TIGHT = 1e-12  # as in test_family.py

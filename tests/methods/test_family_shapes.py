@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from test_family_limits import few
 
 import lets_kernels as lk
 from support import family
 from support.conv_net import Task
-from support.family import BESIDE, FAMILY, ONE_PASS, SHAPES, TUNED, assert_same, build, closure, held, take
+from support.family import BESIDE, FAMILY, ONE_PASS, SHAPES, TUNED, assert_same, build, closure, few, held, take
 from support.inside import now
 
 # Passes of a step that perturbs, and of one that does not: (calls of the closure, gradients).

@@ -4,11 +4,10 @@ import io
 
 import pytest
 import torch
-from test_family_limits import few
 
 from support import family
 from support.conv_net import Task
-from support.family import FAMILY, ONE_EACH, SEED, TUNED, assert_same, build, held
+from support.family import FAMILY, ONE_EACH, SEED, TUNED, assert_same, build, few, held
 from support.inside import progress
 
 # Steps before the interruption, where it matters: in the middle of LookSAM's cycle of three, between two selections of

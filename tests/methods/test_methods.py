@@ -8,33 +8,13 @@ import torch
 import lets_kernels as lk
 from support import oracle
 from support.conv_net import TRANSPOSED, Task
-from support.core_methods import BASES, CURVATURES, METHODS, METRICS, build
+from support.core_methods import BASES, CURVATURES, METHODS, METRICS, NU, build
+from support.nearness import assert_near, norm
 
 # Both sides compute in float64 and differ by the order of their operations. Disturbing every weight of the start by
 # 1e-13 of itself moves the end of the ten steps by 2e-12 at most (measured on the transcriptions, all methods and
 # bases); rounding disturbs each step by about 5e-16, so 1e-13 in all. Ten times that is allowed.
 TIGHT = 1e-12
-
-
-def norm(tensors):
-    return math.sqrt(sum(float((t.double() ** 2).sum()) for t in tensors))
-
-
-def distance(task, opt, theta, base):
-    """How far the weights, and each kind of base state, are from the transcription: norms over all parameters."""
-    parameters = dict(task.net.named_parameters())
-    result = {"weights": norm([parameters[k].detach().double() - theta[k].double() for k in theta])}
-    for name, p in parameters.items():
-        expected, found = base.state(name), opt.base_optimizer.state[p]
-        for key, value in expected.items():
-            difference = norm([found[key].double() - value.double()])
-            result[key] = math.hypot(result.get(key, 0.0), difference)
-    return result
-
-
-def assert_near(task, opt, theta, base, bound):
-    for key, value in distance(task, opt, theta, base).items():
-        assert value <= bound, f"{key}: off by {value:.3g}, allowed {bound:.3g}"
 
 
 def check_sam(backend, method, base_name, task):
@@ -67,10 +47,6 @@ PRESETS = {
     "lets-sam": (lk.LETSSAM, 0.1, {}, oracle.identity),
     "lets-asam": (lk.LETSASAM, 0.3, {"xi": 0.02}, oracle.filterwise(0.02, transposed=TRANSPOSED)),
     "lets-asam-elementwise": (lk.LETSASAM, 0.5, {"xi": 0.02, "filterwise": False}, oracle.elementwise(0.02)),
-}
-NU = {
-    "adam": (torch.optim.Adam, oracle.Adam, lambda lr: {"lr": 0.05}),
-    "sgd": (torch.optim.SGD, oracle.SGD, lambda lr: {"lr": lr, "momentum": 0.5}),
 }
 
 

@@ -22,8 +22,8 @@ import pytest
 import torch
 from mutants_table import MUTANTS
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).parent / "results" / "mutants.json"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tests" / "results" / "mutants.json"
 LIMIT = 600  # seconds for the tests of one mutation
 
 
@@ -37,7 +37,7 @@ def _pytest(root, tests, output):
     for name in ("LETS_KERNELS_BACKEND", "TRITON_INTERPRET"):
         os.environ.pop(name, None)
     os.environ |= {"PYTHONPATH": str(root), "LETS_KERNELS_CPU_ISA": "baseline", "OMP_NUM_THREADS": "1"}
-    sys.path[:] = [str(root), *(path for path in sys.path if path != str(ROOT / "tests"))]
+    sys.path[:] = [str(root), *(path for path in sys.path if not path.startswith(str(ROOT / "tests")))]
     sys.dont_write_bytecode = True
     for name in ("mutants", "mutants_table", "mutants_reference", "mutants_kernels", "mutants_parts", "mutants_radii"):
         sys.modules.pop(name, None)

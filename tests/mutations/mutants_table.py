@@ -24,7 +24,8 @@ class Mutant(NamedTuple):
 
 
 RESTORING = "            try:\n                a.bucket.restore(a.runs)\n            except"
-LEARNED = "tests/learning/test_hypergradient.py tests/methods/test_methods.py -k 'reference and (rounding or lets and secant)'"
+FILES = "tests/learning/test_hypergradient.py tests/methods/test_methods.py"
+LEARNED = f"{FILES} -k 'reference and (rounding or lets and secant)'"
 DIRECTED = "tests/methods/test_methods.py -k 'reference and (every_method or diagonal and lets_takes)'"
 
 #: file, tests, and pairs of text and replacement; a pair may have tests of its own.

@@ -13,7 +13,7 @@ from mutants_kernels import MATH
 from mutants_reference import REFERENCE
 from mutants_table import MUTANTS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEMS = sorted(path.stem for path in (ROOT / REFERENCE).glob("*.py") if path.stem != "__init__")
 
 
@@ -53,7 +53,7 @@ def test_every_mutation_of_the_committed_run_was_killed():
 def program(*arguments):
     """`make mutants` on a few mutations, in a process that imports nothing of this tree."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "mutants.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tests" / "mutations" / "mutants.py"), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout + done.stderr
 
@@ -67,7 +67,7 @@ def test_two_mutations_are_killed_in_a_copy_of_the_tree():
 
 BROKEN = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {folder!r})
 import mutants
 mutant = next(m for m in mutants.MUTANTS if m.file.endswith("guarded.py"))._replace({change})
 mutants.MUTANTS[:] = [mutant]
@@ -85,6 +85,6 @@ sys.exit(mutants.main())
     ],
 )
 def test_a_survivor_and_a_table_that_does_not_fit_are_failures(change, code, message):
-    script = BROKEN.format(tests=str(ROOT / "tests"), change=change)
+    script = BROKEN.format(folder=str(ROOT / "tests" / "mutations"), change=change)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == code and message in done.stdout + done.stderr, done.stdout + done.stderr

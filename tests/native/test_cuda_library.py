@@ -13,7 +13,7 @@ import torch
 import lets_kernels
 from lets_kernels.ops import native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = native.CUDA_LIBRARY
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # The streaming kernels, with the lists that they read and write: each by 128-bit instructions, at least one a list.

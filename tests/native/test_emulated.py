@@ -15,7 +15,7 @@ from lets_kernels.ops import native, reference
 from support import emulated, oracle
 from support.guard_bands import U64, Bucket, Run, guarded, same_bits
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 FEW, MANY = 8, 352  # rows that one launch takes: kFew and kMany of csrc/cuda/batch.h
 
 
@@ -104,8 +104,9 @@ def test_the_order_of_blocks_and_threads_changes_no_bit():
     """The emulator shuffles both; another seed gives the same bits, so nothing depends on who comes first."""
     program = (
         f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
-        "import hashlib, torch, emulated\n"
-        "from runs import LAYOUTS, Bucket\n"
+        "import hashlib, torch\n"
+        "from support import emulated\n"
+        "from support.guard_bands import LAYOUTS, Bucket\n"
         "digest = hashlib.sha256()\n"
         "for scale in ('plain', 'element', 'filter'):\n"
         "    b = Bucket(LAYOUTS['several'], torch.bfloat16, scale)\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 #: Of the op tests, every layout in small, and everything that is the same for every dtype once (float32) or twice.
 CHOSEN = (
     "not same_bits and "
@@ -29,7 +29,7 @@ def run(*arguments, interpret=True):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", **({"TRITON_INTERPRET": "1"} if interpret else {})}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -55,13 +55,13 @@ def interpreter():
 
 
 def test_the_op_tests_pass_in_the_interpreter(interpreter):
-    files = [f"tests/test_{stem}.py" for stem in ("norm", "perturb", "step", "rho")]
+    files = [f"tests/ops/test_{stem}.py" for stem in ("norm", "perturb", "step", "rho")]
     assert interpreted_tests(*files, "-k", f"triton and {CHOSEN}") > 300
 
 
 def test_the_tests_of_the_ops_on_vectors_pass_in_the_interpreter(interpreter):
     stems = ("combine", "average", "bsam_step", "fisher", "swapped", "noise", "mask", "peaks")
-    assert interpreted_tests(*(f"tests/test_{stem}.py" for stem in stems), "-k", f"triton and {FEWER}") > 100
+    assert interpreted_tests(*(f"tests/ops/test_{stem}.py" for stem in stems), "-k", f"triton and {FEWER}") > 100
 
 
 def test_what_is_tritons_own_passes_in_the_interpreter(interpreter):

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that need not be there (triton_compiled.py), and what its machine code shows."""
+"""Every Triton kernel compiled (triton_compiled.py) for GPUs that need not be there: what its machine code shows."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ARCHES = (80, 90, 100)
 DTYPES = ("fp32", "fp64", "bf16", "fp16")
 #: Kernels that stream through whole runs: how many lists they read, of those that can be left out, and write.
@@ -54,7 +54,7 @@ def built(tmp_path_factory):
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {
             "TRITON_CACHE_DIR": str(folder / f"sm_{arch}"),
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, str(HERE / "triton_compiled.py"), str(arch)]

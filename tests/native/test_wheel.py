@@ -12,7 +12,7 @@ import pytest
 
 from lets_kernels.ops import native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
 import torch, lets_kernels

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from test_opcheck import SHAPES, WRITES, arguments, overload, registered, scalar
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -13,6 +12,7 @@ from lets_kernels.ops import triton as ops
 from support import refusals
 from support.given_gradients import Toy, snapshot
 from support.guard_bands import DTYPES, LAYOUTS, same_bits
+from support.op_arguments import SHAPES, WRITES, arguments, overload, registered, scalar
 
 
 def operator(op):

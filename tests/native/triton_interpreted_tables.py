@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 import triton.language as tl
-from test_opcheck import scalar
 
 import lets_kernels as lk
 from lets_kernels.ops import triton as ops
 from lets_kernels.ops.triton import device, launch, norm
 from support.given_gradients import Toy
 from support.guard_bands import LAYOUTS, Bucket
+from support.op_arguments import scalar
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 
-EXAMPLES = int(os.environ.get("LETS_KERNELS_EXAMPLES", "0"))
-CALLS = EXAMPLES or 300  # of each op
+from support.drawn_examples import drawn
+
+CALLS = 300  # of each op
 CLEAN = (RuntimeError, ValueError, TypeError, IndexError)  # NotImplementedError is a RuntimeError
 
 ARENA, GAP = 1 << 17, 64  # bytes in all, and between two tensors
@@ -396,15 +397,7 @@ def run(said):
     torch.set_num_threads(1)
     changes = st.lists(st.tuples(st.integers(0, 15), st.integers(0, 31)), max_size=3)
 
-    @settings(
-        max_examples=CALLS,
-        derandomize=not EXAMPLES,
-        deadline=None,
-        database=None,
-        report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn(CALLS)
     @given(seed=st.integers(0, 2**32), changes=changes)
     def calls(seed, changes):
         for op in ops:
@@ -423,7 +416,7 @@ def test_no_call_crashes_or_writes_what_it_may_not(tmp_path):
     """Of every op some calls are taken and some refused, so that neither half of the promise is empty."""
     said, found = tmp_path / "said", tmp_path / "found"
     here = Path(__file__)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent.parent), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.resolve().parents[2]), *sys.path])}
     done = subprocess.run(
         [sys.executable, str(here), str(said), str(found)], capture_output=True, text=True, env=environment
     )

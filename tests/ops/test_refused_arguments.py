@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_opcheck import WRITES, arguments, overload
 
 from lets_kernels.ops import native
 from support import emulated, refusals
 from support.guard_bands import guarded, same_bits
+from support.op_arguments import WRITES, arguments, overload
 
 KERNELS = {"cpu": native, "emulated": emulated}
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
-from test_opcheck import SHAPES, WRITES, arguments, overload, scalar
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -16,6 +15,7 @@ from support.conv_net import Pointwise, Task
 from support.family import FAMILY
 from support.given_gradients import Toy, snapshot, weights
 from support.guard_bands import LAYOUTS, Bucket, same_bits
+from support.op_arguments import SHAPES, WRITES, arguments, overload, scalar
 
 BACKENDS = ("aot_eager", "inductor")
 

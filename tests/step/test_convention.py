@@ -443,24 +443,42 @@ def test_a_learned_radius_too(backend, learns):
     assert same_bits(*ends)
 
 
-def test_a_closure_that_clips_does_not_zero(backend):
-    """What is written to gradients after the backward tells nothing."""
-    task = Task(torch.float32, steps=2)
+def clipping(task, batch, calls):
+    """Writes to gradients after the backward."""
+    inner = adding(task, batch, calls)
+
+    def closure():
+        loss = inner()
+        torch.nn.utils.clip_grad_norm_(task.net.parameters(), 0.1)
+        return loss
+
+    return closure
+
+
+def with_a_graph(task, batch, calls):
+    """Adds to gradients out of place, as create_graph=True does."""
+
+    def closure():
+        calls.append(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            task.loss(batch).backward(create_graph=True)
+
+    return closure
+
+
+@pytest.mark.parametrize("made", [clipping, with_a_graph])
+def test_neither_clipping_nor_a_graph_of_the_backward_is_zeroing(backend, made):
+    task = Task(torch.float32, steps=3)
     opt, counts = built(task, backend), []
     for batch, _ in task.batches:
         calls = []
-        inner = adding(task, batch, calls)
-
-        def closure(inner=inner):
-            loss = inner()
-            torch.nn.utils.clip_grad_norm_(task.net.parameters(), 0.1)
-            return loss
-
+        closure = made(task, batch, calls)
         task.loss(batch).backward()
         assert opt.step(closure) is None
         counts.append(len(calls))
         opt.zero_grad()
-    assert counts == [1, 1]
+    assert counts == [1, 1, 1]
 
 
 def test_the_callers_gradient_is_kept_while_it_is_found_out_whose_it_is(backend):
@@ -621,26 +639,6 @@ def test_planted_zeros_do_not_become_gradients_where_a_closure_touches_all_of_th
         assert q not in opt.state
         ends.append(snapshot(opt))
     assert same_bits(*ends)
-
-
-def test_a_graph_of_the_backward_is_no_zeroing(backend):
-    """create_graph=True adds to gradients out of place."""
-    task = Task(torch.float32, steps=3)
-    opt, counts = built(task, backend), []
-    for batch, _ in task.batches:
-        calls = []
-
-        def closure(batch=batch, calls=calls):
-            calls.append(1)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                task.loss(batch).backward(create_graph=True)
-
-        task.loss(batch).backward()
-        assert opt.step(closure) is None
-        counts.append(len(calls))
-        opt.zero_grad()
-    assert counts == [1, 1, 1]
 
 
 def test_a_pass_too_many_is_not_counted_in_running_statistics(backend):

@@ -7,7 +7,6 @@ tensors where torch was built without CUDA: tests/step/test_sync.py has them on 
 
 import pytest
 import torch
-from test_opcheck import WRITES
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
@@ -15,6 +14,7 @@ import lets_kernels as lk
 from lets_kernels.space import buckets as layout
 from support.core_methods import BASES
 from support.given_gradients import SHAPES
+from support.op_arguments import WRITES
 
 
 class Ops:

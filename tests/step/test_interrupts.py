@@ -31,6 +31,7 @@ from support.conv_net import Task
 from support.family import FAMILY, ONE_EACH
 from support.given_gradients import weights
 from support.guard_bands import same_bits
+from support.interrupted_training import ENDED
 from support.interrupts import Problem, Timer, Tracer, by_closure, by_context, by_two_steps, strike
 
 BASES = {
@@ -218,9 +219,7 @@ def test_a_process_that_a_signal_ends_saves_the_weights_of_a_step(tmp_path, requ
         child.send_signal(number)
     for number, shape, path, child in runs:
         errors = ended(child, number)
-        assert (
-            child.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: interrupted_training.ENDED}[number]
-        ), errors
+        assert child.returncode == {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: ENDED}[number], errors
         saved = torch.load(path)
         task, opt = interrupted_training.training(shape)
         interrupted_training.by_closure(task, opt, task.batches[-1][0])

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -26,22 +25,13 @@ from hypothesis.stateful import (
 )
 
 import lets_kernels as lk
+from support.drawn_examples import EXAMPLES, drawn
 from support.guard_bands import GUARD, same_bits
 from support.inside import now, waits
 
-EXAMPLES = int(os.environ.get("LETS_KERNELS_EXAMPLES", "0"))
 EXTENSION = os.environ.get("LETS_KERNELS_TESTS_WITHOUT_EXTENSION") != "1"
 BACKENDS = ["auto", "cpu", "reference"] if EXTENSION else ["reference"]
-SETTINGS = settings(
-    max_examples=EXAMPLES or 18,
-    stateful_step_count=40 if EXAMPLES else 25,
-    derandomize=not EXAMPLES,
-    deadline=None,
-    database=None,
-    report_multiple_bugs=False,
-    phases=(Phase.generate, Phase.shrink),
-    suppress_health_check=list(HealthCheck),
-)
+SETTINGS = drawn(18, stateful_step_count=40 if EXAMPLES else 25)
 
 # The model takes over the weights and the base optimizer's state after every comparison, so what is compared is one
 # step. In it a rounding of the gradient, some u of numbers up to ten, comes to the weights by at most lr/eps = 0.1/0.01

@@ -19,7 +19,7 @@ BACKENDS = ("reference", "cpu")
 MODULES = {
     "reference": "lets_kernels.ops.reference",
     "cpu": "lets_kernels.ops.native",
-    "emulated": "emulated",
+    "emulated": "support.emulated",
     "triton": "lets_kernels.ops.triton",
     "cuda": "lets_kernels.ops.native",
 }

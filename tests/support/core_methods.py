@@ -69,3 +69,9 @@ def build(method, task, base="momentum", backend="auto", **options):
     optimizer, _, base_options, _ = BASES[base]
     arguments = {"model": task.net, "backend": backend, **arguments, **options}
     return cls(task.net.parameters(), optimizer, **arguments, **base_options)
+
+
+NU = {
+    "adam": (torch.optim.Adam, oracle.Adam, lambda lr: {"lr": 0.05}),
+    "sgd": (torch.optim.SGD, oracle.SGD, lambda lr: {"lr": lr, "momentum": 0.5}),
+}

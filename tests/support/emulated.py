@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = ROOT / "tests" / "emulator"
 OUT = ROOT / "build" / "emulated"
 FLAGS = "-std=c++20 -O1 -g -fPIC -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -DLETS_EMULATED"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.c*"))
@@ -35,12 +36,12 @@ def _build(out, flags, link):
     depends = [
         *(ROOT / "csrc").glob("**/*.h"),
         *toolchain.DECLARED.glob("*.h"),
-        *Path(__file__).parent.glob("emulator/*.h"),
+        *EMULATOR.glob("*.h"),
         Path(__file__),
     ]
     newest = max(path.stat().st_mtime for path in depends)
     version = f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET_VERSION}"
-    includes = [*declared, "-I", str(Path(__file__).parent / "emulator"), "-isystem", str(torch_found.root / "include")]
+    includes = [*declared, "-I", str(EMULATOR), "-isystem", str(torch_found.root / "include")]
 
     def compile(source):
         target = out / f"{source.stem}.o"

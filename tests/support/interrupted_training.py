@@ -1,4 +1,4 @@
-"""Training as a script does it, until a signal ends it: `python interrupted_training.py <shape> <file for the weights>`.
+"""A script that trains until a signal ends it: `python interrupted_training.py <shape> <file for the weights>`.
 
 It says "ready", waits for a line, takes a step and says "training".
 """

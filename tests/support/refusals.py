@@ -1,11 +1,11 @@
-"""For each argument of each op, what it must refuse: for test_refused_arguments.py and, in Triton, triton_interpreted.py."""
+"""For each argument of each op, what it must refuse; for test_refused_arguments.py and triton_interpreted.py."""
 
 import pytest
 import torch
-from test_opcheck import WRITES, arguments, overload
 from torch.utils._pytree import tree_leaves, tree_map
 
 from support.guard_bands import same_bits
+from support.op_arguments import WRITES, arguments, overload
 
 LONGEST = 7  # of the runs of "several": 65,537 elements
 

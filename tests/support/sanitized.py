@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "sanitize"
 OUT = ROOT / "build" / "sanitize"
 SUMMARY = ROOT / "tests" / "results" / "sanitize.json"
