@@ -17,6 +17,7 @@ from lets_kernels.space.memory import refuse_while_capturing
 from lets_kernels.space.shards import local
 
 State = Mapping[Tensor, dict[str, Any]]
+_dtype = operator.attrgetter("dtype")
 
 
 def begun_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
@@ -56,8 +57,8 @@ def lies_as(tensors: list[Tensor], params: list[Tensor]) -> bool:
     return (
         list(map(Tensor.numel, tensors)) == list(map(Tensor.numel, params))
         and list(map(Tensor.stride, tensors)) == list(map(Tensor.stride, params))
-        and {t.dtype for t in tensors} == {params[0].dtype}
-        and {t.get_device() for t in tensors} == {params[0].get_device()}
+        and set(map(_dtype, tensors)) == {params[0].dtype}
+        and set(map(Tensor.get_device, tensors)) == {params[0].get_device()}
     )
 
 

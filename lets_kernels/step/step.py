@@ -192,12 +192,12 @@ class Step:
         """Count the second pass, if there was one; on a step that does not perturb it may be left out."""
         if self.returned:
             return
-        present = self.work.gradients()
+        present = self.work.has_gradient()
         if self.perturbs:
-            self.passes += bool(present)
+            self.passes += present
         elif not present:
             self.return_gradients()
-        elif [(id(g), version(g)) for g in present] != self._unperturbed:
+        elif [(id(g), version(g)) for g in self.work.gradients()] != self._unperturbed:
             self.passes += 1
 
     def return_gradients(self) -> None:

@@ -40,6 +40,14 @@ class Workspace:
         grads = [p.grad for group in self.base.param_groups for p in group["params"] if p.requires_grad]
         return [g for g in grads if g is not None]
 
+    def has_gradient(self) -> bool:
+        """True if there is one."""
+        for group in self.base.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.requires_grad:
+                    return True
+        return False
+
     def drop_gradients(self) -> None:
         for group in self.base.param_groups:
             for p in group["params"]:
