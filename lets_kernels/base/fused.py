@@ -41,7 +41,7 @@ class FusedStep(Protocol):
     needs: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
-    def refuses(group: Group) -> str | None:
+    def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
         """Why these options need the optimizer itself, in words, or None."""
 
     @staticmethod
@@ -55,7 +55,7 @@ class FusedSGD:
     needs: ClassVar[tuple[str, ...]] = ()  # without momentum there is no buffer
 
     @staticmethod
-    def refuses(group: Group) -> str | None:
+    def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
         return _not_plain(group, ("dampening", "differentiable"))
 
     @staticmethod
@@ -96,7 +96,7 @@ class FusedAdam:
     needs: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
 
     @staticmethod
-    def refuses(group: Group) -> str | None:
+    def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
             return "betas are tensors"
         return _not_plain(group, ("amsgrad", "differentiable"))
@@ -125,7 +125,7 @@ class FusedVariational:
     needs: ClassVar[tuple[str, ...]] = ("exp_avg", "precision")
 
     @staticmethod
-    def refuses(group: Group) -> str | None:
+    def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
         return _not_plain(group, ())
 
     @staticmethod
@@ -151,6 +151,11 @@ FUSED: dict[type, type[FusedStep]] = {
 }
 
 
+def fused_as(optimizer: type) -> type[FusedStep] | None:
+    """How an optimizer's class is fused; None where it is not."""
+    return FUSED.get(optimizer)
+
+
 #: Where torch's code lies and where ours does, as files' names begin there.
 OWN_CODE = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
@@ -171,7 +176,7 @@ def _is_foreign(step: Any) -> bool:
 
 def refusal(base: torch.optim.Optimizer) -> str | None:
     """Why the base optimizer must step by itself, in words; None where the fused step may stand for it."""
-    kind = FUSED.get(type(base))
+    kind = fused_as(type(base))
     if kind is None:
         return f"{type(base).__name__} has no fused step"
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
@@ -179,7 +184,7 @@ def refusal(base: torch.optim.Optimizer) -> str | None:
     if _is_foreign(base.step):
         return "the base optimizer's step was replaced"
     for group in base.param_groups:
-        reason = kind.refuses(group)
+        reason = kind.refuses(base, group)
         if reason is not None:
             return reason
     return None
@@ -189,10 +194,9 @@ def prepared(
     base: torch.optim.Optimizer, runs: Sequence[Runs]
 ) -> tuple[list[tuple[Runs, Callable[[Tensor], None]]], str | None]:
     """The fused steps on these runs, and why the base optimizer must step by itself, in words, or None."""
-    reason, steps = refusal(base), []
-    if reason is not None:
+    reason, kind, steps = refusal(base), fused_as(type(base)), []
+    if reason is not None or kind is None:
         return [], reason
-    kind = FUSED[type(base)]
     for each in runs:
         step = kind.prepare(each, base.param_groups[each.bucket.group], base.state)
         if step is None:
@@ -213,8 +217,8 @@ class OwnStep:
     def __call__(self, optimizer: torch.optim.Optimizer, gate: Tensor, backend: str) -> None:
         """A step along the gradients that are there, if ``gate`` is not zero, by the ops of ``backend``."""
         steps = []
-        if refusal(optimizer) is None:
-            kind = FUSED[type(optimizer)]
+        kind = fused_as(type(optimizer))
+        if kind is not None and refusal(optimizer) is None:
             for group in optimizer.param_groups:
                 for p in (p for p in group["params"] if p.grad is not None):
                     runs = Runs(self._bucket(p, backend), (0,), [p.detach()], [p.grad])
@@ -230,13 +234,14 @@ class OwnStep:
 
     def make_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the state that the first step would, which begins at zero, where the ops take that step."""
-        if refusal(optimizer) is not None:
+        kind = fused_as(type(optimizer))
+        if kind is None or refusal(optimizer) is not None:
             return
         for group in optimizer.param_groups:
             for p in group["params"]:
                 memory = [p.detach()]
                 runs = Runs(self._bucket(p, "reference"), (0,), memory, memory)
-                FUSED[type(optimizer)].prepare(runs, group, optimizer.state)
+                kind.prepare(runs, group, optimizer.state)
 
     def _bucket(self, p: Tensor, backend: str) -> Bucket:
         found = self._buckets.get(id(p))

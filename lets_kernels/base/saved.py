@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.foreign import own_step
-from lets_kernels.base.fused import FUSED, refusal
+from lets_kernels.base.fused import fused_as, refusal
 from lets_kernels.checks import alike, check_keys, is_finite, is_number, refuse, shaped_as
 
 #: What a group has of ours.
@@ -100,7 +100,7 @@ def check_base(
 
 def _needs(base: torch.optim.Optimizer) -> tuple[str, ...] | None:
     """What an optimizer keeps for a parameter, once there is anything; None where nobody knows."""
-    kind = FUSED.get(type(base))
+    kind = fused_as(type(base))
     return kind.needs if kind is not None else _KEEPS.get(type(base))
 
 
