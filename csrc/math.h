@@ -216,6 +216,23 @@ LETS_FN Adam<C> adam_of(const Options& o, double step) {
   return adam_of<C>(o, bias_correction(o.beta1, step), bias_correction(o.beta2, step));
 }
 
+// Lion (Chen et al., 2023, Algorithm 2): along the sign of one average, while m is another.
+template <class C>
+struct Lion {
+  C lr, beta1, beta2, one_minus_beta1, one_minus_beta2, weight_decay;
+
+  LETS_FN C step(const Lion& o, C theta, C g, C& m) {
+    const C sign = dual(o.beta1 * m + o.one_minus_beta1 * g, C(1));
+    m = o.beta2 * m + o.one_minus_beta2 * g;
+    return o.lr == 0 ? theta : theta - o.lr * (sign + o.weight_decay * theta);
+  }
+};
+
+template <class C, class Options>
+LETS_FN Lion<C> lion_of(const Options& o) {
+  return {C(o.lr), C(o.beta1), C(o.beta2), C(1 - o.beta1), C(1 - o.beta2), C(o.weight_decay)};
+}
+
 // Variational SAM (Moellenhoff & Khan, 2023), its step: s is the precision, m the average.
 template <class C>
 struct Bsam {

@@ -51,6 +51,7 @@ VECTOR_CASES = [
     ("select_", "plain"),
     ("posterior_ascent_", "plain"),
     ("restore_bsam_", "plain"),
+    ("restore_lion_", "plain"),
     ("largest", "plain"),
     ("peaks_", "plain"),
     ("grad_norm", "fisher"),
@@ -71,6 +72,7 @@ WRITES = {
     "select_": ("mask",),
     "posterior_ascent_": ("out", "s"),
     "restore_bsam_": ("params", "m"),
+    "restore_lion_": ("params", "m"),
     "peaks_": ("out",),
 }
 FLAT = ("saved", "out", "mask")
@@ -238,6 +240,7 @@ def call(op: str, direction: str, module: Any, t: Tensors) -> Callable[[], Any]:
         "average_": lambda: (t.m, t.g, [t.out], t.updates, table, t.gate, 0.9, 0.5, 0.5),
         "posterior_ascent_": lambda: ([t.out], t.s, t.g, table, t.gate, 0.999, 0.1),
         "restore_bsam_": lambda: (t.params, t.g, t.m, t.s, t.saved, t.dirty, table, t.gate, LR, MOMENTUM, DECAY),
+        "restore_lion_": lambda: (t.params, t.g, t.m, t.saved, t.dirty, table, t.gate, LR, *BETAS, DECAY),
         "noise_": lambda: ([t.out], t.g, [], table, norms, t.random, 0, 1.0, 0.01),
         "masked_": lambda: ([t.out], t.g, t.mask, table, t.random, 0, 1.0),
         "count_above": lambda: (t.g, t.mask, table, t.threshold, t.random, 0, 1),

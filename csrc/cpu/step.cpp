@@ -1,6 +1,6 @@
 // The base optimizer's step from the saved weights, one chunk.
-// SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v. bSAM: reads saved,
-// g, m, s; writes theta, m.
+// SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v. Lion: reads saved,
+// g, m; writes theta, m. bSAM: reads saved, g, m, s; writes theta, m.
 #include "block.h"
 
 namespace lets::cpu::LETS_ISA {
@@ -75,6 +75,35 @@ void adam_chunk(const chunk_of::restore_adamw_& c) {
 }
 
 template <class T>
+void lion_chunk(const chunk_of::restore_lion_& c) {
+  auto* const theta = static_cast<T*>(c.params);
+  auto* const g = static_cast<const T*>(c.grads);
+  auto* const m = static_cast<T*>(c.exp_avgs);
+  auto* const saved = static_cast<const T*>(c.saved);
+  using C = typename ArithmeticOf<T>::type;
+  C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], out_buffer[kBlock];
+  T narrow_buffer[kBlock];
+  const Lion<C> lion = lion_of<C>(c);
+  for (int64_t b = 0; b < c.numel; b += kBlock) {
+    const int64_t n = smaller(kBlock, c.numel - b);
+    const C* weights = load<C>(saved + b, saved_buffer, n);
+    const C* gradient = load<C>(g + b, g_buffer, n);
+    const C* old = load<C>(m + b, m_buffer, n);
+    C* average = result<C>(m + b, m_buffer, false);
+    C* out = result<C>(theta + b, out_buffer, c.around);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      C next = old[i];
+      out[i] = Lion<C>::step(lion, weights[i], gradient[i], next);
+      average[i] = next;
+    }
+    store<C>(m + b, average, static_cast<T*>(nullptr), n, false);
+    store<C>(theta + b, out, narrow_buffer, n, c.around);
+  }
+  finish(c.around);
+}
+
+template <class T>
 void bsam_chunk(const chunk_of::restore_bsam_& c) {
   auto* const theta = static_cast<T*>(c.params);
   auto* const g = static_cast<const T*>(c.grads);
@@ -113,6 +142,10 @@ void restore_sgd_(const chunk_of::restore_sgd_& c) {
 
 void restore_adamw_(const chunk_of::restore_adamw_& c) {
   return with_type(c.dtype, [&](auto type) { return adam_chunk<decltype(type)>(c); });
+}
+
+void restore_lion_(const chunk_of::restore_lion_& c) {
+  return with_type(c.dtype, [&](auto type) { return lion_chunk<decltype(type)>(c); });
 }
 
 void restore_bsam_(const chunk_of::restore_bsam_& c) {

@@ -1,6 +1,6 @@
 // The base optimizer's step from the saved weights, where they are perturbed, or from the weights as they are.
-// SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v. Variational SAM:
-// reads saved, g, m, s; writes theta, m.
+// SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v. Lion: reads saved,
+// g, m; writes theta, m. Variational SAM: reads saved, g, m, s; writes theta, m.
 #include "block.h"
 
 namespace lets::cuda {
@@ -88,6 +88,37 @@ adam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_adamw_ c) {
 }
 
 template <class T, int Capacity>
+LETS_KERNEL_FOR(4)
+lion_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_lion_ c) {
+  using C = typename ArithmeticOf<T>::type;
+  const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
+  if (!go && !perturbed) return;
+  const Lion<C> lion = lion_of<C>(c);
+  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const Row& row = batch.row[piece.row];
+  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
+  const T* g = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+  T* m = reinterpret_cast<T*>(row.address[2]) + piece.begin;
+  const T* saved = reinterpret_cast<const T*>(row.address[3]) + piece.begin;
+  const T* from = perturbed ? saved : theta;
+  const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(saved);
+  over<T>(piece.numel, all_aligned, [&](auto width, int i) {
+    constexpr int V = decltype(width)::value;
+    if (!go) {
+      pack_at<V>(theta, i) = pack_at<V>(saved, i);
+      return;
+    }
+    auto weights = load<C, V>(from, i), average = load<C, V>(m, i);
+    const auto gradient = fetch<C, V>(g, i);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      weights.value[j] = Lion<C>::step(lion, weights.value[j], gradient.value[j], average.value[j]);
+    store<V>(m, i, average);
+    store<V>(theta, i, weights);
+  });
+}
+
+template <class T, int Capacity>
 LETS_KERNEL_FOR(sizeof(T) == 8 ? 3 : 4)
 bsam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_bsam_ c) {
   using C = typename ArithmeticOf<T>::type;
@@ -149,6 +180,16 @@ void restore_adamw_(const launch_of::restore_adamw_& c) {
   const auto once = [](const Row&) { return int64_t(1); };
   in_batches(c.rows, c.count, once, [&](const auto& batch, int32_t) {
     launch(&count_kernel<capacity_of<decltype(batch)>>, 1, kThreads, c.stream, batch, c.gate);
+  });
+  set(c.dirty, 0, c.stream);
+}
+
+void restore_lion_(const launch_of::restore_lion_& c) {
+  with_type(c.dtype, [&](auto type) {
+    using T = decltype(type);
+    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+      launch(&lion_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
+    });
   });
   set(c.dirty, 0, c.stream);
 }

@@ -6,8 +6,9 @@ that a learning rate that is a tensor on an accelerator, which the ops could onl
 an argument of a kernel, so a captured CUDA graph keeps the learning rate that it was captured with.
 """
 
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -42,7 +43,7 @@ class FusedStep(Protocol):
 
     @staticmethod
     def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
-        """Why these options need the optimizer itself, in words, or None."""
+        """Why a group's options need the optimizer itself, in words, or None."""
 
     @staticmethod
     def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
@@ -143,6 +144,74 @@ class FusedVariational:
         return step
 
 
+class FusedLion:
+    """Lion (Chen et al., 2023), of whatever package: torch has none, so what is called that is tried out first."""
+
+    needs: ClassVar[tuple[str, ...]] = ("exp_avg",)
+
+    @staticmethod
+    def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
+        others = tuple((name, group[name]) for name in base.defaults if name not in _LION and name in group)
+        for name, value in others:
+            if isinstance(value, Tensor) or not isinstance(value, Hashable):
+                return f"{name}={value!r}"
+        if any(isinstance(x, Tensor) for x in (*group["betas"], group["weight_decay"])):
+            return "betas or weight_decay are tensors"
+        kind: Any = type(base)
+        reason = _not_plain(group, tuple(name for name, _ in others))
+        return reason or _steps_otherwise(kind, kind.step, tuple(map(float, group["betas"])), others)
+
+    @staticmethod
+    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
+        averages = begun_state(runs, state, "exp_avg")
+        if averages is None or runs.copies:
+            return None
+        b, (beta1, beta2) = runs.bucket, map(float, group["betas"])
+        options = (float(group["lr"]), beta1, beta2, float(group["weight_decay"]))
+
+        def step(gate: Tensor) -> None:
+            grads, m = runs.pack(runs.grads), b.pack(averages)
+            b.ops.restore_lion_(runs.weights, grads, m, b.saved, b.dirty, runs.table, gate, *options)
+
+        return step
+
+
+#: The options that Lion has.
+_LION = ("lr", "betas", "weight_decay")
+
+
+@functools.lru_cache(maxsize=64)
+def _steps_otherwise(
+    kind: type, step: Any, betas: tuple[float, ...], others: tuple[tuple[str, Any], ...]
+) -> str | None:
+    """Why an optimizer's class is not Algorithm 2 of Chen et al. (2023), in words, after two steps of it; or None.
+
+    A new one, with the same options but for the learning rate and the decay, moves a parameter of float64 along the
+    formula, and keeps its average and nothing else. ``step`` is what the class steps with, should that change.
+    """
+    lr, decay, (beta1, beta2) = 0.125, 0.5, betas
+    start, gradients = [1.0, -2.0, 0.5, 0.0, 3.0], ([1.0, -0.25, 0.0, 0.0, -1.0], [-0.01, 4.0, 1.0, 0.0, 30.0])
+    p = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64, device="cpu"))
+    expected, average = p.detach().clone(), torch.zeros_like(p, requires_grad=False)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            optimizer = kind([p], lr=lr, betas=betas, weight_decay=decay, **dict(others))
+            for numbers in gradients:
+                p.grad = g = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+                optimizer.step()
+                expected -= lr * ((beta1 * average + (1 - beta1) * g).sign() + decay * expected)
+                average = beta2 * average + (1 - beta2) * g
+            state = dict(optimizer.state[p])
+    except Exception as error:  # whatever somebody's class may raise
+        return f"{kind.__name__} could not be tried ({type(error).__name__}: {error})"
+    kept = state.pop("exp_avg", None)
+    alike = isinstance(kept, Tensor) and kept.shape == p.shape and not state
+    # Sums of a few float64 numbers of at most 16, in whatever order.
+    if alike and all(torch.allclose(x, y, rtol=0, atol=1e-14) for x, y in ((p.detach(), expected), (kept, average))):
+        return None
+    return f"{kind.__name__} does not step as Chen et al. (2023), Algorithm 2, say"
+
+
 FUSED: dict[type, type[FusedStep]] = {
     torch.optim.SGD: FusedSGD,
     torch.optim.Adam: FusedAdam,
@@ -152,25 +221,31 @@ FUSED: dict[type, type[FusedStep]] = {
 
 
 def fused_as(optimizer: type) -> type[FusedStep] | None:
-    """How an optimizer's class is fused; None where it is not."""
-    return FUSED.get(optimizer)
+    """How an optimizer's class is fused; None where it is not. Lion is known by its name, and tried out later."""
+    return FUSED.get(optimizer) or (FusedLion if optimizer.__name__ == "Lion" else None)
 
 
 #: Where torch's code lies and where ours does, as files' names begin there.
 OWN_CODE = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
 
-def _is_foreign(step: Any) -> bool:
-    """True if some of the code that ``step()`` runs is not torch's: its optimizers, and what its schedulers put around.
-
-    Each layer that ``functools.wraps`` another is looked at, since the copied attributes tell nothing.
-    """
-    layer = getattr(step, "__func__", step)
+def _codes(step: Any) -> list[Any]:
+    """The code of ``step``, and of each layer that it wraps: copied attributes (``functools.wraps``) tell nothing."""
+    codes, layer = [], getattr(step, "__func__", step)
     while layer is not None:
-        code = getattr(layer, "__code__", None)
-        if code is None or not code.co_filename.startswith(OWN_CODE):
-            return True
+        codes.append(getattr(layer, "__code__", None))
         layer = getattr(layer, "__wrapped__", None)
+    return codes
+
+
+def _is_foreign(base: torch.optim.Optimizer) -> bool:
+    """True if some of the code that ``base.step()`` runs is neither torch's (its optimizers, and what its schedulers
+    put around) nor that of a class that has been tried out.
+    """
+    tried = [] if type(base) in FUSED else _codes(type(base).step)
+    for code in _codes(base.step):
+        if code is None or not (code.co_filename.startswith(OWN_CODE) or code in tried):
+            return True
     return False
 
 
@@ -181,7 +256,7 @@ def refusal(base: torch.optim.Optimizer) -> str | None:
         return f"{type(base).__name__} has no fused step"
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
         return "the base optimizer has step hooks"
-    if _is_foreign(base.step):
+    if _is_foreign(base):
         return "the base optimizer's step was replaced"
     for group in base.param_groups:
         reason = kind.refuses(base, group)

@@ -139,6 +139,23 @@ class Backend(Protocol):
     ) -> None:
         """A step of Adam or AdamW from the weights before they were perturbed"""
 
+    @op(reads="saved grads exp_avgs")
+    def restore_lion_(
+        self,
+        params: Written[Tensors],
+        grads: Tensors,
+        exp_avgs: Written[Tensors],
+        saved: Flat,
+        dirty: Written[Count],
+        table: Table,
+        gate: Number,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+    ) -> None:
+        """A step of Lion from the weights before they were perturbed"""
+
     @op(reads="saved grads exp_avgs precisions")
     def restore_bsam_(
         self,

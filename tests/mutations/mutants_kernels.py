@@ -65,6 +65,15 @@ GROUPS = [
     ),
     (
         MATH,
+        "tests/ops/test_lion.py -k cpu",
+        [
+            ("dual(o.beta1 * m + o.one_minus_beta1 * g, C(1));", "dual(o.beta2 * m + o.one_minus_beta2 * g, C(1));"),
+            ("m = o.beta2 * m + o.one_minus_beta2 * g;", "m = o.beta1 * m + o.one_minus_beta1 * g;"),
+            ("theta - o.lr * (sign + o.weight_decay * theta)", "theta - o.lr * sign"),
+        ],
+    ),
+    (
+        MATH,
         BSAM.format("cpu"),
         [
             ("o.beta1 * m + o.one_minus_beta1 * (g + o.weight_decay * theta)", "o.beta1 * m + o.one_minus_beta1 * g"),

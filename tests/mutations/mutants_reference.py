@@ -79,6 +79,15 @@ GROUPS = [
     ),
     (
         REFERENCE + "step.py",
+        "tests/ops/test_lion.py -k reference",
+        [
+            ("(beta1 * average + (1 - beta1) * gradient).sign()", "(beta2 * average + (1 - beta2) * gradient).sign()"),
+            ("new = weights - lr * (sign + weight_decay * weights)", "new = weights - lr * sign"),
+            ("(beta2 * average + (1 - beta2) * gradient).to(m.dtype), m)", "average, m)"),
+        ],
+    ),
+    (
+        REFERENCE + "step.py",
         STEP.format("reference"),
         [
             (SIGNED, SIGNED.replace("-wide(g) if maximize else ", "")),

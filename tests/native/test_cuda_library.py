@@ -32,6 +32,7 @@ LISTS = {
     "average_kernel": (2, 2),
     "ascent_kernel": (2, 2),
     "bsam_kernel": (4, 2),
+    "lion_kernel": (3, 2),
     "noise_kernel": (2, 1),
     "masked_kernel": (1, 1),  # masks are of bytes, as many of them as the pack has elements
     "count_above_kernel": (1, 0),

@@ -39,11 +39,11 @@ ARCHES = (80, 90, 100)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNELS = (
     norm.norm_kernel, norm.long_filters_kernel, norm.short_filters_kernel, norm.finite_kernel, perturb.perturb_kernel,
-    perturb.restore_kernel, step.sgd_kernel, step.adam_kernel, step.adam_counts_kernel, rho.diagonal_kernel,
-    rho.secant_kernel, device.add_slots, combine.dots_kernel, combine.displacement_kernel, combine.combine_kernel,
-    average.average_kernel, average.updates_kernel, average.ascent_kernel, bsam.bsam_kernel, noise.noise_kernel,
-    mask.masked_kernel, mask.count_kernel, mask.select_kernel, peaks.largest_kernel, peaks.largest_slot,
-    peaks.peaks_kernel,
+    perturb.restore_kernel, step.sgd_kernel, step.adam_kernel, step.lion_kernel, step.adam_counts_kernel,
+    rho.diagonal_kernel, rho.secant_kernel, device.add_slots, combine.dots_kernel, combine.displacement_kernel,
+    combine.combine_kernel, average.average_kernel, average.updates_kernel, average.ascent_kernel, bsam.bsam_kernel,
+    noise.noise_kernel, mask.masked_kernel, mask.count_kernel, mask.select_kernel, peaks.largest_kernel,
+    peaks.largest_slot, peaks.peaks_kernel,
 )  # fmt: skip
 
 
@@ -115,6 +115,7 @@ def call_vectors(bucket, given=True, other=False, lr=0.1, numbers=(0.01, 0.9, 0.
     ops.average_(m, g, v if given else [], torch.tensor(0), table, scalar(), beta1, xi, eps)
     ops.posterior_ascent_(h, v, g, table, scalar(), beta2, eps)
     ops.restore_bsam_(theta, g, m, v, saved, dirty, table, scalar(), lr, beta1, xi)
+    ops.restore_lion_(theta, g, m, saved, dirty, table, scalar(), lr, beta1, beta2, xi)
     ops.noise_(h, g if given else [], v if other else [], table, bucket.norms(), *draw, xi, eps)
     ops.masked_(h, g, mask if other else None, table, *draw, 1 / (1 + lr))
     ops.count_above(g if given else [], mask, table, torch.tensor(1), *draw, member)

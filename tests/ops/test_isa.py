@@ -79,6 +79,8 @@ def vector_ops(cpu, bucket):
     made(cpu.peaks_(out, x, table, results[1]))
     cpu.perturb_(y, [], saved, dirty, fisher, None, 0.3, 2.0, results[2], gate)
     written += bucket.read(y) + bucket.read([saved])
+    cpu.restore_lion_(y, x, m, saved, dirty, table, gate, 0.1, 0.9, 0.99, 0.01)
+    written += bucket.read(y) + bucket.read(m)
     cpu.restore_bsam_(y, x, m, s, saved, dirty, table, gate, 0.1, 0.9, 0.01)
     return [*results, *written, mask, *(v for one in (y, m, s) for v in bucket.read(one))]
 

@@ -21,6 +21,7 @@ class EveryOp : public Loops {
       perturb_and_restore<T>();
       sgd<T>();
       adamw<T>();
+      lion<T>();
       bsam<T>();
       diagonal<T>();
       secant<T>();
@@ -198,6 +199,37 @@ class EveryOp : public Loops {
     dirty.verify("restore_adamw_: dirty");
     gate.verify("restore_adamw_: gate");
     count(5);
+  }
+
+  template <class T>
+  void lion() {
+    using C = Arithmetic<T>;
+    List theta = some(), g = some(), m = some(), saved = flat(Values::any);
+    auto dirty = flag(often(random_, 70));
+    auto gate = number(often(random_, 80) ? 1.0 : 0.0);
+    const double lr = 0.1, beta1 = 0.9, beta2 = 0.99, weight_decay = 0.05;
+    using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&, double, double, double, double);
+    standin::op<Op>("restore_lion_")(theta.tensors, g.tensors, m.tensors, saved.tensors[0], dirty.tensor, table_,
+                                     gate.tensor, lr, beta1, beta2, weight_decay);
+    const lets::Lion<C> lion{C(lr), C(beta1), C(beta2), C(1 - beta1), C(1 - beta2), C(weight_decay)};
+    each([&](size_t r, int64_t i) {
+      T& weight = theta.expected<T>(r)[i];
+      if (dirty.expected() != 0) weight = saved.expected<T>(r)[i];
+      if (gate.expected() == 0) return;
+      C next = lets::widen(m.expected<T>(r)[i]);
+      const C w = lets::widen(weight), x = lets::widen(g.expected<T>(r)[i]);
+      lets::narrow(lets::Lion<C>::step(lion, w, x, next), weight);
+      lets::narrow(next, m.expected<T>(r)[i]);
+    });
+    dirty.expected() = 0;
+    theta.verify("restore_lion_: params");
+    g.verify("restore_lion_: grads");
+    m.verify("restore_lion_: exp_avgs");
+    saved.verify("restore_lion_: saved");
+    dirty.verify("restore_lion_: dirty");
+    gate.verify("restore_lion_: gate");
+    count(4);
   }
 
   template <class T>

@@ -15,7 +15,7 @@ using namespace sanitize;
 bool one(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
   Given given(bytes);
-  const int op = bytes.take() % 21;
+  const int op = bytes.take() % 22;
   const double qs[] = {1, 1.5, 2, 2, 3, 0.5}, q = qs[bytes.take() % 6];
   Rows rows(bytes);
   rows.runs.shrink_to_fit();
@@ -89,6 +89,9 @@ bool one(const uint8_t* data, size_t size) {
                                                                           random(), 1, bytes.up_to(260) - 2);
     } else if (op == 19) {
       standin::op<Tensor(L, T)>("largest")(list(), table);
+    } else if (op == 20) {
+      standin::op<void(L, L, L, T, T, T, T, double, double, double, double)>("restore_lion_")(
+          list(), list(), list(), flat(), flag(), table, number(1), 0.1, 0.9, 0.99, 0.01);
     } else {
       standin::op<Tensor(L, T)>("all_finite_")(given.numbers(rows, ScalarType::Double), flag());
     }

@@ -54,6 +54,9 @@ def arguments(op, dtype, whole=True):
             tensors(), tensors(), optional(), torch.tensor(2 * whole), table, scalar(1.0), 0.9, 1.0, -0.5,
         ),
         "posterior_ascent_": lambda: (tensors(), tensors(), tensors(), table, scalar(1.0), 0.9, 0.1),
+        "restore_lion_": lambda: (
+            *(tensors() for _ in range(3)), saved, dirty, table, scalar(1.0), 0.1, 0.9, 0.99, 0.01,
+        ),
         "restore_bsam_": lambda: (
             *(tensors() for _ in range(4)), saved, dirty, table, scalar(1.0), 0.1, 0.9, 0.01,
         ),

@@ -35,6 +35,12 @@ def bsam(theta, g, m, s, lr, beta1, weight_decay):
     return average, theta - lr * average / s
 
 
+def lion(theta, g, m, lr, beta1, beta2, weight_decay):
+    """Chen et al. (2023), Algorithm 2: the update's mixture, the average and the weights after it."""
+    mixed = beta1 * m + (1 - beta1) * g
+    return mixed, beta2 * m + (1 - beta2) * g, theta - lr * (mixed.sign() + weight_decay * theta)
+
+
 # --------------------------------------------------------------------------------------------------- random numbers
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lets_kernels.ops.reference.shared import runs, wide
 
-__all__ = ["restore_adamw_", "restore_bsam_", "restore_sgd_"]
+__all__ = ["restore_adamw_", "restore_bsam_", "restore_lion_", "restore_sgd_"]
 
 
 def restore_sgd_(
@@ -93,6 +93,37 @@ def restore_adamw_(
         new = weights - step_size * (average / (square.sqrt() / root_bias + eps)) if lr else weights
         m.copy_(torch.where(go, average.to(m.dtype), m))
         v.copy_(torch.where(go, square.to(v.dtype), v))
+        theta.copy_(torch.where(go, new.to(theta.dtype), old))
+    dirty.fill_(0)
+
+
+def restore_lion_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    saved: Tensor,
+    dirty: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> None:
+    """A step of Lion from the weights before they were perturbed (Chen et al., 2023, Algorithm 2).
+
+    c = β₁ m + (1 - β₁) g, w <- w - lr (sign(c) + λ w), m <- β₂ m + (1 - β₂) g, with λ = ``weight_decay``: every element
+    moves by lr, in the units of the weights, whatever the size of its gradient. The weights it starts from, the gate
+    and ``dirty`` are those of :func:`restore_sgd_`; a closed gate leaves m as it is.
+    """
+    go, from_saved = gate != 0, dirty != 0
+    lists = (params, grads, exp_avgs, [saved])
+    for theta, g, m, old in zip(*(runs(x, table) for x in lists), strict=True):
+        old = torch.where(from_saved, old, theta)
+        weights, gradient, average = wide(old), wide(g), wide(m)
+        sign = (beta1 * average + (1 - beta1) * gradient).sign()
+        new = weights - lr * (sign + weight_decay * weights) if lr else weights
+        m.copy_(torch.where(go, (beta2 * average + (1 - beta2) * gradient).to(m.dtype), m))
         theta.copy_(torch.where(go, new.to(theta.dtype), old))
     dirty.fill_(0)
 

@@ -25,7 +25,7 @@ from lets_kernels.ops.triton.device import (
 )
 from lets_kernels.ops.triton.perturb import copy_chunk
 
-__all__ = ["restore_adamw_", "restore_sgd_"]
+__all__ = ["restore_adamw_", "restore_lion_", "restore_sgd_"]
 
 
 @helper
@@ -232,3 +232,72 @@ def restore_adamw_(
     call.over_chunks(adam_kernel, dirty, *lists, *states, counts, opened, *numbers, **kinds)
     rows = len(call.plan.rows)
     call.launch(adam_counts_kernel, max(1, -(-rows // 128)), dirty, opened, counts, rows, N=128)
+
+
+@helper
+def _lion(
+    theta,
+    g,
+    m,
+    start,
+    o,
+    at,
+    count,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    C: tl.constexpr,
+):
+    lr, beta1, beta2, rest1, rest2, decay = o
+    weights = load(start, at, count, MASKED, BLOCK).to(C)
+    gradient, average = load(g, at, count, MASKED, BLOCK).to(C), load(m, at, count, MASKED, BLOCK).to(C)
+    mixed = beta1 * average + rest1 * gradient
+    sign = tl.where(mixed > 0, 1.0, tl.where(mixed < 0, -1.0, 0.0)).to(C)
+    new = weights - lr * (sign + decay * weights)
+    average = beta2 * average + rest2 * gradient
+    store(m, narrow(average, DTYPE), at, count, MASKED, BLOCK)
+    store(theta, narrow(tl.where(lr == 0, weights, new), DTYPE), at, count, MASKED, BLOCK)
+
+
+@kernel
+def lion_kernel(
+    dirty, chunks, runs, thetas, gs, ms, saveds, gate,
+    lr: tl.float64, beta1: tl.float64, beta2: tl.float64, rest1: tl.float64, rest2: tl.float64, decay: tl.float64,
+    DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    run, begin, count = chunk_at(chunks, tl.program_id(0).to(tl.int64))
+    theta_address, saved_address = tl.load(thetas + run), tl.load(saveds + run)
+    theta = typed(theta_address, DTYPE, ALIGNED) + begin
+    if tl.load(gate) != 0:
+        start = typed(starting_point(dirty, theta_address, saved_address), DTYPE, ALIGNED) + begin
+        g, m = elements(gs, run, begin, DTYPE, ALIGNED), elements(ms, run, begin, DTYPE, ALIGNED)
+        betas = tl.full([], beta1, C), tl.full([], beta2, C), tl.full([], rest1, C), tl.full([], rest2, C)
+        options = tl.full([], lr, C), *betas, tl.full([], decay, C)
+        whole = count // BLOCK * BLOCK
+        for b in range(0, whole, BLOCK):
+            _lion(theta, g, m, start, options, b, count, False, BLOCK, DTYPE, C)
+        if whole < count:
+            _lion(theta, g, m, start, options, whole, count, True, BLOCK, DTYPE, C)
+    elif tl.load(dirty) != 0:
+        copy_chunk(theta, typed(saved_address, DTYPE, ALIGNED) + begin, count, BLOCK)
+
+
+def restore_lion_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    saved: Tensor,
+    dirty: Tensor,
+    table: Tensor,
+    gate: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> None:
+    call = launch.Call(table, params or [saved], "params")
+    lists = call.list(params, "params"), call.list(grads, "grads")
+    states = call.list(exp_avgs, "exp_avgs"), call.list([saved], "saved")
+    numbers = call.scalar(gate, "gate"), lr, beta1, beta2, 1 - beta1, 1 - beta2, weight_decay
+    call.over_chunks(lion_kernel, call.scalar(dirty, "dirty", torch.int64), *lists, *states, *numbers)
+    dirty.zero_()  # a launch of its own: here no program reads it any more
