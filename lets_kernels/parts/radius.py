@@ -1,4 +1,4 @@
-"""How far to perturb: the radius part of a method, constant or scheduled; learned.py has the learned one."""
+"""How far to perturb: the radius part of a method, constant or scheduled; learning/ has those that move."""
 
 import math
 from collections.abc import Callable, Sequence

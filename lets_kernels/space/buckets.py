@@ -130,7 +130,7 @@ class Bucket:
         self.dirty = torch.zeros((), dtype=torch.int64, device=self.device)
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._scalar: tuple[float, Tensor] | None = None
-        #: The optimizer's state tensors of these parameters, as the fused steps found them (fused.py).
+        #: The optimizer's state tensors of these parameters, as those who keep them found them (base/state.py).
         self.found_state: dict[str, tuple[tuple[int, ...], list[Tensor | None], list[Tensor]]] = {}
         #: Flat buffers of the parts' own state, and the views of them that the state holds (passes.py).
         self.flats: dict[str, tuple[Tensor, list[Tensor]]] = {}
