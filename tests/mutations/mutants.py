@@ -37,7 +37,8 @@ def _pytest(root, tests, output):
     for name in ("LETS_KERNELS_BACKEND", "TRITON_INTERPRET"):
         os.environ.pop(name, None)
     os.environ |= {"PYTHONPATH": str(root), "LETS_KERNELS_CPU_ISA": "baseline", "OMP_NUM_THREADS": "1"}
-    sys.path[:] = [str(root), *(path for path in sys.path if not path.startswith(str(ROOT / "tests")))]
+    own = [path for path in sys.path if not path.startswith(str(ROOT / "tests"))]
+    sys.path[:] = [str(root), *own, str(root / "tests" / "mutations")]  # spawned ranks import this file by its path
     sys.dont_write_bytecode = True
     for name in ("mutants", "mutants_table", "mutants_reference", "mutants_kernels", "mutants_parts", "mutants_radii"):
         sys.modules.pop(name, None)
