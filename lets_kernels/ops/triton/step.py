@@ -271,8 +271,14 @@ def lion_kernel(
     if tl.load(gate) != 0:
         start = typed(starting_point(dirty, theta_address, saved_address), DTYPE, ALIGNED) + begin
         g, m = elements(gs, run, begin, DTYPE, ALIGNED), elements(ms, run, begin, DTYPE, ALIGNED)
-        betas = tl.full([], beta1, C), tl.full([], beta2, C), tl.full([], rest1, C), tl.full([], rest2, C)
-        options = tl.full([], lr, C), *betas, tl.full([], decay, C)
+        options = (
+            tl.full([], lr, C),
+            tl.full([], beta1, C),
+            tl.full([], beta2, C),
+            tl.full([], rest1, C),
+            tl.full([], rest2, C),
+            tl.full([], decay, C),
+        )
         whole = count // BLOCK * BLOCK
         for b in range(0, whole, BLOCK):
             _lion(theta, g, m, start, options, b, count, False, BLOCK, DTYPE, C)
