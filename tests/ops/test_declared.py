@@ -10,7 +10,7 @@ from lets_kernels.ops import declared, reference
 from support import emulated
 
 toolchain = emulated.toolchain
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = [op.name for op in declared.OPS]
 
 

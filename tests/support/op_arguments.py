@@ -2,6 +2,7 @@
 
 import torch
 
+from lets_kernels.ops import native
 from lets_kernels.ops.declared import OPS
 from support.guard_bands import LAYOUTS, Bucket
 
@@ -77,4 +78,4 @@ def registered(namespace):
 
 
 def overload(op):
-    return getattr(torch.ops.lets_kernels, op).default
+    return getattr(native, op)
