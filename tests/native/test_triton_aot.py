@@ -22,6 +22,7 @@ STREAMING = {
     "restore_kernel": (1, None, 1),
     "sgd_kernel": (2, "MOMENTUM", 1),
     "adam_kernel": (4, None, 3),
+    "lion_kernel": (3, None, 2),
     "diagonal_kernel": (3, "TRAIN", 0),
     "secant_kernel": (3, "TRAIN", 0),
 }
