@@ -22,7 +22,6 @@ STREAMING = {
     "restore_kernel": (1, None, 1),
     "sgd_kernel": (2, "MOMENTUM", 1),
     "adam_kernel": (4, None, 3),
-    "lion_kernel": (3, None, 2),
     "diagonal_kernel": (3, "TRAIN", 0),
     "secant_kernel": (3, "TRAIN", 0),
 }
@@ -34,6 +33,7 @@ SAMPLED = {
     "average_kernel": (2, None, 1),
     "ascent_kernel": (2, None, 2),
     "bsam_kernel": (4, None, 2),
+    "lion_kernel": (3, None, 2),
     "noise_kernel": (0, "VECTORS", 1),
     "masked_kernel": (1, None, 1),
     "count_kernel": (0, "VECTORS", 0),
