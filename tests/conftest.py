@@ -4,6 +4,11 @@ import importlib.util
 import os
 
 import pytest
+
+# Before libgomp is loaded, and for every process started from here: threads that wait would spin, and take the cores
+# from the other worker, from ranks, from compilers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from support.backends import Backend, targets

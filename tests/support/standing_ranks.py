@@ -1,13 +1,11 @@
 """Two processes over gloo that stay up from test to test, for tests of what many ranks do; every wait has an end."""
 
 import datetime
-import os
 import pickle
 import time
 import traceback
 import uuid
 from multiprocessing.connection import Connection, wait
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -64,14 +62,13 @@ class Ranks:
 
     def start(self):
         spawn, store = mp.get_context("spawn"), str(self.folder / uuid.uuid4().hex)
-        with mock.patch.dict(os.environ, OMP_WAIT_POLICY="PASSIVE"):  # threads that spin would hold up the other ranks
-            for rank in range(self.count):
-                mine, theirs = spawn.Pipe()
-                process = spawn.Process(target=serve, args=(rank, self.count, store, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                self.processes.append(process)
-                self.pipes.append(mine)
+        for rank in range(self.count):
+            mine, theirs = spawn.Pipe()
+            process = spawn.Process(target=serve, args=(rank, self.count, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(mine)
 
     def stop(self):
         for process in self.processes:
