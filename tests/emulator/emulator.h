@@ -59,17 +59,17 @@ class Emulator {
 
  private:
   static constexpr size_t kStack = size_t(1) << 17;
+  static constexpr size_t kApart = 192;  // ends of stacks, so that not all of them fall into the same sets of the caches
+  // Runs one thread after another: making one (makecontext) asks the kernel for the signal mask, and a jump does not.
   struct Fiber {
-    jmp_buf at;  // where it goes on; jumps are much faster than swapcontext, which asks the kernel for the signal mask
+    jmp_buf at;  // where it goes on
     std::vector<char> stack = std::vector<char>(kStack);
-    bool begun, done;
+    bool begun = false, done = false;
   };
 
   void run_block(int threads) {
     if (fibers_.size() < size_t(threads)) fibers_.resize(size_t(threads));
-    for (int t = 0; t < threads; ++t) {
-      fibers_[size_t(t)].begun = fibers_[size_t(t)].done = false;
-    }
+    for (int t = 0; t < threads; ++t) fibers_[size_t(t)].done = false;
     std::vector<size_t> order(static_cast<size_t>(threads));
     std::iota(order.begin(), order.end(), size_t(0));
     for (int left = threads; left > 0;) {
@@ -81,8 +81,10 @@ class Emulator {
         switch_to(fibers_[t]);
         finished += fibers_[t].done;
       }
-      if (finished != 0 && finished != left)
+      if (finished != 0 && finished != left) {
+        fibers_.clear();  // those that wait will never go on
         throw std::runtime_error("emulator: some threads of a block wait at a barrier, others have returned");
+      }
       left -= finished;
     }
   }
@@ -98,7 +100,7 @@ class Emulator {
     ucontext_t context;
     getcontext(&context);
     context.uc_stack.ss_sp = fiber.stack.data();
-    context.uc_stack.ss_size = kStack;
+    context.uc_stack.ss_size = kStack - current_ % 256 * kApart;
     context.uc_link = nullptr;
     makecontext(&context, &Emulator::enter, 0);
     setcontext(&context);
@@ -106,9 +108,11 @@ class Emulator {
 
   static void enter() {
     Emulator& e = instance();
-    (*e.body_)();
-    e.fibers_[e.current_].done = true;
-    _longjmp(e.scheduler_, 1);
+    for (;;) {
+      (*e.body_)();
+      e.fibers_[e.current_].done = true;
+      e.barrier();
+    }
   }
 
   std::vector<Fiber> fibers_;
