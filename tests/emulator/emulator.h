@@ -59,7 +59,7 @@ class Emulator {
 
  private:
   static constexpr size_t kStack = size_t(1) << 17;
-  static constexpr size_t kApart = 192;  // ends of stacks, so that not all of them fall into the same sets of the caches
+  static constexpr size_t kApart = 192;  // of the ends of stacks, which else fall into the same sets of the caches
   // Runs one thread after another: making one (makecontext) asks the kernel for the signal mask, and a jump does not.
   struct Fiber {
     jmp_buf at;  // where it goes on
