@@ -11,6 +11,7 @@ from lets_kernels.parts.direction import Fisher, Masked
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.samples import Closure
 from lets_kernels.sam import SAM
+from lets_kernels.step.frameworks import no_scaler_steps
 
 
 class FisherSAM(SAM):
@@ -77,7 +78,8 @@ class SparseSAM(SAM):
             ValueError: the mask is dynamic, ``samples`` is below 1, or Σ g² is zero or not finite: the mask stays.
         """
         assert isinstance(self.direction, Masked)
-        update_mask(self._engine, self.direction, closure, samples)
+        with no_scaler_steps(self):
+            update_mask(self._engine, self.direction, closure, samples)
 
 
 METHODS = (
