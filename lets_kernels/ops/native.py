@@ -31,10 +31,16 @@ _LEAST_ADDRESS = 1 << 32  # below lies what has no memory any more, at its offse
 _PACKED = (0x6C65747353414D2B, -0x3D9B1F8A7C52E046)
 
 
-def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
-    """A list of dense tensors in the form that costs the host least: their addresses, and a tensor on their device.
+class Packed(list[Tensor]):
+    """The addresses of tensors, and a tensor on their device; it keeps them alive, whoever else lets them go."""
 
-    The ops take it wherever they take the list, as long as its tensors live where they are; ``anchor`` is 0-d int64.
+    tensors: list[Tensor]
+
+
+def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
+    """A list of dense tensors in the form that costs the host least: see :class:`Packed`.
+
+    The ops take it wherever they take the list, as long as its tensors stay where they are; ``anchor`` is 0-d int64.
     """
     if len(tensors) < _WORTH_PACKING or torch.compiler.is_compiling():
         return tensors
@@ -42,7 +48,9 @@ def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
     least = min(addresses)
     if least < _LEAST_ADDRESS and any(t.numel() and not t.untyped_storage().nbytes() for t in tensors):
         return tensors  # one has no memory of its own, which the op will say
-    return [_table(_NUMBERS[tensors[0].dtype], addresses), anchor]
+    packed = Packed((_table(_NUMBERS[tensors[0].dtype], addresses), anchor))
+    packed.tensors = tensors
+    return packed
 
 
 @functools.lru_cache(maxsize=256)

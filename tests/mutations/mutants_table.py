@@ -34,6 +34,7 @@ GROUPS = [
     *mutants_kernels.GROUPS,
     *mutants_parts.GROUPS,
     *mutants_radii.GROUPS,
+    ("lets_kernels/ops/native.py", "tests/ops/test_packed.py", [("packed.tensors = tensors", "packed.tensors = []")]),
     (
         "lets_kernels/learning/hypergradient.py",
         "tests/learning/test_hypergradient.py -k 'reference and rounding'",

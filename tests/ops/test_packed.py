@@ -1,5 +1,7 @@
 """Packed lists (ops.native.pack): the same bits as lists, and an error where they were packed for something else."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -115,3 +117,14 @@ def test_only_what_was_packed_is_taken_for_packed(kernels):
 def test_short_lists_stay_lists():
     assert native.pack([ANCHOR], ANCHOR) == [ANCHOR]
     assert native.pack([], ANCHOR) == []
+
+
+def test_a_packed_list_keeps_its_tensors_alive():
+    """Zeros in the place of a gradient belong to nobody else: their memory must live until the op has run."""
+    tensors = [torch.zeros(3) for _ in range(4)]
+    references = [weakref.ref(t) for t in tensors]
+    packed = native.pack(tensors, ANCHOR)
+    del tensors
+    assert None not in [reference() for reference in references]
+    del packed
+    assert [reference() for reference in references] == [None] * 4
