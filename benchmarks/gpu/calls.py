@@ -1,4 +1,4 @@
-"""The ops as the engine calls them: their tensors, for one parameter set and dtype, and one call of each."""
+"""The ops as a step calls them: their tensors, for one parameter set and dtype, and one call of each."""
 
 import functools
 import math

@@ -68,7 +68,7 @@ def test_every_method_that_is_exported_has_its_page_and_no_other():
 
 @EACH
 def test_a_page_stands_in_the_file_of_its_class(method):
-    """But for SAM's, whose class is the engine."""
+    """But for SAM's, whose class all methods have in common."""
     module = inspect.getmodule(method.cls)
     assert method in getattr(module, "METHODS", ()) or method.cls is lk.SAM
 

@@ -1,4 +1,4 @@
-"""A method is four parts: each can be one's own, and plugs in without the engine knowing its name."""
+"""A method is four parts: each can be one's own, and plugs in without the optimizer knowing its name."""
 
 import math
 

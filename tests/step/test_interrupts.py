@@ -95,7 +95,7 @@ def enter(problem, entry):
 @pytest.mark.parametrize("method, base", CASES)
 def test_no_interrupt_leaves_weights_that_are_not_those_of_a_step(backend, method, base, interrupter):
     if method in FAMILY and backend.name == "reference":
-        pytest.skip("the engine's steps are those of the rows above")
+        pytest.skip("the steps are those of plain SAM, which is interrupted above")
     optimizer, options = BASES[base]
     chance = random.Random(f"{base} {method}")
     combinations, each = COMBINATIONS, EACH[backend.name].get(method, FEW)
