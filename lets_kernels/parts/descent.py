@@ -1,16 +1,13 @@
 """Which gradient to step along: the descent part of a method."""
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from lets_kernels.parts.part import Part, not_negative
 from lets_kernels.parts.passes import SecondPass
 
 
-class Descent:
+class Descent(Part):
     """Base class. By itself it steps along the second gradient.
 
     ``look`` comes before it is known whether the step may happen, ``choose`` after; both are called on every step, also
@@ -21,8 +18,6 @@ class Descent:
     holds_first = False
     #: How much the gradient that is stepped along changes with the second one, for the diagonal ρ-gradient of LETS.
     slope = 1.0
-    #: What it keeps for every parameter from step to step, by name.
-    held: Sequence[str] = ()
 
     def look(self, second: SecondPass) -> Tensor | None:
         """What sums the choice needs; ‖ĝ‖² over all parameters and ranks if they hold it, which saves reading it."""
@@ -30,12 +25,6 @@ class Descent:
 
     def choose(self, second: SecondPass) -> None:
         """Put what the base optimizer is to step along in the place of the gradients of ``second.runs``."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a descent carries from step to step, under the same keys at any time."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Perturbed(Descent):
@@ -63,9 +52,7 @@ class SurrogateGap(Descent):
     holds_first = True
 
     def __init__(self, alpha: float = 0.4) -> None:
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
-        self.alpha = float(alpha)
+        self.alpha = not_negative(alpha, "alpha")
         self._products: Tensor | None = None
 
     def look(self, second: SecondPass) -> Tensor | None:
@@ -100,9 +87,7 @@ class NormPenalty(Descent):
     holds_first = True
 
     def __init__(self, alpha: float = 0.8) -> None:
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
-        self.alpha = self.slope = float(alpha)
+        self.alpha = self.slope = not_negative(alpha, "alpha")
 
     def choose(self, second: SecondPass) -> None:
         if second.perturbed and self.alpha != 1:
@@ -130,9 +115,7 @@ class Reuse(Descent):
     held = ("orthogonal",)
 
     def __init__(self, alpha: float = 0.7, *, per_tensor: bool = False) -> None:
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
-        self.alpha, self.per_tensor = float(alpha), per_tensor
+        self.alpha, self.per_tensor = not_negative(alpha, "alpha"), per_tensor
         self._products: Tensor | None = None
 
     def _others(self, second: SecondPass) -> list[list[Tensor]]:

@@ -52,14 +52,6 @@ class Held:
     def __init__(self) -> None:
         self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Held":
-        import copy
-
-        twin = Held()
-        memo[id(self)] = twin
-        twin.state.update({copy.deepcopy(p, memo): copy.deepcopy(own, memo) for p, own in self.state.items()})
-        return twin
-
     def tensors(self, runs: Runs, name: str) -> list[Tensor]:
         """One tensor a run, which lies in memory as the run does.
 
@@ -77,48 +69,32 @@ class Held:
             raise ValueError(f"the state's {name} lies otherwise in memory than the parameter; load it again")
         return found
 
-    def flat(self, bucket: Bucket, name: str, value: int) -> Tensor:
-        """As :meth:`tensors`, of one byte an element, in one flat buffer a bucket; they begin at ``value``."""
+    def flat(self, bucket: Bucket, name: str) -> tuple[Tensor, list[Tensor]]:
+        """``MASK`` or ``BEFORE`` of a bucket: one flat buffer, and its views, one a parameter.
+
+        The mask is one byte an element, and begins at 1. The weights before the last perturbed step stand in the buffer
+        that perturbations are undone from, so the next one writes them; where there are none yet they are those of now.
+        """
         entries = [self.state[p] for p in bucket.params]
         found = bucket.flats.get(name)
         if found is not None and all(own.get(name) is view for own, view in zip(entries, found[1], strict=True)):
-            return found[0]
-        refuse_while_capturing(f"the {name}")
-        flat = torch.full((bucket.size,), value, dtype=torch.uint8, device=bucket.device)
+            return found
+        refuse_while_capturing("the mask" if name == MASK else "the weights before the last step")
+        flat = bucket.saved if name == BEFORE else torch.ones(bucket.size, dtype=torch.uint8, device=bucket.device)
         views = bucket.views(flat)
-        for own, view in zip(entries, views, strict=True):
-            if name in own:
-                view.copy_(local(own[name]))
+        for own, begin, view in zip(entries, bucket.memory if name == BEFORE else views, views, strict=True):
+            view.copy_(local(own[name]) if name in own else begin)
             own[name] = view
         bucket.flats[name] = flat, views
-        return flat
-
-    def before(self, bucket: Bucket) -> list[Tensor]:
-        """The weights before the last perturbed step, one tensor a parameter; those of now where there are none yet.
-
-        They are views of the buffer that perturbations are undone from, so the next one writes them.
-        """
-        entries = [self.state[p] for p in bucket.params]
-        found = bucket.flats.get(BEFORE)
-        if found is not None and all(own.get(BEFORE) is view for own, view in zip(entries, found[1], strict=True)):
-            return found[1]
-        views = bucket.views(bucket.saved)
-        refuse_while_capturing("the weights before the last step")
-        for own, p, view in zip(entries, bucket.memory, views, strict=True):
-            view.copy_(local(own[BEFORE]) if BEFORE in own else p)
-            own[BEFORE] = view
-        bucket.flats[BEFORE] = bucket.saved, views
-        return views
+        return flat, views
 
     def make(self, runs: Iterable[Runs], names: Iterable[str]) -> None:
         """Let the tensors be there, for tools that load a state key by key."""
         wanted = sorted(set(names))
         for each in runs:
             for name in wanted:
-                if name == MASK:
-                    self.flat(each.bucket, name, 1)
-                elif name == BEFORE:
-                    self.before(each.bucket)
+                if name in (MASK, BEFORE):
+                    self.flat(each.bucket, name)
                 else:
                     self.tensors(each, name)
 
@@ -190,9 +166,10 @@ class FirstPass:
 
     def highest(self, values: Sequence[Tensor]) -> Tensor:
         """The largest of the buckets' own values, over all ranks: 0-d float64, infinite where one is not finite."""
-        found = [v.to(self.home) for v in values]
-        top = torch.stack(found).max() if found else torch.zeros((), dtype=torch.float64, device=self.home)
-        top = torch.where(torch.isfinite(torch.stack(found)).all(), top, torch.inf) if found else top
+        top = torch.zeros((), dtype=torch.float64, device=self.home)
+        if values:
+            found = torch.stack([v.to(self.home) for v in values])
+            top = torch.where(torch.isfinite(found).all(), found.max(), torch.inf)
         for group in self.replicas.groups if self.replicas is not None else ():
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
         return top
@@ -223,7 +200,7 @@ def displacements(runs: Iterable[Runs], held: Held, count: int, home: torch.devi
     rows = torch.zeros(count, 2, dtype=torch.float64, device=home)
     for each in runs:
         b = each.bucket
-        held.before(b)  # lets the weights before the last step stand in b.saved
+        held.flat(b, BEFORE)  # lets the weights before the last step stand in b.saved
         found = b.ops.displacement_dots(each.pack(each.grads), each.weights, b.saved, b.unscaled_table(each.indices))
         each.squares = found[0]
         rows[b.group if count > 1 else 0] += b.parts * found[1:].to(home)

@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lets_kernels.parts.part import at_least_one
+
 
 class RadiusWarning(UserWarning):
     """A radius does not move, or cannot tell what it goes by."""
@@ -234,8 +236,7 @@ class _Ramp:
     """A schedule that can be pickled."""
 
     def __init__(self, start: float, end: float, steps: int, cosine: bool) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, not {steps}")
+        at_least_one(steps, "steps")
         self.start, self.end, self.steps, self.cosine = start, end, steps, cosine
 
     def __call__(self, step: int) -> float:

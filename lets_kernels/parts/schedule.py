@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lets_kernels.around.randomness import Randomness
+from lets_kernels.parts.part import Part, at_least_one, share
 from lets_kernels.parts.passes import FirstPass
 
 
@@ -26,7 +27,7 @@ class Moment:
         return float(self.first.squared_norm)
 
 
-class Schedule:
+class Schedule(Part):
     """Base class. A schedule is asked once a step, before the weights are perturbed; if it looks at the gradient, once
     more for a step that was given up and is begun again, with another one.
 
@@ -47,15 +48,6 @@ class Schedule:
     def decide(self, moment: Moment) -> bool:
         """As :meth:`perturbs`, with more to go by."""
         return self.perturbs(moment.step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a schedule carries from step to step, under the same keys at any time.
-
-        The step number itself is kept by the optimizer.
-        """
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Always(Schedule):
@@ -78,9 +70,7 @@ class Every(Schedule):
     """
 
     def __init__(self, k: int = 5) -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}")
-        self.k = int(k)
+        self.k = at_least_one(k, "k")
 
     def perturbs(self, step: int) -> bool:
         return step % self.k == 0
@@ -114,12 +104,11 @@ class Bernoulli(Schedule):
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, not {shape!r}")
         if (shape == "constant") != (end is None and steps is None):
             raise ValueError("end and steps go with shape='linear' or 'trigonometric', which need both")
-        for name, value in (("p", p), ("end", p if end is None else end)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {value}")
+        self.p = share(p, "p")
+        share(p if end is None else end, "end")
         if shape != "constant" and (end is None or steps is None or steps < 1):
             raise ValueError(f"shape={shape!r} needs end, and steps of at least 1")
-        self.p, self.end, self.steps, self.shape = float(p), end, steps, shape
+        self.end, self.steps, self.shape = end, steps, shape
 
     def probability(self, step: int) -> float:
         """The probability that step number ``step`` (from 0) perturbs."""
@@ -154,13 +143,12 @@ class NormThreshold(Schedule):
     looks_at_gradient = True
 
     def __init__(self, steps: int, lambda1: float = -1.0, lambda2: float = 1.0, delta: float = 0.9) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, not {steps}")
+        self.steps = at_least_one(steps, "steps")
         if not 0 <= delta < 1:
             raise ValueError(f"delta must be in [0, 1), not {delta}")
         if not (math.isfinite(lambda1) and math.isfinite(lambda2)):
             raise ValueError(f"lambda1 and lambda2 must be finite, not {lambda1} and {lambda2}")
-        self.steps, self.lambda1, self.lambda2, self.delta = int(steps), float(lambda1), float(lambda2), float(delta)
+        self.lambda1, self.lambda2, self.delta = float(lambda1), float(lambda2), float(delta)
         self._mean = self._variance = 0.0
 
     def decide(self, moment: Moment) -> bool:

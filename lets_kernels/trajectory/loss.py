@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lets_kernels.parts.part import not_negative
+
 
 def trajectory_loss(
     outputs: Tensor, past: Tensor, temperature: float = 5.0, *, seen: Tensor | None = None, rescale: bool = False
@@ -53,21 +55,16 @@ def precision(outputs: Tensor) -> torch.dtype:
     return torch.float64 if outputs.dtype == torch.float64 else torch.float32
 
 
-def _check(weight: float, temperature: float, start: int) -> None:
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"weight must be a finite number >= 0, not {weight}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a finite number > 0, not {temperature}")
-    if start < 0:
-        raise ValueError(f"start must be an epoch from 0, not {start}")
-
-
 class Term:
     """What the two terms share: λ, τ, and the epoch."""
 
     def __init__(self, weight: float, temperature: float, start: int, rescale: bool) -> None:
-        _check(weight, temperature, start)
-        self.weight, self.temperature, self.start, self.rescale = float(weight), float(temperature), int(start), rescale
+        self.weight = not_negative(weight, "weight")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be a finite number > 0, not {temperature}")
+        if start < 0:
+            raise ValueError(f"start must be an epoch from 0, not {start}")
+        self.temperature, self.start, self.rescale = float(temperature), int(start), rescale
         self._epoch: int | None = None
 
     def set_epoch(self, epoch: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.parts.part import at_least_one
 from lets_kernels.trajectory.loss import Term, centred, precision
 
 
@@ -71,8 +72,7 @@ class SAF(Term):
     ) -> None:
         super().__init__(weight, temperature, start, rescale)
         for name, value in (("samples", samples), ("classes", classes), ("epochs", epochs)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            at_least_one(value, name)
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point dtype, such as torch.float16, not {dtype}")
         self.epochs = int(epochs)

@@ -52,8 +52,8 @@ GROUPS = [
                 "tests/learning/test_auto.py -k a_radius_a_group",
             ),
             (
-                "view.copy_(local(own[BEFORE]) if BEFORE in own else p)",
-                "view.copy_(p)",
+                "view.copy_(local(own[name]) if name in own else begin)",
+                "view.copy_(begin)",
                 "tests/state/test_state.py -k 'auto and momentum and cpu and file'",
             ),
         ],

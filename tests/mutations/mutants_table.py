@@ -75,7 +75,13 @@ GROUPS = [
         [
             ("return [self.bucket.saved] if saved else self.runs.weights", "return self.runs.weights"),
             ("return 1 if id(p) in self._transposed else 0", "return 0"),
-            ("math.isfinite(xi) and xi >= 0", "xi >= 0", "tests/step/test_errors.py"),
+        ],
+    ),
+    (
+        "lets_kernels/parts/part.py",
+        "tests/step/test_errors.py",
+        [
+            ("math.isfinite(value) and value >= 0", "value >= 0"),
         ],
     ),
     (

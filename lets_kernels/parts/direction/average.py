@@ -1,19 +1,12 @@
 """Along moving averages of gradients: Friendly SAM and VaSSO."""
 
-import math
 from typing import Any
 
 import torch
 
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation
+from lets_kernels.parts.part import not_negative, share
 from lets_kernels.parts.passes import FirstPass
-
-
-def check_share(value: float, name: str, least: float = 0.0) -> float:
-    """A number in [least, 1] as a float, or ``ValueError``."""
-    if not (math.isfinite(value) and least <= value <= 1):
-        raise ValueError(f"{name} must be in [{least:g}, 1], not {value}")
-    return float(value)
 
 
 class _Averaged(Direction):
@@ -73,7 +66,7 @@ class Smoothed(_Averaged):
     def __init__(self, theta: float = 0.9) -> None:
         if not theta > 0:
             raise ValueError(f"theta must be in (0, 1], not {theta}: at 0 the direction never changes")
-        self.theta = check_share(theta, "theta")
+        self.theta = share(theta, "theta")
         super().__init__(1 - self.theta, 0.0, 1.0)
 
 
@@ -94,11 +87,10 @@ class Friendly(_Averaged):
     """
 
     def __init__(self, sigma: float = 1.0, decay: float = 0.9, *, update_first: bool = False) -> None:
-        if not (math.isfinite(sigma) and sigma >= 0):
-            raise ValueError(f"sigma must be a finite number >= 0, not {sigma}")
+        self.sigma = not_negative(sigma, "sigma")
         if not 0 < decay < 1:
             raise ValueError(f"decay must be in (0, 1), not {decay}")
-        self.sigma, self.decay, self.update_first = float(sigma), float(decay), update_first
+        self.decay, self.update_first = float(decay), update_first
         # With m' = λm + (1 − λ)g, m = (m' − (1 − λ)g)/λ: both orders are combinations of g and m'.
         old = self.sigma / self.decay
         a, b = (1.0, -self.sigma) if update_first else (1 + old * (1 - self.decay), -old)

@@ -12,7 +12,7 @@ by the base optimizer's state reads it in ``first.base``, and says in ``check_ba
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from lets_kernels.base.state import Look
 from lets_kernels.ops.declared import UNSCALED
 from lets_kernels.ops.memory import is_dense
+from lets_kernels.parts.part import Part, not_negative
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.space.buckets import Bucket, Runs
 from lets_kernels.space.shards import local
@@ -30,18 +31,11 @@ from lets_kernels.space.shards import local
 
 def check_xi(xi: float) -> float:
     """ξ as a float, or ``ValueError``."""
-    if not (math.isfinite(xi) and xi >= 0):
-        raise ValueError(f"xi must be a finite number >= 0, not {xi}")
-    return float(xi)
+    return not_negative(xi, "xi")
 
 
+#: Whose filters lie along the second dimension of the weights.
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
-
-
-def transposed(model: torch.nn.Module | None) -> frozenset[int]:
-    """The ids of the weights of transposed convolutions, whose filters lie along the second dimension."""
-    modules = model.modules() if model is not None else ()
-    return frozenset(id(m.weight) for m in modules if isinstance(m, _TRANSPOSED))
 
 
 def filter_rows(p: Tensor, dim: int) -> tuple[int, int] | None:
@@ -129,7 +123,7 @@ class Perturbation:
     norm: Tensor | None = None  # the dual norm of Tv, where it is not total^(1/q)
 
 
-class Direction:
+class Direction(Part):
     """Base class. By itself it is no direction: ``ascent`` or ``prepare`` must be given."""
 
     #: The exponent of the norm that is divided by; p = q / (q - 1) is the norm whose ball the perturbation fills.
@@ -145,8 +139,6 @@ class Direction:
     draws = False
     #: True if first gradients change what it keeps from step to step, wherever that stands.
     remembers = False
-    #: What it keeps for every parameter from step to step, by name.
-    held: Sequence[str] = ()
     #: The ids of the weights of transposed convolutions in the model.
     _transposed: frozenset[int] = frozenset()
 
@@ -163,7 +155,8 @@ class Direction:
 
     def bind(self, model: torch.nn.Module | None) -> None:
         """Called before ``geometry`` whenever the tables are built, with what the optimizer got as ``model=``."""
-        self._transposed = transposed(model)
+        modules = model.modules() if model is not None else ()
+        self._transposed = frozenset(id(m.weight) for m in modules if isinstance(m, _TRANSPOSED))
 
     def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
         """How T scales this parameter: the ``row_length`` and ``row_count`` of the run table (lets_kernels.ops)."""
@@ -193,12 +186,3 @@ class Direction:
     def start(self, runs: Runs, first: FirstPass) -> None:
         """Write δ, by which the weights of a bucket move for the first pass, where ``first.room`` says."""
         raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a direction carries from step to step, under the same keys at any time.
-
-        Nothing for one that looks at the gradient alone.
-        """
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...

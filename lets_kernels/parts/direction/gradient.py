@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi, filter_rows
+from lets_kernels.parts.part import not_negative
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.space.buckets import Runs
 
@@ -38,40 +39,31 @@ class Gradient(Direction):
         return Ascent(runs, runs.grads, 0.0, self.q)
 
     def prepare(self, first: FirstPass) -> Perturbation:
-        if self.p == 1:
-            return self._peaks(first)
-        return super().prepare(first) if self.q < _HIGH else self._scaled(first)
+        """At p = 1, and near it, by the largest element: high powers of the others would underflow.
 
-    def _scaled(self, first: FirstPass) -> Perturbation:
-        """Along g over its largest element: ε is the same, and high powers do not underflow."""
-        packed = [r.pack(r.grads) for r in first.runs]
-        tables = [r.bucket.unscaled_table(r.indices) for r in first.runs]
-        triples = list(zip(first.runs, packed, tables, strict=True))
-        top = first.highest([r.bucket.ops.largest(grads, table) for r, grads, table in triples])
-        coefficients = torch.stack([torch.where(top > 0, 1 / top, 0.0), torch.zeros_like(top)])
+        At 1 along signs where |g| is the largest of all; their number, squared, is the total, so ε = ρ sign / number.
+        Near 1 along g over its largest element, which gives the same ε as g.
+        """
+        if self.q < _HIGH and self.p != 1:
+            return super().prepare(first)
+        each = [(r, r.bucket, r.pack(r.grads), r.bucket.unscaled_table(r.indices)) for r in first.runs]
+        top = first.highest([b.ops.largest(grads, table) for _, b, grads, table in each])
+        scale = torch.stack([torch.where(top > 0, 1 / top, 0.0), torch.zeros_like(top)]) if self.p > 1 else None
         ascents, shares = [], []
-        for r, grads, table in triples:
-            b, room = r.bucket, first.room(r)
-            b.ops.combine_(room, grads, grads, table, coefficients.to(b.device), torch.ones_like(top).to(b.device))
-            shares.append(b.parts * b.ops.grad_norm(room, [], table, None, 0.0, self.q))
+        for r, b, grads, table in each:
+            room = first.room(r)
+            if scale is None:
+                found = b.ops.peaks_(room, grads, table, top.to(b.device))
+            else:
+                b.ops.combine_(room, grads, grads, table, scale.to(b.device), torch.ones_like(top).to(b.device))
+                found = b.ops.grad_norm(room, [], table, None, 0.0, self.q)
+            shares.append(b.parts * found)
             ascents.append(replace(Ascent.along(r, room), q=self.q))
-        total = torch.where(torch.isfinite(top), first.total(shares), torch.nan)
-        return Perturbation(ascents, total, norm=top * total.pow(1 / self.q))
-
-    def _peaks(self, first: FirstPass) -> Perturbation:
-        """Signs where |g| is the largest of all; their number, squared, is the total, so ε = ρ sign / number."""
-        tables = [r.bucket.unscaled_table(r.indices) for r in first.runs]
-        packed = [r.pack(r.grads) for r in first.runs]
-        triples = list(zip(first.runs, packed, tables, strict=True))
-        top = first.highest([r.bucket.ops.largest(grads, table) for r, grads, table in triples])
-        rooms = [first.room(r) for r in first.runs]
-        counts = [
-            r.bucket.parts * r.bucket.ops.peaks_(room, grads, table, top.to(r.bucket.device))
-            for (r, grads, table), room in zip(triples, rooms, strict=True)
-        ]
-        total = torch.where(top > 0, first.total(counts).square(), 0.0)
-        ascents = [Ascent.along(r, room) for r, room in zip(first.runs, rooms, strict=True)]
-        return Perturbation(ascents, torch.where(torch.isfinite(top), total, torch.nan), norm=top)
+        total = first.total(shares)
+        if scale is None:
+            total = torch.where(top > 0, total.square(), 0.0)
+        total = torch.where(torch.isfinite(top), total, torch.nan)
+        return Perturbation(ascents, total, norm=top if scale is None else top * total.pow(1 / self.q))
 
 
 class Adaptive(Direction):
@@ -126,9 +118,7 @@ class Fisher(Direction):
     """
 
     def __init__(self, eta: float = 1.0) -> None:
-        if not (math.isfinite(eta) and eta >= 0):
-            raise ValueError(f"eta must be a finite number >= 0, not {eta}")
-        self.eta = float(eta)
+        self.eta = not_negative(eta, "eta")
 
     def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
         return (FISHER, 0) if self.eta else (UNSCALED, 0)

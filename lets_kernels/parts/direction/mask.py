@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lets_kernels.parts.direction.average import check_share
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation
+from lets_kernels.parts.part import at_least_one, share
 from lets_kernels.parts.passes import DRAWS, MASK, REGROWTH, FirstPass
-from lets_kernels.space.buckets import Runs
+from lets_kernels.space.buckets import Bucket
 from lets_kernels.space.memory import refuse_while_capturing
 from lets_kernels.space.shards import elements
 
@@ -41,7 +41,7 @@ class Dropped(Direction):
             raise ValueError(f"beta must be in (0, 1], not {beta}: at 0 nothing is perturbed")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}")
-        self.beta, self.granularity = check_share(beta, "beta"), granularity
+        self.beta, self.granularity = share(beta, "beta"), granularity
 
     def not_capturable(self) -> str | None:
         if self.granularity == "tensor" and self.beta < 1:
@@ -119,12 +119,12 @@ class Masked(Direction):
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), not {sparsity}: at 1 nothing is perturbed")
-        if interval is not None and interval < 1:
-            raise ValueError(f"interval must be at least 1, not {interval}")
+        if interval is not None:
+            at_least_one(interval, "interval")
         if kind == "dynamic" and (steps is None or steps < 1):
             raise ValueError("kind='dynamic' needs steps, the length of training: its drop rate falls to zero")
         self.sparsity, self.kind, self.interval = float(sparsity), kind, interval
-        self.drop, self.steps = check_share(drop, "drop"), steps
+        self.drop, self.steps = share(drop, "drop"), steps
         self._selected = 0  # how often
 
     def not_capturable(self) -> str | None:
@@ -133,7 +133,7 @@ class Masked(Direction):
         return None
 
     def prepare(self, first: FirstPass) -> Perturbation:
-        masks = [first.held.flat(runs.bucket, MASK, 1) for runs in first.runs]
+        masks = [first.held.flat(runs.bucket, MASK)[0] for runs in first.runs]
         due = self._due(first.step)
         if due:
             refuse_while_capturing("the mask")
@@ -158,12 +158,12 @@ class Masked(Direction):
         size = sum(elements(runs.bucket.params[i]) for runs in first.runs for i in runs.indices)
         kept = max(1, round((1 - self.sparsity) * size))
         if self.kind == "fisher" or not self._selected:
-            chosen.take(kept, vectors if self.kind == "fisher" else None, member=-1, value=2)
+            chosen.set(-1, 2, kept, vectors if self.kind == "fisher" else None)
         else:
             rate = self.drop * (1 + math.cos(math.pi * min(first.step / (self.steps or 1), 1.0))) / 2
             count = min(round(rate * kept), size - kept)
-            chosen.take(kept - count, vectors, member=1, value=2)
-            chosen.take(count, None, member=0, value=3)
+            chosen.set(1, 2, kept - count, vectors)
+            chosen.set(0, 3, count)
         chosen.set(1, 0)
         chosen.set(2, 1)
         chosen.set(3, 1)
@@ -177,8 +177,8 @@ class Masked(Direction):
         self._selected = int(state["selected"])
 
 
-# The vectors, the mask, the run table, and what is drawn from.
-_Arguments = tuple[list[Tensor], Tensor, Tensor, tuple[Tensor, int]]
+# A bucket and, for its ops, the vectors, the mask, the run table, and what is drawn from.
+_Arguments = tuple[Bucket, list[Tensor], Tensor, Tensor, tuple[Tensor, int]]
 
 
 class _Selection:
@@ -189,46 +189,34 @@ class _Selection:
 
     def __init__(self, first: FirstPass) -> None:
         self._first = first
-        self._own = [first.held.flat(runs.bucket, MASK, 1) for runs in first.runs]
+        self._own = [first.held.flat(runs.bucket, MASK)[0] for runs in first.runs]
         self._masks = [mask.clone() for mask in self._own]
 
-    def _each(self, vectors: list[list[Tensor]] | None) -> list[tuple[Runs, Tensor, _Arguments]]:
-        purpose = REGROWTH if vectors is None else DRAWS
-        lists: list[list[Tensor]] = [[] for _ in self._masks] if vectors is None else vectors
-        return [
-            (runs, mask, (v, mask, runs.bucket.unscaled_table(runs.indices), self._first.draw(runs.bucket, purpose)))
-            for runs, mask, v in zip(self._first.runs, self._masks, lists, strict=True)
-        ]
-
-    def _threshold(self, count: int, vectors: list[list[Tensor]] | None, member: int) -> Tensor:
-        """The lowest threshold with at most ``count`` elements above it, by halving: 0-d int64."""
-        home, each = self._first.home, self._each(vectors)
-        low = torch.full((), -1, dtype=torch.int64, device=home)
-        high = torch.full((), _MOST, dtype=torch.int64, device=home)
+    def _threshold(self, each: list[_Arguments], count: int | None, member: int) -> Tensor:
+        """The lowest threshold with at most ``count`` elements above it, by halving: 0-d int64. Without a count, -1."""
+        low = torch.full((), -1, dtype=torch.int64, device=self._first.home)
+        if count is None:
+            return low
+        high = torch.full_like(low, _MOST)
         for _ in range(64):
             middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their mean; their difference would overflow
             found = self._first.total(
-                [
-                    runs.bucket.parts
-                    * runs.bucket.ops.count_above(v, mask, table, middle.to(mask.device), *draw, member)
-                    for runs, _, (v, mask, table, draw) in each
-                ]
+                [b.parts * b.ops.count_above(v, m, t, middle.to(m.device), *draw, member) for b, v, m, t, draw in each]
             )
             above = found > count + 0.5
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
         return high
 
-    def take(self, count: int, vectors: list[list[Tensor]] | None, member: int, value: int) -> None:
-        """Set the mask to ``value`` for the ``count`` elements of ``member`` with the highest keys."""
-        threshold = self._threshold(count, vectors, member)
-        for runs, _, (v, mask, table, draw) in self._each(vectors):
-            runs.bucket.ops.select_(mask, v, table, threshold.to(mask.device), *draw, member, value)
-
-    def set(self, member: int, value: int) -> None:
-        """Set the mask to ``value`` wherever it is ``member``."""
-        threshold = torch.full((), -1, dtype=torch.int64, device=self._first.home)
-        for runs, _, (_, mask, table, draw) in self._each(None):
-            runs.bucket.ops.select_(mask, [], table, threshold.to(mask.device), *draw, member, value)
+    def set(self, member: int, value: int, count: int | None = None, vectors: list[list[Tensor]] | None = None) -> None:
+        """Set the mask to ``value`` wherever it is ``member``, or for the ``count`` of these with the highest keys."""
+        each: list[_Arguments] = []
+        for i, (runs, mask) in enumerate(zip(self._first.runs, self._masks, strict=True)):
+            b, purpose = runs.bucket, REGROWTH if vectors is None else DRAWS
+            draw = self._first.draw(b, purpose)
+            each.append((b, [] if vectors is None else vectors[i], mask, b.unscaled_table(runs.indices), draw))
+        threshold = self._threshold(each, count, member)
+        for b, v, mask, table, draw in each:
+            b.ops.select_(mask, v, table, threshold.to(mask.device), *draw, member, value)
 
     def keep(self) -> None:
         """Let the copies be the masks."""

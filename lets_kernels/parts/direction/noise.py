@@ -10,17 +10,12 @@ from lets_kernels.base.state import Look, lies_as
 from lets_kernels.base.variational import VariationalSGD
 from lets_kernels.ops.declared import UNSCALED
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, filter_rows
+from lets_kernels.parts.part import not_negative, share
 from lets_kernels.parts.passes import NOISE, FirstPass
 from lets_kernels.space.buckets import Runs
 from lets_kernels.space.shards import WHOLE, elements, local
 
 SCALES = ("variance", "std")
-
-
-def _finite(value: float, name: str) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number >= 0, not {value}")
-    return float(value)
 
 
 class Gaussian(Direction):
@@ -66,7 +61,8 @@ class RandomStart(Direction):
     def __init__(self, gamma: float = 1e-4, lam: float = 1.0, noise_scale: str = "variance") -> None:
         if noise_scale not in SCALES:
             raise ValueError(f"noise_scale must be one of {', '.join(SCALES)}, not {noise_scale!r}")
-        self.gamma, self.lam, self.noise_scale = _finite(gamma, "gamma"), _finite(lam, "lam"), noise_scale
+        self.gamma, self.lam = not_negative(gamma, "gamma"), not_negative(lam, "lam")
+        self.noise_scale = noise_scale
 
     @property
     def starts(self) -> bool:  # type: ignore[override]
@@ -129,9 +125,8 @@ class Posterior(Direction):
     def __init__(self, data_size: float, beta2: float, damping: float) -> None:
         if not data_size > 0:
             raise ValueError(f"data_size must be positive, not {data_size}: it is the number of training examples")
-        if not 0 <= beta2 <= 1:
-            raise ValueError(f"beta2 must be in [0, 1], not {beta2}")
-        self.data_size, self.beta2, self.damping = float(data_size), float(beta2), _finite(damping, "damping")
+        self.data_size, self.beta2 = float(data_size), share(beta2, "beta2")
+        self.damping = not_negative(damping, "damping")
 
     @property
     def starts(self) -> bool:  # type: ignore[override]
