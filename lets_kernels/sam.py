@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ from lets_kernels.step.learn import learn
 from lets_kernels.step.micro import micro_step
 from lets_kernels.step.setting import Setting
 from lets_kernels.step.tracing import untraced
+
+#: Parameters, named parameters, or groups of them.
+Params: TypeAlias = Iterable[Any]
+#: A torch optimizer class, or an instance.
+BaseLike: TypeAlias = type[torch.optim.Optimizer] | torch.optim.Optimizer
 
 
 class SAM(torch.optim.Optimizer):
@@ -89,8 +95,8 @@ class SAM(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         adaptive: bool = False,
         *,
@@ -140,11 +146,11 @@ class SAM(torch.optim.Optimizer):
         if radius.moves and radius.bound:
             raise ValueError("this radius belongs to another optimizer already, with which it moves; give each its own")
         check_is_optimizer(base_optimizer)
+        #: A true optimizer: its groups and its state are this one's. Until it is there something holds both.
+        self.base_optimizer: torch.optim.Optimizer = cast(Any, SimpleNamespace())
         super().__init__(params, dict(setting.group_keys))
         base = base_on(self.param_groups, base_optimizer, kwargs, setting.group_keys, direction)
-        #: A true optimizer: its groups and its state are this one's.
         self.base_optimizer = base
-        del self.__dict__["_early_groups"], self.__dict__["_early_state"]
         self.defaults = {**base.defaults, **setting.group_keys}
         first = next((p for group in base.param_groups for p in group["params"]), torch.empty(0, device="cpu"))
         radius.bind(base.param_groups, first.device)
@@ -433,7 +439,7 @@ class SAM(torch.optim.Optimizer):
         Raises:
             RuntimeError: while the weights are perturbed.
         """
-        if "base_optimizer" not in self.__dict__:
+        if "_engine" not in self.__dict__:
             super().add_param_group(param_group)
             return
         w = self._engine.work
@@ -453,30 +459,20 @@ class SAM(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups."""
-        base = self.__dict__.get("base_optimizer")
-        return self.__dict__["_early_groups"] if base is None else base.param_groups
+        return self.base_optimizer.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        base = self.__dict__.get("base_optimizer")
-        if base is None:
-            self.__dict__["_early_groups"] = groups
-        else:
-            base.param_groups = groups
+        self.base_optimizer.param_groups = groups
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The base optimizer's state."""
-        base = self.__dict__.get("base_optimizer")
-        return self.__dict__["_early_state"] if base is None else base.state
+        return self.base_optimizer.state
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        base = self.__dict__.get("base_optimizer")
-        if base is None:
-            self.__dict__["_early_state"] = state
-        else:
-            base.state = state
+        self.base_optimizer.state = state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`; a first pass that no step followed is then forgotten."""
