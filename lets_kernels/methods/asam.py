@@ -1,14 +1,11 @@
 """ASAM (Kwon et al., ICML 2021)."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from lets_kernels.methods.page import CODE, OURS, Method, Row
+from lets_kernels.methods.page import CODE, OURS, Method
 from lets_kernels.parts.direction import Adaptive
 from lets_kernels.parts.radius import RadiusLike
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class ASAM(SAM):
@@ -24,8 +21,8 @@ class ASAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.5,
         xi: float = 0.01,
         *,
@@ -37,26 +34,18 @@ class ASAM(SAM):
 
 
 METHODS = (
-    Method(
-        ASAM,
-        "ASAM",
-        key="asam",
-        paper="Kwon et al., ICML 2021",
-        parts=(Adaptive,),
-        defaults={
-            "rho": CODE,
-            "xi": f"{CODE} (η there)",
-            "filterwise": OURS,
-            "scale_bias": "ours, as the paper's equation reads; the authors' code has False",
-        },
-        rows=(
-            Row("ASAM", "rho=0.5, xi=0.01, lr=0.1"),
-            Row(
-                "ASAM, filter-wise",
-                "rho=0.5, filterwise=True, lr=0.1",
-                remark="transposed convolutions need `model=`",
-                paper="LETS, Eq. 7",
-            ),
-        ),
+    Method(ASAM, "ASAM", "Kwon et al., ICML 2021", (Adaptive,))
+    .whose(
+        rho=CODE,
+        xi=f"{CODE} (η there)",
+        filterwise=OURS,
+        scale_bias="ours, as the paper's equation reads; the authors' code has False",
+    )
+    .row("ASAM", "rho=0.5, xi=0.01, lr=0.1")
+    .row(
+        "ASAM, filter-wise",
+        "rho=0.5, filterwise=True, lr=0.1",
+        remark="transposed convolutions need `model=`",
+        paper="LETS, Eq. 7",
     ),
 )

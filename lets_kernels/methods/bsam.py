@@ -1,13 +1,12 @@
 """Variational SAM, bSAM (Möllenhoff & Khan, ICLR 2023)."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from lets_kernels.base.variational import VariationalSGD
-from lets_kernels.methods.page import CODE, OURS, PAPER, Method, Row
+from lets_kernels.methods.page import CODE, OURS, PAPER, STARTS, Method
 from lets_kernels.parts.direction import Posterior
 from lets_kernels.parts.radius import RadiusLike
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, Params
 
 
 class BSAM(SAM):
@@ -33,7 +32,7 @@ class BSAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Params,
         rho: RadiusLike = 0.05,
         *,
         lr: float,
@@ -51,27 +50,16 @@ class BSAM(SAM):
 
 
 METHODS = (
-    Method(
-        BSAM,
-        "bSAM",
-        key="bsam",
-        paper="Möllenhoff & Khan, ICLR 2023",
-        parts=(Posterior,),
-        defaults={
-            "rho": f"{OURS}; the authors' code has 0.1",
-            "beta1": PAPER,
-            "beta2": PAPER,
-            "weight_decay": PAPER,
-            "damping": PAPER,
-            "precision": f"ours, and {CODE} (--custominit)",
-        },
-        rows=(
-            Row(
-                "Variational SAM (bSAM)",
-                "rho=0.05, lr=0.1, data_size=50000",
-                state=2.0,
-                remark="no base optimizer; two-step shape: first pass in `first_pass()`",
-            ),
-        ),
+    Method(BSAM, "bSAM", "Möllenhoff & Khan, ICLR 2023", (Posterior,))
+    .whose(
+        rho=f"{OURS}; the authors' code has 0.1",
+        beta1=PAPER,
+        beta2=PAPER,
+        weight_decay=PAPER,
+        damping=PAPER,
+        precision=f"ours, and {CODE} (--custominit)",
+    )
+    .row(
+        "Variational SAM (bSAM)", "rho=0.05, lr=0.1, data_size=50000", state=2.0, remark=f"no base optimizer; {STARTS}"
     ),
 )

@@ -6,6 +6,7 @@ its gradients and measure what it keeps.
 
 import importlib
 import pkgutil
+import re
 from functools import cache
 
 import lets_kernels.methods as pages
@@ -18,7 +19,7 @@ def methods() -> tuple[Method, ...]:
     """What the files beside this one have under ``METHODS``: SAM first, the others by year and name."""
     names = sorted(module.name for module in pkgutil.iter_modules(pages.__path__, f"{pages.__name__}."))
     found = [m for name in names for m in getattr(importlib.import_module(name), "METHODS", ())]
-    return tuple(sorted(found, key=lambda m: (m.cls is not SAM, m.year, m.name)))
+    return tuple(sorted(found, key=lambda m: (m.cls is not SAM, re.findall(r"\d{4}", m.paper), m.name)))
 
 
 def table() -> str:

@@ -1,15 +1,12 @@
 """Methods that look at each sample's loss: ESAM (Du et al., ICLR 2022), δ-SAM (Zhou et al., 2021)."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from lets_kernels.methods.page import AS_SAM, OURS, PAPER, Method, Row
+from lets_kernels.methods.page import AS_SAM, OURS, PAPER, Method
 from lets_kernels.parts.direction import Dropped
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.samples import SelectedSamples, WeightedSamples
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class ESAM(SAM):
@@ -29,8 +26,8 @@ class ESAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         beta: float = 0.5,
         gamma: float = 0.5,
@@ -55,45 +52,26 @@ class DeltaSAM(SAM):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: RadiusLike = 0.05,
-        power: float = -1.0,
-        **kwargs: Any,
+        self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, power: float = -1.0, **kwargs: Any
     ) -> None:
         super().__init__(params, base_optimizer, rho, samples=WeightedSamples(power), **kwargs)
 
 
 METHODS = (
-    Method(
-        ESAM,
+    Method(ESAM, "ESAM", "Du et al., ICLR 2022", (Dropped, SelectedSamples))
+    .whose(
+        rho="the authors' code's, and SAM's",
+        beta=f"{PAPER}, which has 0.6 too",
+        gamma=PAPER,
+        granularity=f"{OURS}; public code has 'tensor'",
+    )
+    .row(
         "ESAM",
-        key="esam",
-        paper="Du et al., ICLR 2022",
-        parts=(Dropped, SelectedSamples),
-        defaults={
-            "rho": "the authors' code's, and SAM's",
-            "beta": f"{PAPER}, which has 0.6 too",
-            "gamma": PAPER,
-            "granularity": f"{OURS}; public code has 'tensor'",
-        },
-        rows=(
-            Row(
-                "ESAM",
-                "rho=0.05, beta=0.5, gamma=0.5, lr=0.1",
-                gradients="1 + γ, and a forward pass",
-                remark="closure returns the loss of each sample",
-            ),
-        ),
+        "rho=0.05, beta=0.5, gamma=0.5, lr=0.1",
+        gradients="1 + γ, and a forward pass",
+        remark="closure returns the loss of each sample",
     ),
-    Method(
-        DeltaSAM,
-        "δ-SAM",
-        key="delta-sam",
-        paper="Zhou et al., 2021",
-        parts=(WeightedSamples,),
-        defaults={"rho": AS_SAM, "power": OURS},
-        rows=(Row("δ-SAM", "rho=0.05, lr=0.1", remark="closure returns (losses, outputs)"),),
-    ),
+    Method(DeltaSAM, "δ-SAM", "Zhou et al., 2021", (WeightedSamples,))
+    .whose(rho=AS_SAM, power=OURS)
+    .row("δ-SAM", "rho=0.05, lr=0.1", remark="closure returns (losses, outputs)"),
 )

@@ -1,16 +1,15 @@
 """Methods that go by Fisher information: Fisher SAM (Kim et al., ICML 2022), Sparse SAM (Mi et al., NeurIPS 2022)."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from lets_kernels.methods.masks import update_mask
-from lets_kernels.methods.page import AS_SAM, CODE, OURS, PAPER, Method, Row
+from lets_kernels.methods.page import AS_SAM, CODE, OURS, PAPER, Method
 from lets_kernels.parts.direction import Fisher, Masked
+from lets_kernels.parts.part import at_least_one
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.samples import Closure
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, BaseLike, Params
 from lets_kernels.step.frameworks import no_scaler_steps
 
 
@@ -25,12 +24,7 @@ class FisherSAM(SAM):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: RadiusLike = 0.05,
-        eta: float = 1.0,
-        **kwargs: Any,
+        self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, eta: float = 1.0, **kwargs: Any
     ) -> None:
         super().__init__(params, base_optimizer, rho, direction=Fisher(eta), **kwargs)
 
@@ -50,8 +44,8 @@ class SparseSAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         sparsity: float = 0.5,
         kind: str = "fisher",
@@ -77,47 +71,62 @@ class SparseSAM(SAM):
             RuntimeError: the weights are perturbed.
             ValueError: the mask is dynamic, ``samples`` is below 1, or Σ g² is zero or not finite: the mask stays.
         """
-        assert isinstance(self.direction, Masked)
-        with no_scaler_steps(self):
-            update_mask(self._engine, self.direction, closure, samples)
+        e, w, direction = self._engine, self._engine.work, self.direction
+        assert isinstance(direction, Masked)
+        if direction.kind != "fisher":
+            raise ValueError("update_mask() is for kind='fisher'; a dynamic mask is selected within steps")
+        at_least_one(samples, "samples")
+        with no_scaler_steps(self), torch.no_grad():
+            e.refuse_another_step("update_mask()")
+            buckets = w.tables.agreed().buckets
+            kept = [(p, p.grad) for b in buckets for p in b.params]
+            runs = [b.all_runs() for b in buckets]
+            sums = [
+                [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in r.params] for r in runs
+            ]
+            w.setting.network.statistics.hold()
+            try:
+                for _ in range(samples):
+                    w.drop_gradients()
+                    self.samples.whole(w.a_pass(None), closure)
+                    for b, own in zip(buckets, sums, strict=True):
+                        passed = b.gather()
+                        for i, g in zip(passed.indices, passed.grads, strict=True):
+                            wide = g.to(own[i].dtype)
+                            own[i].addcmul_(wide, wide)
+            finally:
+                w.setting.network.statistics.release()
+                for p, grad in kept:
+                    p.grad = grad
+                e.mark_gradients()
+            found = torch.stack([t.sum(dtype=torch.float64).to(w.progress.home) for own in sums for t in own])
+            total = w.setting.replicas.mean(found.sum())
+            if not bool(torch.isfinite(total) & (total > 0)):
+                raise ValueError(
+                    "the squared gradients of these samples sum up to zero or to no finite number, so the mask stays: "
+                    "does the closure call backward(), on a loss that no gradient scaler has scaled?"
+                )
+            direction.select(w.first_pass(runs), sums)
 
 
 METHODS = (
-    Method(
-        FisherSAM,
-        "Fisher SAM",
-        key="fisher-sam",
-        paper="Kim et al., ICML 2022",
-        parts=(Fisher,),
-        defaults={"rho": AS_SAM, "eta": OURS},
-        rows=(Row("Fisher SAM", "rho=0.05, eta=1.0, lr=0.1"),),
-    ),
-    Method(
-        SparseSAM,
-        "Sparse SAM",
-        key="sparse-sam",
-        paper="Mi et al., NeurIPS 2022",
-        parts=(Masked,),
-        defaults={
-            "rho": CODE,
-            "sparsity": f"{PAPER}; the authors' code has 0.2",
-            "kind": OURS,
-            "interval": f"{OURS}; the authors' code has 5 epochs",
-            "drop": CODE,
-            "steps": "none: kind='dynamic' needs it",
-        },
-        rows=(
-            Row(
-                "Sparse SAM, Fisher",
-                "rho=0.05, sparsity=0.5, lr=0.1",
-                state=0.25,
-                remark="`interval=`, or `update_mask(closure)`",
-            ),
-            Row(
-                "Sparse SAM, dynamic",
-                'rho=0.05, kind="dynamic", interval=100, steps=1000, lr=0.1',
-                state=0.25,
-            ),
-        ),
-    ),
+    Method(FisherSAM, "Fisher SAM", "Kim et al., ICML 2022", (Fisher,))
+    .whose(rho=AS_SAM, eta=OURS)
+    .row("Fisher SAM", "rho=0.05, eta=1.0, lr=0.1"),
+    Method(SparseSAM, "Sparse SAM", "Mi et al., NeurIPS 2022", (Masked,))
+    .whose(
+        rho=CODE,
+        sparsity=f"{PAPER}; the authors' code has 0.2",
+        kind=OURS,
+        interval=f"{OURS}; the authors' code has 5 epochs",
+        drop=CODE,
+        steps="none: kind='dynamic' needs it",
+    )
+    .row(
+        "Sparse SAM, Fisher",
+        "rho=0.05, sparsity=0.5, lr=0.1",
+        state=0.25,
+        remark="`interval=`, or `update_mask(closure)`",
+    )
+    .row("Sparse SAM, dynamic", 'rho=0.05, kind="dynamic", interval=100, steps=1000, lr=0.1', state=0.25),
 )

@@ -1,14 +1,11 @@
 """Methods with a moving average of gradients: Friendly SAM (Li et al., 2024), VaSSO (Li & Giannakis, 2023)."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from lets_kernels.methods.page import AS_SAM, CODE, PAPER, Method, Row
+from lets_kernels.methods.page import AS_SAM, CODE, PAPER, Method
 from lets_kernels.parts.direction import Friendly, Smoothed
 from lets_kernels.parts.radius import RadiusLike
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class FriendlySAM(SAM):
@@ -25,8 +22,8 @@ class FriendlySAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         sigma: float = 1.0,
         decay: float = 0.9,
@@ -49,38 +46,16 @@ class VaSSO(SAM):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: RadiusLike = 0.05,
-        theta: float = 0.9,
-        **kwargs: Any,
+        self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, theta: float = 0.9, **kwargs: Any
     ) -> None:
         super().__init__(params, base_optimizer, rho, direction=Smoothed(theta), **kwargs)
 
 
 METHODS = (
-    Method(
-        FriendlySAM,
-        "Friendly SAM",
-        key="friendly-sam",
-        paper="Li et al., CVPR 2024",
-        parts=(Friendly,),
-        defaults={
-            "rho": AS_SAM,
-            "sigma": PAPER,
-            "decay": PAPER,
-            "update_first": f"{CODE}; the paper's text has the other order",
-        },
-        rows=(Row("Friendly SAM", "rho=0.05, sigma=1.0, lr=0.1", state=1.0),),
-    ),
-    Method(
-        VaSSO,
-        "VaSSO",
-        key="vasso",
-        paper="Li & Giannakis, NeurIPS 2023",
-        parts=(Smoothed,),
-        defaults={"rho": CODE, "theta": f"{CODE}; the paper tunes it between 0.2 and 0.9"},
-        rows=(Row("VaSSO", "rho=0.05, theta=0.9, lr=0.1", state=1.0),),
-    ),
+    Method(FriendlySAM, "Friendly SAM", "Li et al., CVPR 2024", (Friendly,))
+    .whose(rho=AS_SAM, sigma=PAPER, decay=PAPER, update_first=f"{CODE}; the paper's text has the other order")
+    .row("Friendly SAM", "rho=0.05, sigma=1.0, lr=0.1", state=1.0),
+    Method(VaSSO, "VaSSO", "Li & Giannakis, NeurIPS 2023", (Smoothed,))
+    .whose(rho=CODE, theta=f"{CODE}; the paper tunes it between 0.2 and 0.9")
+    .row("VaSSO", "rho=0.05, theta=0.9, lr=0.1", state=1.0),
 )

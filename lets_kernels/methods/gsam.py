@@ -1,15 +1,12 @@
 """Methods that step along both gradients: GSAM (Zhuang et al., ICLR 2022), the penalty of Zhao et al. (ICML 2022)."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from lets_kernels.methods.page import AS_SAM, OURS, Method, Row
+from lets_kernels.methods.page import AS_SAM, OURS, STARTS, Method
 from lets_kernels.parts.descent import NormPenalty, SurrogateGap
 from lets_kernels.parts.direction import RandomStart
 from lets_kernels.parts.radius import RadiusLike
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class GSAM(SAM):
@@ -24,12 +21,7 @@ class GSAM(SAM):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: RadiusLike = 0.05,
-        alpha: float = 0.4,
-        **kwargs: Any,
+        self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, alpha: float = 0.4, **kwargs: Any
     ) -> None:
         super().__init__(params, base_optimizer, rho, descent=SurrogateGap(alpha), **kwargs)
 
@@ -48,8 +40,8 @@ class RGSAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         alpha: float = 0.4,
         *,
@@ -71,62 +63,20 @@ class GradientNormPenalty(SAM):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: RadiusLike = 0.05,
-        alpha: float = 0.8,
-        **kwargs: Any,
+        self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, alpha: float = 0.8, **kwargs: Any
     ) -> None:
         super().__init__(params, base_optimizer, rho, descent=NormPenalty(alpha), **kwargs)
 
 
 METHODS = (
-    Method(
-        GSAM,
-        "GSAM",
-        key="gsam",
-        paper="Zhuang et al., ICLR 2022",
-        parts=(SurrogateGap,),
-        defaults={"rho": AS_SAM, "alpha": f"{OURS}; 0.6 is in use for ViTs, 0.2 in the authors' CIFAR example"},
-        rows=(
-            Row("GSAM", "rho=0.05, alpha=0.4, lr=0.1", holds=True),
-            Row(
-                "GSAM, ρ by learning rate",
-                "rho=LearningRateRadius(rho_max=0.05, rho_min=0.01), lr=0.1",
-                holds=True,
-            ),
-        ),
-    ),
-    Method(
-        RGSAM,
-        "R-GSAM",
-        key="r-gsam",
-        paper="Liu et al., NeurIPS 2022",
-        parts=(RandomStart, SurrogateGap),
-        defaults={
-            "rho": AS_SAM,
-            "alpha": "as GSAM",
-            "gamma": "as R-SAM",
-            "lam": "as R-SAM",
-            "noise_scale": "as R-SAM",
-        },
-        rows=(
-            Row(
-                "R-GSAM",
-                "rho=0.05, alpha=0.4, gamma=1e-4, lr=0.1",
-                holds=True,
-                remark="two-step shape: first pass in `first_pass()`",
-            ),
-        ),
-    ),
-    Method(
-        GradientNormPenalty,
-        "Gradient-norm penalty",
-        key="gradient-norm-penalty",
-        paper="Zhao et al., ICML 2022",
-        parts=(NormPenalty,),
-        defaults={"rho": AS_SAM, "alpha": OURS},
-        rows=(Row("Gradient-norm penalty", "rho=0.05, alpha=0.8, lr=0.1", holds=True),),
-    ),
+    Method(GSAM, "GSAM", "Zhuang et al., ICLR 2022", (SurrogateGap,))
+    .whose(rho=AS_SAM, alpha=f"{OURS}; 0.6 is in use for ViTs, 0.2 in the authors' CIFAR example")
+    .row("GSAM", "rho=0.05, alpha=0.4, lr=0.1", holds=True)
+    .row("GSAM, ρ by learning rate", "rho=LearningRateRadius(rho_max=0.05, rho_min=0.01), lr=0.1", holds=True),
+    Method(RGSAM, "R-GSAM", "Liu et al., NeurIPS 2022", (RandomStart, SurrogateGap))
+    .whose(rho=AS_SAM, alpha="as GSAM", gamma="as R-SAM", lam="as R-SAM", noise_scale="as R-SAM")
+    .row("R-GSAM", "rho=0.05, alpha=0.4, gamma=1e-4, lr=0.1", holds=True, remark=STARTS),
+    Method(GradientNormPenalty, "Gradient-norm penalty", "Zhao et al., ICML 2022", (NormPenalty,))
+    .whose(rho=AS_SAM, alpha=OURS)
+    .row("Gradient-norm penalty", "rho=0.05, alpha=0.8, lr=0.1", holds=True),
 )

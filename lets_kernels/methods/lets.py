@@ -6,17 +6,14 @@ steps (:class:`LearnedRadius` has the numbers). From 0.2 on training is lost on 
 radius of that size: ``rho_warmup=`` is the way around it; ``SAM(rho="auto")`` needs no start, at two gradients a step.
 """
 
-from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 from lets_kernels.learning.learned import LearnedRadius
 from lets_kernels.methods.asam import ASAM
-from lets_kernels.methods.page import Method, Row
+from lets_kernels.methods.page import Method
 from lets_kernels.parts.direction import Adaptive
 from lets_kernels.parts.radius import Radius
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, BaseLike, Params
 
 
 def _learned(rho: Any, plain: str) -> LearnedRadius:
@@ -37,11 +34,7 @@ class LETSSAM(SAM):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: float | LearnedRadius = 0.05,
-        **kwargs: Any,
+        self, params: Params, base_optimizer: BaseLike, rho: float | LearnedRadius = 0.05, **kwargs: Any
     ) -> None:
         super().__init__(params, base_optimizer, _learned(rho, "SAM"), **kwargs)
 
@@ -56,8 +49,8 @@ class LETSASAM(ASAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: float | LearnedRadius = 0.5,
         xi: float = 0.01,
         *,
@@ -70,27 +63,15 @@ class LETSASAM(ASAM):
 
 
 METHODS = (
-    Method(
-        LETSSAM,
-        "LETS-SAM",
-        key="lets-sam",
-        paper="Wang et al., ECML-PKDD 2024",
-        parts=(LearnedRadius,),
-        defaults={"rho": "as SAM, to begin with; the paper tries 0.01 to 2"},
-        rows=(Row("LETS-SAM", "rho=0.05, lr=0.1", gradients="4", holds=True, remark="`step(closure, val_closure)`"),),
-    ),
-    Method(
-        LETSASAM,
-        "LETS-ASAM",
-        key="lets-asam",
-        paper="Wang et al., ECML-PKDD 2024",
-        parts=(Adaptive, LearnedRadius),
-        defaults={
-            "rho": "as ASAM, to begin with; the paper tries 0.01 to 2",
-            "xi": "as ASAM",
-            "filterwise": "the paper's, Eq. 7",
-            "scale_bias": "as ASAM",
-        },
-        rows=(Row("LETS-ASAM", "rho=0.5, lr=0.1", gradients="4", holds=True, remark="`step(closure, val_closure)`"),),
-    ),
+    Method(LETSSAM, "LETS-SAM", "Wang et al., ECML-PKDD 2024", (LearnedRadius,))
+    .whose(rho="as SAM, to begin with; the paper tries 0.01 to 2")
+    .row("LETS-SAM", "rho=0.05, lr=0.1", gradients="4", holds=True, remark="`step(closure, val_closure)`"),
+    Method(LETSASAM, "LETS-ASAM", "Wang et al., ECML-PKDD 2024", (Adaptive, LearnedRadius))
+    .whose(
+        rho="as ASAM, to begin with; the paper tries 0.01 to 2",
+        xi="as ASAM",
+        filterwise="the paper's, Eq. 7",
+        scale_bias="as ASAM",
+    )
+    .row("LETS-ASAM", "rho=0.5, lr=0.1", gradients="4", holds=True, remark="`step(closure, val_closure)`"),
 )

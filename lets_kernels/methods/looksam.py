@@ -1,15 +1,12 @@
 """Methods that perturb at some steps only: LookSAM (Liu et al., CVPR 2022), AE-SAM (Jiang et al., ICLR 2023)."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from lets_kernels.methods.page import AS_SAM, OURS, PAPER, Method, Row
+from lets_kernels.methods.page import AS_SAM, OURS, PAPER, Method
 from lets_kernels.parts.descent import Reuse
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.schedule import Every, NormThreshold
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class LookSAM(SAM):
@@ -26,8 +23,8 @@ class LookSAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         k: int = 5,
         alpha: float = 0.7,
@@ -52,8 +49,8 @@ class AESAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         *,
         steps: int,
@@ -79,8 +76,8 @@ class AELookSAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         *,
         steps: int,
@@ -95,53 +92,22 @@ class AELookSAM(SAM):
         super().__init__(params, base_optimizer, rho, schedule=schedule, descent=descent, **kwargs)
 
 
+_WAITS = "waits once a step for ‖g‖²"
 METHODS = (
-    Method(
-        LookSAM,
-        "LookSAM",
-        key="looksam",
-        paper="Liu et al., CVPR 2022",
-        parts=(Every, Reuse),
-        defaults={
-            "rho": AS_SAM,
-            "k": PAPER,
-            "alpha": OURS,
-            "per_tensor": "how the paper's equations read; public code has True",
-        },
-        rows=(Row("LookSAM", "rho=0.05, k=5, lr=0.1", gradients="1 + 1/k", state=1.0, holds=True),),
-    ),
-    Method(
-        AESAM,
-        "AE-SAM",
-        key="ae-sam",
-        paper="Jiang et al., ICLR 2023",
-        parts=(NormThreshold,),
-        defaults={"rho": AS_SAM, "lambda1": PAPER, "lambda2": OURS, "delta": PAPER},
-        rows=(Row("AE-SAM", "rho=0.05, steps=1000, lr=0.1", gradients="1 to 2", remark="waits once a step for ‖g‖²"),),
-    ),
-    Method(
-        AELookSAM,
-        "AE-LookSAM",
-        key="ae-looksam",
-        paper="Jiang et al., ICLR 2023",
-        parts=(NormThreshold, Reuse),
-        defaults={
-            "rho": AS_SAM,
-            "lambda1": "as AE-SAM",
-            "lambda2": "as AE-SAM",
-            "delta": "as AE-SAM",
-            "alpha": "as LookSAM",
-            "per_tensor": "as LookSAM",
-        },
-        rows=(
-            Row(
-                "AE-LookSAM",
-                "rho=0.05, steps=1000, lr=0.1",
-                gradients="1 to 2",
-                state=1.0,
-                holds=True,
-                remark="waits once a step for ‖g‖²",
-            ),
-        ),
-    ),
+    Method(LookSAM, "LookSAM", "Liu et al., CVPR 2022", (Every, Reuse))
+    .whose(rho=AS_SAM, k=PAPER, alpha=OURS, per_tensor="how the paper's equations read; public code has True")
+    .row("LookSAM", "rho=0.05, k=5, lr=0.1", gradients="1 + 1/k", state=1.0, holds=True),
+    Method(AESAM, "AE-SAM", "Jiang et al., ICLR 2023", (NormThreshold,))
+    .whose(rho=AS_SAM, lambda1=PAPER, lambda2=OURS, delta=PAPER)
+    .row("AE-SAM", "rho=0.05, steps=1000, lr=0.1", gradients="1 to 2", remark=_WAITS),
+    Method(AELookSAM, "AE-LookSAM", "Jiang et al., ICLR 2023", (NormThreshold, Reuse))
+    .whose(
+        rho=AS_SAM,
+        lambda1="as AE-SAM",
+        lambda2="as AE-SAM",
+        delta="as AE-SAM",
+        alpha="as LookSAM",
+        per_tensor="as LookSAM",
+    )
+    .row("AE-LookSAM", "rho=0.05, steps=1000, lr=0.1", gradients="1 to 2", state=1.0, holds=True, remark=_WAITS),
 )

@@ -1,14 +1,11 @@
 """Momentum-SAM (Becker, Altrock & Risse, 2024)."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from lets_kernels.methods.page import Method, Row
+from lets_kernels.methods.page import Method
 from lets_kernels.parts.direction import Momentum
 from lets_kernels.parts.radius import RadiusLike
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class MSAM(SAM):
@@ -31,27 +28,15 @@ class MSAM(SAM):
         ValueError: the base optimizer, or a group of it, has no momentum.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: RadiusLike = 3.0,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 3.0, **kwargs: Any) -> None:
         super().__init__(params, base_optimizer, rho, direction=Momentum(), **kwargs)
 
 
 METHODS = (
-    Method(
-        MSAM,
-        "MSAM",
-        key="msam",
-        paper="Becker et al., 2024",
-        parts=(Momentum,),
-        defaults={
-            "rho": "the authors' CIFAR and ImageNet commands' (ViT's configuration has 10, the classes in the code 0.3 "
-            "for SGD and 1 for AdamW)"
-        },
-        rows=(Row("MSAM", "rho=3.0, lr=0.1, momentum=0.9", gradients="1", remark="a base optimizer with momentum"),),
-    ),
+    Method(MSAM, "MSAM", "Becker et al., 2024", (Momentum,))
+    .whose(
+        rho="the authors' CIFAR and ImageNet commands' (ViT's configuration has 10, the classes in the code 0.3 "
+        "for SGD and 1 for AdamW)"
+    )
+    .row("MSAM", "rho=3.0, lr=0.1, momentum=0.9", gradients="1", remark="a base optimizer with momentum"),
 )

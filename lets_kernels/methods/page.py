@@ -4,9 +4,8 @@ docs/methods.md, ``python -m lets_kernels methods``, the demo and the lists of t
 """
 
 import inspect
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lets_kernels.sam import SAM
@@ -15,6 +14,8 @@ from lets_kernels.sam import SAM
 PAPER, CODE, OURS = "the paper's", "the authors' code's", "ours"
 #: For a radius that the method's own source says nothing of, that we have checked.
 AS_SAM = "SAM's"
+#: The remark on a method whose first gradients are taken beside θ.
+STARTS = "two-step shape: first pass in `first_pass()`"
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,25 @@ class Method:
 
     cls: type[SAM]
     name: str
-    #: What the command line calls it.
-    key: str
     paper: str
     #: The parts in which it differs from plain SAM.
     parts: tuple[type, ...]
     #: Whose each default in the constructor's signature is.
-    defaults: Mapping[str, str]
-    rows: tuple[Row, ...]
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    rows: tuple[Row, ...] = ()
+
+    def whose(self, **defaults: str) -> "Method":
+        """The method, with whose its defaults are, in the order of the signature."""
+        return replace(self, defaults=defaults)
+
+    def row(self, name: str, arguments: str, **rest: Any) -> "Method":
+        """The method, with one more :class:`Row`."""
+        return replace(self, rows=(*self.rows, Row(name, arguments, **rest)))
 
     @property
-    def year(self) -> int:
-        """The year of the paper."""
-        found = re.search(r"\d{4}", self.paper)
-        assert found is not None, self.paper
-        return int(found[0])
+    def key(self) -> str:
+        """What the command line calls it."""
+        return self.name.lower().replace(" ", "-").replace("δ", "delta")
 
     @property
     def own_base(self) -> bool:

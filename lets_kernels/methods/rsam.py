@@ -1,14 +1,11 @@
 """Methods that perturb at random: R-SAM (Liu et al., NeurIPS 2022), Random SAM (Ujváry et al., 2022)."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from lets_kernels.methods.page import AS_SAM, OURS, PAPER, Method, Row
+from lets_kernels.methods.page import AS_SAM, OURS, PAPER, STARTS, Method
 from lets_kernels.parts.direction import Gaussian, RandomStart
 from lets_kernels.parts.radius import RadiusLike
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class RSAM(SAM):
@@ -26,8 +23,8 @@ class RSAM(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         gamma: float = 1e-4,
         lam: float = 1.0,
@@ -50,39 +47,15 @@ class RandomSAM(SAM):
         rho: ρ, the root of the mean squared length of ε.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
-        rho: RadiusLike = 0.05,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, **kwargs: Any) -> None:
         super().__init__(params, base_optimizer, rho, direction=Gaussian(), **kwargs)
 
 
 METHODS = (
-    Method(
-        RSAM,
-        "R-SAM",
-        key="r-sam",
-        paper="Liu et al., NeurIPS 2022",
-        parts=(RandomStart,),
-        defaults={"rho": AS_SAM, "gamma": OURS, "lam": OURS, "noise_scale": f"{PAPER}, as printed"},
-        rows=(
-            Row(
-                "R-SAM",
-                "rho=0.05, gamma=1e-4, lr=0.1",
-                remark="two-step shape: first pass in `first_pass()`",
-            ),
-        ),
-    ),
-    Method(
-        RandomSAM,
-        "Random SAM",
-        key="random-sam",
-        paper="Ujváry et al., 2022",
-        parts=(Gaussian,),
-        defaults={"rho": AS_SAM},
-        rows=(Row("Random SAM", "rho=0.05, lr=0.1", gradients="1"),),
-    ),
+    Method(RSAM, "R-SAM", "Liu et al., NeurIPS 2022", (RandomStart,))
+    .whose(rho=AS_SAM, gamma=OURS, lam=OURS, noise_scale=f"{PAPER}, as printed")
+    .row("R-SAM", "rho=0.05, gamma=1e-4, lr=0.1", remark=STARTS),
+    Method(RandomSAM, "Random SAM", "Ujváry et al., 2022", (Gaussian,))
+    .whose(rho=AS_SAM)
+    .row("Random SAM", "rho=0.05, lr=0.1", gradients="1"),
 )

@@ -1,14 +1,11 @@
 """RST, also called SS-SAM (Zhao et al., 2022)."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from lets_kernels.methods.page import AS_SAM, OURS, Method, Row
+from lets_kernels.methods.page import AS_SAM, OURS, Method
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.schedule import Bernoulli
-from lets_kernels.sam import SAM
+from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class RST(SAM):
@@ -25,8 +22,8 @@ class RST(SAM):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base_optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        params: Params,
+        base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         p: float = 0.5,
         *,
@@ -40,19 +37,7 @@ class RST(SAM):
 
 
 METHODS = (
-    Method(
-        RST,
-        "RST",
-        key="rst",
-        paper="Zhao et al., 2022",
-        parts=(Bernoulli,),
-        defaults={
-            "rho": AS_SAM,
-            "p": OURS,
-            "end": "none: p stays",
-            "steps": "none: a p that changes needs it",
-            "shape": "p stays",
-        },
-        rows=(Row("RST / SS-SAM", "rho=0.05, p=0.5, lr=0.1", gradients="1 + p"),),
-    ),
+    Method(RST, "RST", "Zhao et al., 2022", (Bernoulli,))
+    .whose(rho=AS_SAM, p=OURS, end="none: p stays", steps="none: a p that changes needs it", shape="p stays")
+    .row("RST / SS-SAM", "rho=0.05, p=0.5, lr=0.1", gradients="1 + p"),
 )
