@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -76,20 +77,15 @@ def _row(runs: list[Run], settings: Settings) -> Row:
         test_accuracy=fmean(accuracies),
         test_accuracy_sd=stdev(accuracies) if len(accuracies) > 1 else None,
         rho_start=runs[0].rho,
-        rho_end=_mean([run.epochs[-1].rho for run in runs]),
+        rho_end=_of(fmean, (run.epochs[-1].rho for run in runs)),
         step_ms=fmean(median(epoch.step_ms or 0.0 for epoch in run.epochs[1:]) for run in runs),
-        optimizer_ms=_mean([_median([epoch.optimizer_ms for epoch in run.epochs[1:]]) for run in runs]),
+        optimizer_ms=_of(fmean, (_of(median, (epoch.optimizer_ms for epoch in run.epochs[1:])) for run in runs)),
     )
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _of(statistic: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
     present = [value for value in values if value is not None]
-    return fmean(present) if present else None
-
-
-def _median(values: list[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return median(present) if present else None
+    return statistic(present) if present else None
 
 
 def table(rows: list[Row], settings: Settings, jobs: int) -> Table:
