@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lets_kernels import SAM
@@ -112,12 +113,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    epoch: int,
-    model: nn.Module,
-    data: Digits,
-    noise: float,
-    optimizer: torch.optim.Optimizer,
-    times: list[tuple[float, float]],
+    epoch: int, model: nn.Module, data: Digits, noise: float, optimizer: Optimizer, times: list[tuple[float, float]]
 ) -> Epoch:
     """Measures the network after an epoch, from whose steps the ``times`` (ms, in all and without the closures) are.
 
