@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lets_kernels.methods.page import CODE, OURS, Method
+from lets_kernels.methods.catalogue import CODE, OURS, Method
 from lets_kernels.parts.direction import Adaptive
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.sam import SAM, BaseLike, Params

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lets_kernels.base.variational import VariationalSGD
-from lets_kernels.methods.page import CODE, OURS, PAPER, STARTS, Method
+from lets_kernels.methods.catalogue import CODE, OURS, PAPER, STARTS, Method
 from lets_kernels.parts.direction import Posterior
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.sam import SAM, Params

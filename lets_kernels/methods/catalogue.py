@@ -1,17 +1,98 @@
-"""All methods, collected from their pages: two tables in Markdown.
+"""All methods: what the pages say of each beside its code, below the class as ``METHODS``, and two tables in Markdown.
 
-``python -m lets_kernels methods`` prints them, and docs/methods.md holds them. The tests construct every line, count
-its gradients and measure what it keeps.
+``python -m lets_kernels methods`` prints the tables, and docs/methods.md holds them. The tests construct every line,
+count its gradients and measure what it keeps; the demo finds the methods here.
 """
 
 import importlib
+import inspect
 import pkgutil
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import lets_kernels.methods as pages
-from lets_kernels.methods.page import Method
 from lets_kernels.sam import SAM
+
+#: Whose a default is. One that is not said to be somebody's is ours.
+PAPER, CODE, OURS = "the paper's", "the authors' code's", "ours"
+#: For a radius that the method's own source says nothing of, that we have checked.
+AS_SAM = "SAM's"
+#: The remark on a method whose first gradients are taken beside θ.
+STARTS = "two-step shape: first pass in `first_pass()`"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to construct a method, as a line of the table."""
+
+    name: str
+    #: What follows the parameters and the base optimizer, in terms of the names that lets_kernels exports.
+    arguments: str
+    #: Gradients a step, in words that tests/methods/test_catalogue.py reads: ``"2"``, ``"1 + p"``, ``"1 to 2"``.
+    gradients: str = "2"
+    #: Kept from step to step, beside the saved weights: buffers as large as float32 parameters. One byte an element is
+    #: 1/4.
+    state: float = 0.0
+    #: The first gradients live through the second pass.
+    holds: bool = False
+    remark: str = ""
+    paper: str = ""  # where it is another than the method's
+
+    @property
+    def keeps(self) -> str:
+        """The state, as the table has it."""
+        return {0.0: "–", 0.25: "N/4"}.get(self.state, f"{self.state:g}N")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: the class that constructs it, where it is from, what it is made of and where its defaults come from."""
+
+    cls: type[SAM]
+    name: str
+    paper: str
+    #: The parts in which it differs from plain SAM.
+    parts: tuple[type, ...]
+    #: Whose each default in the constructor's signature is.
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    rows: tuple[Row, ...] = ()
+
+    def whose(self, **defaults: str) -> "Method":
+        """The method, with whose its defaults are, in the order of the signature."""
+        return replace(self, defaults=defaults)
+
+    def row(self, name: str, arguments: str, **rest: Any) -> "Method":
+        """The method, with one more :class:`Row`."""
+        return replace(self, rows=(*self.rows, Row(name, arguments, **rest)))
+
+    @property
+    def key(self) -> str:
+        """What the command line calls it."""
+        return self.name.lower().replace(" ", "-").replace("δ", "delta")
+
+    @property
+    def own_base(self) -> bool:
+        """True for one that is an optimizer by itself, without a base optimizer."""
+        return "base_optimizer" not in inspect.signature(self.cls).parameters
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The defaults in the constructor's signature, but for the options that every method has from SAM."""
+        everyones = inspect.signature(SAM).parameters
+        return {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.cls).parameters.items()
+            if parameter.default is not parameter.empty
+            and (parameter.kind is not parameter.KEYWORD_ONLY or name not in everyones)
+        }
+
+    def line(self, row: Row) -> str:
+        """What constructs it so, in terms of ``params`` and ``SGD = torch.optim.SGD``."""
+        first = "params" if self.own_base else "params, SGD"
+        return f"{self.cls.__name__}({first}, {row.arguments})"
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lets_kernels.methods.page import AS_SAM, OURS, PAPER, Method
+from lets_kernels.methods.catalogue import AS_SAM, OURS, PAPER, Method
 from lets_kernels.parts.direction import Dropped
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.samples import SelectedSamples, WeightedSamples

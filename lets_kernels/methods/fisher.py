@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lets_kernels.methods.page import AS_SAM, CODE, OURS, PAPER, Method
+from lets_kernels.methods.catalogue import AS_SAM, CODE, OURS, PAPER, Method
 from lets_kernels.parts.direction import Fisher, Masked
 from lets_kernels.parts.part import at_least_one
 from lets_kernels.parts.radius import RadiusLike

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lets_kernels.methods.page import AS_SAM, OURS, STARTS, Method
+from lets_kernels.methods.catalogue import AS_SAM, OURS, STARTS, Method
 from lets_kernels.parts.descent import NormPenalty, SurrogateGap
 from lets_kernels.parts.direction import RandomStart
 from lets_kernels.parts.radius import RadiusLike

@@ -10,7 +10,7 @@ from typing import Any
 
 from lets_kernels.learning.learned import LearnedRadius
 from lets_kernels.methods.asam import ASAM
-from lets_kernels.methods.page import Method
+from lets_kernels.methods.catalogue import Method
 from lets_kernels.parts.direction import Adaptive
 from lets_kernels.parts.radius import Radius
 from lets_kernels.sam import SAM, BaseLike, Params

@@ -1,6 +1,6 @@
 """SAM (Foret et al., ICLR 2021), whose class is the engine: lets_kernels/sam.py."""
 
-from lets_kernels.methods.page import OURS, Method
+from lets_kernels.methods.catalogue import OURS, Method
 from lets_kernels.sam import SAM
 
 METHODS = (

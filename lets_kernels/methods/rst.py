@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lets_kernels.methods.page import AS_SAM, OURS, Method
+from lets_kernels.methods.catalogue import AS_SAM, OURS, Method
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.schedule import Bernoulli
 from lets_kernels.sam import SAM, BaseLike, Params
