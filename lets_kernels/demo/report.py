@@ -90,11 +90,12 @@ def _of(statistic: Callable[[list[float]], float], values: Iterable[float | None
 
 def table(rows: list[Row], settings: Settings, jobs: int) -> Table:
     """The rows for the screen; the caption says what was measured."""
+    processes = "in a process" if jobs == 1 else f"in {jobs} processes at once, each"
     result = Table(
         title=f"8x8 digits, {settings.noise:.0%} of the training labels wrong, {settings.epochs} epochs",
         caption=(
             f"Accuracy: on {TEST_SIZE} test images with right labels, after the last epoch, mean ± sd over seeds "
-            f"({rows[0].seeds}). Radius: mean. Times: median over steps, mean over seeds, {_processes(jobs)} of one "
+            f"({rows[0].seeds}). Radius: mean. Times: median over steps, mean over seeds, {processes} of one "
             f"thread; the optimizer's part is the step without its gradients."
         ),
         caption_justify="left",
@@ -129,10 +130,6 @@ def findings(rows: list[Row]) -> str:
                 "gradients a step."
             )
     return " ".join([*sentences, "docs/radius.md says how each radius works, and which is for whom."])
-
-
-def _processes(jobs: int) -> str:
-    return "in a process" if jobs == 1 else f"in {jobs} processes at once, each"
 
 
 def document(runs: list[Run], settings: Settings, jobs: int, seconds: float) -> dict[str, Any]:

@@ -47,8 +47,7 @@ class _Averaged(Direction):
         return {"updates": self._updates.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        updates = state["updates"]
-        self._updates.copy_(updates) if isinstance(updates, torch.Tensor) else self._updates.fill_(updates)
+        self._updates.fill_(state["updates"])  # a number, or a 0-d tensor
 
 
 class Smoothed(_Averaged):
