@@ -11,8 +11,8 @@ import lets_kernels as lk
 from lets_kernels.ops import triton as ops
 from support import refusals
 from support.given_gradients import Toy, snapshot
-from support.guard_bands import DTYPES, LAYOUTS, same_bits
-from support.op_arguments import SHAPES, WRITES, arguments, overload, registered, scalar
+from support.guard_bands import DTYPES, same_bits
+from support.op_arguments import RUNS, SHAPES, WRITES, arguments, overload, registered, scalar
 
 
 def operator(op):
@@ -114,7 +114,7 @@ def test_a_non_finite_gradient_skips_the_whole_step(value):
 @pytest.mark.parametrize("op", sorted(set(WRITES) - {"all_finite_"}))
 def test_a_table_that_does_not_fit_is_refused_before_anything_is_written(op):
     where = [a.name for a in operator(op)._schema.arguments].index("table")
-    longer = torch.zeros(len(LAYOUTS["several"]), 5, dtype=torch.int64)
+    longer = torch.zeros(len(RUNS), 5, dtype=torch.int64)
     longer[2, 1] = 1  # where T = 1: no filter to divide
     for change in (lambda t: t + longer, lambda t: t[:-1].contiguous(), lambda t: t.int(), lambda t: t[:, :4].clone()):
         given = list(arguments(op, torch.float32))

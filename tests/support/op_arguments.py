@@ -11,6 +11,9 @@ WRITES = {op.name: set(op.written) for op in OPS}
 # What each op returns: its shape, in float64; nothing where it is not named.
 SHAPES = {op.name: op.shape for op in OPS if op.shape is not None}
 
+#: Runs of every kind, none longer than a chunk: what an op takes and refuses does not depend on how it cuts them.
+RUNS = [run for run in LAYOUTS["several"] if run.numel < 1000]
+
 
 def scalar(x):
     return torch.tensor(x, dtype=torch.float64)
@@ -21,7 +24,7 @@ def arguments(op, dtype, whole=True):
 
     Not ``whole``: without the lists and tensors that may be left out.
     """
-    bucket = Bucket(LAYOUTS["several"], dtype, "mixed" if whole else "plain")
+    bucket = Bucket(RUNS, dtype, "mixed" if whole else "plain")
 
     def tensors():
         return bucket.give(bucket.positive(0.1, 1.0), "list")

@@ -7,12 +7,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from support.guard_bands import same_bits
 from support.op_arguments import WRITES, arguments, overload
 
-LONGEST = 7  # of the runs of "several": 65,537 elements
+VECTOR = 2  # of the runs: the longest of one dimension
 
 
 def _replaced(change):
     def apply(tensors):
-        return [*tensors[:LONGEST], change(tensors[LONGEST]), *tensors[LONGEST + 1 :]]
+        return [*tensors[:VECTOR], change(tensors[VECTOR]), *tensors[VECTOR + 1 :]]
 
     return apply
 
