@@ -18,7 +18,7 @@ demo: build    ## train on real data; options in ARGS: make demo ARGS="--help"
 	@$(PY) -m lets_kernels demo $(ARGS)
 
 test: build    ## the tests, by files in WORKERS processes (2); options for pytest in ARGS
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fuzz: build    ## thousands of random parameters for tests/ops/test_hypothesis.py, new ones each time; EXAMPLES=n for n
 	LETS_KERNELS_EXAMPLES=$(or $(EXAMPLES),5000) $(PY) -m pytest tests/ops/test_hypothesis.py $(ARGS)

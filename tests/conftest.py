@@ -1,5 +1,6 @@
 """Fixtures: the backends, the seed, the number of threads."""
 
+import gc
 import importlib.util
 import os
 
@@ -41,6 +42,32 @@ NEEDS = {
 collect_ignore = [
     file for file, names in NEEDS.items() if any(importlib.util.find_spec(name) is None for name in names)
 ]
+
+
+#: Files of few and long tests. They go first, so that at the end there are short ones to share out.
+LONG = (
+    "native/test_triton.py",
+    "native/test_sanitize.py",
+    "native/test_triton_aot.py",
+    "gpu/test_gpu_check.py",
+    "distributed/test_ddp.py",
+    "distributed/test_mesh.py",
+    "distributed/test_fsdp.py",
+    "mutations/test_mutants.py",
+    "step/test_interrupts.py",
+    "native/test_cuda_library.py",
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    place = {config.rootpath / "tests" / file: i for i, file in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_collection_finish():
+    """The tests live to the end, all twenty thousand: the garbage collector need not go through them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc):
