@@ -60,7 +60,7 @@ def test_the_op_tests_pass_in_the_interpreter(interpreter):
 
 
 def test_the_tests_of_the_ops_on_vectors_pass_in_the_interpreter(interpreter):
-    stems = ("combine", "average", "bsam_step", "fisher", "swapped", "noise", "mask", "peaks")
+    stems = ("combine", "average", "bsam_step", "fisher", "swapped", "noise", "mask", "peaks", "no_runs")
     assert interpreted_tests(*(f"tests/ops/test_{stem}.py" for stem in stems), "-k", f"triton and {FEWER}") > 100
 
 

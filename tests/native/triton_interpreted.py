@@ -12,7 +12,7 @@ from lets_kernels.ops import triton as ops
 from support import refusals
 from support.given_gradients import Toy, snapshot
 from support.guard_bands import DTYPES, same_bits
-from support.op_arguments import RUNS, SHAPES, WRITES, arguments, overload, registered, scalar
+from support.op_arguments import RUNS, SHAPES, WRITES, arguments, overload, registered
 
 
 def operator(op):
@@ -168,35 +168,3 @@ def test_filter_norms_that_do_not_suit_are_refused():
         ops.grad_norm([weights], [], table, None, 0.0, 2.0)
     with pytest.raises(RuntimeError, match="params must be given"):
         ops.grad_norm([weights], [], torch.tensor([[0, 16, 0, 0, 0]]), None, 0.0, 2.0)
-
-
-def test_no_runs_at_all():
-    table, dirty = torch.empty(0, 5, dtype=torch.int64), torch.tensor(0)
-    empty = torch.empty(0)
-    assert ops.grad_norm([], [], table, None, 0.0, 2.0).item() == 0.0
-    assert ops.rho_grad_secant([], [], [], [], table).item() == 0.0
-    assert ops.rho_grad_diagonal([], [], [], [], [], table, None, 0.0, 2.0).item() == 0.0
-    assert ops.dots([], [], table).tolist() == [0.0] * 3 and ops.largest([], table).item() == 0.0
-    assert ops.displacement_dots([], [], empty, table).tolist() == [0.0] * 3
-    draw, mask, updates = (torch.tensor([1, 2]), 3), torch.empty(0, dtype=torch.uint8), torch.tensor(0)
-    assert ops.noise_([], [], [], table, None, *draw, 1.0, 1.0).item() == 0.0
-    assert ops.masked_([], [], None, table, *draw, 0.5).item() == 0.0
-    assert ops.count_above([], mask, table, torch.tensor(0), *draw, -1).item() == 0.0
-    ops.select_(mask, [], table, torch.tensor(0), *draw, -1, 1)
-    assert ops.peaks_([], [], table, scalar(0.0)).item() == 0.0
-    ops.combine_([], [], [], table, torch.ones(2, dtype=torch.float64), scalar(1.0))
-    ops.posterior_ascent_([], [], [], table, scalar(1.0), 0.9, 0.1)
-    assert ops.average_([], [], [], updates, table, scalar(1.0), 0.9, 1.0, 0.0).item() == 0.0 and updates.item() == 1
-    ops.filter_norms([], table, empty)
-    ops.perturb_([], [], empty, dirty, table, None, 0.0, 2.0, scalar(1.0), scalar(1.0))
-    assert dirty.item() == 1
-    ops.restore_([], empty, dirty, table)
-    assert dirty.item() == 0
-    for op, state in ((ops.restore_sgd_, ([],)), (ops.restore_adamw_, ([], [], []))):
-        dirty.fill_(1)
-        numbers = (0.1, 0.9, 0.0) if op is ops.restore_sgd_ else (0.1, 0.9, 0.99, 1e-8, 0.0)
-        op([], [], *state, empty, dirty, table, scalar(1.0), *numbers, False, False)
-        assert dirty.item() == 0
-    dirty.fill_(1)
-    ops.restore_bsam_([], [], [], [], empty, dirty, table, scalar(1.0), 0.1, 0.9, 0.0)
-    assert dirty.item() == 0

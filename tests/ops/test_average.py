@@ -261,11 +261,3 @@ def test_one_run_that_does_not_start_at_zero(backend):
     for forms in FORMS.values():
         Average(Bucket([Run((33,))], torch.float32, first_start=48), forms).run(backend).check()
         Ascent(Bucket([Run((33,))], torch.float32, first_start=48), forms).run(backend).check()
-
-
-def test_no_runs_at_all(backend):
-    """The average counts its updates all the same: there were none to do."""
-    table, updates = torch.empty(0, 5, dtype=torch.int64), guarded(torch.tensor(2))
-    assert backend.average_([], [], [], updates, table, scalar(1.0), 0.9, 1.0, 1.0).item() == 0.0
-    assert updates.item() == 3
-    backend.posterior_ascent_([], [], [], table, scalar(1.0), 0.9, 0.1)

@@ -240,10 +240,3 @@ def test_dots_and_combinations_are_the_same_bits_for_every_thread_count_and_form
             moved = check_displacement(backend, Bucket(LAYOUTS["several"], dtype), forms[:2])
             results.append([dots, moved, *combine(backend, Bucket(LAYOUTS["several"], dtype), forms)[-1]])
     assert all(same_bits(results[0], other) for other in results[1:])
-
-
-def test_no_runs_at_all(backend):
-    table = torch.empty(0, 5, dtype=torch.int64)
-    assert backend.dots([], [], table).tolist() == [0.0, 0.0, 0.0]
-    assert backend.displacement_dots([], [], torch.empty(0), table).tolist() == [0.0, 0.0, 0.0]
-    backend.combine_([], [], [], table, torch.zeros(2, dtype=torch.float64), scalar(1.0))

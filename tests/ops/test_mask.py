@@ -237,12 +237,3 @@ def test_masks_and_counts_are_the_same_bits_for_every_thread_count_and_form(back
             given.select(backend, 0x3F000000 << 32, 1, 9)
             results.append([*kept, given.mask])
     assert all(same_bits(results[0], other) for other in results[1:])
-
-
-def test_no_runs_at_all(backend):
-    table, mask = torch.empty(0, 5, dtype=torch.int64), torch.ones(3, dtype=torch.uint8)
-    random = torch.tensor([1, 2])
-    assert backend.masked_([], [], None, table, random, 0, 0.5).item() == 0.0
-    assert backend.count_above([], mask, table, integer(-1), random, 0, -1).item() == 0.0
-    backend.select_(mask, [], table, integer(-1), random, 0, -1, 0)
-    assert mask.tolist() == [1, 1, 1]

@@ -181,8 +181,3 @@ def test_noise_is_the_same_bits_for_every_thread_count_and_form(backend, dtype, 
             noise = Noise(bucket_of("several", dtype, kind), kind, forms).run(backend)
             results.append([*noise.read(), noise.total])
         assert all(same_bits(results[0], other) for other in results[1:])
-
-
-def test_no_runs_at_all(backend):
-    table = torch.empty(0, 5, dtype=torch.int64)
-    assert backend.noise_([], [], [], table, None, guarded(torch.tensor([1, 2])), 0, 1.0, 1.0).item() == 0.0

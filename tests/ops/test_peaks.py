@@ -130,9 +130,3 @@ def test_peaks_are_the_same_bits_for_every_thread_count_and_form(backend, dtype,
         for forms in FORMS.values():
             results.append(check(backend, Bucket(LAYOUTS["several"], dtype), forms))
     assert all(same_bits(results[0], other) for other in results[1:])
-
-
-def test_no_runs_at_all(backend):
-    table = torch.empty(0, 5, dtype=torch.int64)
-    assert backend.largest([], table).item() == 0.0
-    assert backend.peaks_([], [], table, scalar(0.0)).item() == 0.0
