@@ -8,9 +8,10 @@ an argument of a kernel, so a captured CUDA graph keeps the learning rate that i
 
 import functools
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,41 +36,48 @@ def _not_plain(group: Group, names: tuple[str, ...]) -> str | None:
     return None
 
 
-class FusedStep(Protocol):
+@dataclass(frozen=True)
+class FusedStep:
     """How one base optimizer is fused."""
 
-    #: What a parameter's state holds, once there is any.
-    needs: ClassVar[tuple[str, ...]] = ()
+    #: The op, and the options that it takes: numbers first.
+    op: str
+    numbers: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    #: The state tensors that it takes, each with the option without which there are none.
+    lists: tuple[tuple[str, str | None], ...] = ()
+    #: Options that it does not know.
+    unknown: tuple[str, ...] = ()
 
-    @staticmethod
-    def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a parameter's state holds, once there is any."""
+        return tuple(name for name, option in self.lists if option is None)
+
+    def refuses(self, base: torch.optim.Optimizer, group: Group) -> str | None:
         """Why a group's options need the optimizer itself, in words, or None."""
+        if "betas" in self.numbers and any(isinstance(beta, Tensor) for beta in group["betas"]):
+            return "betas are tensors"
+        return _not_plain(group, self.unknown)
 
-    @staticmethod
-    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
+    def prepare(self, runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
         """The step on these runs, to be called with the gate; None where the state's memory does not suit."""
-
-
-class FusedSGD:
-    """torch.optim.SGD without dampening: its momentum buffers then begin at zero, which a skipped step can leave."""
-
-    needs: ClassVar[tuple[str, ...]] = ()  # without momentum there is no buffer
-
-    @staticmethod
-    def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
-        return _not_plain(group, ("dampening", "differentiable"))
-
-    @staticmethod
-    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        momenta = begun_state(runs, state, "momentum_buffer") if group["momentum"] else []
-        if momenta is None or runs.copies:
+        lists, suits = [], not runs.copies
+        for name, option in self.lists:
+            absent = option is not None and not group[option]
+            begun = _steps(runs, state) if name == "step" else [] if absent else begun_state(runs, state, name)
+            suits = suits and begun is not None
+            lists.append(begun or [])
+        if not suits:
             return None
-        b, momentum, nesterov = runs.bucket, float(group["momentum"]), bool(group["nesterov"])
-        options = (float(group["lr"]), momentum, float(group["weight_decay"]), nesterov, bool(group["maximize"]))
+        b, options = runs.bucket, list[float]()
+        for name in self.numbers:
+            options += map(float, group[name] if name == "betas" else (group[name],))
+        options += [bool(group[name]) for name in self.flags]
 
         def step(gate: Tensor) -> None:
-            grads = runs.pack(runs.grads)
-            b.ops.restore_sgd_(runs.weights, grads, b.pack(momenta), b.saved, b.dirty, runs.table, gate, *options)
+            grads, own = runs.pack(runs.grads), map(b.pack, lists)
+            getattr(b.ops, self.op)(runs.weights, grads, *own, b.saved, b.dirty, runs.table, gate, *options)
 
         return step
 
@@ -91,67 +99,11 @@ def _steps(runs: Runs, state: State) -> list[Tensor] | None:
     return steps if all(s.dtype is torch.float32 for s in steps) else None
 
 
-class FusedAdam:
-    """torch.optim.Adam and AdamW, without amsgrad."""
-
-    needs: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
-
-    @staticmethod
-    def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
-        if any(isinstance(beta, Tensor) for beta in group["betas"]):
-            return "betas are tensors"
-        return _not_plain(group, ("amsgrad", "differentiable"))
-
-    @staticmethod
-    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        averages, squares = begun_state(runs, state, "exp_avg"), begun_state(runs, state, "exp_avg_sq")
-        steps = _steps(runs, state)
-        if averages is None or squares is None or steps is None or runs.copies:
-            return None
-        b = runs.bucket
-        lr, (beta1, beta2), eps = float(group["lr"]), map(float, group["betas"]), float(group["eps"])
-        decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
-        options = (lr, beta1, beta2, eps, decay, decoupled, bool(group["maximize"]))
-
-        def step(gate: Tensor) -> None:
-            grads, m, v, t = runs.pack(runs.grads), b.pack(averages), b.pack(squares), b.pack(steps)
-            b.ops.restore_adamw_(runs.weights, grads, m, v, t, b.saved, b.dirty, runs.table, gate, *options)
-
-        return step
-
-
-class FusedVariational:
-    """The step of Variational SAM."""
-
-    needs: ClassVar[tuple[str, ...]] = ("exp_avg", "precision")
-
-    @staticmethod
-    def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
-        return _not_plain(group, ())
-
-    @staticmethod
-    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        averages, precisions = begun_state(runs, state, "exp_avg"), begun_state(runs, state, "precision")
-        if averages is None or precisions is None or runs.copies:
-            return None
-        b = runs.bucket
-        options = (float(group["lr"]), float(group["beta1"]), float(group["weight_decay"]))
-
-        def step(gate: Tensor) -> None:
-            lists = (runs.pack(runs.grads), b.pack(averages), b.pack(precisions))
-            b.ops.restore_bsam_(runs.weights, *lists, b.saved, b.dirty, runs.table, gate, *options)
-
-        return step
-
-
-class FusedLion:
+class FusedLion(FusedStep):
     """Lion (Chen et al., 2023), of whatever package: torch has none, so what is called that is tried out first."""
 
-    needs: ClassVar[tuple[str, ...]] = ("exp_avg",)
-
-    @staticmethod
-    def refuses(base: torch.optim.Optimizer, group: Group) -> str | None:
-        others = tuple((name, group[name]) for name in base.defaults if name not in _LION and name in group)
+    def refuses(self, base: torch.optim.Optimizer, group: Group) -> str | None:
+        others = tuple((name, group[name]) for name in base.defaults if name not in self.numbers and name in group)
         for name, value in others:
             if isinstance(value, Tensor) or not isinstance(value, Hashable):
                 return f"{name}={value!r}"
@@ -160,24 +112,6 @@ class FusedLion:
         kind: Any = type(base)
         reason = _not_plain(group, tuple(name for name, _ in others))
         return reason or _steps_otherwise(kind, kind.step, tuple(map(float, group["betas"])), others)
-
-    @staticmethod
-    def prepare(runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        averages = begun_state(runs, state, "exp_avg")
-        if averages is None or runs.copies:
-            return None
-        b, (beta1, beta2) = runs.bucket, map(float, group["betas"])
-        options = (float(group["lr"]), beta1, beta2, float(group["weight_decay"]))
-
-        def step(gate: Tensor) -> None:
-            grads, m = runs.pack(runs.grads), b.pack(averages)
-            b.ops.restore_lion_(runs.weights, grads, m, b.saved, b.dirty, runs.table, gate, *options)
-
-        return step
-
-
-#: The options that Lion has.
-_LION = ("lr", "betas", "weight_decay")
 
 
 @functools.lru_cache(maxsize=64)
@@ -212,17 +146,37 @@ def _steps_otherwise(
     return f"{kind.__name__} does not step as Chen et al. (2023), Algorithm 2, say"
 
 
-FUSED: dict[type, type[FusedStep]] = {
-    torch.optim.SGD: FusedSGD,
-    torch.optim.Adam: FusedAdam,
-    torch.optim.AdamW: FusedAdam,
-    VariationalSGD: FusedVariational,
+#: Without dampening: momentum buffers then begin at zero, which a skipped step can leave.
+_SGD = FusedStep(
+    "restore_sgd_",
+    ("lr", "momentum", "weight_decay"),
+    ("nesterov", "maximize"),
+    lists=(("momentum_buffer", "momentum"),),
+    unknown=("dampening", "differentiable"),
+)
+_ADAM = FusedStep(
+    "restore_adamw_",
+    ("lr", "betas", "eps", "weight_decay"),
+    ("decoupled_weight_decay", "maximize"),
+    lists=(("exp_avg", None), ("exp_avg_sq", None), ("step", None)),
+    unknown=("amsgrad", "differentiable"),
+)
+_VARIATIONAL = FusedStep(
+    "restore_bsam_", ("lr", "beta1", "weight_decay"), lists=(("exp_avg", None), ("precision", None))
+)
+_LION = FusedLion("restore_lion_", ("lr", "betas", "weight_decay"), lists=(("exp_avg", None),))
+
+FUSED: dict[type, FusedStep] = {
+    torch.optim.SGD: _SGD,
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+    VariationalSGD: _VARIATIONAL,
 }
 
 
-def fused_as(optimizer: type) -> type[FusedStep] | None:
+def fused_as(optimizer: type) -> FusedStep | None:
     """How an optimizer's class is fused; None where it is not. Lion is known by its name, and tried out later."""
-    return FUSED.get(optimizer) or (FusedLion if optimizer.__name__ == "Lion" else None)
+    return FUSED.get(optimizer) or (_LION if optimizer.__name__ == "Lion" else None)
 
 
 #: Where torch's code lies and where ours does, as files' names begin there.
@@ -249,8 +203,8 @@ def _is_foreign(base: torch.optim.Optimizer) -> bool:
     return False
 
 
-def refusal(base: torch.optim.Optimizer) -> str | None:
-    """Why the base optimizer must step by itself, in words; None where the fused step may stand for it."""
+def fused_by(base: torch.optim.Optimizer) -> FusedStep | str:
+    """How the base optimizer's step is fused; or why it must step by itself, in words."""
     kind = fused_as(type(base))
     if kind is None:
         return f"{type(base).__name__} has no fused step"
@@ -262,16 +216,16 @@ def refusal(base: torch.optim.Optimizer) -> str | None:
         reason = kind.refuses(base, group)
         if reason is not None:
             return reason
-    return None
+    return kind
 
 
 def prepared(
-    base: torch.optim.Optimizer, runs: Sequence[Runs]
+    base: torch.optim.Optimizer, runs: Iterable[Runs]
 ) -> tuple[list[tuple[Runs, Callable[[Tensor], None]]], str | None]:
     """The fused steps on these runs, and why the base optimizer must step by itself, in words, or None."""
-    reason, kind, steps = refusal(base), fused_as(type(base)), []
-    if reason is not None or kind is None:
-        return [], reason
+    kind, steps = fused_by(base), []
+    if isinstance(kind, str):
+        return [], kind
     for each in runs:
         step = kind.prepare(each, base.param_groups[each.bucket.group], base.state)
         if step is None:
@@ -291,36 +245,25 @@ class OwnStep:
 
     def __call__(self, optimizer: torch.optim.Optimizer, gate: Tensor, backend: str) -> None:
         """A step along the gradients that are there, if ``gate`` is not zero, by the ops of ``backend``."""
-        steps = []
-        kind = fused_as(type(optimizer))
-        if kind is not None and refusal(optimizer) is None:
-            for group in optimizer.param_groups:
-                for p in (p for p in group["params"] if p.grad is not None):
-                    runs = Runs(self._bucket(p, backend), (0,), [p.detach()], [p.grad])
-                    steps.append((runs, kind.prepare(runs, group, optimizer.state)))
-        if not steps or any(step is None for _, step in steps):
+        steps, _ = prepared(optimizer, self._runs(optimizer, backend))
+        if not steps:
             guarded_step(optimizer, gate)
             return
         for runs, step in steps:
-            assert step is not None
             step(gate)
             runs.write_back()
         optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
 
     def make_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the state that the first step would, which begins at zero, where the ops take that step."""
-        kind = fused_as(type(optimizer))
-        if kind is None or refusal(optimizer) is not None:
-            return
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                memory = [p.detach()]
-                runs = Runs(self._bucket(p, "reference"), (0,), memory, memory)
-                kind.prepare(runs, group, optimizer.state)
+        prepared(optimizer, self._runs(optimizer, "reference", every=True))
 
-    def _bucket(self, p: Tensor, backend: str) -> Bucket:
-        found = self._buckets.get(id(p))
-        if found is None or found.backend != backend or not found.is_current():
-            found = Bucket([p], [None], 0, 0, {}, lambda *_: (UNSCALED, 0), backend, flatten=False)
-            self._buckets[id(p)] = found
-        return found
+    def _runs(self, optimizer: torch.optim.Optimizer, backend: str, every: bool = False) -> Iterator[Runs]:
+        """A run of each parameter that has a gradient, or of ``every`` one; its bucket is made when it is asked for."""
+        for index, group in enumerate(optimizer.param_groups):
+            for p in (p for p in group["params"] if every or p.grad is not None):
+                found = self._buckets.get(id(p))
+                if found is None or found.backend != backend or not found.is_current():
+                    found = Bucket([p], [None], 0, index, {}, lambda *_: (UNSCALED, 0), backend, flatten=False)
+                    self._buckets[id(p)] = found
+                yield Runs(found, (0,), [p.detach()], [] if p.grad is None else [p.grad])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.foreign import own_step
-from lets_kernels.base.fused import fused_as, refusal
+from lets_kernels.base.fused import fused_as, fused_by
 from lets_kernels.checks import alike, check_keys, is_finite, is_number, refuse, shaped_as
 
 #: What a group has of ours.
@@ -118,7 +118,8 @@ def _asked_for(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> Iterato
 def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
     """The state is one that this optimizer, whose parameters are few and small, can load and go on from."""
     check_keys(state, ("state", "param_groups"), what)
-    made = refusal(optimizer) is None  # its state is there from the beginning; that of others may come with a step
+    # Its state is there from the beginning; that of others may come with a step.
+    made = not isinstance(fused_by(optimizer), str)
     trial = copy.deepcopy(optimizer)
     try:
         trial.load_state_dict(copy.deepcopy(dict(state)))

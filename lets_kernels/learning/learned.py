@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.foreign import check_steps_alone
-from lets_kernels.base.fused import OwnStep, refusal
+from lets_kernels.base.fused import OwnStep, fused_by
 from lets_kernels.base.guarded import make_state
 from lets_kernels.learning.hypergradient import Trial, fit, placed
 from lets_kernels.learning.moving import LearningRadius, NextPass, Observed
@@ -364,7 +364,7 @@ class LearnedRadius(LearningRadius):
 
     def make_state(self) -> None:
         assert self.optimizer is not None
-        if refusal(self.optimizer) is not None:  # else made when ν was
+        if isinstance(fused_by(self.optimizer), str):  # else made when ν was
             make_state(self.optimizer)
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
