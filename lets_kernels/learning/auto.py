@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lets_kernels.checks import check_numbers
 from lets_kernels.learning.learned import CurvatureWarning
-from lets_kernels.learning.moving import ComparingRadius
+from lets_kernels.learning.moving import Groups, MovingRadius
 from lets_kernels.parts.direction import Direction
 from lets_kernels.parts.passes import BEFORE
 from lets_kernels.parts.radius import ConstantRadius, Radius, RadiusLike, check_rho, radii
@@ -64,7 +64,7 @@ _LEAST, _MOST = 1e-6, 1e2
 _NOTHING = -50.0
 
 
-class AutoRadius(ComparingRadius):
+class AutoRadius(MovingRadius):
     """ρ = exp(ν) without a number to choose, at two gradients a step: ``rho="auto"``. Ours; no paper.
 
     In the first steps, t < 10, ν goes where κ is 0.1, whatever the first radius was:
@@ -98,22 +98,22 @@ class AutoRadius(ComparingRadius):
     COLUMNS = ("log_rho", "steps", "length", "headway", "headway_weight", "highest_lr")
 
     def __init__(self, rho: float = 0.005, *, per_group: bool = False, constants: AutoConstants | None = None) -> None:
+        super().__init__()
         self.rho = check_rho(rho)
         if not self.rho > 0:
             raise ValueError(f"rho, the radius of the first step, must be above 0, not {rho}")
         self.per_group, self.constants = per_group, constants or AutoConstants()
         self._memory = torch.zeros(0, len(self.COLUMNS), dtype=torch.float64, device="cpu")
-        self._metrics: dict[str, Tensor] = {}
 
     # ---- the radius ------------------------------------------------------------------------------------------------
 
-    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+    def check_groups(self, groups: Groups) -> None:
         super().check_groups(groups)
         known = {self.rho, *(float(nu) for nu in self._memory[:, 0].exp())}
         if any(float(group["rho"]) not in known for group in groups):
             raise ValueError("a group has its own rho, but rho='auto' finds it: leave it out of the group")
 
-    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+    def bind(self, groups: Groups, device: torch.device) -> None:
         self.check_groups(groups)
         missing = (len(groups) if self.per_group else 1) - len(self._memory)
         if missing > 0:
@@ -146,37 +146,29 @@ class AutoRadius(ComparingRadius):
 
     @property
     def memory(self) -> Tensor:
+        """What it remembers, float64 of shape [radii, columns]; under several ranks each takes over the first one's."""
         return self._memory
 
-    @property
-    def shared(self) -> bool:
-        return not self.per_group
+    def _log(self, k: int) -> Tensor:
+        return self._memory[k, 0]
 
-    def _row(self, group: int) -> int:
-        return group if self.per_group else 0
-
-    def _publish(self, groups: Sequence[dict[str, Any]]) -> None:
-        found = self._memory[:, 0].exp().unbind()
-        for index, group in enumerate(groups):
-            group["rho"] = found[self._row(index)]
-
-    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
-        group["rho"] = self._memory[self._row(index), 0].exp()
-        return group["rho"]
-
-    def present(self, index: int, group: dict[str, Any]) -> float | Tensor:
-        row = self._row(index)
-        return self._memory[row, 0].exp() if row < len(self._memory) else group["rho"]
+    def _radii(self) -> Sequence[Tensor]:
+        return self._memory[:, 0].exp().unbind()
 
     def not_capturable(self) -> str | None:
         return None
 
-    def metrics(self) -> dict[str, Tensor]:
-        return self._metrics
-
     # ---- the rule --------------------------------------------------------------------------------------------------
 
-    def compare(self, products: Tensor, gate: Tensor, groups: Sequence[dict[str, Any]]) -> None:
+    def compare(self, products: Tensor, gate: Tensor, groups: Groups) -> None:
+        """Go by one step.
+
+        Args:
+            products: ĝ·ĝ, g·ĝ, g·g, g·Δ and Δ·Δ over all ranks, float64 of shape [radii, 5]; Δ is by how much the
+                weights have moved since the last step that perturbed, zero where that is not known.
+            gate: 0-d, zero where the step is skipped; nothing may change then.
+            groups: the param groups.
+        """
         lrs = [group.get("lr", 1.0) for group in (groups if self.per_group else groups[:1])]
         new, metrics = self._next(products, torch.stack(radii(lrs)).to(self._memory.device))
         ok = torch.isfinite(new).all(dim=1, keepdim=True) & (gate != 0)
@@ -222,7 +214,7 @@ class AutoRadius(ComparingRadius):
         for name in self.COLUMNS:
             check_numbers(state[name], len(self._memory), f"the radius: {name}")
 
-    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any], groups: Groups) -> None:
         for index, name in enumerate(self.COLUMNS):
             for row, value in enumerate(state[name]):
                 self._memory[row, index] = value

@@ -8,7 +8,6 @@ where H is the curvature: ``diagonal`` takes diag(ĝ²) as the paper does, ``sec
 both gradients are at hand already. The derivation treats the base optimizer's step as −η ĝ.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +19,13 @@ from lets_kernels.parts.direction import Ascent
 from lets_kernels.parts.passes import Gradients
 from lets_kernels.space.buckets import Bucket, Runs
 from lets_kernels.space.distributed import Replicas
+
+
+def _listed(gradients: list[Gradients] | None, k: int, like: Gradients) -> list[Tensor]:
+    """Those of bucket ``k`` in the order of ``like``, zero where there is none; an empty list of None."""
+    if gradients is None:
+        return []
+    return [gradients[k][i] if i in gradients[k] else torch.zeros_like(p) for i, p in like.items()]
 
 
 def placed(gradients: list[Gradients], buckets: list[Bucket]) -> list[Gradients]:
@@ -42,6 +48,11 @@ def _alike(gradients: Gradients, bucket: Bucket) -> bool:
     return all(
         g.shape == p.shape and g.dtype == p.dtype and (g.stride() == p.stride() or not is_dense(p)) for g, p in pairs
     )
+
+
+def _params(runs: Runs) -> Gradients:
+    """The parameters of the runs, by their places in the bucket."""
+    return dict(zip(runs.indices, runs.params, strict=True))
 
 
 #: A bucket, and its part of a sum: 0-d float64.
@@ -80,18 +91,15 @@ class Trial:
             k, indices = bucket.index, tuple(i for i in first if i in stepped)
             if not indices:
                 continue
-            v, t = map(bucket.pack, self._aligned(indices, first, val[k], None if train is None else train[k]))
+            like = {i: first[i] for i in indices}
+            v, t = (bucket.pack(_listed(of, k, like)) for of in (val, train))
             d, g = (bucket.pack([source[i] for i in indices]) for source in (stepped, first))
             share = bucket.ops.rho_grad_secant(v, t, d, g, bucket.table(indices))
             out.append((bucket, -lr * bucket.parts * share))
         return out
 
     def diagonal(
-        self,
-        val: list[Gradients],
-        train: list[Gradients] | None,
-        along: list[Gradients] | None,
-        replicas: Replicas,
+        self, val: list[Gradients], train: list[Gradients] | None, along: list[Gradients] | None, replicas: Replicas
     ) -> list[Share]:
         """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each bucket, for the mean over ranks.
 
@@ -100,51 +108,23 @@ class Trial:
         """
         ascents, total = self.ascents, self.total
         if along is not None:
-            ascents = [self._redirect(a, along[a.bucket.index]) for a in ascents]
+            ascents = [replace(a, vectors=_listed(along, a.bucket.index, _params(a.runs))) for a in ascents]
             parts = [a.total(saved=True).to(total.device) for a in ascents]
             total = replicas.mean(torch.stack(parts).sum() if parts else torch.zeros_like(total))
         out = []
         for a in ascents:
-            k, runs = a.bucket.index, self._common(a)
+            k = a.bucket.index
+            runs = a.runs.only([j for j, i in enumerate(a.runs.indices) if i in self.perturbed[k]])
             if not runs.indices:  # ĝ is zero there, and an op on nothing would not know its dtype
                 continue
-            like = dict(zip(runs.indices, runs.params, strict=True))
-            lists = self._aligned(runs.indices, like, val[k], None if train is None else train[k])
+            v, t = (_listed(of, k, _params(runs)) for of in (val, train))
             vectors = dict(zip(a.runs.indices, a.vectors, strict=True))
             part = replace(a, runs=runs, vectors=[vectors[i] for i in runs.indices])
-            share = part.rho_grad(*lists, [self.perturbed[k][i] for i in runs.indices])
+            share = part.rho_grad(v, t, [self.perturbed[k][i] for i in runs.indices])
             near = total.to(a.bucket.device)
             length = torch.where(near > 0, self.rho[k] / near.pow((a.q - 1) / a.q), 0.0)
             out.append((a.bucket, -self.lr[k] * self.slope * length * share))
         return out
-
-    def _common(self, a: Ascent) -> Runs:
-        """The runs of a bucket that were perturbed and have a gradient there."""
-        runs, hats = a.runs, self.perturbed[a.bucket.index]
-        if all(i in hats for i in runs.indices):
-            return runs
-        keep = [j for j, i in enumerate(runs.indices) if i in hats]
-        return Runs(
-            runs.bucket,
-            tuple(runs.indices[j] for j in keep),
-            [runs.params[j] for j in keep],
-            [runs.grads[j] for j in keep] if runs.grads else [],
-        )
-
-    @staticmethod
-    def _aligned(
-        indices: Sequence[int], like: Gradients, val: Gradients, train: Gradients | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Lists in the order of the indices; a parameter without a gradient has gradient zero."""
-        vals = [val[i] if i in val else torch.zeros_like(like[i]) for i in indices]
-        if train is None:
-            return vals, []
-        return vals, [train[i] if i in train else torch.zeros_like(like[i]) for i in indices]
-
-    @staticmethod
-    def _redirect(a: Ascent, along: Gradients) -> Ascent:
-        pairs = zip(a.runs.indices, a.runs.params, strict=True)
-        return replace(a, vectors=[along[i] if i in along else torch.zeros_like(p) for i, p in pairs])
 
     def detached(self) -> "Trial":
         """A trial whose gradients are nobody else's: those after the step are the user's, who may change them."""
@@ -174,8 +154,7 @@ class Trial:
                 return False
             if bucket.filter_norms is not None and (norms is None or norms.shape != bucket.filter_norms.shape):
                 return False
-        lists = (state["first"], state["perturbed"], state["stepped"])
-        return all(fit(each, buckets) for each in lists)
+        return all(fit(state[name], buckets) for name in _LISTS)
 
     def pack(self) -> dict[str, Any]:
         """Everything that ``unpack`` needs, as tensors, numbers, lists and dicts that torch.save can store."""
@@ -213,12 +192,11 @@ class Trial:
                 bucket.saved.copy_(entry["saved"])
             if bucket.filter_norms is not None:
                 bucket.filter_norms.copy_(entry["filter_norms"])
+        lists: dict[str, Any] = {name: placed(state[name], buckets) for name in _LISTS}
         return cls(
             buckets=buckets,
             ascents=ascents,
-            first=placed(state["first"], buckets),
-            perturbed=placed(state["perturbed"], buckets),
-            stepped=placed(state["stepped"], buckets),
+            **lists,
             total=state["total"].to(buckets[0].device),
             lr=state["lr"],
             rho=[rho.to(bucket.device) for rho, bucket in zip(state["rho"], buckets, strict=True)],

@@ -3,7 +3,6 @@
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -15,11 +14,12 @@ from lets_kernels.base.foreign import check_steps_alone
 from lets_kernels.base.fused import OwnStep, fused_by
 from lets_kernels.base.guarded import make_state
 from lets_kernels.learning.hypergradient import Trial, fit, placed
-from lets_kernels.learning.moving import LearningRadius, NextPass, Observed
+from lets_kernels.learning.moving import Groups, MovingRadius, Observed
 from lets_kernels.learning.saved import check_learned
 from lets_kernels.parts.direction import Direction
 from lets_kernels.parts.radius import check_rho
 from lets_kernels.parts.samples import Samples
+from lets_kernels.space.buckets import Bucket
 from lets_kernels.space.distributed import Replicas
 
 METRICS = ("squared_gap", "gap", "validation_loss")
@@ -36,7 +36,7 @@ class CurvatureWarning(UserWarning):
     """A learned radius goes by two gradients that differ in more than the perturbation."""
 
 
-class LearnedRadius(LearningRadius):
+class LearnedRadius(MovingRadius):
     """LETS: ρ = exp(ν), learned by bilevel optimisation (Wang et al., ECML-PKDD 2024, Algorithm 1).
 
     After every step the gradients of the training and the validation loss are taken at the new weights, and ν moves
@@ -124,6 +124,7 @@ class LearnedRadius(LearningRadius):
             check_steps_alone(optimizer)
         if interval < 1:
             raise ValueError(f"interval must be at least 1, not {interval}")
+        super().__init__()
         self.rho = _check_learned(rho)
         self.metric, self.curvature, self.direction = metric, curvature, direction
         self.validation = validation
@@ -135,7 +136,6 @@ class LearnedRadius(LearningRadius):
         self.optimizer: torch.optim.Optimizer | None = None
         self._pending: tuple[Trial, Observed | None] | None = None
         self._packed: dict[str, Any] | None = None
-        self._metrics: dict[str, Tensor] = {}
 
     @property
     def learns(self) -> bool:  # type: ignore[override]
@@ -143,7 +143,7 @@ class LearnedRadius(LearningRadius):
 
     # ---- the radius ----------------------------------------------------------------------------------------------
 
-    def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+    def bind(self, groups: Groups, device: torch.device) -> None:
         self.check_groups(groups)
         for group in groups[len(self.nu) :] if self.per_group else groups[: 1 - len(self.nu)]:
             start = math.log(float(group["rho"]))
@@ -196,7 +196,7 @@ class LearnedRadius(LearningRadius):
                 nu.data, nu.grad = nu.detach().to(device), None
             self._load_optimizer(self.optimizer.state_dict())
 
-    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+    def check_groups(self, groups: Groups) -> None:
         for group in groups:
             _check_learned(float(group["rho"]))
         given = {float(g["rho"]) for g in groups} - ({self.rho, *map(float, self._radii())} if self.nu else set())
@@ -205,25 +205,11 @@ class LearnedRadius(LearningRadius):
         if any("lr" not in g for g in groups):
             raise ValueError("a learned radius needs the learning rate: the base optimizer's groups have no 'lr'")
 
-    def _publish(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Let every group show its ρ, a 0-d tensor of its own that later steps replace and never change."""
-        radii = self._radii()
-        for index, group in enumerate(groups):
-            group["rho"] = radii[self._of(index)]
+    def _log(self, k: int) -> Tensor:
+        return self.nu[k].detach()
 
     def _radii(self) -> list[Tensor]:
         return [nu.detach().exp() for nu in self.nu]
-
-    def _of(self, group: int) -> int:
-        return group if self.per_group else 0
-
-    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
-        group["rho"] = self.nu[self._of(index)].detach().exp()
-        return group["rho"]
-
-    def present(self, index: int, group: dict[str, Any]) -> float | Tensor:
-        k = self._of(index)
-        return self.nu[k].detach().exp() if k < len(self.nu) else group["rho"]
 
     def not_capturable(self) -> str | None:
         if self.interval != 1:
@@ -234,11 +220,8 @@ class LearnedRadius(LearningRadius):
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
-    @property
-    def shared(self) -> bool:
-        return not self.per_group
-
     def due(self, step: int) -> bool:
+        """True if the radius learns from step number ``step``, counting from 0 those that perturb."""
         return (step + 1) % self.interval == 0
 
     @property
@@ -247,36 +230,49 @@ class LearnedRadius(LearningRadius):
         return self.metric != "validation_loss" or (self.curvature, self.direction) == ("diagonal", "algorithm1")
 
     @property
-    def needs_vectors(self) -> bool:  # type: ignore[override]
+    def needs_vectors(self) -> bool:
+        """True if :meth:`observe` needs the vectors of the perturbation."""
         return (self.curvature, self.direction) == ("diagonal", "epsilon")
 
     @property
-    def needs_train_closure(self) -> bool:  # type: ignore[override]
+    def needs_train_closure(self) -> bool:
+        """True if :meth:`observe` needs the training gradient at the new weights."""
         return self.needs_train_gradient and not self.reuse_train_gradient
 
     @property
-    def waits(self) -> bool:  # type: ignore[override]
+    def waits(self) -> bool:
+        """True if a step is still to be learned from, once the next first gradient is there."""
         return self._pending is not None or self._packed is not None
 
     @property
-    def needs_train_loss(self) -> bool:  # type: ignore[override]
+    def needs_train_loss(self) -> bool:
+        """True if :meth:`complete` needs the loss that goes with that gradient."""
         return self.metric == "squared_gap"
 
     def observe(
-        self,
-        trial: Trial,
-        val: Observed | None,
-        train: Observed | None,
-        groups: Sequence[dict[str, Any]],
-        replicas: Replicas,
+        self, trial: Trial, val: Observed | None, train: Observed | None, groups: Groups, replicas: Replicas
     ) -> None:
+        """Learn from one step, or keep it until :meth:`complete`.
+
+        Args:
+            trial: the step.
+            val: the validation gradients at the new weights. None with ``validation="next"``.
+            train: the training gradients there, where it needs them.
+            groups: the param groups.
+            replicas: the ranks that take part.
+        """
         if val is None or (self.needs_train_gradient and self.reuse_train_gradient):
             self._pending = trial.detached(), val
         else:
             self._learn(trial, val, train, groups, replicas)
 
-    def complete(self, after: NextPass, groups: Sequence[dict[str, Any]], replicas: Replicas) -> None:
-        buckets = after.buckets
+    def complete(
+        self, now: Observed, finite: Tensor, buckets: list[Bucket], groups: Groups, replicas: Replicas
+    ) -> None:
+        """Learn from the step that waits, now that the next one's first gradients are there.
+
+        Nothing is learned where they are not ``finite`` (bool, 0-d), on any rank.
+        """
         if self._packed is not None:
             state, self._packed = self._packed, None
             val = state["val"]
@@ -289,21 +285,13 @@ class LearnedRadius(LearningRadius):
         # Where parameters have been frozen, added or moved since, that step's gradients go with others than these.
         if any(a.bucket not in buckets for a in trial.ascents):
             return
-        trial = replace(trial, gate=torch.where(after.finite, trial.gate, torch.zeros_like(trial.gate)))
-        now = Observed(after.gradients, after.loss)
+        trial = replace(trial, gate=torch.where(finite, trial.gate, torch.zeros_like(trial.gate)))
         if observed is None:  # this step's first gradient, on a batch that the last step has not seen
             self._learn(trial, now, None, groups, replicas)
         else:
             self._learn(trial, observed, now, groups, replicas)
 
-    def _learn(
-        self,
-        trial: Trial,
-        val: Observed,
-        train: Observed | None,
-        groups: Sequence[dict[str, Any]],
-        replicas: Replicas,
-    ) -> None:
+    def _learn(self, trial: Trial, val: Observed, train: Observed | None, groups: Groups, replicas: Replicas) -> None:
         assert self.optimizer is not None
         gradients_there = None if train is None else train.gradients
         subtracted = None if self.metric == "validation_loss" else gradients_there
@@ -314,7 +302,7 @@ class LearnedRadius(LearningRadius):
             shares = trial.diagonal(val.gradients, subtracted, along, replicas)
         sums = [torch.zeros_like(nu) for nu in self.nu]
         for bucket, share in shares:
-            sums[self._of(bucket.group)] += share.to(sums[0].device)
+            sums[bucket.group if self.per_group else 0] += share.to(sums[0].device)
 
         losses_there = (val.loss, None if train is None else train.loss)
         known = [t.to(sums[0].device) for t in losses_there if t is not None]
@@ -345,9 +333,6 @@ class LearnedRadius(LearningRadius):
 
     # ---- state -------------------------------------------------------------------------------------------------
 
-    def metrics(self) -> dict[str, Tensor]:
-        return self._metrics
-
     def state_dict(self) -> dict[str, Any]:
         """ν, its optimizer, and the step that waits to be learned from, if any."""
         assert self.optimizer is not None
@@ -372,7 +357,7 @@ class LearnedRadius(LearningRadius):
         super().check_state_dict(state)
         check_learned(state, self.nu, self.optimizer, self.learns, self.needs_vectors)
 
-    def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any], groups: Groups) -> None:
         assert self.optimizer is not None
         with torch.no_grad():
             for nu, value in zip(self.nu, state["nu"], strict=True):

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from lets_kernels.around.network import Network
-from lets_kernels.learning.moving import ComparingRadius, LearningRadius, MovingRadius
+from lets_kernels.learning.auto import AutoRadius
+from lets_kernels.learning.learned import LearnedRadius
+from lets_kernels.learning.moving import MovingRadius
 from lets_kernels.parts.descent import Descent
 from lets_kernels.parts.direction import Direction
 from lets_kernels.parts.radius import Radius
@@ -35,12 +37,12 @@ class Setting:
     group_keys: Mapping[str, Any]
 
     #: The radius, if it learns from gradients; and if it goes by the two gradients of a step.
-    learning: LearningRadius | None = field(init=False)
-    comparing: ComparingRadius | None = field(init=False)
+    learning: LearnedRadius | None = field(init=False)
+    comparing: AutoRadius | None = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "learning", self.radius if isinstance(self.radius, LearningRadius) else None)
-        object.__setattr__(self, "comparing", self.radius if isinstance(self.radius, ComparingRadius) else None)
+        object.__setattr__(self, "learning", self.radius if isinstance(self.radius, LearnedRadius) else None)
+        object.__setattr__(self, "comparing", self.radius if isinstance(self.radius, AutoRadius) else None)
 
     @property
     def model(self) -> torch.nn.Module | None:

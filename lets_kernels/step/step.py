@@ -11,7 +11,7 @@ from lets_kernels.base.foreign import own_step
 from lets_kernels.base.fused import prepared
 from lets_kernels.base.guarded import guarded_step
 from lets_kernels.learning.hypergradient import Trial
-from lets_kernels.learning.moving import NextPass
+from lets_kernels.learning.moving import Observed
 from lets_kernels.parts.direction import Perturbation
 from lets_kernels.parts.passes import FirstPass, Gradients, SecondPass, add_up, by_index, displacements, squared
 from lets_kernels.parts.radius import radii
@@ -139,8 +139,8 @@ class Step:
         w, learning = self.work, self.work.setting.learning
         assert learning is not None
         found = [by_index(r) for r in self.first]
-        after = NextPass(found, self.loss, self.buckets, torch.isfinite(first.squared_norm))
-        learning.complete(after, w.groups, w.setting.replicas)
+        finite = torch.isfinite(first.squared_norm)
+        learning.complete(Observed(found, self.loss), finite, self.buckets, w.groups, w.setting.replicas)
 
     def perturb(self) -> None:
         """θ ← θ + ε, over all buckets with one norm; nothing on a step that does not perturb."""

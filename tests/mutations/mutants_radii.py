@@ -38,8 +38,12 @@ GROUPS = [
                 "tests/learning/test_auto.py -k skipped",
             ),
             ("math.log(_LEAST), math.log(_MOST)", "-99.0, 99.0", "tests/learning/test_auto.py -k bend"),
-            ("group if self.per_group else 0", "0", "tests/learning/test_auto.py -k a_radius_a_group"),
         ],
+    ),
+    (
+        "lets_kernels/learning/moving.py",
+        "tests/learning/test_auto.py -k a_radius_a_group",
+        [("self._log(index if self.per_group else 0)", "self._log(0)")],
     ),
     (
         "lets_kernels/parts/passes.py",
