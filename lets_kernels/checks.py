@@ -21,10 +21,15 @@ def refuse(what: str, found: str) -> NoReturn:
     )
 
 
+def expect(holds: bool, what: str, otherwise: str) -> None:
+    """Refuse what does not hold."""
+    if not holds:
+        refuse(what, otherwise)
+
+
 def check_keys(entry: Any, keys: Iterable[str], what: str) -> None:
     """The entry is a dict with these keys."""
-    if not isinstance(entry, Mapping):
-        refuse(what, f"is a {type(entry).__name__}, not a dict")
+    expect(isinstance(entry, Mapping), what, f"is a {type(entry).__name__}, not a dict")
     keys = set(keys)
     if entry.keys() != keys:
         lacks, beside = (sorted(map(str, some)) for some in (keys - entry.keys(), entry.keys() - keys))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -18,18 +19,13 @@ class Scaler(Protocol):
     def is_enabled(self) -> bool: ...
 
 
-class _Pass:
-    """What ``GradScaler.unscale_`` looks at, once a pass: it takes every optimizer only once a step."""
-
-    def __init__(self) -> None:
-        self.param_groups: Sequence[dict[str, Any]] = ()
-
-
 class LossScaling:
     """Unscales the gradients of one pass after the other; ``scaler.update()`` then hears of what overflowed in any."""
 
     def __init__(self) -> None:
-        self._passes: list[_Pass] = []  # a scaler knows them by their ids, so they must live
+        #: What ``GradScaler.unscale_`` takes for optimizers, one a pass: it takes each only once a step, and knows them
+        #: by their ids, so they must live.
+        self._passes: list[SimpleNamespace] = []
         self._used = self._spent = 0
         self._scaler: Scaler | None = None
         #: Every pass of the present step is unscaled here.
@@ -56,7 +52,7 @@ class LossScaling:
     def unscale(self, scaler: Scaler, groups: Sequence[dict[str, Any]]) -> None:
         """Divide the gradients that are there by the scale of the loss, in place."""
         if self._used == len(self._passes):
-            self._passes.append(_Pass())
+            self._passes.append(SimpleNamespace(param_groups=()))
         which = self._passes[self._used]
         self._used += 1
         which.param_groups = groups

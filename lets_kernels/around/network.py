@@ -233,7 +233,8 @@ class Network:
         self.statistics, self.numbers = RunningStatistics(), SameRandomNumbers()
         self._sharded: list[FSDPModule] = []
         self._roots: list[FSDPModule] = []
-        self._passed = False
+        #: A first pass has ended that no step has followed yet.
+        self.passed = False
         self.bind()
 
     def bind(self) -> None:
@@ -266,14 +267,14 @@ class Network:
         Raises:
             RuntimeError: the model cannot leave a pass unsynchronised, or the forward was not inside.
         """
-        self._passed = False
+        self.passed = False
         if self.same_rng:
             self.numbers.record(devices)
         with ExitStack() as stack:
             if not self.sync_perturbation:
                 stack.enter_context(self._unsynchronised())
             yield
-        self._passed = True
+        self.passed = True
 
     @contextmanager
     def _unsynchronised(self) -> Iterator[None]:
@@ -297,22 +298,20 @@ class Network:
                 "first pass belong inside, or its gradients are synchronised all the same"
             )
 
-    @property
-    def passed(self) -> bool:
-        """A first pass has ended that no step has followed yet."""
-        return self._passed
-
     def forget_pass(self) -> None:
         """The gradients of a first pass that has ended are dropped: no step may be taken from it."""
-        if self._passed:
-            self._passed = False
+        if self.passed:
+            self.passed = False
             self.numbers.forget()
+
+    def _has_one_of(self, params: Iterable[Tensor]) -> bool:
+        self.weights_move()  # else FSDP may have others in their place
+        known = {id(p) for p in self.model.parameters()} if self.model is not None else set()
+        return not known or any(id(p) in known for p in params)
 
     def check_parameters(self, params: Iterable[Tensor]) -> None:
         """After a pass that left none of these a gradient: ``RuntimeError`` if none is the model's any more."""
-        self.weights_move()  # else FSDP may have others in their place
-        known = {id(p) for p in self.model.parameters()} if self.model is not None else set()
-        if known and not any(id(p) in known for p in params):
+        if not self._has_one_of(params):
             raise RuntimeError(
                 "the model has other parameters than this optimizer by now, so none of them would be trained: call "
                 "model.load_state_dict() without assign=True, or build the optimizer after it"
@@ -320,9 +319,7 @@ class Network:
 
     def check_holds(self, params: Iterable[Tensor]) -> None:
         """``ValueError`` for a model that holds none of these parameters: an averaged copy of theirs, say."""
-        self.weights_move()
-        known = {id(p) for p in self.model.parameters()} if self.model is not None else set()
-        if known and not any(id(p) in known for p in params):
+        if not self._has_one_of(params):
             raise ValueError(
                 f"model= is a {type(self.model).__name__} that holds none of the parameters given to this optimizer: "
                 "pass the network that is trained, whose parameters() these are, and not a copy or an average of it"
@@ -330,7 +327,7 @@ class Network:
 
     def check_first_pass(self) -> None:
         """``RuntimeError`` if the first gradients were not made as was asked for."""
-        passed, self._passed = self._passed, False
+        passed, self.passed = self.passed, False
         option = "same_rng=True" if self.same_rng else "sync_perturbation=False"
         if not passed and (self.same_rng or not self.sync_perturbation):
             raise RuntimeError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.saved import check_optimizer
-from lets_kernels.checks import check_count, check_keys, check_scalar, is_list, is_number, refuse
+from lets_kernels.checks import check_count, check_keys, check_scalar, expect, is_list, is_number, refuse
 from lets_kernels.learning.hypergradient import Trial
 
 _ASCENT = {"bucket", "indices", "group", "places", "vectors", "xi", "q", "scaled", "saved", "filter_norms"}
@@ -39,7 +39,7 @@ def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool)
     if pending is None:
         return
     check_keys(pending, ("trial", "val", "val_loss"), what)
-    trial = pending["trial"]
+    trial, one = pending["trial"], f"{what}: an ascent"
     check_keys(trial, _TRIAL, f"{what}['trial']")
     scalars = [trial["total"], trial["gate"]]
     tensors: list[Any] = []
@@ -47,64 +47,50 @@ def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool)
         scalars.append(pending["val_loss"])
     elif pending["val"] is not None or pending["val_loss"] is not None:
         refuse(what, "holds a validation gradient, and this radius takes that of the next step")
-    if isinstance(trial["slope"], bool) or not isinstance(trial["slope"], Real):
-        refuse(f"{what}: slope", f"is {trial['slope']!r}, not a number")
+    slope = trial["slope"]
+    expect(isinstance(slope, Real) and not isinstance(slope, bool), f"{what}: slope", f"is {slope!r}, not a number")
     lists = {name: trial[name] for name in ("first", "perturbed", "stepped", "lr", "rho")}
     if closures:
         lists["val"] = pending["val"]
-    counts = set()
-    for name, entries in lists.items():
-        if not is_list(entries):
-            refuse(f"{what}: {name}", f"is a {type(entries).__name__}, not a list")
-        counts.add(len(entries))
-        if name == "rho":
-            scalars += entries
-        elif name == "lr":
-            if not all(map(is_number, entries)):
-                refuse(f"{what}: lr", "holds something else than numbers")
-        else:
-            for each in entries:
-                if not isinstance(each, Mapping) or not all(map(_is_place, each)):
-                    refuse(f"{what}: {name}", "does not hold gradients by their places")
-                tensors += each.values()
-    if len(counts) != 1:
-        refuse(what, "has lists of different lengths")
-    if not is_list(trial["ascents"]):
-        refuse(f"{what}: ascents", f"is a {type(trial['ascents']).__name__}, not a list")
+    for name, entries in (*lists.items(), ("ascents", trial["ascents"])):
+        expect(is_list(entries), f"{what}: {name}", f"is a {type(entries).__name__}, not a list")
+    expect(len(set(map(len, lists.values()))) == 1, what, "has lists of different lengths")
+    scalars += lists.pop("rho")
+    expect(all(map(is_number, lists.pop("lr"))), f"{what}: lr", "holds something else than numbers")
     named: list[tuple[int, int, Any]] = []  # by bucket and place
+    for name, entries in lists.items():
+        for k, each in enumerate(entries):
+            by_place = isinstance(each, Mapping) and all(map(_is_place, each))
+            expect(by_place, f"{what}: {name}", "does not hold gradients by their places")
+            named += [(k, i, g) for i, g in each.items()]
+    buckets = []
     for ascent in trial["ascents"]:
-        check_keys(ascent, _ASCENT, f"{what}: an ascent")
-        check_count(ascent["bucket"], f"{what}: an ascent's bucket")
-        if not isinstance(ascent["scaled"], bool):
-            refuse(f"{what}: an ascent", f"has {ascent['scaled']!r} for a flag")
+        check_keys(ascent, _ASCENT, one)
+        check_count(ascent["bucket"], f"{one}'s bucket")
+        expect(isinstance(ascent["scaled"], bool), one, f"has {ascent['scaled']!r} for a flag")
         for name, least in (("xi", 0), ("q", 1)):
             if not is_number(ascent[name]) or not ascent[name] >= least:
-                refuse(f"{what}: an ascent", f"has {ascent[name]!r} for {name}")
-        check_count(ascent["group"], f"{what}: an ascent's group")
-        if not is_list(ascent["places"]) or not all(map(_is_place, ascent["places"])):
-            refuse(f"{what}: an ascent", f"has {ascent['places']!r} for places")
-        indices, vectors = ascent["indices"], ascent["vectors"]
+                refuse(one, f"has {ascent[name]!r} for {name}")
+        check_count(ascent["group"], f"{one}'s group")
+        indices, vectors, places = ascent["indices"], ascent["vectors"], ascent["places"]
+        expect(is_list(places) and all(map(_is_place, places)), one, f"has {places!r} for places")
         if not (is_list(indices) and is_list(vectors) and len(vectors) in (0, len(indices))):
-            refuse(f"{what}: an ascent", "has not one vector for every index")
+            refuse(one, "has not one vector for every index")
         if needs_vectors and len(vectors) != len(indices):
-            refuse(f"{what}: an ascent", "has no vectors, and this radius needs those of the perturbation")
-        if not all(map(_is_place, indices)) or len(set(indices)) != len(indices):
-            refuse(f"{what}: an ascent's indices", f"are {indices!r}, not places that differ")
+            refuse(one, "has no vectors, and this radius needs those of the perturbation")
+        differ = all(map(_is_place, indices)) and len(set(indices)) == len(indices)
+        expect(differ, f"{one}'s indices", f"are {indices!r}, not places that differ")
+        buckets.append(ascent["bucket"])
         named += [(ascent["bucket"], i, v) for i, v in zip(indices, vectors, strict=False)]
-        tensors += [*vectors, *(ascent[name] for name in ("saved", "filter_norms") if ascent[name] is not None)]
-    if not all(isinstance(t, Tensor) for t in (*scalars, *tensors)):
-        refuse(what, "holds something else where tensors belong")
-    if any(t.dim() for t in scalars):
-        refuse(what, "holds a larger tensor where a 0-d one belongs")
-    buckets = [ascent["bucket"] for ascent in trial["ascents"]]
-    if len(set(buckets)) != len(buckets):
-        refuse(f"{what}: ascents", "hold one bucket twice")
-    for name in lists.keys() - {"lr", "rho"}:
-        named += [(k, i, g) for k, each in enumerate(lists[name]) for i, g in each.items()]
+        tensors += [ascent[name] for name in ("saved", "filter_norms") if ascent[name] is not None]
+    tensors += [*scalars, *(t for _, _, t in named)]
+    expect(all(isinstance(t, Tensor) for t in tensors), what, "holds something else where tensors belong")
+    expect(not any(t.dim() for t in scalars), what, "holds a larger tensor where a 0-d one belongs")
+    expect(len(set(buckets)) == len(buckets), f"{what}: ascents", "hold one bucket twice")
     kinds: dict[tuple[int, int], Any] = {}
     for k, i, t in named:  # all of them are as large as the parameter
-        if kinds.setdefault((k, i), (t.shape, t.dtype)) != (t.shape, t.dtype):
-            refuse(what, f"holds tensors of different kinds for parameter {i} of bucket {k}")
+        kind = kinds.setdefault((k, i), (t.shape, t.dtype))
+        expect(kind == (t.shape, t.dtype), what, f"holds tensors of different kinds for parameter {i} of bucket {k}")
 
 
 def _is_place(value: Any) -> bool:

@@ -8,6 +8,7 @@ counts once for every part that the tensor is cut into, and the mean over all ra
 cut into one part, so that the copies do not count twice.
 """
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -92,30 +93,20 @@ def spread_as(part: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def _cuts(p: Any) -> list[int]:
-    """The dimensions of the mesh along which a DTensor is cut."""
-    return [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
-
-
 def check_spread(p: Tensor, where: str) -> None:
     """Refuse a parameter that is a partial sum: ``TypeError``."""
     if is_spread(p) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
         raise TypeError(f"{where}: a parameter with a partial placement has no value to perturb; redistribute() it")
 
 
-def parts(p: Tensor) -> int:
-    """Into how many parts the elements of a parameter are cut; 1 if every rank holds all of them."""
-    if not is_spread(p):
-        return 1
-    count = 1
-    for i in _cuts(p):
-        count *= p.device_mesh.size(i)  # type: ignore[attr-defined]
-    return count
-
-
-def cuts(p: Tensor) -> tuple[int, ...]:
+def cuts(p: Any) -> tuple[int, ...]:
     """The dimensions of the mesh along which a parameter is cut; none if every rank holds all of it."""
-    return tuple(_cuts(p)) if is_spread(p) else ()
+    return tuple(i for i, placed in enumerate(p.placements) if not placed.is_replicate()) if is_spread(p) else ()
+
+
+def parts(p: Any) -> int:
+    """Into how many parts the elements of a parameter are cut; 1 if every rank holds all of them."""
+    return math.prod(p.device_mesh.size(i) for i in cuts(p))
 
 
 def mesh_of(p: Tensor) -> Any:
@@ -139,7 +130,7 @@ def filter_groups(p: Tensor, dim: int) -> tuple["dist.ProcessGroup", ...]:
     if not is_spread(p):
         return ()
     placements, mesh = p.placements, p.device_mesh  # type: ignore[attr-defined]
-    across = [i for i in _cuts(p) if placements[i].dim % p.dim() != dim]
+    across = [i for i in cuts(p) if placements[i].dim % p.dim() != dim]
     return tuple(mesh.get_group(i) for i in across if mesh.size(i) > 1)
 
 
