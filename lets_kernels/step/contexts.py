@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lets_kernels.step.engine import Engine
-from lets_kernels.step.start import Start
+from lets_kernels.step.step import Start
 from lets_kernels.step.tracing import untraced
 
 

@@ -1,6 +1,7 @@
 """The life of a step: how it is begun, finished, given up and healed. SAM is its public face."""
 
 import warnings
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -16,19 +17,44 @@ from lets_kernels.parts.radius import RadiusWarning
 from lets_kernels.parts.schedule import Moment
 from lets_kernels.space.shards import version
 from lets_kernels.step.capture import check_same_graph
-from lets_kernels.step.given_up import given_up
+from lets_kernels.step.convention import Convention
 from lets_kernels.step.losses import as_scalar
-from lets_kernels.step.now import Now
 from lets_kernels.step.setting import Setting
-from lets_kernels.step.start import Start
-from lets_kernels.step.step import Step
-from lets_kernels.step.tables import Tables
+from lets_kernels.step.step import Lesson, Start, Step
 from lets_kernels.step.tracing import untraced
-from lets_kernels.step.workspace import Workspace
+from lets_kernels.step.workspace import Tables, Workspace, given_up
 
 _SEEN = "_lets_kernels_seen"
 #: Steps from which a radius could have learned, after which it is said that it did not.
 _MISSED = 10
+
+
+@dataclass
+class Now:
+    """What goes on: everything that a copy of the optimizer, or one that has loaded a state, begins anew."""
+
+    #: A step has been begun: its weights may be perturbed.
+    step: Step | None = None
+    #: The weights are moved for a first pass.
+    start: Start | None = None
+    #: A first pass was made at weights that had been moved for it.
+    started: bool = False
+    #: The radius waits for closures to learn from the last step; the lesson, if that step has one.
+    radius_waits: bool = False
+    lesson: Lesson | None = None
+    #: Steps from which a radius could have learned and did not; None once it has.
+    missed: int | None = 0
+    #: What the schedule said of a step, and of which: as a rule it is asked once.
+    decision: tuple[int, bool] | None = None
+    #: Who makes first gradients: the closure or its caller.
+    convention: Convention = field(default_factory=Convention)
+    #: Calls of ``zero_grad``.
+    zeroed: int = 0
+    #: What the last step saw.
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    #: Whether the last step was fused with the restore, and if not, why.
+    fused: bool = False
+    fused_reason: str = "no step yet"
 
 
 class Engine:
@@ -48,8 +74,8 @@ class Engine:
 
     def begin_anew(self) -> None:
         """Another state has been loaded."""
-        self.now = Now()
-        self.work.tables.forget()
+        self.now, tables = Now(), self.work.tables
+        tables.space, tables.precision = None, {}
 
     # ---- refusals ----------------------------------------------------------------------------------------------------
 

@@ -1,17 +1,18 @@
 """Saving and loading: everything that training goes on from, checked before it is taken over."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from lets_kernels.base.saved import check_base
 from lets_kernels.base.state import Look
-from lets_kernels.checks import check_count, check_keys, check_part
+from lets_kernels.checks import check_count, check_keys, check_part, expect, refuse, shaped_as
 from lets_kernels.parts.direction import check_xi
 from lets_kernels.parts.passes import Held
 from lets_kernels.parts.radius import check_rho
 from lets_kernels.step import carried
 from lets_kernels.step.engine import Engine
-from lets_kernels.step.loading import check_held, check_kept, check_layout
 from lets_kernels.step.workspace import Workspace
 
 #: Where the state of ours stands in a saved state, and once more in its first group.
@@ -61,10 +62,56 @@ def _check_own(w: Workspace, own: Any, groups: Sequence[dict[str, Any]]) -> None
         check_xi(group.get("xi", 0.0))
 
 
+def _check_layout(state_dict: Any) -> None:
+    """A state of the layout in which torch's optimizers save theirs."""
+    what = "state_dict"
+    expect(isinstance(state_dict, Mapping), what, f"is a {type(state_dict).__name__}, not a dict")
+    for name, kind, known in (("state", Mapping, "a dict"), ("param_groups", (list, tuple), "a list")):
+        expect(name in state_dict, what, f"lacks {name}")
+        found = state_dict[name]
+        expect(isinstance(found, kind), f"{what}[{name!r}]", f"is a {type(found).__name__}, not {known}")
+    for index, group in enumerate(state_dict["param_groups"]):
+        found = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(found, (list, tuple)) or not all(isinstance(key, Hashable) for key in found):
+            refuse(f"{what}['param_groups'][{index}]", "has no list of params")
+
+
+def _check_held(held: Mapping[Any, Mapping[str, Any]], params: Sequence[Tensor], names: Iterable[str]) -> None:
+    """What parts keep for parameters: tensors of their sizes, under names that these parts have."""
+    names = set(names)
+    for key, own in held.items():
+        if not isinstance(key, int) or not 0 <= key < len(params):
+            refuse(f"the state of parameter {key!r}", "goes with no parameter here")
+        for name, value in own.items():
+            whose = f"of parameter {key}"
+            expect(name in names, f"the state {whose}", f"has a {name}, which no part of this optimizer keeps")
+            expect(shaped_as(value, params[key]), f"the {name} {whose}", "is no tensor of the parameter's shape")
+
+
+def _check_kept(
+    held: Mapping[Any, Mapping[str, Any]], names: Iterable[str], kept: Mapping[str, int] | None, begun: bool, what: str
+) -> None:
+    """What a part keeps is there: a state that lost it on its way would go on wrongly, in silence.
+
+    ``kept`` has the number of parameters for which it kept each name when the state was saved. None for states of
+    before that was counted: then there must be one of each if the part had begun.
+    """
+    for name in names:
+        count = int(begun) if kept is None else kept[name]
+        found = sum(name in own for own in held.values())
+        if found < count:
+            whose = f"{count - found} of {count} parameters" if found else "every parameter"
+            refuse(
+                what,
+                f"has lost the {name} of {whose}, as flatten_optimizer_state_dict=True of "
+                "torch.distributed.checkpoint loses it, which you then should leave out",
+            )
+
+
 def load(e: Engine, state_dict: dict[str, Any]) -> None:
     """Take over a saved state, unless it is damaged or another optimizer's."""
     w, setting, held_by = e.work, e.work.setting, e.work.progress.held
-    check_layout(state_dict)
+    _check_layout(state_dict)
     own, groups = state_dict.get(KEY), state_dict["param_groups"]
     numbers = next((group[KEY] for group in groups if group.get(KEY) is not None), None)
     if own is None and numbers is not None:
@@ -81,14 +128,14 @@ def load(e: Engine, state_dict: dict[str, Any]) -> None:
     params = w.params()
     check_base(rest["state"], groups, w.base, places, params)
     setting.direction.check_base(Look(type(w.base), groups))
-    check_held(held, params, setting.held)
+    _check_held(held, params, setting.held)
     if own is not None:
         counts = own["direction"].values()
         begun = own["step"] > 0 and (not counts or any(bool(value) for value in counts))
         kept = own.get(carried.KEPT)
-        check_kept(held, setting.direction.held, kept, begun, "the direction")
-        check_kept(held, setting.descent.held, kept, own["step"] > 0, "the descent")
-        check_kept(held, setting.radius.held, kept, own["perturbed_steps"] > 0, "the radius")
+        _check_kept(held, setting.direction.held, kept, begun, "the direction")
+        _check_kept(held, setting.descent.held, kept, own["step"] > 0, "the descent")
+        _check_kept(held, setting.radius.held, kept, own["perturbed_steps"] > 0, "the radius")
     w.base.load_state_dict({**rest, "param_groups": groups})
     for group, values in zip(w.groups, before, strict=True):
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""One step, from the first gradients to the base optimizer's step."""
+"""One step: from the first gradients to the base optimizer's step, and where the first pass is made, if beside θ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +12,14 @@ from lets_kernels.base.fused import prepared
 from lets_kernels.base.guarded import guarded_step
 from lets_kernels.learning.hypergradient import Trial
 from lets_kernels.learning.moving import Observed
-from lets_kernels.parts.direction import Perturbation
+from lets_kernels.parts.direction import Ascent, Perturbation
 from lets_kernels.parts.passes import FirstPass, Gradients, SecondPass, add_up, by_index, displacements, squared
 from lets_kernels.parts.radius import radii
 from lets_kernels.space.buckets import Runs
 from lets_kernels.space.shards import version
 from lets_kernels.step.capture import check_capture
-from lets_kernels.step.given_up import given_up
 from lets_kernels.step.precision import INTERVAL, measure
-from lets_kernels.step.workspace import Workspace
+from lets_kernels.step.workspace import Workspace, given_up
 
 
 @dataclass
@@ -30,6 +29,42 @@ class Lesson:
     trial: Trial
     #: The second gradients and their versions: nobody may change them until then.
     versions: list[tuple[Tensor, int]]
+
+
+class Start:
+    """The weights at θ + δ, for the first pass; ``restore`` is right, and harmless, at any point."""
+
+    def __init__(self, work: Workspace) -> None:
+        self._work = work
+        self._runs = [b.all_runs() for b in work.tables.current().buckets]
+        #: The weights are on their way there or back.
+        self.torn = self.given_up = False
+
+    @torch.no_grad()
+    def move(self) -> None:
+        w, self.torn = self._work, True
+        first = w.first_pass(self._runs, synced=False)
+        w.setting.network.weights_move()
+        one = torch.ones((), dtype=torch.float64, device=first.home)
+        for runs in self._runs:
+            room = first.room(runs)
+            w.setting.direction.start(runs, first)
+            near = one.to(runs.bucket.device)
+            Ascent.along(runs, room).perturb(near, near)
+        self.torn = False
+        if self.given_up:
+            for runs in self._runs:
+                runs.bucket.dirty.fill_(1)
+            self.restore()
+            raise given_up()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        self.torn = True
+        self._work.setting.network.weights_move()
+        for runs in self._runs:
+            runs.bucket.restore(runs)
+        self.torn = False
 
 
 class Step:

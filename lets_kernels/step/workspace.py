@@ -1,6 +1,9 @@
-"""What every step works with: what was set, the base optimizer, what is kept from step to step, and the tables."""
+"""What every step works with: what was set, the base optimizer, what is kept from step to step, and the tables.
 
-from collections.abc import Callable
+The tables of the parameters are built anew where groups or parameters have changed, and what hangs on them.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,18 +11,134 @@ import torch
 from torch import Tensor
 
 from lets_kernels.around.amp import LossScaling, Scaler
+from lets_kernels.around.publication import Publication
 from lets_kernels.base.state import Look
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.samples import Pass
-from lets_kernels.space.buckets import Runs
+from lets_kernels.space.buckets import Bucket, Runs
+from lets_kernels.space.layout import ParameterSpace
+from lets_kernels.step.precision import NARROW, warn_of_narrow
 from lets_kernels.step.setting import Setting
-from lets_kernels.step.tables import Tables
+
+
+class Tables:
+    """The buckets of an optimizer's parameters."""
+
+    def __init__(
+        self, setting: Setting, base: torch.optim.Optimizer, progress: Progress, publication: Publication
+    ) -> None:
+        self._setting, self._base, self._progress, self._publication = setting, base, progress, publication
+        #: As they were built last; see :meth:`current`.
+        self.space: ParameterSpace | None = None
+        #: What was measured last of a perturbation of 16-bit weights; nothing of these tables yet.
+        self.precision: dict[str, Tensor] = {}
+        #: Some of the parameters have 16 bits.
+        self.narrow = False
+        #: What captured CUDA graphs read and write; replays must find it, whatever has replaced it here.
+        self.captured: list[Any] = []
+
+    def current(self) -> ParameterSpace:
+        """The buckets, built anew where the groups or the parameters have changed."""
+        if self.space is None or not self.space.is_current(self._base.param_groups):
+            setting = self._setting
+            self.take_in_new_groups()
+            self.forget_replaced()
+            setting.network.bind()
+            setting.network.weights_move()  # parameters are found, and stand in their modules, in one piece a rank
+            setting.direction.bind(setting.model)
+            self._publication.cover(setting.model)
+            space = ParameterSpace(
+                self._base.param_groups,
+                setting.network.names(),
+                setting.direction.geometry,
+                setting.backend,
+                setting.flatten,
+                setting.direction.filter_dim,
+            )
+            self._check_ranks(space)
+            warn_of_narrow(space.buckets)
+            self.space, self.precision = space, {}
+            self.narrow = any(b.dtype in NARROW for b in space.buckets)
+            self._move_scalars(space.buckets)
+        return self.space
+
+    def agreed(self) -> ParameterSpace:
+        """As :meth:`current`, where all ranks come by: they agree on the seed before anything is drawn."""
+        space = self.current()
+        self._progress.random.agree(self._setting.replicas)
+        return space
+
+    def take_in_new_groups(self) -> None:
+        """Groups that were added to the base optimizer get what they lack."""
+        groups, keys = self._base.param_groups, self._setting.group_keys
+        if any(name not in group for group in groups for name in keys):
+            self._setting.direction.check_base(Look.at(self._base))
+            for group in groups:
+                for name, value in keys.items():
+                    group.setdefault(name, value)
+            self._setting.radius.bind(groups, self._progress.home)
+
+    def forget_replaced(self) -> None:
+        """Drop what is kept for parameters in whose places others stand by now, and which are in no group any more.
+
+        That of a parameter that was taken out, so that its group is of another length, stays, as in torch.
+        """
+        groups = [list(group["params"]) for group in self._base.param_groups]
+        present = {id(p) for group in groups for p in group}
+        placed = self._progress.placed
+        known = placed if len(placed) <= len(groups) else ()  # else a group was taken out
+        for before, now in zip(known, groups, strict=False):
+            for p in before if len(before) == len(now) else ():
+                if id(p) not in present:
+                    self._progress.held.state.pop(p, None)
+                    self._base.state.pop(p, None)
+        self._progress.placed = groups
+
+    def keep_for_graphs(self) -> None:
+        """Keep what the CUDA graph that is being captured refers to, as long as this optimizer lives.
+
+        Later steps may replace it here (``load_state_dict`` does), but not in the graph.
+        """
+        state = [t for entry in self._base.state.values() for t in entry.values() if isinstance(t, Tensor)]
+        radii = [g["rho"] for g in self._base.param_groups if isinstance(g["rho"], Tensor)]
+        held = [t for entry in self._progress.held.state.values() for t in entry.values()]
+        self.captured.append((self.current(), state, radii, held))
+
+    def _check_ranks(self, space: ParameterSpace) -> None:
+        """Find the ranks that take part, and refuse what would go wrong among them in silence."""
+        setting, random = self._setting, self._progress.random
+        if setting.model is None and any(b.spread for b in space.buckets):
+            raise ValueError(
+                "DTensor parameters need model=, the sharded module: its unsharded copies of the weights have to be "
+                "dropped whenever the weights move"
+            )
+        setting.replicas.find(setting.model, [p for b in space.buckets for p in b.params])
+        shared: Mapping[str, bool] = {
+            "a radius that is learned or finds itself": setting.radius.moves,
+            "random decisions": random.used and not random.given,
+            "decisions by the gradient": setting.schedule.looks_at_gradient,
+        }
+        what = next((name for name, present in shared.items() if present), None)
+        if setting.replicas.unclear and what is not None:
+            raise ValueError(
+                f"several ranks are there, and {what} must be the same on all that train one model: pass model=, the "
+                "DistributedDataParallel module, or process_group=; process_group='alone' if each rank trains a model "
+                "of its own"
+            )
+
+    def _move_scalars(self, buckets: list[Bucket]) -> None:
+        """What is counted and learned lies beside the first parameters, also where those have been moved."""
+        progress = self._progress
+        if buckets and buckets[0].device != progress.home:
+            progress.to(buckets[0].device)
+            self._setting.radius.to(progress.home)
+        progress.random.to(progress.home)
 
 
 @dataclass(eq=False)
 class Workspace:
-    """Nothing here tells whether a step has begun; see now.py for that."""
+    """Nothing here tells whether a step has begun; ``Now`` does."""
 
     setting: Setting
     base: torch.optim.Optimizer  # whose groups and state are the optimizer's
@@ -85,3 +204,11 @@ class Workspace:
         if scaler is not None:
             self.scaling.unscale(scaler, self.base.param_groups)
         return loss
+
+
+def given_up() -> RuntimeError:
+    """For a step that somebody else has ended."""
+    return RuntimeError(
+        "restore() was called in the middle of this step, by a signal handler perhaps: the step is given up, and the "
+        "weights are those from before it"
+    )

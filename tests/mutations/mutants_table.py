@@ -129,10 +129,10 @@ GROUPS = [
         ],
     ),
     (
-        "lets_kernels/step/watch.py",
+        "lets_kernels/step/closures.py",
         "tests/step/test_convention.py -k 'not cpu'",
         [
-            ("zeroed = self._zeroed or self._now", "zeroed = self._now"),
+            ("zeroed = self._zeroed or self._engine", "zeroed = self._engine"),
             ("elif not self._reached[i] and not self._holds_gradient(i):", "elif False:"),
             ("any(g is None or not g.requires_grad for g in self._replaced)", "bool(self._replaced)"),
             ("(is_spread(zero) or bool(zero.any()))", "False"),
