@@ -8,7 +8,7 @@ where H is the curvature: ``diagonal`` takes diag(ĝ²) as the paper does, ``sec
 both gradients are at hand already. The derivation treats the base optimizer's step as −η ĝ.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,8 @@ class Trial:
     gate: Tensor
     slope: float = 1.0  # of what the base optimizer stepped along, in the second gradient
     captured: bool = False  # the step is part of a CUDA graph
+    #: The second gradients and their versions: nobody may change them until the radius has learned.
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Share]:
         """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, for the mean over ranks.
@@ -135,7 +137,7 @@ class Trial:
                 copies[id(g)] = g.clone()
             return [{i: copies[id(g)] for i, g in each.items()} for each in gradients]
 
-        return replace(self, perturbed=own(self.perturbed), stepped=own(self.stepped))
+        return replace(self, perturbed=own(self.perturbed), stepped=own(self.stepped), versions=[])
 
     @staticmethod
     def fits(state: dict[str, Any], buckets: list[Bucket]) -> bool:

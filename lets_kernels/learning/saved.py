@@ -14,7 +14,7 @@ from lets_kernels.learning.hypergradient import Trial
 
 _ASCENT = {"bucket", "indices", "group", "places", "vectors", "xi", "q", "scaled", "saved", "filter_norms"}
 
-_TRIAL = {field.name for field in fields(Trial)} - {"captured", "buckets"}
+_TRIAL = {field.name for field in fields(Trial)} - {"captured", "buckets", "versions"}
 
 
 def check_learned(

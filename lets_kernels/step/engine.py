@@ -11,6 +11,7 @@ from torch import Tensor
 from lets_kernels.around.amp import unscale_by
 from lets_kernels.around.publication import Publication
 from lets_kernels.base.foreign import own_step
+from lets_kernels.learning.hypergradient import Trial
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.radius import RadiusWarning
@@ -20,7 +21,7 @@ from lets_kernels.step.capture import check_same_graph
 from lets_kernels.step.convention import Convention
 from lets_kernels.step.losses import as_scalar
 from lets_kernels.step.setting import Setting
-from lets_kernels.step.step import Lesson, Start, Step
+from lets_kernels.step.step import Start, Step
 from lets_kernels.step.tracing import untraced
 from lets_kernels.step.workspace import Tables, Workspace, given_up
 
@@ -41,7 +42,7 @@ class Now:
     started: bool = False
     #: The radius waits for closures to learn from the last step; the lesson, if that step has one.
     radius_waits: bool = False
-    lesson: Lesson | None = None
+    lesson: Trial | None = None
     #: Steps from which a radius could have learned and did not; None once it has.
     missed: int | None = 0
     #: What the schedule said of a step, and of which: as a rule it is asked once.
@@ -245,9 +246,9 @@ class Engine:
                     w.scaling.tell(step.gate)
                 now.lesson, now.step, now.radius_waits = step.lesson, None, radius.learns
                 if now.lesson is not None and not radius.learns:
-                    lesson, now.lesson = now.lesson, None
+                    trial, now.lesson = now.lesson, None
                     assert w.setting.learning is not None
-                    w.setting.learning.observe(lesson.trial, None, None, w.groups, w.setting.replicas)
+                    w.setting.learning.observe(trial, None, None, w.groups, w.setting.replicas)
         except BaseException:  # an interrupt after the base optimizer's step too: it must not be taken again
             self.restore()
             raise

@@ -28,12 +28,11 @@ def learn(e: Engine, train_closure: Closure | None, val_closure: Closure | None,
             "radius_step() comes after second_step(), once a step, and before the next first_step() or perturbed(), "
             "which write where the last step has left what the radius learns from"
         )
-    lesson, now.lesson, now.radius_waits, now.missed = now.lesson, None, False, None
-    if lesson is None:  # a step that the radius does not learn from
+    trial, now.lesson, now.radius_waits, now.missed = now.lesson, None, False, None
+    if trial is None:  # a step that the radius does not learn from
         return
-    trial = lesson.trial
     check_same_graph(trial.captured, "radius_step()", "the step before it")
-    if any(g._version != v for g, v in lesson.versions):
+    if any(g._version != v for g, v in trial.versions):
         raise RuntimeError(
             "the gradients of the perturbed pass were changed in place before radius_step(); zero them with "
             "set_to_none=True"

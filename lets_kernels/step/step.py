@@ -1,7 +1,6 @@
 """One step: from the first gradients to the base optimizer's step, and where the first pass is made, if beside θ."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -20,15 +19,6 @@ from lets_kernels.space.shards import version
 from lets_kernels.step.capture import check_capture
 from lets_kernels.step.precision import INTERVAL, measure
 from lets_kernels.step.workspace import Workspace, given_up
-
-
-@dataclass
-class Lesson:
-    """What a step has left for the radius to learn from."""
-
-    trial: Trial
-    #: The second gradients and their versions: nobody may change them until then.
-    versions: list[tuple[Tensor, int]]
 
 
 class Start:
@@ -82,7 +72,7 @@ class Step:
         setting, progress = work.setting, work.progress
         self.work, self.loss, self._keep = work, loss, keep
         self.perturbed_loss: Tensor | None = None
-        self.lesson: Lesson | None = None
+        self.lesson: Trial | None = None
         self.is_perturbed = self.torn = self.in_context = self.returned = False
         self.given_up = False  # by restore(), perhaps of a signal handler within one of the methods here
         #: Passes that this step has gone along so far.
@@ -286,8 +276,7 @@ class Step:
             else:
                 own_step(w.base)
         if learns and (self.perturbation.ascents or setting.replicas.groups):
-            versions = [(g, g._version) for h in hats for g in h.values()]
-            self.lesson = Lesson(self._trial(hats, [by_index(r) for r in second]), versions)
+            self.lesson = self._trial(hats, [by_index(r) for r in second])
         if products is not None:
             assert setting.comparing is not None
             setting.comparing.compare(products, self.gate, w.groups)
@@ -361,6 +350,7 @@ class Step:
             gate=self.gate,
             slope=self.work.setting.descent.slope,
             captured=self.captured,
+            versions=[(g, g._version) for h in hats for g in h.values()],
         )
 
     def metrics(self) -> dict[str, Tensor]:
