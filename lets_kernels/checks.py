@@ -66,16 +66,12 @@ def check_part(state: Any, present: Mapping[str, Any], what: str) -> None:
         scalar = isinstance(now, Tensor) and now.dim() == 0
         if not alike(value, now) or (number and isinstance(value, (bool, Tensor))) or (scalar and value is None):
             refuse(label, f"is {value!r}, and {now!r} has another kind")
-        if (number or scalar) and not bool(torch.isfinite(torch.as_tensor(value, device=_device(value)))):
+        # Where it is; numbers of Python not where torch makes tensors by default.
+        if (number or scalar) and not torch.isfinite(torch.as_tensor(value, device=getattr(value, "device", "cpu"))):
             refuse(label, f"is {value!r}, not a finite number")
         counts = isinstance(now, int) if number else scalar and not now.is_floating_point()
         if counts and (value < 0 or float(value) != int(value)):
             refuse(label, f"is {value!r}, not a count")
-
-
-def _device(value: Any) -> torch.device:
-    """Where a number is looked at: where it is, and for those of Python not where torch makes tensors by default."""
-    return value.device if isinstance(value, Tensor) else torch.device("cpu")
 
 
 def alike(value: Any, present: Any) -> bool:

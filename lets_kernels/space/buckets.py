@@ -176,8 +176,7 @@ class Bucket:
 
     def _flatten(self) -> None:
         self.flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        for p, (start, *_) in zip(self.params, self._rows.tolist(), strict=True):
-            home = self.flat.as_strided(p.size(), p.stride(), start)
+        for p, home in zip(self.params, self.views(self.flat), strict=True):
             home.copy_(p.detach())
             p.data = home
 

@@ -61,17 +61,11 @@ def _enter_first(e: Engine, network: AbstractContextManager[None]) -> None:
 
 
 @untraced
-def _leave_first(
-    e: Engine,
-    network: AbstractContextManager[None],
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-) -> None:
+def _leave_first(e: Engine, network: AbstractContextManager[None], *raised: Any) -> None:
     try:
-        e.end_start(failed=kind is not None)
+        e.end_start(failed=raised[0] is not None)
     finally:
-        network.__exit__(kind, error, traceback)
+        network.__exit__(*raised)
 
 
 class PerturbedContext:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 _LIGHTNING = ("lightning", "pytorch_lightning")
@@ -20,14 +21,7 @@ def stand_aside(proxy: type, ours: type) -> None:
     for cls in (c for c in proxy.__mro__[1:] if issubclass(c, ours)):
         for name in vars(cls):
             if not name.startswith("__") and not hasattr(front, name):  # one of us, as `front`, has them all
-                setattr(proxy, name, _handed_on(name))
-
-
-def _handed_on(name: str) -> property:
-    def get(self: Any) -> Any:
-        return self.__getattr__(name)
-
-    return property(get)
+                setattr(proxy, name, property(methodcaller("__getattr__", name)))
 
 
 def unwrap(closure: Any) -> Any:

@@ -23,8 +23,8 @@ class PrecisionWarning(UserWarning):
     """The weights are stored in 16 bits."""
 
 
-def warn_of_narrow(buckets: Sequence[Bucket]) -> None:
-    """Say, where weights have 16 bits, what that means, where to look and what to do."""
+def warn_of_narrow(buckets: Sequence[Bucket]) -> bool:
+    """Say, where weights have 16 bits, what that means, where to look and what to do; True if some have."""
     found = sorted({str(b.dtype) for b in buckets if b.dtype in NARROW})
     if found:
         warnings.warn(
@@ -34,6 +34,7 @@ def warn_of_narrow(buckets: Sequence[Bucket]) -> None:
             PrecisionWarning,
             stacklevel=2,
         )
+    return bool(found)
 
 
 def measure(ascents: Sequence[Ascent], total: Tensor, rho: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.samples import Pass
 from lets_kernels.space.buckets import Bucket, Runs
 from lets_kernels.space.layout import ParameterSpace
-from lets_kernels.step.precision import NARROW, warn_of_narrow
+from lets_kernels.step.precision import warn_of_narrow
 from lets_kernels.step.setting import Setting
 
 
@@ -57,9 +57,8 @@ class Tables:
                 setting.direction.filter_dim,
             )
             self._check_ranks(space)
-            warn_of_narrow(space.buckets)
+            self.narrow = warn_of_narrow(space.buckets)
             self.space, self.precision = space, {}
-            self.narrow = any(b.dtype in NARROW for b in space.buckets)
             self._move_scalars(space.buckets)
         return self.space
 
