@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lets_kernels.base.foreign import own_step
 from lets_kernels.base.fused import fused_as, fused_by
-from lets_kernels.checks import alike, check_keys, is_finite, is_number, refuse, shaped_as
+from lets_kernels.checks import alike, check_keys, expect, is_finite, is_number, refuse, shaped_as
 
 #: What a group has of ours.
 _OURS = ("rho", "adaptive", "xi")
@@ -62,8 +62,7 @@ def check_base(
             if not all(is_number(number) for number in numbers):
                 continue
             what = f"state_dict['param_groups'][{index}]"
-            if name not in group:
-                refuse(what, f"lacks {name}")
+            expect(name in group, what, f"lacks {name}")
             values = group[name] if isinstance(now, (list, tuple)) else (group[name],)
             if not isinstance(values, (list, tuple)) or len(values) != len(numbers) or not all(map(is_number, values)):
                 refuse(what, f"has {group[name]!r} for {name}, where {now!r} has another kind")
@@ -76,8 +75,7 @@ def check_base(
             continue
         p = params[places[key]]
         what = f"state_dict['state'][{key!r}]"
-        if not isinstance(entry, Mapping):
-            refuse(what, f"is a {type(entry).__name__}, not a dict")
+        expect(isinstance(entry, Mapping), what, f"is a {type(entry).__name__}, not a dict")
         for name in (*needs, *_asked_for(base, options[key])) if needs is not None and entry else ():
             if entry.get(name) is None:
                 refuse(what, f"lacks {name}")
@@ -131,15 +129,14 @@ def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> 
         refuse(what, f"is none that {type(optimizer).__name__} can load ({error})")
     for mine, loaded in zip(optimizer.param_groups, trial.param_groups, strict=True):
         for name in mine.keys() & optimizer.defaults.keys():
-            if name not in loaded or not alike(loaded[name], mine[name]):
-                refuse(f"{what}['param_groups']", f"has no usable {name}")
+            usable = name in loaded and alike(loaded[name], mine[name])
+            expect(usable, f"{what}['param_groups']", f"has no usable {name}")
         for p, q in zip(mine["params"], loaded["params"], strict=True):
             present, found = optimizer.state.get(p, {}), trial.state.get(q, {})
-            if not isinstance(found, Mapping):
-                refuse(f"{what}['state']", f"holds a {type(found).__name__}, not a dict")
+            expect(isinstance(found, Mapping), f"{what}['state']", f"holds a {type(found).__name__}, not a dict")
             for name in present if found or made else ():
-                if name not in found or not alike(found[name], present[name]):
-                    refuse(f"{what}['state']", f"has no usable {name}")
+                usable = name in found and alike(found[name], present[name])
+                expect(usable, f"{what}['state']", f"has no usable {name}")
     wrong = _tried_out(trial)
     if wrong is not None and _tried_out(copy.deepcopy(optimizer)) is None:  # else it says nothing of the state
         refuse(what, f"is none that {type(optimizer).__name__} can go on from ({wrong})")

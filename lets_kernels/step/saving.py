@@ -72,8 +72,8 @@ def _check_layout(state_dict: Any) -> None:
         expect(isinstance(found, kind), f"{what}[{name!r}]", f"is a {type(found).__name__}, not {known}")
     for index, group in enumerate(state_dict["param_groups"]):
         found = group.get("params") if isinstance(group, Mapping) else None
-        if not isinstance(found, (list, tuple)) or not all(isinstance(key, Hashable) for key in found):
-            refuse(f"{what}['param_groups'][{index}]", "has no list of params")
+        listed = isinstance(found, (list, tuple)) and all(isinstance(key, Hashable) for key in found)
+        expect(listed, f"{what}['param_groups'][{index}]", "has no list of params")
 
 
 def _check_held(held: Mapping[Any, Mapping[str, Any]], params: Sequence[Tensor], names: Iterable[str]) -> None:
