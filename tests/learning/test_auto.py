@@ -314,6 +314,8 @@ def test_a_radius_a_group_goes_by_its_own_gradients():
     for name in lk.AutoRadius.COLUMNS:
         assert [value.item() for value in state[name]] == pytest.approx([now[name] for now in nows], rel=1e-9), name
     assert opt.rho[0].item() != pytest.approx(opt.rho[1].item(), rel=0.01)
+    assert [group["rho"].item() for group in opt.param_groups] == opt.rho.tolist()
+    assert [opt.radius.value(k, {}, STEPS).item() for k in range(2)] == opt.rho.tolist()
 
 
 def test_weights_before_the_last_step_are_where_perturbations_are_undone_from():

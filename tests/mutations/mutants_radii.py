@@ -43,7 +43,11 @@ GROUPS = [
     (
         "lets_kernels/learning/moving.py",
         "tests/learning/test_auto.py -k a_radius_a_group",
-        [("self._log(index if self.per_group else 0)", "self._log(0)")],
+        [
+            ("self._log(index if self.per_group else 0)", "self._log(0)"),
+            ("k = index if self.per_group else 0", "k = 0"),
+            ("radii[index if self.per_group else 0]", "radii[0]"),
+        ],
     ),
     (
         "lets_kernels/parts/passes.py",
