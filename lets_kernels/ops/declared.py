@@ -65,14 +65,9 @@ class Backend(Protocol):
 
     @op(reads="vectors", element_wise="params")
     def grad_norm(
-        self,
-        vectors: Tensors,
-        params: MaybeTensors,
-        table: Table,
-        filter_norms: FilterNorms | None,
-        xi: float,
+        self, vectors: Tensors, params: MaybeTensors, table: Table, filter_norms: FilterNorms | None, xi: float,
         q: float,
-    ) -> Number:
+    ) -> Number:  # fmt: skip
         """Σ |Tv|^q"""
 
     @op(filter_wise="params")
@@ -81,18 +76,9 @@ class Backend(Protocol):
 
     @op(reads="params vectors")
     def perturb_(
-        self,
-        params: Written[Tensors],
-        vectors: MaybeTensors,
-        saved: Written[Flat],
-        dirty: Written[Count],
-        table: Table,
-        filter_norms: FilterNorms | None,
-        xi: float,
-        q: float,
-        total: Number,
-        rho: Number,
-    ) -> None:
+        self, params: Written[Tensors], vectors: MaybeTensors, saved: Written[Flat], dirty: Written[Count],
+        table: Table, filter_norms: FilterNorms | None, xi: float, q: float, total: Number, rho: Number,
+    ) -> None:  # fmt: skip
         """saved <- θ, then θ <- θ + ρ T sign(Tv)|Tv|^(q-1) / total^(1/p)"""
 
     @op(reads="saved")
@@ -101,91 +87,39 @@ class Backend(Protocol):
 
     @op(reads="saved grads momenta")
     def restore_sgd_(
-        self,
-        params: Written[Tensors],
-        grads: Tensors,
-        momenta: Written[MaybeTensors],
-        saved: Flat,
-        dirty: Written[Count],
-        table: Table,
-        gate: Number,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        nesterov: bool,
-        maximize: bool,
-    ) -> None:
+        self, params: Written[Tensors], grads: Tensors, momenta: Written[MaybeTensors], saved: Flat,
+        dirty: Written[Count], table: Table, gate: Number, lr: float, momentum: float, weight_decay: float,
+        nesterov: bool, maximize: bool,
+    ) -> None:  # fmt: skip
         """A step of SGD from the weights before they were perturbed"""
 
     @op(reads="saved grads exp_avgs exp_avg_sqs")
     def restore_adamw_(
-        self,
-        params: Written[Tensors],
-        grads: Tensors,
-        exp_avgs: Written[Tensors],
-        exp_avg_sqs: Written[Tensors],
-        steps: Written[Steps],
-        saved: Flat,
-        dirty: Written[Count],
-        table: Table,
-        gate: Number,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        decoupled: bool,
-        maximize: bool,
-    ) -> None:
+        self, params: Written[Tensors], grads: Tensors, exp_avgs: Written[Tensors], exp_avg_sqs: Written[Tensors],
+        steps: Written[Steps], saved: Flat, dirty: Written[Count], table: Table, gate: Number, lr: float, beta1: float,
+        beta2: float, eps: float, weight_decay: float, decoupled: bool, maximize: bool,
+    ) -> None:  # fmt: skip
         """A step of Adam or AdamW from the weights before they were perturbed"""
 
     @op(reads="saved grads exp_avgs")
     def restore_lion_(
-        self,
-        params: Written[Tensors],
-        grads: Tensors,
-        exp_avgs: Written[Tensors],
-        saved: Flat,
-        dirty: Written[Count],
-        table: Table,
-        gate: Number,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        weight_decay: float,
-    ) -> None:
+        self, params: Written[Tensors], grads: Tensors, exp_avgs: Written[Tensors], saved: Flat, dirty: Written[Count],
+        table: Table, gate: Number, lr: float, beta1: float, beta2: float, weight_decay: float,
+    ) -> None:  # fmt: skip
         """A step of Lion from the weights before they were perturbed"""
 
     @op(reads="saved grads exp_avgs precisions")
     def restore_bsam_(
-        self,
-        params: Written[Tensors],
-        grads: Tensors,
-        exp_avgs: Written[Tensors],
-        precisions: Tensors,
-        saved: Flat,
-        dirty: Written[Count],
-        table: Table,
-        gate: Number,
-        lr: float,
-        beta1: float,
-        weight_decay: float,
-    ) -> None:
+        self, params: Written[Tensors], grads: Tensors, exp_avgs: Written[Tensors], precisions: Tensors, saved: Flat,
+        dirty: Written[Count], table: Table, gate: Number, lr: float, beta1: float, weight_decay: float,
+    ) -> None:  # fmt: skip
         """A step of Variational SAM from the weights before they were perturbed"""
 
     @op(reads="val train perturbed vectors", element_wise="params")
     def rho_grad_diagonal(
-        self,
-        val: Tensors,
-        train: MaybeTensors,
-        perturbed: Tensors,
-        vectors: Tensors,
-        params: MaybeTensors,
-        table: Table,
-        filter_norms: FilterNorms | None,
-        xi: float,
-        q: float,
-    ) -> Number:
+        self, val: Tensors, train: MaybeTensors, perturbed: Tensors, vectors: Tensors, params: MaybeTensors,
+        table: Table, filter_norms: FilterNorms | None, xi: float, q: float,
+    ) -> Number:  # fmt: skip
         """(val - train)ᵀ ĝ² T sign(Tv)|Tv|^(q-1)"""
 
     @op(reads="val train perturbed first")
@@ -214,85 +148,44 @@ class Backend(Protocol):
 
     @op(reads="averages vectors")
     def average_(
-        self,
-        averages: Written[Tensors],
-        vectors: Tensors,
-        out: Written[MaybeTensors],
-        updates: Written[Count],
-        table: Table,
-        gate: Number,
-        decay: float,
-        a: float,
-        b: float,
-    ) -> Number:
+        self, averages: Written[Tensors], vectors: Tensors, out: Written[MaybeTensors], updates: Written[Count],
+        table: Table, gate: Number, decay: float, a: float, b: float,
+    ) -> Number:  # fmt: skip
         """m <- decay m + (1 - decay) x, then out <- a x + b m; Σ out²"""
 
     @op(reads="precisions grads")
     def posterior_ascent_(
-        self,
-        out: Written[Tensors],
-        precisions: Written[Tensors],
-        grads: Tensors,
-        table: Table,
-        gate: Number,
-        beta2: float,
-        damping: float,
-    ) -> None:
+        self, out: Written[Tensors], precisions: Written[Tensors], grads: Tensors, table: Table, gate: Number,
+        beta2: float, damping: float,
+    ) -> None:  # fmt: skip
         """out <- g/s, then s <- beta2 s + (1 - beta2)(√s |g| + damping)"""
 
     @op(reads="vectors")
     def noise_(
-        self,
-        out: Written[Tensors],
-        vectors: MaybeTensors,
-        precisions: MaybeTensors,
-        table: Table,
-        filter_norms: FilterNorms | None,
-        random: Random,
-        stream: Stream,
-        a: float,
-        std: float,
-    ) -> Number:
+        self, out: Written[Tensors], vectors: MaybeTensors, precisions: MaybeTensors, table: Table,
+        filter_norms: FilterNorms | None, random: Random, stream: Stream, a: float, std: float,
+    ) -> Number:  # fmt: skip
         """out <- a v + std S n with n standard normal; Σ out²"""
 
     @op(reads="vectors mask")
     def masked_(
-        self,
-        out: Written[Tensors],
-        vectors: Tensors,
-        mask: Mask | None,
-        table: Table,
-        random: Random,
-        stream: Stream,
+        self, out: Written[Tensors], vectors: Tensors, mask: Mask | None, table: Table, random: Random, stream: Stream,
         share: float,
-    ) -> Number:
+    ) -> Number:  # fmt: skip
         """out <- v where the mask is set or drawn, else 0; Σ v²"""
 
     @op(reads="vectors mask")
     def count_above(
-        self,
-        vectors: MaybeTensors,
-        mask: Mask,
-        table: Table,
-        threshold: Count,
-        random: Random,
-        stream: Stream,
+        self, vectors: MaybeTensors, mask: Mask, table: Table, threshold: Count, random: Random, stream: Stream,
         member: int,
-    ) -> Number:
+    ) -> Number:  # fmt: skip
         """How many elements, of those whose mask is `member`, have keys above the threshold"""
 
     @op(reads="vectors mask")
     def select_(
-        self,
-        mask: Written[Mask],
-        vectors: MaybeTensors,
-        table: Table,
-        threshold: Count,
-        random: Random,
-        stream: Stream,
-        member: int,
-        value: int,
-    ) -> None:
+        self, mask: Written[Mask], vectors: MaybeTensors, table: Table, threshold: Count, random: Random,
+        stream: Stream, member: int, value: int,
+    ) -> None:  # fmt: skip
         """mask <- value for the elements that count_above counts"""
 
     @op(reads="vectors")

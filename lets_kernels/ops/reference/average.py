@@ -1,26 +1,17 @@
 """Moving averages of gradients, and what a perturbation makes of them."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import root, runs, wide
+from lets_kernels.ops.reference.shared import Tensors, root, runs, wide
 
 __all__ = ["average_", "posterior_ascent_"]
 
 
 def average_(
-    averages: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    out: Sequence[Tensor],
-    updates: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    decay: float,
-    a: float,
-    b: float,
-) -> Tensor:
+    averages: Tensors, vectors: Tensors, out: Tensors, updates: Tensor, table: Tensor, gate: Tensor, decay: float,
+    a: float, b: float,
+) -> Tensor:  # fmt: skip
     """m <- decay m + (1 - decay) x, then v = a x + b m; Σ v², of v as it is stored.
 
     Where ``updates`` is zero the average begins: m and v are x. Where the gate is closed m stays as it is, and v is
@@ -43,13 +34,7 @@ def average_(
 
 
 def posterior_ascent_(
-    out: Sequence[Tensor],
-    precisions: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    table: Tensor,
-    gate: Tensor,
-    beta2: float,
-    damping: float,
+    out: Tensors, precisions: Tensors, grads: Tensors, table: Tensor, gate: Tensor, beta2: float, damping: float
 ) -> None:
     """out <- g/s, then s <- β₂ s + (1 - β₂)(√s |g| + damping) (Möllenhoff & Khan, 2023).
 

@@ -1,21 +1,21 @@
 """Two vectors: their inner products, and linear combinations of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import runs, wide
+from lets_kernels.ops.reference.shared import Tensors, runs, wide
 
 __all__ = ["combine_", "displacement_dots", "dots"]
 
 
-def dots(x: Sequence[Tensor], y: Sequence[Tensor], table: Tensor) -> Tensor:
+def dots(x: Tensors, y: Tensors, table: Tensor) -> Tensor:
     """x·x, x·y and y·y over all runs: float64, of shape [3], from products of float64."""
     return _products(runs(x, table), runs(y, table), x[0].device if len(x) else None)
 
 
-def displacement_dots(grads: Sequence[Tensor], params: Sequence[Tensor], saved: Tensor, table: Tensor) -> Tensor:
+def displacement_dots(grads: Tensors, params: Tensors, saved: Tensor, table: Tensor) -> Tensor:
     """g·g, g·Δ and Δ·Δ over all runs, where Δ = θ - saved is what the last step has moved: float64, of shape [3]."""
     pairs = zip(runs(params, table), runs([saved], table), strict=True)
     return _products(runs(grads, table), (wide(theta) - wide(old) for theta, old in pairs), saved.device)
@@ -30,14 +30,7 @@ def _products(xs: Iterable[Tensor], ys: Iterable[Tensor], device: torch.device |
     return total
 
 
-def combine_(
-    out: Sequence[Tensor],
-    x: Sequence[Tensor],
-    y: Sequence[Tensor],
-    table: Tensor,
-    coefficients: Tensor,
-    gate: Tensor,
-) -> None:
+def combine_(out: Tensors, x: Tensors, y: Tensors, table: Tensor, coefficients: Tensor, gate: Tensor) -> None:
     """out <- a x + b y, where the gate is open (0-d float64, not 0); ``out`` may be x or y itself.
 
     ``coefficients`` holds a and b, float64 of shape [2], rounded to the arithmetic type.

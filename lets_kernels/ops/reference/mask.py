@@ -5,25 +5,17 @@ bits: those of |v| as float32, and below them a random word, which decides betwe
 the word alone, moved up by 31 bits.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from lets_kernels.ops.reference.noise import words
-from lets_kernels.ops.reference.shared import runs, wide
+from lets_kernels.ops.reference.shared import Tensors, runs, wide
 
 __all__ = ["count_above", "masked_", "select_"]
 
 
 def masked_(
-    out: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    mask: Tensor | None,
-    table: Tensor,
-    random: Tensor,
-    stream: int,
-    share: float,
+    out: Tensors, vectors: Tensors, mask: Tensor | None, table: Tensor, random: Tensor, stream: int, share: float
 ) -> Tensor:
     """out <- v where the mask is set, else 0 (Mi et al., 2022); Σ v² of all elements, 0-d float64.
 
@@ -48,13 +40,7 @@ def masked_(
 
 
 def _above(
-    vectors: Sequence[Tensor],
-    mask: Tensor,
-    table: Tensor,
-    threshold: Tensor,
-    random: Tensor,
-    stream: int,
-    member: int,
+    vectors: Tensors, mask: Tensor, table: Tensor, threshold: Tensor, random: Tensor, stream: int, member: int
 ) -> list[tuple[Tensor, Tensor]]:
     """The mask of each run, and where its elements have keys above the threshold and a mask of ``member``."""
     found = []
@@ -68,13 +54,7 @@ def _above(
 
 
 def count_above(
-    vectors: Sequence[Tensor],
-    mask: Tensor,
-    table: Tensor,
-    threshold: Tensor,
-    random: Tensor,
-    stream: int,
-    member: int,
+    vectors: Tensors, mask: Tensor, table: Tensor, threshold: Tensor, random: Tensor, stream: int, member: int
 ) -> Tensor:
     """How many elements, of those whose mask is ``member`` (-1: of all), have keys above the threshold: 0-d float64.
 
@@ -90,15 +70,9 @@ def count_above(
 
 
 def select_(
-    mask: Tensor,
-    vectors: Sequence[Tensor],
-    table: Tensor,
-    threshold: Tensor,
-    random: Tensor,
-    stream: int,
-    member: int,
+    mask: Tensor, vectors: Tensors, table: Tensor, threshold: Tensor, random: Tensor, stream: int, member: int,
     value: int,
-) -> None:
+) -> None:  # fmt: skip
     """Set the mask to ``value``, of 0 to 255, for the elements that :func:`count_above` counts."""
     for own, above in _above(vectors, mask, table, threshold, random, stream, member):
         own.masked_fill_(above, value)

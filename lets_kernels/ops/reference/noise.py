@@ -6,12 +6,10 @@ The normal numbers are float32 by Box and Muller, in operations that round in on
 everywhere.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import filter_of, root, runs, wide
+from lets_kernels.ops.reference.shared import Tensors, filter_of, root, runs, wide
 
 __all__ = ["noise_"]
 
@@ -66,16 +64,9 @@ def normals(start: int, numel: int, random: Tensor, stream: int) -> Tensor:
 
 
 def noise_(
-    out: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    precisions: Sequence[Tensor],
-    table: Tensor,
-    filter_norms: Tensor | None,
-    random: Tensor,
-    stream: int,
-    a: float,
-    std: float,
-) -> Tensor:
+    out: Tensors, vectors: Tensors, precisions: Tensors, table: Tensor, filter_norms: Tensor | None, random: Tensor,
+    stream: int, a: float, std: float,
+) -> Tensor:  # fmt: skip
     """out <- a v + std S n with n standard normal; Σ out², of what is stored.
 
     S is the norm of the element's filter where its run has filters, 1/√s where precisions s are given, else 1. No

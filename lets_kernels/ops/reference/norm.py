@@ -1,22 +1,15 @@
 """Norms, and whether they are finite."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import runs, scaling, wide
+from lets_kernels.ops.reference.shared import Tensors, runs, scaling, wide
 
 __all__ = ["all_finite_", "filter_norms", "grad_norm", "largest", "peaks_"]
 
 
 def grad_norm(
-    vectors: Sequence[Tensor],
-    params: Sequence[Tensor],
-    table: Tensor,
-    filter_norms: Tensor | None,
-    xi: float,
-    q: float,
+    vectors: Tensors, params: Tensors, table: Tensor, filter_norms: Tensor | None, xi: float, q: float
 ) -> Tensor:
     """Σ |Tv|^q over all elements (Foret et al., 2021, Eq. 2; Kwon et al., 2021, §3): the q-th power of the norm of Tv.
 
@@ -35,7 +28,7 @@ def grad_norm(
     return total
 
 
-def filter_norms(params: Sequence[Tensor], table: Tensor, out: Tensor) -> None:
+def filter_norms(params: Tensors, table: Tensor, out: Tensor) -> None:
     """out <- ‖c‖, the Euclidean norm of every filter c of θ (LETS: Wang et al., 2024, Eq. 7), in the order of the run
     table.
 
@@ -48,7 +41,7 @@ def filter_norms(params: Sequence[Tensor], table: Tensor, out: Tensor) -> None:
             out[row_start : row_start + row_count] = filters.square().sum(dim=(0, 2)).sqrt()
 
 
-def all_finite_(values: Sequence[Tensor], skipped: Tensor) -> Tensor:
+def all_finite_(values: Tensors, skipped: Tensor) -> Tensor:
     """1 if all values are finite, else 0, and then ``skipped`` counts one more: a gate, without asking the host.
 
     ``values`` are any number of 0-d float64 tensors, ``skipped`` is 0-d int64. Returns a 0-d float64 tensor.
@@ -58,7 +51,7 @@ def all_finite_(values: Sequence[Tensor], skipped: Tensor) -> Tensor:
     return finite.double()
 
 
-def largest(vectors: Sequence[Tensor], table: Tensor) -> Tensor:
+def largest(vectors: Tensors, table: Tensor) -> Tensor:
     """max |v|, which is NaN where an element is: 0-d float64, 0 of no elements."""
     highest = torch.zeros((), dtype=torch.float64, device=vectors[0].device if len(vectors) else None)
     for v in runs(vectors, table):
@@ -67,7 +60,7 @@ def largest(vectors: Sequence[Tensor], table: Tensor) -> Tensor:
     return highest
 
 
-def peaks_(out: Sequence[Tensor], vectors: Sequence[Tensor], table: Tensor, largest: Tensor) -> Tensor:
+def peaks_(out: Tensors, vectors: Tensors, table: Tensor, largest: Tensor) -> Tensor:
     """sign(v) where |v| is the largest, else 0 (Foret et al., 2021, Eq. 2, as p goes to 1); how many there are."""
     count = torch.zeros((), dtype=torch.float64, device=largest.device)
     for to, v in zip(runs(out, table), runs(vectors, table), strict=True):

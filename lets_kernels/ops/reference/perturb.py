@@ -1,27 +1,17 @@
 """Perturb and restore."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import dual, runs, scaling, wide
+from lets_kernels.ops.reference.shared import Tensors, dual, runs, scaling, wide
 
 __all__ = ["perturb_", "restore_"]
 
 
 def perturb_(
-    params: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    saved: Tensor,
-    dirty: Tensor,
-    table: Tensor,
-    filter_norms: Tensor | None,
-    xi: float,
-    q: float,
-    total: Tensor,
-    rho: Tensor,
-) -> None:
+    params: Tensors, vectors: Tensors, saved: Tensor, dirty: Tensor, table: Tensor, filter_norms: Tensor | None,
+    xi: float, q: float, total: Tensor, rho: Tensor,
+) -> None:  # fmt: skip
     """θ <- θ + ρ T sign(Tv)|Tv|^(q-1) / total^(1/p) with 1/p + 1/q = 1 (Foret et al., 2021, Eq. 2; LETS Eq. 7).
 
     ``total`` is Σ |Tv|^q as :func:`grad_norm` has it, over all buckets and ranks, and ``rho`` the radius ‖T⁻¹ε‖_p (in
@@ -48,7 +38,7 @@ def perturb_(
         theta.copy_(torch.where(moves, ascended.to(theta.dtype), theta))
 
 
-def restore_(params: Sequence[Tensor], saved: Tensor, dirty: Tensor, table: Tensor) -> None:
+def restore_(params: Tensors, saved: Tensor, dirty: Tensor, table: Tensor) -> None:
     """θ <- saved where ``dirty`` is not 0, bit for bit; then ``dirty`` is 0. :func:`perturb_` leaves both so."""
     for theta, old in zip(runs(params, table), runs([saved], table), strict=True):
         theta.copy_(torch.where(dirty != 0, old, theta))

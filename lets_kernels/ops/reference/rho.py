@@ -1,26 +1,17 @@
 """The gradient in the radius (LETS)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import dual, runs, scaling, wide
+from lets_kernels.ops.reference.shared import Tensors, dual, runs, scaling, wide
 
 __all__ = ["rho_grad_diagonal", "rho_grad_secant"]
 
 
 def rho_grad_diagonal(
-    val: Sequence[Tensor],
-    train: Sequence[Tensor],
-    perturbed: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    params: Sequence[Tensor],
-    table: Tensor,
-    filter_norms: Tensor | None,
-    xi: float,
-    q: float,
-) -> Tensor:
+    val: Tensors, train: Tensors, perturbed: Tensors, vectors: Tensors, params: Tensors, table: Tensor,
+    filter_norms: Tensor | None, xi: float, q: float,
+) -> Tensor:  # fmt: skip
     """(val - train)ᵀ H T sign(Tv)|Tv|^(q-1) with the curvature H = diag(ĝ²) (LETS: Wang et al., 2024).
 
     ``val`` and ``train`` are the gradients of the two losses after the step (no ``train``: zero), ``perturbed`` is ĝ
@@ -37,9 +28,7 @@ def rho_grad_diagonal(
     return _outer_product(val, train, curved, table)
 
 
-def rho_grad_secant(
-    val: Sequence[Tensor], train: Sequence[Tensor], perturbed: Sequence[Tensor], first: Sequence[Tensor], table: Tensor
-) -> Tensor:
+def rho_grad_secant(val: Tensors, train: Tensors, perturbed: Tensors, first: Tensors, table: Tensor) -> Tensor:
     """(val - train)ᵀ (ĝ - g): as :func:`rho_grad_diagonal` with the curvature of the secant, H ε = ĝ - g.
 
     ``first`` is g, the gradient at the weights before they were perturbed by ε, ``perturbed`` ĝ, that after. Without
@@ -49,7 +38,7 @@ def rho_grad_secant(
     return _outer_product(val, train, [h.double() - g.double() for h, g in pairs], table)
 
 
-def _outer_product(val: Sequence[Tensor], train: Sequence[Tensor], inner: list[Tensor], table: Tensor) -> Tensor:
+def _outer_product(val: Tensors, train: Tensors, inner: list[Tensor], table: Tensor) -> Tensor:
     """(val - train)^T inner over all runs, in float64; no `train` stands for zero."""
     trains = runs(train, table) if len(train) else [None] * len(table)
     total = torch.zeros((), dtype=torch.float64, device=val[0].device if len(val) else None)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
 
+Tensors = Sequence[Tensor]  # one dense tensor a run, or one flat buffer
 
-def runs(tensors: Sequence[Tensor], table: Tensor) -> list[Tensor]:
+
+def runs(tensors: Tensors, table: Tensor) -> list[Tensor]:
     """One 1-d view a row of the table, in memory order, of a list of dense tensors or of one flat buffer."""
     rows = table.tolist()
     if len(tensors) == 1 and (len(rows) != 1 or tensors[0].numel() != rows[0][1]):

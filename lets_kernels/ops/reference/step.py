@@ -1,29 +1,17 @@
 """Restore fused with the step of a base optimizer."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import runs, wide
+from lets_kernels.ops.reference.shared import Tensors, runs, wide
 
 __all__ = ["restore_adamw_", "restore_bsam_", "restore_lion_", "restore_sgd_"]
 
 
 def restore_sgd_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    saved: Tensor,
-    dirty: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-) -> None:
+    params: Tensors, grads: Tensors, momenta: Tensors, saved: Tensor, dirty: Tensor, table: Tensor, gate: Tensor,
+    lr: float, momentum: float, weight_decay: float, nesterov: bool, maximize: bool,
+) -> None:  # fmt: skip
     """A step of torch.optim.SGD with dampening 0, from the weights before they were perturbed.
 
     g <- g + λ w (after -g where ``maximize``), m <- μ m + g, w <- w - lr (g + μ m where ``nesterov``, else m); w are
@@ -51,23 +39,10 @@ def restore_sgd_(
 
 
 def restore_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    saved: Tensor,
-    dirty: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-) -> None:
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors, saved: Tensor,
+    dirty: Tensor, table: Tensor, gate: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    decoupled: bool, maximize: bool,
+) -> None:  # fmt: skip
     """A step of torch.optim.Adam, or with ``decoupled`` of AdamW, from the weights before they were perturbed.
 
     m <- m + (1 - β₁)(g - m), v <- β₂ v + (1 - β₂) g², w <- w - lr/(1 - β₁ᵗ) m / (√v/√(1 - β₂ᵗ) + eps) (Kingma & Ba,
@@ -98,18 +73,9 @@ def restore_adamw_(
 
 
 def restore_lion_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    saved: Tensor,
-    dirty: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-) -> None:
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, saved: Tensor, dirty: Tensor, table: Tensor, gate: Tensor,
+    lr: float, beta1: float, beta2: float, weight_decay: float,
+) -> None:  # fmt: skip
     """A step of Lion from the weights before they were perturbed (Chen et al., 2023, Algorithm 2).
 
     c = β₁ m + (1 - β₁) g, w <- w - lr (sign(c) + λ w), m <- β₂ m + (1 - β₂) g, with λ = ``weight_decay``: every element
@@ -129,18 +95,9 @@ def restore_lion_(
 
 
 def restore_bsam_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    precisions: Sequence[Tensor],
-    saved: Tensor,
-    dirty: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    lr: float,
-    beta1: float,
-    weight_decay: float,
-) -> None:
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, precisions: Tensors, saved: Tensor, dirty: Tensor,
+    table: Tensor, gate: Tensor, lr: float, beta1: float, weight_decay: float,
+) -> None:  # fmt: skip
     """A step of Variational SAM from the weights before they were perturbed (Möllenhoff & Khan, 2023).
 
     m <- β₁ m + (1 - β₁)(g + δ w), w <- w - lr m/s with the precisions s, which are read, and δ = ``weight_decay``. The
