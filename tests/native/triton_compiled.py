@@ -21,7 +21,6 @@ from lets_kernels.ops import triton as ops
 from lets_kernels.ops.declared import FISHER
 from lets_kernels.ops.triton import (
     average,
-    bsam,
     combine,
     device,
     launch,
@@ -41,7 +40,7 @@ KERNELS = (
     norm.norm_kernel, norm.long_filters_kernel, norm.short_filters_kernel, norm.finite_kernel, perturb.perturb_kernel,
     perturb.restore_kernel, step.sgd_kernel, step.adam_kernel, step.lion_kernel, step.adam_counts_kernel,
     rho.diagonal_kernel, rho.secant_kernel, device.add_slots, combine.dots_kernel, combine.displacement_kernel,
-    combine.combine_kernel, average.average_kernel, average.updates_kernel, average.ascent_kernel, bsam.bsam_kernel,
+    combine.combine_kernel, average.average_kernel, average.updates_kernel, average.ascent_kernel, step.bsam_kernel,
     noise.noise_kernel, mask.masked_kernel, mask.count_kernel, mask.select_kernel, peaks.largest_kernel,
     peaks.largest_slot, peaks.peaks_kernel,
 )  # fmt: skip

@@ -26,9 +26,10 @@ if tuple(int(x) for x in _triton.__version__.split(".")[:2]) < MINIMUM:
 
 VERSION: str = _triton.__version__
 
-from lets_kernels.ops.declared import OPS, Backend, Op  # noqa: E402
+from lets_kernels.ops.declared import OPS, Op  # noqa: E402
 from lets_kernels.ops.triton import launchers  # noqa: E402
 from lets_kernels.ops.triton.device import INTERPRETED as INTERPRETED  # noqa: E402
+from lets_kernels.ops.triton.launch import Call, Packed  # noqa: E402
 
 
 def refuses() -> str | None:
@@ -40,7 +41,6 @@ def refuses() -> str | None:
     return None
 
 
-_launchers: Backend = launchers  # what is missing there, or has other arguments, mypy names
 _library = torch.library.Library("lets_kernels_triton", "DEF")
 
 
@@ -56,15 +56,15 @@ def _fake(op: Op) -> Callable[..., Tensor | None]:
 
 def _registered(op: Op) -> Callable[..., Any]:
     """The op: its launcher, or its operator while torch.compile traces."""
-    launcher: Callable[..., Any] = getattr(_launchers, op.name)
+    launcher: Callable[[Call], Any] = getattr(launchers, op.name)
     _library.define(op.schema)
     for key in ("CPU", "CUDA", "XPU"):
-        _library.impl(op.name, launcher, key)
+        _library.impl(op.name, lambda *arguments: launcher(Call(op, arguments)), key)
     torch.library.register_fake(f"lets_kernels_triton::{op.name}", _fake(op), lib=_library)
     operator = getattr(torch.ops.lets_kernels_triton, op.name).default
 
     def call(*arguments: Any) -> Any:
-        return operator(*arguments) if torch.compiler.is_compiling() else launcher(*arguments)
+        return operator(*arguments) if torch.compiler.is_compiling() else launcher(Call(op, arguments))
 
     call.__name__, call.__doc__ = op.name, f"As :func:`lets_kernels.ops.reference.{op.name}`."
     return call
@@ -72,7 +72,7 @@ def _registered(op: Op) -> Callable[..., Any]:
 
 def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
     """As :func:`lets_kernels.ops.native.pack`: the list with its addresses, read once for several ops."""
-    return tensors if torch.compiler.is_compiling() else _launchers.pack(tensors, anchor)
+    return tensors if torch.compiler.is_compiling() else Packed(tensors)
 
 
 globals().update({op.name: _registered(op) for op in OPS})

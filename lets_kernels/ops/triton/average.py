@@ -1,35 +1,31 @@
 """Moving averages of gradients. average_: reads m, x; writes m, out. posterior_ascent_: reads g, s; writes out, s."""
 
-from collections.abc import Sequence
-
-import torch
 import triton.language as tl
 from torch import Tensor
 
-from lets_kernels.ops.triton import launch
 from lets_kernels.ops.triton.device import (
     chunk_at,
     divide,
     elements,
+    for_blocks,
     helper,
     kernel,
     load,
-    masked,
     narrow,
     square_root,
     store,
-    tree_sum,
+    sum_blocks,
 )
+from lets_kernels.ops.triton.launch import Call
 
 __all__ = ["average_", "posterior_ascent_"]
 
 
 @helper
 def _average(
-    m, x, out, begins, go, o, at, count,
-    OUT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr,
+    m, x, out, begins, go, decay, rest, a, b, OUT: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr,
+    at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    decay, rest, a, b = o
     old = load(m, at, count, MASKED, BLOCK)
     new = load(x, at, count, MASKED, BLOCK)
     wide = new.to(C)
@@ -40,29 +36,23 @@ def _average(
     if OUT:
         store(out, v, at, count, MASKED, BLOCK)
     term = v.to(tl.float64)
-    return masked(term * term, at, count, MASKED, BLOCK)
+    return term * term
 
 
 @kernel
 def average_kernel(
-    slots, chunks, runs, ms, xs, outs, updates, gate,
+    slots, chunks, averages, vectors, out, updates, gate,
     decay: tl.float64, rest: tl.float64, a: tl.float64, b: tl.float64,
     OUT: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64)
-    run, begin, count = chunk_at(chunks, index)
-    m, x = elements(ms, run, begin, DTYPE, ALIGNED), elements(xs, run, begin, DTYPE, ALIGNED)
-    out = elements(outs, run, begin, DTYPE, ALIGNED)
+    run, begin, count = chunk_at(chunks)
+    m, x = elements(averages, run, begin, DTYPE, ALIGNED), elements(vectors, run, begin, DTYPE, ALIGNED)
+    to = elements(out, run, begin, DTYPE, ALIGNED)
     begins, go = tl.load(updates) == 0, tl.load(gate) != 0
-    options = tl.full([], decay, C), tl.full([], rest, C), tl.full([], a, C), tl.full([], b, C)
-    whole = count // BLOCK * BLOCK
-    total = tl.full([BLOCK], 0.0, tl.float64)
-    for at in range(0, whole, BLOCK):
-        total += _average(m, x, out, begins, go, options, at, count, OUT, False, BLOCK, DTYPE, C)
-    if whole < count:
-        total += _average(m, x, out, begins, go, options, whole, count, OUT, True, BLOCK, DTYPE, C)
-    tl.store(slots + index, tree_sum(total, BLOCK, STAGES))
+    keep, share, of_x, of_m = tl.full([], decay, C), tl.full([], rest, C), tl.full([], a, C), tl.full([], b, C)
+    arguments = (m, x, to, begins, go, keep, share, of_x, of_m)
+    sum_blocks(slots, _average, arguments, (OUT, DTYPE, C), count, BLOCK, STAGES)
 
 
 @kernel
@@ -74,8 +64,8 @@ def updates_kernel(updates, gate):
 
 @helper
 def _ascend(
-    out, s, g, go, beta2, rest, damping, at, count,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr,
+    out, s, g, go, beta2, rest, damping, DTYPE: tl.constexpr, C: tl.constexpr,
+    at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     before = load(s, at, count, MASKED, BLOCK)
     step = load(g, at, count, MASKED, BLOCK).to(C)
@@ -87,49 +77,21 @@ def _ascend(
 
 @kernel
 def ascent_kernel(
-    gate, chunks, runs, outs, ss, gs, beta2: tl.float64, rest: tl.float64, damping: tl.float64,
+    gate, chunks, out, precisions, grads, beta2: tl.float64, rest: tl.float64, damping: tl.float64,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    run, begin, count = chunk_at(chunks, tl.program_id(0).to(tl.int64))
-    out, s = elements(outs, run, begin, DTYPE, ALIGNED), elements(ss, run, begin, DTYPE, ALIGNED)
-    g, go = elements(gs, run, begin, DTYPE, ALIGNED), tl.load(gate) != 0
-    kept, share, least = tl.full([], beta2, C), tl.full([], rest, C), tl.full([], damping, C)
-    whole = count // BLOCK * BLOCK
-    for b in range(0, whole, BLOCK):
-        _ascend(out, s, g, go, kept, share, least, b, count, False, BLOCK, DTYPE, C)
-    if whole < count:
-        _ascend(out, s, g, go, kept, share, least, whole, count, True, BLOCK, DTYPE, C)
+    run, begin, count = chunk_at(chunks)
+    to, s = elements(out, run, begin, DTYPE, ALIGNED), elements(precisions, run, begin, DTYPE, ALIGNED)
+    g, go = elements(grads, run, begin, DTYPE, ALIGNED), tl.load(gate) != 0
+    arguments = (to, s, g, go, tl.full([], beta2, C), tl.full([], rest, C), tl.full([], damping, C))
+    for_blocks(_ascend, arguments, (DTYPE, C), count, BLOCK)
 
 
-def average_(
-    averages: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    out: Sequence[Tensor],
-    updates: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    decay: float,
-    a: float,
-    b: float,
-) -> Tensor:
-    call = launch.Call(table, averages, "averages", updates)
-    m, x, to = call.list(averages, "averages"), call.list(vectors, "vectors"), call.optional(out, "out")
-    counted, opened = call.scalar(updates, "updates", torch.int64), call.scalar(gate, "gate")
-    lists = m, x, m if to is None else to
-    total = call.sum(average_kernel, *lists, counted, opened, decay, 1 - decay, a, b, OUT=to is not None)
-    call.launch(updates_kernel, 1, counted, opened)
+def average_(call: Call) -> Tensor:
+    total = call.sums(average_kernel, rest=1 - call["decay"], OUT=call["out"] is not None)
+    call.launch(updates_kernel, 1)
     return total
 
 
-def posterior_ascent_(
-    out: Sequence[Tensor],
-    precisions: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    table: Tensor,
-    gate: Tensor,
-    beta2: float,
-    damping: float,
-) -> None:
-    call = launch.Call(table, out, "out", gate)
-    lists = call.list(out, "out"), call.list(precisions, "precisions"), call.list(grads, "grads")
-    call.over_chunks(ascent_kernel, call.scalar(gate, "gate"), *lists, beta2, 1 - beta2, damping)
+def posterior_ascent_(call: Call) -> None:
+    call.launch(ascent_kernel, rest=1 - call["beta2"])

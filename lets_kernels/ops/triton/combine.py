@@ -3,81 +3,80 @@
 dots: reads x, y. displacement_dots: reads g, theta, saved. combine_: reads x, y; writes out.
 """
 
-from collections.abc import Sequence
-
 import triton.language as tl
 from torch import Tensor
 
-from lets_kernels.ops.triton import launch
-from lets_kernels.ops.triton.device import chunk_at, elements, helper, kernel, load, narrow, store, tree_sum
+from lets_kernels.ops.triton.device import (
+    chunk_at,
+    elements,
+    for_blocks,
+    helper,
+    kernel,
+    load,
+    narrow,
+    store,
+    tree_sum,
+)
+from lets_kernels.ops.triton.launch import Call
 
 __all__ = ["combine_", "displacement_dots", "dots"]
 
 
 @helper
-def _products(x, y, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    a = load(x, at, count, MASKED, BLOCK).to(tl.float64)
-    b = load(y, at, count, MASKED, BLOCK).to(tl.float64)
-    return a * a, a * b, b * b
+def _sum_products(slots, body: tl.constexpr, arguments, kinds, count, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """As :func:`sum_blocks`, for a body that returns two factors of double, 0 where masked: the sums of their products.
+
+    Those of the first with itself, of both, and of the second with itself.
+    """
+    index, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    whole = count // BLOCK * BLOCK
+    first = tl.full([BLOCK], 0.0, tl.float64)
+    mixed, second = first, first
+    for at in range(0, whole, BLOCK):
+        a, b = body(*arguments, *kinds, at, count, False, BLOCK)
+        first, mixed, second = first + a * a, mixed + a * b, second + b * b
+    if whole < count:
+        a, b = body(*arguments, *kinds, whole, count, True, BLOCK)
+        first, mixed, second = first + a * a, mixed + a * b, second + b * b
+    tl.store(slots + index, tree_sum(first, BLOCK, STAGES))
+    tl.store(slots + (programs + index), tree_sum(mixed, BLOCK, STAGES))
+    tl.store(slots + (2 * programs + index), tree_sum(second, BLOCK, STAGES))
+
+
+@helper
+def _pair(x, y, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    return load(x, at, count, MASKED, BLOCK).to(tl.float64), load(y, at, count, MASKED, BLOCK).to(tl.float64)
 
 
 @kernel
 def dots_kernel(
-    slots, chunks, runs, xs, ys,
-    DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    slots, chunks, x, y, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    index, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    run, begin, count = chunk_at(chunks, index)
-    x, y = elements(xs, run, begin, DTYPE, ALIGNED), elements(ys, run, begin, DTYPE, ALIGNED)
-    whole = count // BLOCK * BLOCK
-    first = tl.full([BLOCK], 0.0, tl.float64)
-    mixed, second = first, first
-    for b in range(0, whole, BLOCK):
-        xx, xy, yy = _products(x, y, b, count, False, BLOCK)
-        first, mixed, second = first + xx, mixed + xy, second + yy
-    if whole < count:
-        xx, xy, yy = _products(x, y, whole, count, True, BLOCK)
-        first, mixed, second = first + xx, mixed + xy, second + yy
-    tl.store(slots + index, tree_sum(first, BLOCK, STAGES))
-    tl.store(slots + (programs + index), tree_sum(mixed, BLOCK, STAGES))
-    tl.store(slots + (2 * programs + index), tree_sum(second, BLOCK, STAGES))
+    run, begin, count = chunk_at(chunks)
+    a, b = elements(x, run, begin, DTYPE, ALIGNED), elements(y, run, begin, DTYPE, ALIGNED)
+    _sum_products(slots, _pair, (a, b), (), count, BLOCK, STAGES)
 
 
 @helper
-def _displaced(g, theta, saved, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    a = load(g, at, count, MASKED, BLOCK).to(tl.float64)
+def _displaced(g, theta, saved, C: tl.constexpr, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     moved = load(theta, at, count, MASKED, BLOCK).to(C) - load(saved, at, count, MASKED, BLOCK).to(C)
-    d = moved.to(tl.float64)
-    return a * a, a * d, d * d
+    return load(g, at, count, MASKED, BLOCK).to(tl.float64), moved.to(tl.float64)
 
 
 @kernel
 def displacement_kernel(
-    slots, chunks, runs, grads, thetas, saveds,
+    slots, chunks, grads, thetas, saved,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    index, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    run, begin, count = chunk_at(chunks, index)
+    run, begin, count = chunk_at(chunks)
     g, theta = elements(grads, run, begin, DTYPE, ALIGNED), elements(thetas, run, begin, DTYPE, ALIGNED)
-    saved = elements(saveds, run, begin, DTYPE, ALIGNED)
-    whole = count // BLOCK * BLOCK
-    first = tl.full([BLOCK], 0.0, tl.float64)
-    mixed, second = first, first
-    for b in range(0, whole, BLOCK):
-        gg, gd, dd = _displaced(g, theta, saved, b, count, False, BLOCK, C)
-        first, mixed, second = first + gg, mixed + gd, second + dd
-    if whole < count:
-        gg, gd, dd = _displaced(g, theta, saved, whole, count, True, BLOCK, C)
-        first, mixed, second = first + gg, mixed + gd, second + dd
-    tl.store(slots + index, tree_sum(first, BLOCK, STAGES))
-    tl.store(slots + (programs + index), tree_sum(mixed, BLOCK, STAGES))
-    tl.store(slots + (2 * programs + index), tree_sum(second, BLOCK, STAGES))
+    old = elements(saved, run, begin, DTYPE, ALIGNED)
+    _sum_products(slots, _displaced, (g, theta, old), (C,), count, BLOCK, STAGES)
 
 
 @helper
 def _combine(
-    out, x, y, a, b, at, count,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr,
+    out, x, y, a, b, DTYPE: tl.constexpr, C: tl.constexpr, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     # Each thread reads what it writes, so `out` may be x or y.
     value = a * load(x, at, count, MASKED, BLOCK).to(C) + b * load(y, at, count, MASKED, BLOCK).to(C)
@@ -86,42 +85,24 @@ def _combine(
 
 @kernel
 def combine_kernel(
-    gate, chunks, runs, outs, xs, ys, coefficients,
+    gate, chunks, out, x, y, coefficients,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(gate) != 0:
-        run, begin, count = chunk_at(chunks, tl.program_id(0).to(tl.int64))
-        out, x = elements(outs, run, begin, DTYPE, ALIGNED), elements(xs, run, begin, DTYPE, ALIGNED)
-        y = elements(ys, run, begin, DTYPE, ALIGNED)
-        first, second = tl.load(coefficients).to(C), tl.load(coefficients + 1).to(C)
-        whole = count // BLOCK * BLOCK
-        for b in range(0, whole, BLOCK):
-            _combine(out, x, y, first, second, b, count, False, BLOCK, DTYPE, C)
-        if whole < count:
-            _combine(out, x, y, first, second, whole, count, True, BLOCK, DTYPE, C)
+        run, begin, count = chunk_at(chunks)
+        to, u = elements(out, run, begin, DTYPE, ALIGNED), elements(x, run, begin, DTYPE, ALIGNED)
+        v = elements(y, run, begin, DTYPE, ALIGNED)
+        a, b = tl.load(coefficients).to(C), tl.load(coefficients + 1).to(C)
+        for_blocks(_combine, (to, u, v, a, b), (DTYPE, C), count, BLOCK)
 
 
-def dots(x: Sequence[Tensor], y: Sequence[Tensor], table: Tensor) -> Tensor:
-    call = launch.Call(table, x, "x")
-    return call.sums((3,), dots_kernel, call.list(x, "x"), call.list(y, "y"))
+def dots(call: Call) -> Tensor:
+    return call.sums(dots_kernel, (3,))
 
 
-def displacement_dots(grads: Sequence[Tensor], params: Sequence[Tensor], saved: Tensor, table: Tensor) -> Tensor:
-    call = launch.Call(table, grads, "grads", saved)
-    lists = call.list(grads, "grads"), call.list(params, "params"), call.list([saved], "saved")
-    return call.sums((3,), displacement_kernel, *lists)
+def displacement_dots(call: Call) -> Tensor:
+    return call.sums(displacement_kernel, (3,))
 
 
-def combine_(
-    out: Sequence[Tensor],
-    x: Sequence[Tensor],
-    y: Sequence[Tensor],
-    table: Tensor,
-    coefficients: Tensor,
-    gate: Tensor,
-) -> None:
-    call = launch.Call(table, out, "out", gate)
-    lists = call.list(out, "out"), call.list(x, "x"), call.list(y, "y")
-    call.over_chunks(
-        combine_kernel, call.scalar(gate, "gate"), *lists, call.scalar(coefficients, "coefficients", count=2)
-    )
+def combine_(call: Call) -> None:
+    call.launch(combine_kernel)

@@ -36,9 +36,9 @@ def helper(function: Callable[..., Any]) -> Any:
 
 
 @helper
-def chunk_at(chunks, index):
-    """The run, the first element within it, and the number of elements of a chunk."""
-    entry = chunks + 3 * index
+def chunk_at(chunks):
+    """The run, the first element within it, and the number of elements of this program's chunk."""
+    entry = chunks + 3 * tl.program_id(0).to(tl.int64)
     return tl.load(entry), tl.multiple_of(tl.load(entry + 1), 4096), tl.load(entry + 2).to(tl.int32)
 
 
@@ -184,13 +184,43 @@ def theta_for(scaling, pointer, at, count, MASKED: tl.constexpr, BLOCK: tl.const
     return theta
 
 
-# ---- sums
+# ---- blocks and sums
 
 
 @helper
-def masked(x, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """The terms of a block, zero from element ``count`` on where masked."""
-    return tl.where(tl.arange(0, BLOCK) < count - at, x, 0.0) if MASKED else x
+def for_blocks(body: tl.constexpr, arguments, kinds, count, BLOCK: tl.constexpr):
+    """Call ``body`` for every block of a chunk, with its first element, the chunk's count, MASKED and BLOCK as well.
+
+    ``kinds`` are those of its arguments that are constexpr.
+    """
+    whole = count // BLOCK * BLOCK
+    for at in range(0, whole, BLOCK):
+        body(*arguments, *kinds, at, count, False, BLOCK)
+    if whole < count:
+        body(*arguments, *kinds, whole, count, True, BLOCK)
+
+
+@helper
+def sum_blocks(slots, body: tl.constexpr, arguments, kinds, count, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """As :func:`for_blocks`, for a body that returns a term of double for each element: their sum, in the slot."""
+    whole = count // BLOCK * BLOCK
+    total = tl.full([BLOCK], 0.0, tl.float64)
+    for at in range(0, whole, BLOCK):
+        total += body(*arguments, *kinds, at, count, False, BLOCK)
+    if whole < count:
+        term = body(*arguments, *kinds, whole, count, True, BLOCK)
+        total += tl.where(tl.arange(0, BLOCK) < count - whole, term, 0.0)
+    tl.store(slots + tl.program_id(0).to(tl.int64), tree_sum(total, BLOCK, STAGES))
+
+
+@helper
+def _copy(to, source, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    store(to, load(source, at, count, MASKED, BLOCK), at, count, MASKED, BLOCK)
+
+
+@helper
+def copy_chunk(to, source, count, BLOCK: tl.constexpr):
+    for_blocks(_copy, (to, source), (), count, BLOCK)
 
 
 @helper

@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lets_kernels.ops.declared import ELEMENT_WISE, FISHER
+from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, SCHEMA, Op
 from lets_kernels.ops.memory import capturing, is_dense
 from lets_kernels.ops.triton.device import INTERPRETED, add_slots
 
@@ -24,7 +24,7 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 #: The launch configuration of every kernel: nothing is tuned at run time, and no multiply-add is fused.
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 MORE_WARPS = 8  # of the kernels whose loops ptxas unrolls so far that with 4 it would spill registers
 BLOCK_BYTES = 4096  # a block of each list: 32 bytes a thread, 16 with more warps
 CHUNK, MANY_CHUNKS = 8192, 32768
@@ -190,32 +190,53 @@ _plans: dict[Hashable, Plan] = {}
 class Call:
     """One op's launches: on one run table, one dtype, and the device and stream of its tensors."""
 
-    def __init__(self, table: Tensor, tensors: Sequence[Tensor], what: str, anchor: Tensor | None = None) -> None:
-        """``anchor`` is a tensor of any dtype, whose device counts where the list is empty."""
+    def __init__(self, op: Op, arguments: Sequence[Any]) -> None:
+        given = dict(zip((a.name for a in op.arguments), arguments, strict=True))
+        table: Tensor = given.get("table", NO_RUNS)
         is_table = table.device.type == "cpu" and table.dtype == torch.int64 and table.is_contiguous()
         require(
             is_table and table.ndim == 2 and table.shape[1] == 5,
             "the run table must be a contiguous int64 CPU tensor of shape [n, 5]",
         )
-        self.dtype = tensors[0].dtype if tensors else torch.float32
-        given = tensors[0] if tensors else anchor
-        self.device = torch.device("cpu") if given is None else given.device
+        what = next(a.name for a in op.arguments if SCHEMA[a.kind] == "Tensor[]")
+        # Where the first list is empty, the device is that of another tensor.
+        others = (given[a.name] for a in op.arguments if a.kind not in ("Table", "FilterNorms"))
+        anchor = given[what][0] if given[what] else next(filter(torch.is_tensor, others), None)
+        self.dtype = given[what][0].dtype if given[what] else torch.float32
+        self.device = torch.device("cpu") if anchor is None else anchor.device
         require(self.dtype in DTYPES, f"{what} must be float32, float64, bfloat16 or float16")
         require(
-            (self.device.type == "cpu") == INTERPRETED or given is None,
+            (self.device.type == "cpu") == INTERPRETED or anchor is None,
             "Triton's interpreter (TRITON_INTERPRET=1) runs on CPU tensors, its compiled kernels on those of a GPU; "
             f"{what} is on {self.device}",
         )
-        key = (
-            ctypes.string_at(table.data_ptr(), table.nbytes),
-            self.device,
-        )  # by content: whoever writes to a table gets another plan
-        self.plan = recall(_plans, key, PLANS, lambda: Plan(table, self.device))
+        # By content: whoever writes to a table gets another plan.
+        key = ctypes.string_at(table.data_ptr(), table.nbytes), self.device
+        self.plan = plan = recall(_plans, key, PLANS, lambda: Plan(table, self.device))
         self._module = torch.get_device_module(self.device)
         self.stream = None if self.device.type == "cpu" else self._module.current_stream(self.device)
         self.capturing = capturing()
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.aligned = True
+        fits = "xi" not in given or not plan.element_wise or bool(len(given["params"]))
+        require(fits, "params must be given where T = |theta| + xi")
+        #: What kernels take, by name: the op's arguments, of lists the addresses of the runs, and what every op has.
+        self.given: dict[str, Any] = {
+            a.name: TAKEN[a.kind](self, x, a.name) if a.kind in TAKEN else x
+            for a, x in zip(op.arguments, arguments, strict=True)
+        }
+        block = BLOCK_BYTES // self.dtype.itemsize
+        self.given["thetas"] = self.given.get("params")  # Triton has a use of its own for a parameter called params
+        self.given |= {"chunks": self.use(plan.chunks), "runs": self.use(plan.runs), "SCALED": plan.scaled}
+        self.given |= {"DTYPE": DTYPES[self.dtype], "C": DTYPES[self.wide], "ALIGNED": self.aligned}
+        self.given |= {"BLOCK": block, "STAGES": block.bit_length() - 1}
+        if "q" in given:
+            require(given["q"] >= 1, f"q must be at least 1, not {given['q']}")
+            # 1 or 2 where q is, which have shorter formulas.
+            self.given["POWER"] = int(given["q"]) if given["q"] in (1, 2) else 0
+
+    def __getitem__(self, name: str) -> Any:
+        return self.given[name]
 
     def use(self, resident: Resident) -> Tensor:
         """A table, for the launches of this call."""
@@ -234,85 +255,100 @@ class Call:
         self.aligned = self.aligned and aligned
         return self.use(table)
 
-    def optional(self, tensors: Sequence[Tensor], what: str) -> Tensor | None:
-        """As :meth:`list`; None also for an empty list."""
-        return self.list(tensors, what) if len(tensors) else None
-
-    def steps(self, tensors: Sequence[Tensor]) -> Tensor:
+    def steps(self, tensors: Sequence[Tensor], what: str) -> Tensor:
         """The addresses of the step counts: one float32 scalar a run."""
 
         def read() -> tuple[Resident, bool]:
             for t in tensors:
                 fits = t.device == self.device and t.numel() == 1 and t.dtype == torch.float32
-                require(fits, f"steps must be float32 tensors with one element on {self.device}")
+                require(fits, f"{what} must be float32 tensors with one element on {self.device}")
             return Resident(table_of([t.data_ptr() for t in tensors]), self.device), True
 
-        require(len(tensors) == len(self.plan.rows), "steps must hold one tensor a run")
+        require(len(tensors) == len(self.plan.rows), f"{what} must hold one tensor a run")
         key = ("steps", kinds_of(tensors), addresses_of(tensors))
         return self.use(recall(self.plan.lists, key, LISTS, read)[0])
 
     def scalar(self, t: Tensor, what: str, dtype: torch.dtype = torch.float64, count: int = 1) -> Tensor:
         """A number that lives on the device, or a few side by side."""
         fits = t.numel() == count and t.is_contiguous() and t.dtype == dtype and t.device == self.device
-        fits = fits and has_memory(t)
-        require(
-            fits, f"{what} must be a {dtype} tensor with {('one element', 'two elements')[count - 1]} on {self.device}"
-        )
+        elements = ("one element", "two elements")[count - 1]
+        require(fits and has_memory(t), f"{what} must be a {dtype} tensor with {elements} on {self.device}")
         return t
 
-    def norms(self, t: Tensor | None, params: Sequence[Tensor] | None = None) -> Tensor | None:
-        """The filter norms, where the run table has filters; no ``params``: of an op that looks at nothing else."""
-        plan = self.plan
-        if params is not None:
-            require(not plan.element_wise or bool(len(params)), "params must be given where T = |theta| + xi")
-        if not plan.filters:
+    def random(self, t: Tensor, what: str) -> Tensor:
+        """Seed and count, on the device, for runs that begin at positions with words of their own."""
+        fits = not any(start % 4 for start in self.plan.starts)
+        require(fits, "run table: a random draw needs starts in multiples of four")
+        return self.scalar(t, what, torch.int64, 2)
+
+    def norms(self, t: Tensor | None, what: str) -> Tensor | None:
+        """The filter norms, where the run table has filters."""
+        if not self.plan.filters:
             return None
-        require(t is not None, "filter_norms must be given where the run table has filters")
+        require(t is not None, f"{what} must be given where the run table has filters")
         assert t is not None
-        return self.filter_norms(t, "filter_norms")
-
-    def filter_norms(self, t: Tensor, what: str) -> Tensor:
         fits = t.device == self.device and t.is_contiguous() and t.numel() >= self.plan.filters and t.dtype == self.wide
-        fits = fits and has_memory(t)
-        require(fits, f"{what} must hold one float32 (float64 for float64 parameters) a filter")
+        require(fits and has_memory(t), f"{what} must hold one float32 (float64 for float64 parameters) a filter")
         return t
 
-    def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        """Run a kernel on the current stream; ``None`` arguments are pointers that it never follows."""
+    def mask(self, t: Tensor | None, what: str) -> Tensor | None:
+        """The mask, addressed by the runs' starts; whether that is aligned counts for the whole call."""
+        if t is None:
+            return None
+        fits = t.device == self.device and t.is_contiguous() and t.numel() >= self.plan.end and t.dtype == torch.uint8
+        require(
+            fits and has_memory(t),
+            f"{what} must be a flat uint8 tensor with one element for each of the bucket, on {self.device}",
+        )
+        self.aligned = self.aligned and t.data_ptr() % 16 == 0 and not any(start % 16 for start in self.plan.starts)
+        return t
+
+    def launch(self, kernel: Any, programs: int | None = None, num_warps: int = 4, **more: Any) -> None:
+        """Run a kernel on the current stream, one program a chunk where it is not said how many.
+
+        It takes what its parameters name: of ``more``, or of what is given. What is None is a pointer that it never
+        follows.
+        """
+        programs = self.plan.count if programs is None else programs
         if programs == 0:
             return
+        given, runs = self.given | more, self.given["runs"]
+        arguments = [runs if given[name] is None else given[name] for name in kernel.arg_names]
+        options = OPTIONS | {"num_warps": num_warps}
         if self.stream is not None and self._module.current_device() != self.device.index:
             with self._module.device(self.device):
-                kernel[(programs,)](*arguments, **(OPTIONS | constants))
+                kernel[(programs,)](*arguments, **options)
         else:
-            kernel[(programs,)](*arguments, **(OPTIONS | constants))
+            kernel[(programs,)](*arguments, **options)
 
-    def over_chunks(self, kernel: Any, first: Tensor, *arguments: Any, **constants: Any) -> None:
-        """Run a kernel on every chunk: its arguments are ``first``, the chunks, the runs, and then the given ones."""
-        block = BLOCK_BYTES // self.dtype.itemsize
-        chunks, runs = self.use(self.plan.chunks), self.use(self.plan.runs)
-        arguments = tuple(runs if a is None else a for a in arguments)
-        types = {"DTYPE": DTYPES[self.dtype], "C": DTYPES[self.wide], "ALIGNED": self.aligned, "BLOCK": block}
-        self.launch(kernel, self.plan.count, first, chunks, runs, *arguments, **types, **constants)
+    def sums(self, kernel: Any, shape: tuple[int, ...] = (), **more: Any) -> Tensor:
+        """As many sums as a tensor of this shape has elements: float64.
 
-    def sum(self, kernel: Any, *arguments: Any, **constants: Any) -> Tensor:
-        """The sum over all chunks, one slot each, added in their order: 0-d float64."""
-        return self.sums((), kernel, *arguments, **constants)
-
-    def sums(self, shape: tuple[int, ...], kernel: Any, *arguments: Any, **constants: Any) -> Tensor:
-        """As many sums as a tensor of this shape has elements; the slots of one stand side by side."""
+        Each is over all chunks, one slot each, added in their order; the slots of one stand side by side.
+        """
         count = self.plan.count
         if count == 0:
             return torch.zeros(shape, dtype=torch.float64, device=self.device)
         out = torch.empty(shape, dtype=torch.float64, device=self.device)
         slots = torch.empty(count * out.numel(), dtype=torch.float64, device=self.device)
-        stages = (BLOCK_BYTES // self.dtype.itemsize).bit_length() - 1
-        self.over_chunks(kernel, slots, *arguments, **constants, STAGES=stages)
-        self.launch(add_slots, out.numel(), out, slots, count, N=SLOTS, STAGES=SLOTS.bit_length() - 1)
+        self.launch(kernel, slots=slots, **more)
+        stages = SLOTS.bit_length() - 1
+        self.launch(add_slots, out.numel(), out=out, slots=slots, count=count, N=SLOTS, STAGES=stages)
         return out
 
 
-def power_of(q: float) -> int:
-    """``POWER`` of the kernels: 1 or 2 where q is, which have shorter formulas, else 0."""
-    require(q >= 1, f"q must be at least 1, not {q}")
-    return int(q) if q in (1, 2) else 0
+NO_RUNS = torch.empty(0, 5, dtype=torch.int64, device="cpu")  # the table of an op that has none
+#: How an argument of each kind is checked, and becomes what kernels take; what is not here is a number.
+TAKEN: dict[str, Callable[[Call, Any, str], Any]] = {
+    "Tensors": Call.list,
+    "MaybeTensors": lambda call, x, what: call.list(x, what) if len(x) else None,
+    "Flat": lambda call, x, what: call.list([x], what),
+    "Steps": Call.steps,
+    "FilterNorms": Call.norms,
+    "Mask": Call.mask,
+    "Number": Call.scalar,
+    "Numbers": lambda call, x, what: [call.scalar(t, what) for t in x],
+    "Count": lambda call, x, what: call.scalar(x, what, torch.int64),
+    "Coefficients": lambda call, x, what: call.scalar(x, what, count=2),
+    "Random": Call.random,
+}

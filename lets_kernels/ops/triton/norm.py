@@ -1,46 +1,33 @@
 """Gradient norm, filter norms, and the flag that a step may happen. Reads v (and theta where T needs it)."""
 
-from collections.abc import Sequence
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from lets_kernels.ops.triton import launch
 from lets_kernels.ops.triton.device import (
     chunk_at,
     elements,
     helper,
     kernel,
     load,
-    masked,
     power,
     scale,
     scaling_at,
+    sum_blocks,
     theta_for,
     tree_sum,
     typed,
 )
+from lets_kernels.ops.triton.launch import MORE_WARPS, Call, Plan, Resident, recall
 
 __all__ = ["all_finite_", "filter_norms", "grad_norm"]
 
 
 @helper
 def _powers(
-    v,
-    theta,
-    scaling,
-    norms,
-    xi,
-    q,
-    at,
-    count,
-    POWER: tl.constexpr,
-    SCALED: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    C: tl.constexpr,
-):
+    v, theta, scaling, norms, xi, q, POWER: tl.constexpr, SCALED: tl.constexpr, C: tl.constexpr,
+    at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     x = load(v, at, count, MASKED, BLOCK).to(C)
     if SCALED:
         weights = theta_for(scaling, theta, at, count, MASKED, BLOCK, C)
@@ -52,26 +39,19 @@ def _powers(
         x = tl.abs(x)
     else:
         x = power(tl.abs(x), q)
-    return masked(x, at, count, MASKED, BLOCK)
+    return x
 
 
 @kernel
 def norm_kernel(
-    slots, chunks, runs, vs, thetas, norms, xi: tl.float64, q: tl.float64,
+    slots, chunks, runs, vectors, thetas, filter_norms, xi: tl.float64, q: tl.float64,
     POWER: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64)
-    run, begin, count = chunk_at(chunks, index)
-    v, theta = elements(vs, run, begin, DTYPE, ALIGNED), elements(thetas, run, begin, DTYPE, ALIGNED)
-    scaling, small = scaling_at(runs, run, begin), tl.full([], xi, C)
-    whole = count // BLOCK * BLOCK
-    total = tl.full([BLOCK], 0.0, tl.float64)
-    for b in range(0, whole, BLOCK):
-        total += _powers(v, theta, scaling, norms, small, q, b, count, POWER, SCALED, False, BLOCK, C)
-    if whole < count:
-        total += _powers(v, theta, scaling, norms, small, q, whole, count, POWER, SCALED, True, BLOCK, C)
-    tl.store(slots + index, tree_sum(total, BLOCK, STAGES))
+    run, begin, count = chunk_at(chunks)
+    v, theta = elements(vectors, run, begin, DTYPE, ALIGNED), elements(thetas, run, begin, DTYPE, ALIGNED)
+    arguments = (v, theta, scaling_at(runs, run, begin), filter_norms, tl.full([], xi, C), q)
+    sum_blocks(slots, _powers, arguments, (POWER, SCALED, C), count, BLOCK, STAGES)
 
 
 @kernel
@@ -134,25 +114,15 @@ def finite_kernel(out, skipped, values, count, N: tl.constexpr):
     tl.store(skipped, tl.load(skipped) + tl.where(found, 1, 0))
 
 
-def grad_norm(
-    vectors: Sequence[Tensor],
-    params: Sequence[Tensor],
-    table: Tensor,
-    filter_norms: Tensor | None,
-    xi: float,
-    q: float,
-) -> Tensor:
-    power = launch.power_of(q)
-    call = launch.Call(table, vectors, "vectors")
-    norms, v, theta = call.norms(filter_norms, params), call.list(vectors, "vectors"), call.optional(params, "params")
-    return call.sum(norm_kernel, v, v if theta is None else theta, norms, xi, q, POWER=power, SCALED=call.plan.scaled)
+def grad_norm(call: Call) -> Tensor:
+    return call.sums(norm_kernel)
 
 
 LONG = 256  # elements in a stretch, from which on a filter has a program of its own
 FILTERS, EACH = 32, 32
 
 
-def _items(plan: launch.Plan, long: bool) -> tuple[int, launch.Resident]:
+def _items(plan: Plan, long: bool) -> tuple[int, Resident]:
     """(run, first filter) of every program."""
     step = 1 if long else FILTERS
     items = [torch.empty(0, 2, dtype=torch.int64, device="cpu")]
@@ -161,39 +131,24 @@ def _items(plan: launch.Plan, long: bool) -> tuple[int, launch.Resident]:
             first = torch.arange(0, count, step, device="cpu")
             items.append(torch.stack((torch.full_like(first, i), first), dim=1))
     table = torch.cat(items).contiguous()
-    return len(table), launch.Resident(table, plan.device)
+    return len(table), Resident(table, plan.device)
 
 
-def filter_norms(params: Sequence[Tensor], table: Tensor, out: Tensor) -> None:
-    call = launch.Call(table, params, "params")
+def filter_norms(call: Call) -> None:
     plan = call.plan
     if not plan.filters:
         return
-    to, theta = call.filter_norms(out, "out"), call.list(params, "params")
-    runs = call.use(plan.runs)
-    types = {"DTYPE": launch.DTYPES[call.dtype], "C": launch.DTYPES[call.wide]}
-    count, items = launch.recall(plan.items, True, 2, lambda: _items(plan, True))
-    if count:
-        stretches = all(row[2] * call.dtype.itemsize % 16 == 0 for row in plan.rows if row[2] >= LONG)
-        block = launch.BLOCK_BYTES // call.dtype.itemsize
-        sizes = {"ALIGNED": call.aligned and stretches, "BLOCK": block, "STAGES": block.bit_length() - 1}
-        sizes["num_warps"] = launch.MORE_WARPS
-        call.launch(long_filters_kernel, count, to, call.use(items), runs, theta, **types, **sizes)
-    count, items = launch.recall(plan.items, False, 2, lambda: _items(plan, False))
-    if count:
-        sizes = {"FILTERS": FILTERS, "EACH": EACH}
-        call.launch(short_filters_kernel, count, to, call.use(items), runs, theta, **types, **sizes)
+    count, items = recall(plan.items, True, 2, lambda: _items(plan, True))
+    stretches = all(row[2] * call.dtype.itemsize % 16 == 0 for row in plan.rows if row[2] >= LONG)
+    aligned = call.aligned and stretches
+    call.launch(long_filters_kernel, count, MORE_WARPS, items=call.use(items), ALIGNED=aligned)
+    count, items = recall(plan.items, False, 2, lambda: _items(plan, False))
+    call.launch(short_filters_kernel, count, items=call.use(items), FILTERS=FILTERS, EACH=EACH)
 
 
-def all_finite_(values: Sequence[Tensor], skipped: Tensor) -> Tensor:
-    call = launch.Call(_NO_RUNS, values, "values")
-    for v in values:
-        call.scalar(v, "values")
-    call.scalar(skipped, "skipped", torch.int64)
+def all_finite_(call: Call) -> Tensor:
+    values = call["values"]
     together = values[0] if len(values) == 1 else torch.stack([v.reshape(()) for v in values])
     out = torch.empty((), dtype=torch.float64, device=call.device)
-    call.launch(finite_kernel, 1, out, skipped, together, len(values), N=128)
+    call.launch(finite_kernel, 1, out=out, values=together, count=len(values), N=128)
     return out
-
-
-_NO_RUNS = torch.empty(0, 5, dtype=torch.int64, device="cpu")

@@ -1,10 +1,7 @@
 """Random numbers that are computed where they are used (csrc/random.h has the same on the CPU)."""
 
-import torch
 import triton.language as tl
-from torch import Tensor
 
-from lets_kernels.ops.triton import launch
 from lets_kernels.ops.triton.device import divide, helper, square_root
 
 
@@ -80,10 +77,3 @@ def normals(draw, position, BLOCK: tl.constexpr):
     first, second = _normal_pair(c0, c1)
     third, fourth = _normal_pair(c2, c3)
     return _in_order(first, second, third, fourth, BLOCK)
-
-
-def random_of(call: launch.Call, random: Tensor) -> Tensor:
-    """Seed and count, on the device, for runs that begin at positions with words of their own."""
-    starts = call.plan.starts
-    launch.require(not any(start % 4 for start in starts), "run table: a random draw needs starts in multiples of four")
-    return call.scalar(random, "random", torch.int64, 2)

@@ -1,19 +1,17 @@
 """The base optimizer's step from the saved weights.
 
-SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v.
+SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v. Lion: reads saved, g,
+m; writes theta, m. Variational SAM: as Lion, and reads s.
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton.language as tl
-from torch import Tensor
 
-from lets_kernels.ops.triton import launch
 from lets_kernels.ops.triton.device import (
     chunk_at,
+    copy_chunk,
     divide,
     elements,
+    for_blocks,
     helper,
     kernel,
     load,
@@ -23,36 +21,24 @@ from lets_kernels.ops.triton.device import (
     store,
     typed,
 )
-from lets_kernels.ops.triton.perturb import copy_chunk
+from lets_kernels.ops.triton.launch import Call, require
 
-__all__ = ["restore_adamw_", "restore_lion_", "restore_sgd_"]
+__all__ = ["restore_adamw_", "restore_bsam_", "restore_lion_", "restore_sgd_"]
 
 
 @helper
-def starting_point(dirty, theta_address, saved_address):
-    """The weights that a step starts from: the saved ones, but only while they are what is saved."""
-    return tl.where(tl.load(dirty) != 0, saved_address, theta_address)
+def _weights(dirty, thetas, saved, run, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the weights are, where those that a step starts from, and whether these are others: the saved ones."""
+    theta, old, perturbed = tl.load(thetas + run), tl.load(saved + run), tl.load(dirty) != 0
+    start = tl.where(perturbed, old, theta)
+    return typed(theta, DTYPE, ALIGNED) + begin, typed(start, DTYPE, ALIGNED) + begin, perturbed
 
 
 @helper
 def _sgd(
-    theta,
-    g,
-    m,
-    start,
-    lr,
-    momentum,
-    decay,
-    at,
-    count,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    C: tl.constexpr,
-):
+    theta, start, g, m, lr, momentum, decay, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
+    DTYPE: tl.constexpr, C: tl.constexpr, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     weights = load(start, at, count, MASKED, BLOCK).to(C)
     step = load(g, at, count, MASKED, BLOCK).to(C)
     if MOMENTUM:
@@ -70,51 +56,28 @@ def _sgd(
 
 @kernel
 def sgd_kernel(
-    dirty, chunks, runs, thetas, gs, ms, saveds, gate,
-    lr: tl.float64, momentum: tl.float64, decay: tl.float64,
+    dirty, chunks, thetas, grads, momenta, saved, gate,
+    lr: tl.float64, momentum: tl.float64, weight_decay: tl.float64,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    run, begin, count = chunk_at(chunks, tl.program_id(0).to(tl.int64))
-    theta_address, saved_address = tl.load(thetas + run), tl.load(saveds + run)
-    theta = typed(theta_address, DTYPE, ALIGNED) + begin
+    run, begin, count = chunk_at(chunks)
+    theta, start, perturbed = _weights(dirty, thetas, saved, run, begin, DTYPE, ALIGNED)
     if tl.load(gate) != 0:
-        start = typed(starting_point(dirty, theta_address, saved_address), DTYPE, ALIGNED) + begin
-        g, m = elements(gs, run, begin, DTYPE, ALIGNED), elements(ms, run, begin, DTYPE, ALIGNED)
-        rate, inertia, shrinkage = tl.full([], lr, C), tl.full([], momentum, C), tl.full([], decay, C)
-        whole = count // BLOCK * BLOCK
-        for b in range(0, whole, BLOCK):
-            _sgd(
-                theta, g, m, start, rate, inertia, shrinkage, b, count,
-                MOMENTUM, NESTEROV, MAXIMIZE, False, BLOCK, DTYPE, C,
-            )  # fmt: skip
-        if whole < count:
-            _sgd(
-                theta, g, m, start, rate, inertia, shrinkage, whole, count,
-                MOMENTUM, NESTEROV, MAXIMIZE, True, BLOCK, DTYPE, C,
-            )  # fmt: skip
-    elif tl.load(dirty) != 0:
-        copy_chunk(theta, typed(saved_address, DTYPE, ALIGNED) + begin, count, BLOCK)
+        g, m = elements(grads, run, begin, DTYPE, ALIGNED), elements(momenta, run, begin, DTYPE, ALIGNED)
+        rate, inertia, decay = tl.full([], lr, C), tl.full([], momentum, C), tl.full([], weight_decay, C)
+        arguments = (theta, start, g, m, rate, inertia, decay)
+        for_blocks(_sgd, arguments, (MOMENTUM, NESTEROV, MAXIMIZE, DTYPE, C), count, BLOCK)
+    elif perturbed:
+        copy_chunk(theta, start, count, BLOCK)
 
 
 @helper
 def _adam(
-    theta,
-    g,
-    m,
-    v,
-    start,
-    o,
-    at,
-    count,
-    DECOUPLED: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    C: tl.constexpr,
-):
-    decay, beta2, rest1, rest2, step_size, root_bias, eps = o
+    theta, start, g, m, v, options, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
+    DTYPE: tl.constexpr, C: tl.constexpr, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    decay, beta2, rest1, rest2, step_size, root_bias, eps = options
     weights = load(start, at, count, MASKED, BLOCK).to(C)
     step = load(g, at, count, MASKED, BLOCK).to(C)
     average = load(m, at, count, MASKED, BLOCK).to(C)
@@ -135,36 +98,30 @@ def _adam(
 
 @kernel
 def adam_kernel(
-    dirty, chunks, runs, thetas, gs, ms, vs, saveds, steps, gate,
-    lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64, decay: tl.float64,
+    dirty, chunks, thetas, grads, exp_avgs, exp_avg_sqs, saved, steps, gate,
+    lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64, weight_decay: tl.float64,
     DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    run, begin, count = chunk_at(chunks, tl.program_id(0).to(tl.int64))
-    theta_address, saved_address = tl.load(thetas + run), tl.load(saveds + run)
-    theta = typed(theta_address, DTYPE, ALIGNED) + begin
+    run, begin, count = chunk_at(chunks)
+    theta, start, perturbed = _weights(dirty, thetas, saved, run, begin, DTYPE, ALIGNED)
     if tl.load(gate) != 0:
-        start = typed(starting_point(dirty, theta_address, saved_address), DTYPE, ALIGNED) + begin
-        g, m = elements(gs, run, begin, DTYPE, ALIGNED), elements(ms, run, begin, DTYPE, ALIGNED)
-        v = elements(vs, run, begin, DTYPE, ALIGNED)
+        g, m = elements(grads, run, begin, DTYPE, ALIGNED), elements(exp_avgs, run, begin, DTYPE, ALIGNED)
+        v = elements(exp_avg_sqs, run, begin, DTYPE, ALIGNED)
         # The count of this very step: adam_counts_kernel writes it down when all programs have read the old one.
         step = (tl.load(typed(tl.load(steps + run), tl.float32, False)) + 1).to(tl.float64)
         one = tl.full([], 1.0, tl.float64)
         first, second = one * beta1, one * beta2
         step_size = lr / (1 - power(first, step))
         root_bias = tl.sqrt(1 - power(second, step))
-        shrinkage = 1 - one * lr * decay if DECOUPLED else one * decay
+        decay = 1 - one * lr * weight_decay if DECOUPLED else one * weight_decay
         options = (
-            shrinkage.to(C), second.to(C), (1 - first).to(C), (1 - second).to(C), step_size.to(C), root_bias.to(C),
+            decay.to(C), second.to(C), (1 - first).to(C), (1 - second).to(C), step_size.to(C), root_bias.to(C),
             (one * eps).to(C),
         )  # fmt: skip
-        whole = count // BLOCK * BLOCK
-        for b in range(0, whole, BLOCK):
-            _adam(theta, g, m, v, start, options, b, count, DECOUPLED, MAXIMIZE, False, BLOCK, DTYPE, C)
-        if whole < count:
-            _adam(theta, g, m, v, start, options, whole, count, DECOUPLED, MAXIMIZE, True, BLOCK, DTYPE, C)
-    elif tl.load(dirty) != 0:
-        copy_chunk(theta, typed(saved_address, DTYPE, ALIGNED) + begin, count, BLOCK)
+        for_blocks(_adam, (theta, start, g, m, v, options), (DECOUPLED, MAXIMIZE, DTYPE, C), count, BLOCK)
+    elif perturbed:
+        copy_chunk(theta, start, count, BLOCK)
 
 
 @kernel
@@ -178,77 +135,12 @@ def adam_counts_kernel(dirty, gate, steps, rows, N: tl.constexpr):
         tl.store(dirty, 0)
 
 
-def restore_sgd_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    saved: Tensor,
-    dirty: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-) -> None:
-    call = launch.Call(table, params or [saved], "params")
-    launch.require(
-        call.plan.count == 0 or bool(len(momenta)) == (momentum != 0), "momenta go with a momentum that is not zero"
-    )
-    lists = call.list(params, "params"), call.list(grads, "grads"), call.optional(momenta, "momenta")
-    before = call.list([saved], "saved")
-    numbers = call.scalar(gate, "gate"), lr, momentum, weight_decay
-    kinds = {"MOMENTUM": momentum != 0, "NESTEROV": nesterov, "MAXIMIZE": maximize}
-    call.over_chunks(sgd_kernel, call.scalar(dirty, "dirty", torch.int64), *lists, before, *numbers, **kinds)
-    dirty.zero_()  # a launch of its own: here no program reads it any more
-
-
-def restore_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    saved: Tensor,
-    dirty: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-) -> None:
-    call = launch.Call(table, params or [saved], "params")
-    lists = call.list(params, "params"), call.list(grads, "grads")
-    states = call.list(exp_avgs, "exp_avgs"), call.list(exp_avg_sqs, "exp_avg_sqs"), call.list([saved], "saved")
-    counts, opened = call.steps(steps), call.scalar(gate, "gate")
-    numbers = lr, beta1, beta2, eps, weight_decay
-    kinds = {"DECOUPLED": decoupled, "MAXIMIZE": maximize}
-    call.scalar(dirty, "dirty", torch.int64)
-    call.over_chunks(adam_kernel, dirty, *lists, *states, counts, opened, *numbers, **kinds)
-    rows = len(call.plan.rows)
-    call.launch(adam_counts_kernel, max(1, -(-rows // 128)), dirty, opened, counts, rows, N=128)
-
-
 @helper
 def _lion(
-    theta,
-    g,
-    m,
-    start,
-    o,
-    at,
-    count,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    C: tl.constexpr,
-):
-    lr, beta1, beta2, rest1, rest2, decay = o
+    theta, start, g, m, options,
+    DTYPE: tl.constexpr, C: tl.constexpr, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    lr, beta1, beta2, rest1, rest2, decay = options
     weights = load(start, at, count, MASKED, BLOCK).to(C)
     gradient, average = load(g, at, count, MASKED, BLOCK).to(C), load(m, at, count, MASKED, BLOCK).to(C)
     mixed = beta1 * average + rest1 * gradient
@@ -261,49 +153,73 @@ def _lion(
 
 @kernel
 def lion_kernel(
-    dirty, chunks, runs, thetas, gs, ms, saveds, gate,
-    lr: tl.float64, beta1: tl.float64, beta2: tl.float64, rest1: tl.float64, rest2: tl.float64, decay: tl.float64,
+    dirty, chunks, thetas, grads, exp_avgs, saved, gate, lr: tl.float64, beta1: tl.float64, beta2: tl.float64,
+    rest1: tl.float64, rest2: tl.float64, weight_decay: tl.float64,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    run, begin, count = chunk_at(chunks, tl.program_id(0).to(tl.int64))
-    theta_address, saved_address = tl.load(thetas + run), tl.load(saveds + run)
-    theta = typed(theta_address, DTYPE, ALIGNED) + begin
+    run, begin, count = chunk_at(chunks)
+    theta, start, perturbed = _weights(dirty, thetas, saved, run, begin, DTYPE, ALIGNED)
     if tl.load(gate) != 0:
-        start = typed(starting_point(dirty, theta_address, saved_address), DTYPE, ALIGNED) + begin
-        g, m = elements(gs, run, begin, DTYPE, ALIGNED), elements(ms, run, begin, DTYPE, ALIGNED)
+        g, m = elements(grads, run, begin, DTYPE, ALIGNED), elements(exp_avgs, run, begin, DTYPE, ALIGNED)
         options = (
-            tl.full([], lr, C),
-            tl.full([], beta1, C),
-            tl.full([], beta2, C),
-            tl.full([], rest1, C),
-            tl.full([], rest2, C),
-            tl.full([], decay, C),
-        )
-        whole = count // BLOCK * BLOCK
-        for b in range(0, whole, BLOCK):
-            _lion(theta, g, m, start, options, b, count, False, BLOCK, DTYPE, C)
-        if whole < count:
-            _lion(theta, g, m, start, options, whole, count, True, BLOCK, DTYPE, C)
-    elif tl.load(dirty) != 0:
-        copy_chunk(theta, typed(saved_address, DTYPE, ALIGNED) + begin, count, BLOCK)
+            tl.full([], lr, C), tl.full([], beta1, C), tl.full([], beta2, C), tl.full([], rest1, C),
+            tl.full([], rest2, C), tl.full([], weight_decay, C),
+        )  # fmt: skip
+        for_blocks(_lion, (theta, start, g, m, options), (DTYPE, C), count, BLOCK)
+    elif perturbed:
+        copy_chunk(theta, start, count, BLOCK)
 
 
-def restore_lion_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    saved: Tensor,
-    dirty: Tensor,
-    table: Tensor,
-    gate: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-) -> None:
-    call = launch.Call(table, params or [saved], "params")
-    lists = call.list(params, "params"), call.list(grads, "grads")
-    states = call.list(exp_avgs, "exp_avgs"), call.list([saved], "saved")
-    numbers = call.scalar(gate, "gate"), lr, beta1, beta2, 1 - beta1, 1 - beta2, weight_decay
-    call.over_chunks(lion_kernel, call.scalar(dirty, "dirty", torch.int64), *lists, *states, *numbers)
-    dirty.zero_()  # a launch of its own: here no program reads it any more
+@helper
+def _bsam(
+    theta, start, g, m, s, options,
+    DTYPE: tl.constexpr, C: tl.constexpr, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    lr, beta1, rest1, decay = options
+    weights = load(start, at, count, MASKED, BLOCK).to(C)
+    step = load(g, at, count, MASKED, BLOCK).to(C) + decay * weights
+    average = beta1 * load(m, at, count, MASKED, BLOCK).to(C) + rest1 * step
+    new = weights - lr * divide(average, load(s, at, count, MASKED, BLOCK).to(C), C)
+    store(m, narrow(average, DTYPE), at, count, MASKED, BLOCK)
+    store(theta, narrow(tl.where(lr == 0, weights, new), DTYPE), at, count, MASKED, BLOCK)
+
+
+@kernel
+def bsam_kernel(
+    dirty, chunks, thetas, grads, exp_avgs, precisions, saved, gate,
+    lr: tl.float64, beta1: tl.float64, rest1: tl.float64, weight_decay: tl.float64,
+    DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    run, begin, count = chunk_at(chunks)
+    theta, start, perturbed = _weights(dirty, thetas, saved, run, begin, DTYPE, ALIGNED)
+    if tl.load(gate) != 0:
+        g, m = elements(grads, run, begin, DTYPE, ALIGNED), elements(exp_avgs, run, begin, DTYPE, ALIGNED)
+        s = elements(precisions, run, begin, DTYPE, ALIGNED)
+        options = tl.full([], lr, C), tl.full([], beta1, C), tl.full([], rest1, C), tl.full([], weight_decay, C)
+        for_blocks(_bsam, (theta, start, g, m, s, options), (DTYPE, C), count, BLOCK)
+    elif perturbed:
+        copy_chunk(theta, start, count, BLOCK)
+
+
+def restore_sgd_(call: Call) -> None:
+    moves = call["momentum"] != 0
+    fits = call.plan.count == 0 or (call["momenta"] is not None) == moves
+    require(fits, "momenta go with a momentum that is not zero")
+    call.launch(sgd_kernel, MOMENTUM=moves, NESTEROV=call["nesterov"], MAXIMIZE=call["maximize"])
+    call["dirty"].zero_()  # a launch of its own: here no program reads it any more
+
+
+def restore_adamw_(call: Call) -> None:
+    call.launch(adam_kernel, DECOUPLED=call["decoupled"], MAXIMIZE=call["maximize"])
+    rows = len(call.plan.rows)
+    call.launch(adam_counts_kernel, max(1, -(-rows // 128)), rows=rows, N=128)
+
+
+def restore_lion_(call: Call) -> None:
+    call.launch(lion_kernel, rest1=1 - call["beta1"], rest2=1 - call["beta2"])
+    call["dirty"].zero_()
+
+
+def restore_bsam_(call: Call) -> None:
+    call.launch(bsam_kernel, rest1=1 - call["beta1"])
+    call["dirty"].zero_()
