@@ -60,7 +60,8 @@ class LearnedRadius(MovingRadius):
             ``"validation_loss"``, the only one that goes with it, with ``"next"``.
         curvature: ``"diagonal"`` (the paper) or ``"secant"``.
         direction: for the diagonal, ``"epsilon"`` takes the perturbation that was applied (the derivation in the
-            text); ``"algorithm1"`` takes the training gradient at the new weights, as Algorithm 1 prints it.
+            text); ``"algorithm1"`` takes the training gradient at the new weights, as Algorithm 1 prints it: scaled by
+            T and over its norm, whatever else a method makes of its own gradient.
         optimizer: class of the torch optimizer for ν, Adam by default; it gets ``optimizer_kwargs``, ``lr`` 1e-2 by
             default, and on an accelerator ``capturable=True`` if it knows that. SGD, Adam and AdamW step by the ops.
             Once bound it is the attribute ``optimizer``, to which an LR scheduler can be attached. The paper's plain

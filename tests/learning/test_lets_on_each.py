@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lets_kernels as lk
+from lets_kernels.methods import catalogue
 from lets_kernels.parts.passes import DRAWS
 from support.inside import progress, work
 
@@ -56,6 +57,7 @@ METHODS = {
     "delta": (method(lk.DeltaSAM), EXACT, WARNED),
     "penalty": (method(lk.GradientNormPenalty, alpha=0.7), EXACT, EXACT),
     "random": (method(lk.RandomSAM), EXACT, None),
+    "msam": (method(lk.MSAM, momentum=0.9), EXACT, None),
     # Whose step is -lr m/s: with m = ĝ and a precision that stays at one it is what the derivation takes it for.
     "bsam": (
         lambda params, rho, **k: lk.BSAM(
@@ -180,6 +182,14 @@ def test_every_second_perturbed_step_is_learned_from_where_not_all_are_perturbed
         seen.append(float(problem.opt.rho))
     learned = [after != pytest.approx(before, rel=1e-12) for before, after in zip([RHO, *seen], seen, strict=False)]
     assert learned == [step in (2, 6) for step in range(8)]
+
+
+def test_every_method_is_here():
+    """A learned radius goes with each, as docs/methods.md says."""
+    params = [torch.nn.Parameter(torch.ones(3))]
+    tried = {type(make(params, RHO)) for make, *_ in METHODS.values()}
+    presets = {lk.LETSSAM, lk.LETSASAM}  # SAM and ASAM with a learned radius
+    assert tried | presets == {m.cls for m in catalogue.methods()}
 
 
 def test_a_direction_without_a_first_gradient_has_no_secant():

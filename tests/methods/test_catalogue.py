@@ -55,7 +55,8 @@ EACH = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.key)
 
 def test_the_document_holds_the_tables_and_the_command_prints_them(capsys):
     text = (ROOT / "docs" / "methods.md").read_text()
-    assert f"\n\n{catalogue.table()}\n" in text and f"\n\n{catalogue.defaults()}\n" in text
+    current = f"\n\n{catalogue.table()}\n" in text and f"\n\n{catalogue.defaults()}\n" in text
+    assert current, "replace the two tables of docs/methods.md by what `python -m lets_kernels methods` prints"
     assert main(["methods"]) == 0
     assert capsys.readouterr().out == catalogue.text() + "\n"
 
@@ -64,6 +65,11 @@ def test_every_method_that_is_exported_has_its_page_and_no_other():
     exported = {thing for thing in NAMES.values() if isinstance(thing, type) and issubclass(thing, lk.SAM)}
     assert [m.cls for m in METHODS if m.cls not in exported] == []
     assert len(METHODS) == len(exported) == len({m.cls for m in METHODS}) == len({m.key for m in METHODS})
+
+
+@EACH
+def test_the_parts_of_a_method_are_exported_too(method):
+    assert [part for part in method.parts if NAMES.get(part.__name__) is not part] == []
 
 
 @EACH

@@ -16,6 +16,11 @@ GROUPS = [
         ],
     ),
     (
+        DIRECTION + "gradient.py",
+        TEN.format("fisher"),
+        [("Ascent(runs, runs.grads, self.eta, self.q)", "Ascent(runs, runs.grads, 1.0, self.q)")],
+    ),
+    (
         DIRECTION + "noise.py",
         TEN.format("rsam or random or bsam"),
         [
@@ -54,6 +59,7 @@ GROUPS = [
             ("(squared - self._mean) ** 2", "squared - self._mean"),
             ("done * self.lambda1 + (1 - done) * self.lambda2", "done * self.lambda2 + (1 - done) * self.lambda1"),
             ("done = (1 - math.cos(math.pi * done)) / 2", "done = 1 - math.cos(math.pi * done) / 2"),
+            ("return step % self.k == 0", "return step % self.k == 1", TEN.format("looksam")),
         ],
     ),
     (

@@ -1,5 +1,6 @@
 """The table of `make mutants` fits the sources and the tests, its results fit the table, and the program works."""
 
+import inspect
 import json
 import os
 import re
@@ -13,7 +14,10 @@ from mutants_kernels import MATH
 from mutants_reference import REFERENCE
 from mutants_table import MUTANTS
 
+from lets_kernels.methods import catalogue
+
 ROOT = Path(__file__).resolve().parents[2]
+PARTS = sorted({part for m in catalogue.methods() for part in m.parts}, key=lambda part: part.__name__)
 STEMS = sorted(path.stem for path in (ROOT / REFERENCE).glob("*.py") if path.stem != "__init__")
 
 
@@ -39,6 +43,20 @@ def test_every_function_of_the_reference_is_mutated(stem):
     texts = [m.text for m in MUTANTS if m.file == f"{REFERENCE}{stem}.py"]
     missed = {re.match(r"def (\w+)", f).group(1) for f in functions if not any(text in f for text in texts)}
     assert missed <= {"runs", "wide"}
+
+
+def test_every_formula_of_the_kernels_is_mutated():
+    """But for what copies the options of a base optimizer into the arithmetic type."""
+    formulas = (ROOT / MATH).read_text().partition("// ---- where to perturb")[2].split("\n\n")
+    texts = [m.text for m in MUTANTS if m.file == MATH]
+    missed = [f for f in formulas if "return" in f and not any(text in f for text in texts)]
+    assert {re.search(r"(\w+)\(", f).group(1) for f in missed} == {"sgd_of", "lion_of", "bsam_of"}
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda p: p.__name__)
+def test_every_part_of_a_method_is_mutated(part):
+    file, source = Path(inspect.getsourcefile(part)), inspect.getsource(part)
+    assert any(m.text in source for m in MUTANTS if ROOT / m.file == file)
 
 
 def test_every_mutation_of_the_committed_run_was_killed():

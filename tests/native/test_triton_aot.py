@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,13 @@ def test_every_kernel_compiles_in_every_dtype_for_every_architecture(built):
         assert {name for name, _ in seen} >= some
     for name in some - {"select_kernel"}:
         assert {k["DTYPE"] for _, k in kernels(built, name)} == set(DTYPES)
+
+
+def test_no_kernel_is_left_out(built):
+    """Those that the files of the ops have, by their decorator."""
+    sources = (HERE.parents[1] / "lets_kernels" / "ops" / "triton").glob("*.py")
+    written = re.findall(r"^@kernel\ndef (\w+)\(", "\n".join(map(Path.read_text, sources)), re.MULTILINE)
+    assert set(written) - {k["kernel"] for _, k in kernels(built)} == set(), "KERNELS of triton_compiled.py lacks some"
 
 
 def test_every_variant_is_compiled_somewhere(built):

@@ -1,11 +1,13 @@
 """The declaration of the ops: what is derived from it, and that a forgotten place has a name."""
 
 import inspect
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import calls
 from lets_kernels.ops import declared, reference
 from support import emulated
 
@@ -15,7 +17,29 @@ NAMES = [op.name for op in declared.OPS]
 
 
 def test_the_table_in_the_documentation_is_current():
-    assert f"\n\n{declared.table()}\n" in (ROOT / "docs" / "ops.md").read_text()
+    current = f"\n\n{declared.table()}\n" in (ROOT / "docs" / "ops.md").read_text()
+    assert current, "replace the table of docs/ops.md by what lets_kernels.ops.declared.table() returns"
+
+
+def test_triton_has_a_launcher_of_every_op():
+    """Without Triton: by what the files say that they have."""
+    files = (ROOT / "lets_kernels" / "ops" / "triton").glob("*.py")
+    listed = re.findall(r"^__all__ = \[(.*?)\]", "\n".join(map(Path.read_text, files)), re.MULTILINE | re.DOTALL)
+    assert sorted(re.findall(r'"(\w+)"', "".join(listed))) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_an_op_has_a_test_of_its_own(op):
+    """Beside those that go through all that are declared."""
+    files = (ROOT / "tests" / "ops").glob("test_*.py")
+    assert any(re.search(rf"\b{op}\(", path.read_text()) for path in files), f"no test in tests/ops calls {op}()"
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_an_op_is_timed_on_a_gpu(op):
+    """But for all_finite_, which looks at a few numbers."""
+    timed = {name for name, _ in (*calls.CASES, *calls.VECTOR_CASES)} | {"all_finite_"}
+    assert op in timed, "benchmarks/gpu/calls.py has no line for it"
 
 
 @pytest.mark.parametrize("op", declared.OPS, ids=NAMES)

@@ -8,7 +8,9 @@ over *all* parameters together, where v is a vector (the gradient), T a diagonal
 Foret et al. (ICLR 2021, Eq. 2). A gradient of exactly zero gives ε = 0. A new direction along something that lies in
 memory is a class with ``q``, ``defaults`` (the group keys it reads, with their defaults), ``geometry`` and ``ascent``;
 one that first has to make its vectors has ``prepare``, and writes them where the weights will be saved. One that goes
-by the base optimizer's state reads it in ``first.base``, and says in ``check_base`` what it can go with.
+by the base optimizer's state reads it in ``first.base``, and says in ``check_base`` what it can go with. One that is
+divided by no norm gives a ``total`` of 1, 0 for no gradient, NaN for one that is not finite, and says its ``norm``:
+:class:`~lets_kernels.Posterior` is one.
 """
 
 import math
