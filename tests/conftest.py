@@ -70,6 +70,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # or libraries report at the exit that their objects were never collected
+
+
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         ops = metafunc.definition.get_closest_marker("ops") is not None
