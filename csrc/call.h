@@ -8,8 +8,8 @@
 //     const Runs saved;           // Flat
 //     int64_t* const dirty;       // Written[Count]
 //     restore_(Where where, const Tensors& params, const Tensor& saved, const Tensor& dirty, const Tensor& table);
-//     chunk_of::restore_ at(const Chunk& c, bool around) const;                                    // for a CPU kernel
-//     launch_of::restore_ launched(const cuda::Row* rows, void* queue, double* sums) const;        // for a CUDA kernel
+//     chunk_of::restore_ at(const Chunk& c, bool nontemporal) const;                               // for a CPU kernel
+//     launch_of::restore_ launched(const cuda::Run* runs, void* queue, double* sums) const;        // for a CUDA kernel
 //     void addresses(int64_t i, char** to) const;                                                  // of run i
 //   };
 #pragma once

@@ -5,18 +5,13 @@
 
 namespace lets {
 
-// A new float64 tensor: of one number with no dimensions, or of several with one.
-inline Tensor make_numbers(const double* values, int64_t numel, int64_t dimensions) {
-  const int64_t stride = 1;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, &numel, &stride, aoti_torch_dtype_float64(),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor out(handle);
-  auto* to = static_cast<double*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < numel; ++i) to[i] = values[i];
-  return out;
+// A new tensor of a number, or of Three.
+template <class Numbers>
+Tensor tensor_of(const Numbers& numbers) {
+  const Tensor to = empty_numbers(sizeof(Numbers) / sizeof(double), aoti_torch_device_type_cpu(), 0);
+  *static_cast<Numbers*>(to.mutable_data_ptr()) = numbers;
+  return to;
 }
-inline Tensor make_scalar(double value) { return make_numbers(&value, 1, 0); }
 
 template <class F>
 void over_chunks(const Table& table, const F& f) {
@@ -32,20 +27,16 @@ std::vector<Value> of_each_chunk(const Table& table, const F& f) {
   for_each(int64_t(chunks.size()), table.total(), [&](int64_t i) { partial[size_t(i)] = f(chunks[size_t(i)]); });
   return partial;
 }
+inline void add(double& sum, double x) { sum += x; }
+inline void add(Three& sum, const Three& x) { sum.first += x.first, sum.second += x.second, sum.third += x.third; }
 template <class Value, class F>
 Tensor sum_over_chunks(const Table& table, const F& f) {
-  double total[3] = {};
-  if constexpr (std::is_same_v<Value, double>) {
-    for (double p : of_each_chunk<double>(table, f)) total[0] += p;
-    return make_scalar(total[0]);
-  } else {
-    for (const Three& p : of_each_chunk<Three>(table, f))
-      total[0] += p.first, total[1] += p.second, total[2] += p.third;
-    return make_numbers(total, 3, 1);
-  }
+  Value total{};
+  for (const Value& p : of_each_chunk<Value>(table, f)) add(total, p);
+  return tensor_of(total);
 }
 
 // What the op does not read back may be written around the caches.
-inline bool streams(const Call& c) { return c.table.total() * size_of(c.dtype) >= kStreamBytes; }
+inline bool is_nontemporal(const Call& c) { return c.table.total() * size_of(c.dtype) >= kNontemporalBytes; }
 
 }  // namespace lets

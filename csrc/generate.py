@@ -17,7 +17,7 @@ DECLARED = """// Made by csrc/generate.py from lets_kernels/ops/declared.py. Wha
 namespace lets {{
 
 namespace cuda {{
-struct Row;
+struct Run;
 }}
 
 // row_length of a run that has no filters.
@@ -137,7 +137,7 @@ def _chunk(a):
 
 
 def _launch(a):
-    """An argument as a CUDA kernel gets it beside its rows: addresses on the device, and plain numbers."""
+    """An argument as a CUDA kernel gets it beside its runs: addresses on the device, and plain numbers."""
     name, constant = a.name, "" if a.written else "const "
     if a.kind in PLAIN:
         return [("uint32_t draws", f"uint32_t({name})")] if a.kind == "Stream" else [(f"{PLAIN[a.kind]} {name}", name)]
@@ -146,7 +146,7 @@ def _launch(a):
 
 
 def _address(a):
-    """The place of an argument in run `i`, as an element of a row; None if rows do not have it."""
+    """The place of an argument in run `i`, as an address of a cuda::Run; None if those do not have it."""
     if a.kind in RUNS:
         return f"{a.name}.run(i)"
     return {
@@ -166,8 +166,8 @@ def _filled(fields):
 
 def _fields(op):
     """Those of a chunk, and those of a launch."""
-    chunk = [("Dtype dtype", "dtype"), ("int64_t numel", "c.numel"), ("bool around", "around")]
-    launch = [("Dtype dtype", "dtype"), ("const cuda::Row* rows", "rows"), ("int64_t count", "Call::table.size()")]
+    chunk = [("Dtype dtype", "dtype"), ("int64_t numel", "c.numel"), ("bool nontemporal", "nontemporal")]
+    launch = [("Dtype dtype", "dtype"), ("const cuda::Run* runs", "runs"), ("int64_t count", "Call::table.size()")]
     launch += [("void* stream", "queue"), ("double* sums", "sums")]
     return (
         chunk + [field for a in op.arguments for field in _chunk(a)],
@@ -192,8 +192,8 @@ def _call(op):
         f"  static constexpr int lists = {len(addresses)};\n{kept}"
         f"  {op.name}({parameters})\n"
         f'      : Call(where, table, {first}, "{first}"), {checked} {{ check(*this); }}\n'
-        f"  chunk_of::{op.name} at(const Chunk& c, bool around) const {{ return {_filled(chunk)}; }}\n"
-        f"  launch_of::{op.name} launched(const cuda::Row* rows, void* queue, double* sums) const "
+        f"  chunk_of::{op.name} at(const Chunk& c, bool nontemporal) const {{ return {_filled(chunk)}; }}\n"
+        f"  launch_of::{op.name} launched(const cuda::Run* runs, void* queue, double* sums) const "
         f"{{ return {_filled(launch)}; }}\n"
         f"  void addresses(int64_t i, char** to) const {{ "
         f"{' '.join(f'to[{n}] = {address};' for n, address in enumerate(addresses))} }}\n}};"

@@ -29,12 +29,13 @@ struct Chunk {
 #if !defined(LETS_CHUNK)
 #define LETS_CHUNK 65536
 #define LETS_WORTH_A_THREAD 32768
-#define LETS_STREAM_BYTES 8388608
+#define LETS_NONTEMPORAL_BYTES 8388608
 #define LETS_CHUNKS_A_LAUNCH 1073741824
 #endif
-constexpr int64_t kChunk = LETS_CHUNK;                    // elements of a chunk on the CPU
-constexpr int64_t kWorthAThread = LETS_WORTH_A_THREAD;    // elements from which an op uses several threads
-constexpr int64_t kStreamBytes = LETS_STREAM_BYTES;       // bytes written from which a CPU op writes around the caches
+constexpr int64_t kChunk = LETS_CHUNK;                  // elements of a chunk on the CPU
+constexpr int64_t kWorthAThread = LETS_WORTH_A_THREAD;  // elements from which an op uses several threads
+constexpr int64_t kNontemporalBytes =
+    LETS_NONTEMPORAL_BYTES;                               // bytes written from which a CPU op writes around the caches
 constexpr int64_t kChunksALaunch = LETS_CHUNKS_A_LAUNCH;  // chunks of a CUDA launch
 static_assert(kChunksALaunch <= int64_t(1) << 30, "a block's index, and the next one's, are of 32 bits");
 

@@ -16,7 +16,8 @@ struct Cpu {
 
   template <class C>
   static auto kernel_of(const C& c) {
-    return [&c, around = streams(c)](const Chunk& chunk) { return cpu::kernels()(c.at(chunk, around)); };
+    return
+        [&c, nontemporal = is_nontemporal(c)](const Chunk& chunk) { return cpu::kernels()(c.at(chunk, nontemporal)); };
   }
 
   // An op on chunks that know nothing of each other, and whose sums are its result.
@@ -80,14 +81,14 @@ struct Cpu {
     double highest = 0;
     for (double p : of_each_chunk<double>(c.table, kernel_of(c)))
       highest = p > highest || p != p ? p : highest;  // a NaN stays
-    return make_scalar(highest);
+    return tensor_of(highest);
   }
 
   Tensor run(const call_of::all_finite_& c) const {
     bool finite = true;
     for (const double* v : c.values) finite = is_finite(*v) && finite;
     if (!finite) *c.skipped += 1;
-    return make_scalar(finite ? 1 : 0);
+    return tensor_of(finite ? 1.0 : 0.0);
   }
 
   const Where where;
@@ -95,8 +96,9 @@ struct Cpu {
  private:
   template <class C>
   static void copy_back(const C& c) {
-    over_chunks(c.table, [&, around = streams(c)](const Chunk& chunk) {
-      cpu::kernels()(chunk_of::restore_{c.dtype, chunk.numel, around, c.params.at(chunk), c.saved.at(chunk), *c.dirty});
+    over_chunks(c.table, [&, nontemporal = is_nontemporal(c)](const Chunk& chunk) {
+      cpu::kernels()(
+          chunk_of::restore_{c.dtype, chunk.numel, nontemporal, c.params.at(chunk), c.saved.at(chunk), *c.dirty});
     });
   }
 
@@ -107,8 +109,8 @@ struct Cpu {
     if (*c.gate != 0) {
       if constexpr (requires { c.steps; })
         for (float* s : c.steps) *s += 1;
-      over_chunks(c.table, [&, around = streams(c)](const Chunk& chunk) {
-        auto at = c.at(chunk, around);
+      over_chunks(c.table, [&, nontemporal = is_nontemporal(c)](const Chunk& chunk) {
+        auto at = c.at(chunk, nontemporal);
         if (!perturbed) at.saved = at.params;
         cpu::kernels()(at);
       });

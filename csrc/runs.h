@@ -310,6 +310,15 @@ inline Dtype dtype_of_list(const Tensors& list, const char* what) {
   return Dtype(number);
 }
 
+// A new float64 tensor: of one number with no dimensions, or of several with one.
+inline Tensor empty_numbers(int64_t numel, int32_t device_type, int32_t device_index) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(numel > 1, &numel, &stride, aoti_torch_dtype_float64(),
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 // Calls f(i) for 0 <= i < count on torch's threads; each i writes only what is its own.
 template <class F>
 void for_each(int64_t count, int64_t elements, const F& f) {

@@ -31,16 +31,16 @@ double average_of(const chunk_of::average_& c) {
       old = keep<C>(m + at, next, narrow_buffer, n, false);
     }
     T* target = out ? out + at : nullptr;
-    C* to = target ? result<C>(target, out_buffer, c.around) : out_buffer;
+    C* to = target ? result<C>(target, out_buffer, c.nontemporal) : out_buffer;
     if (begins) {
       for (int64_t i = 0; i < n; ++i) to[i] = given[i];
     } else {
       for (int64_t i = 0; i < n; ++i) to[i] = combined(a, given[i], b, old[i]);
     }
-    const C* v = keep<C>(target, to, narrow_buffer, n, c.around);
+    const C* v = keep<C>(target, to, narrow_buffer, n, c.nontemporal);
     Sum::add(sum, n, [=](int64_t i) { return double(v[i]) * double(v[i]); });
   }
-  finish(c.around);
+  finish(c.nontemporal);
   return Sum::total(sum);
 }
 
@@ -57,16 +57,16 @@ void posterior_ascent_of(const chunk_of::posterior_ascent_& c) {
     const int64_t n = smaller(kBlock, c.numel - b);
     const C* precision = load<C>(s + b, s_buffer, n);
     const C* gradient = load<C>(g + b, g_buffer, n);
-    C* to = result<C>(out + b, out_buffer, c.around);
+    C* to = result<C>(out + b, out_buffer, c.nontemporal);
     for (int64_t i = 0; i < n; ++i) to[i] = gradient[i] / precision[i];
-    store<C>(out + b, to, narrow_buffer, n, c.around);
+    store<C>(out + b, to, narrow_buffer, n, c.nontemporal);
     if (c.gate == 0) continue;
     C* next = result<C>(s + b, s_buffer, false);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) next[i] = precision_after(precision[i], gradient[i], decay, rest, added);
     store<C>(s + b, next, static_cast<T*>(nullptr), n, false);
   }
-  finish(c.around);
+  finish(c.nontemporal);
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ LETS_FN const C* load(const T* from, C* buffer, int64_t n) {
 }
 
 // Write past the caches; saves the read that an ordinary store of a cold line costs.
-LETS_FN void stream_copy(void* to, const void* from, int64_t bytes) {
+LETS_FN void copy_nontemporal(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
 #if defined(__AVX512F__)
   using Line = __m512i;
@@ -78,52 +78,52 @@ LETS_FN void stream_copy(void* to, const void* from, int64_t bytes) {
 #endif
 }
 
-LETS_FN void copy(void* to, const void* from, int64_t bytes, bool around) {
-  if (around) {
-    stream_copy(to, from, bytes);
+LETS_FN void copy(void* to, const void* from, int64_t bytes, bool nontemporal) {
+  if (nontemporal) {
+    copy_nontemporal(to, from, bytes);
   } else {
     __builtin_memcpy(to, from, size_t(bytes));
   }
 }
 
-// Streamed stores become visible to other threads only after this.
-LETS_FN void finish(bool around) {
+// Non-temporal stores become visible to other threads only after this.
+LETS_FN void finish(bool nontemporal) {
 #if defined(__SSE2__)
-  if (around) _mm_sfence();
+  if (nontemporal) _mm_sfence();
 #else
-  (void)around;
+  (void)nontemporal;
 #endif
 }
 
 // Where a block's results are computed (the memory itself if it may be), and how they get to storage.
 template <class C, class T>
-LETS_FN C* result(T* to, C* buffer, bool around) {
+LETS_FN C* result(T* to, C* buffer, bool nontemporal) {
   if constexpr (sizeof(T) == sizeof(C)) {
-    return around ? buffer : to;
+    return nontemporal ? buffer : to;
   } else {
     return buffer;
   }
 }
 template <class C, class T>
-LETS_FN void store(T* to, const C* from, T* buffer, int64_t n, bool around) {
+LETS_FN void store(T* to, const C* from, T* buffer, int64_t n, bool nontemporal) {
   if constexpr (sizeof(T) == sizeof(C)) {
-    if (around) stream_copy(to, from, n * int64_t(sizeof(T)));
+    if (nontemporal) copy_nontemporal(to, from, n * int64_t(sizeof(T)));
   } else {
-    T* target = around ? buffer : to;
+    T* target = nontemporal ? buffer : to;
     for (int64_t i = 0; i < n; ++i) narrow(from[i], target[i]);
-    if (around) stream_copy(to, buffer, n * int64_t(sizeof(T)));
+    if (nontemporal) copy_nontemporal(to, buffer, n * int64_t(sizeof(T)));
   }
 }
 
 // Stores a block of results as `store` does, and gives them back as they are stored. `to` may be null: not stored.
 template <class C, class T>
-LETS_FN const C* keep(T* to, C* values, T* buffer, int64_t n, bool around) {
+LETS_FN const C* keep(T* to, C* values, T* buffer, int64_t n, bool nontemporal) {
   if constexpr (sizeof(T) == sizeof(C)) {
-    if (to && around) stream_copy(to, values, n * int64_t(sizeof(T)));
+    if (to && nontemporal) copy_nontemporal(to, values, n * int64_t(sizeof(T)));
   } else {
     for (int64_t i = 0; i < n; ++i) narrow(values[i], buffer[i]);
     for (int64_t i = 0; i < n; ++i) values[i] = widen(buffer[i]);
-    if (to) copy(to, buffer, n * int64_t(sizeof(T)), around);
+    if (to) copy(to, buffer, n * int64_t(sizeof(T)), nontemporal);
   }
   return values;
 }

@@ -9,8 +9,8 @@
 
 namespace lets::cpu {
 
-// chunk_of::<op> has the addresses of the chunk's first elements. `around`: write around the caches what is not read
-// back. filter_norms gets a whole run, and writes the norm of the filter that `scaling.offset` counts.
+// chunk_of::<op> has the addresses of the chunk's first elements. `nontemporal`: write around the caches what is not
+// read back. filter_norms gets a whole run, and writes the norm of the filter that `scaling.offset` counts.
 struct Kernels {
 #define LETS_ENTRY(op, result)       \
   result (*op)(const chunk_of::op&); \

@@ -29,20 +29,20 @@ double masked_of(const chunk_of::masked_& c) {
     const C* x = load<C>(v + b, v_buffer, n);
     Sum::add(sum, n, [=](int64_t i) { return double(x[i]) * double(x[i]); });
     if (mask) {
-      T* to = c.around ? narrow_buffer : out + b;
+      T* to = c.nontemporal ? narrow_buffer : out + b;
       for (int64_t i = 0; i < n; ++i) {
         const T value = v[b + i];
         to[i] = kept(value, mask[b + i] != 0);
       }
-      if (c.around) stream_copy(out + b, to, n * int64_t(sizeof(T)));
+      if (c.nontemporal) copy_nontemporal(out + b, to, n * int64_t(sizeof(T)));
     } else {
       const uint32_t* word = words(c.draw, c.position + b, word_buffer, n);
-      C* to = result<C>(out + b, out_buffer, c.around);
+      C* to = result<C>(out + b, out_buffer, c.nontemporal);
       for (int64_t i = 0; i < n; ++i) to[i] = kept(x[i] * factor, all | (word[i] < below));
-      store<C>(out + b, to, narrow_buffer, n, c.around);
+      store<C>(out + b, to, narrow_buffer, n, c.nontemporal);
     }
   }
-  finish(c.around);
+  finish(c.nontemporal);
   return Sum::total(sum);
 }
 

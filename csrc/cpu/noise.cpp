@@ -18,7 +18,7 @@ double noise_of(const chunk_of::noise_& c) {
   for (int64_t b = 0; b < c.numel; b += kBlock) {
     const int64_t n = smaller(kBlock, c.numel - b);
     const float* normal = normals(c.draw, c.position + b, normal_buffer, n);
-    C* to = result<C>(out + b, out_buffer, c.around);
+    C* to = result<C>(out + b, out_buffer, c.nontemporal);
     if (precision) {
       const C* p = load<C>(precision + b, s_buffer, n);
       for (int64_t i = 0; i < n; ++i) to[i] = deviation * (C(1) / square_root(p[i])) * C(normal[i]);
@@ -32,10 +32,10 @@ double noise_of(const chunk_of::noise_& c) {
       const C* x = load<C>(v + b, v_buffer, n);
       for (int64_t i = 0; i < n; ++i) to[i] = factor * x[i] + to[i];
     }
-    const C* moved = keep<C>(out + b, to, narrow_buffer, n, c.around);
+    const C* moved = keep<C>(out + b, to, narrow_buffer, n, c.nontemporal);
     Sum::add(sum, n, [=](int64_t i) { return double(moved[i]) * double(moved[i]); });
   }
-  finish(c.around);
+  finish(c.nontemporal);
   return Sum::total(sum);
 }
 

@@ -90,7 +90,7 @@ double peaks_of(const chunk_of::peaks_& c) {
   for (int64_t b = 0; b < c.numel; b += kBlock) {
     const int64_t n = smaller(kBlock, c.numel - b);
     const C* x = load<C>(v + b, v_buffer, n);
-    C* to = result<C>(out + b, out_buffer, c.around);
+    C* to = result<C>(out + b, out_buffer, c.nontemporal);
     int64_t found = 0;
     for (int64_t i = 0; i < n; ++i) {
       const C value = x[i];
@@ -99,9 +99,9 @@ double peaks_of(const chunk_of::peaks_& c) {
       found += peak;
     }
     count += found;
-    store<C>(out + b, to, narrow_buffer, n, c.around);
+    store<C>(out + b, to, narrow_buffer, n, c.nontemporal);
   }
-  finish(c.around);
+  finish(c.nontemporal);
   return double(count);
 }
 

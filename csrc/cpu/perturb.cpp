@@ -14,7 +14,7 @@ void perturb_of(const chunk_of::perturb_& c) {
   C theta_buffer[kBlock], v_buffer[kBlock], t_buffer[kBlock];
   const auto [factor, shrink] = perturbation_scale<C>(c.total, c.rho, c.q);
   const C exponent = C(c.q);
-  const bool around = v && c.around;  // what stands in `saved` is read first
+  const bool nontemporal = v && c.nontemporal;  // what stands in `saved` is read first
   for (int64_t b = 0; b < c.numel; b += kBlock) {
     const int64_t n = smaller(kBlock, c.numel - b);
     const C* x = v_buffer;
@@ -23,7 +23,7 @@ void perturb_of(const chunk_of::perturb_& c) {
     } else {
       for (int64_t i = 0; i < n; ++i) v_buffer[i] = widen(saved[b + i]);
     }
-    copy(saved + b, theta + b, n * int64_t(sizeof(T)), around);
+    copy(saved + b, theta + b, n * int64_t(sizeof(T)), nontemporal);
     if (factor == 0) continue;
     const C* weights = load<C>(theta + b, theta_buffer, n);
     const C* t = scales<C>(c.scaling, weights, x, b, t_buffer, n);
@@ -42,7 +42,7 @@ void perturb_of(const chunk_of::perturb_& c) {
     }
     store<C>(theta + b, out, static_cast<T*>(nullptr), n, false);
   }
-  finish(around);
+  finish(nontemporal);
 }
 
 }  // namespace
@@ -52,8 +52,8 @@ void perturb_(const chunk_of::perturb_& c) {
 }
 
 void restore_(const chunk_of::restore_& c) {
-  copy(c.params, c.saved, c.numel * size_of(c.dtype), c.around);
-  finish(c.around);
+  copy(c.params, c.saved, c.numel * size_of(c.dtype), c.nontemporal);
+  finish(c.nontemporal);
 }
 
 }  // namespace lets::cpu::LETS_ISA

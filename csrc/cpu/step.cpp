@@ -20,7 +20,7 @@ void sgd_chunk(const chunk_of::restore_sgd_& c) {
     const int64_t n = smaller(kBlock, c.numel - b);
     const C* weights = load<C>(saved + b, saved_buffer, n);
     const C* gradient = load<C>(g + b, g_buffer, n);
-    C* out = result<C>(theta + b, out_buffer, c.around);
+    C* out = result<C>(theta + b, out_buffer, c.nontemporal);
     if (m) {
       const C* old = load<C>(m + b, m_buffer, n);
       C* average = result<C>(m + b, m_buffer, false);
@@ -35,9 +35,9 @@ void sgd_chunk(const chunk_of::restore_sgd_& c) {
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) out[i] = Sgd<C>::step(sgd, weights[i], gradient[i], static_cast<C*>(nullptr));
     }
-    store<C>(theta + b, out, narrow_buffer, n, c.around);
+    store<C>(theta + b, out, narrow_buffer, n, c.nontemporal);
   }
-  finish(c.around);
+  finish(c.nontemporal);
 }
 
 template <class T>
@@ -59,7 +59,7 @@ void adam_chunk(const chunk_of::restore_adamw_& c) {
     const C* old_v = load<C>(v + b, v_buffer, n);
     C* next_m = result<C>(m + b, m_buffer, false);
     C* next_v = result<C>(v + b, v_buffer, false);
-    C* out = result<C>(theta + b, out_buffer, c.around);
+    C* out = result<C>(theta + b, out_buffer, c.nontemporal);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       C first = old_m[i], second = old_v[i];
@@ -69,9 +69,9 @@ void adam_chunk(const chunk_of::restore_adamw_& c) {
     }
     store<C>(m + b, next_m, static_cast<T*>(nullptr), n, false);
     store<C>(v + b, next_v, static_cast<T*>(nullptr), n, false);
-    store<C>(theta + b, out, narrow_buffer, n, c.around);
+    store<C>(theta + b, out, narrow_buffer, n, c.nontemporal);
   }
-  finish(c.around);
+  finish(c.nontemporal);
 }
 
 template <class T>
@@ -90,7 +90,7 @@ void lion_chunk(const chunk_of::restore_lion_& c) {
     const C* gradient = load<C>(g + b, g_buffer, n);
     const C* old = load<C>(m + b, m_buffer, n);
     C* average = result<C>(m + b, m_buffer, false);
-    C* out = result<C>(theta + b, out_buffer, c.around);
+    C* out = result<C>(theta + b, out_buffer, c.nontemporal);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       C next = old[i];
@@ -98,9 +98,9 @@ void lion_chunk(const chunk_of::restore_lion_& c) {
       average[i] = next;
     }
     store<C>(m + b, average, static_cast<T*>(nullptr), n, false);
-    store<C>(theta + b, out, narrow_buffer, n, c.around);
+    store<C>(theta + b, out, narrow_buffer, n, c.nontemporal);
   }
-  finish(c.around);
+  finish(c.nontemporal);
 }
 
 template <class T>
@@ -121,7 +121,7 @@ void bsam_chunk(const chunk_of::restore_bsam_& c) {
     const C* old = load<C>(m + b, m_buffer, n);
     const C* precision = load<C>(s + b, s_buffer, n);
     C* average = result<C>(m + b, m_buffer, false);
-    C* out = result<C>(theta + b, out_buffer, c.around);
+    C* out = result<C>(theta + b, out_buffer, c.nontemporal);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       C next = old[i];
@@ -129,9 +129,9 @@ void bsam_chunk(const chunk_of::restore_bsam_& c) {
       average[i] = next;
     }
     store<C>(m + b, average, static_cast<T*>(nullptr), n, false);
-    store<C>(theta + b, out, narrow_buffer, n, c.around);
+    store<C>(theta + b, out, narrow_buffer, n, c.nontemporal);
   }
-  finish(c.around);
+  finish(c.nontemporal);
 }
 
 }  // namespace

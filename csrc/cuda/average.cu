@@ -14,10 +14,10 @@ average_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::
   double mine = 0;
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
     const Piece piece = piece_of(batch, k);
-    const Row& row = batch.row[piece.row];
-    T* m = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-    const T* x = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
-    T* out = row.address[2] ? reinterpret_cast<T*>(row.address[2]) + piece.begin : nullptr;
+    const Run& run = batch.run[piece.run];
+    T* m = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+    const T* x = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
+    T* out = run.address[2] ? reinterpret_cast<T*>(run.address[2]) + piece.begin : nullptr;
     over_in_order<T>(piece.numel, aligned(m) && aligned(x) && aligned(out), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       Pack<T, V> v = read_only(&pack_at<V>(x, i));
@@ -52,10 +52,10 @@ ascent_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::posterior_ascent_
   const bool go = *c.gate != 0;
   const C keeps = C(c.beta2), takes = C(1 - c.beta2), more = C(c.damping);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Row& row = batch.row[piece.row];
-  T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-  T* s = reinterpret_cast<T*>(row.address[1]) + piece.begin;
-  const T* g = reinterpret_cast<const T*>(row.address[2]) + piece.begin;
+  const Run& run = batch.run[piece.run];
+  T* out = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+  T* s = reinterpret_cast<T*>(run.address[1]) + piece.begin;
+  const T* g = reinterpret_cast<const T*>(run.address[2]) + piece.begin;
   over<T>(piece.numel, aligned(out) && aligned(s) && aligned(g), [&](auto width, int i) {
     constexpr int V = decltype(width)::value;
     auto gradient = fetch<C, V>(g, i), precision = load<C, V>(s, i);
@@ -77,7 +77,7 @@ ascent_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::posterior_ascent_
 void average_(const launch_of::average_& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+    sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
       launch(&average_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     });
   });
@@ -87,7 +87,7 @@ void average_(const launch_of::average_& c) {
 void posterior_ascent_(const launch_of::posterior_ascent_& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
       launch(&ascent_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });

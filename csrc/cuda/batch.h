@@ -1,6 +1,6 @@
 // How a launch learns of its runs, and how a block finds its chunk.
 //
-// The rows travel by value, as a kernel parameter: nothing is allocated or copied for them, nothing has to outlive the
+// The runs travel by value, as a kernel parameter: nothing is allocated or copied for them, nothing has to outlive the
 // launch, and a CUDA graph keeps its own copy. What does not fit goes into further launches.
 #pragma once
 
@@ -20,24 +20,24 @@ static_assert(kPiece % (kThreads * 8) == 0, "whole packs for every thread");
 template <int Capacity>
 struct Batch {
   static constexpr int capacity = Capacity;
-  Row row[Capacity];
-  int32_t first[Capacity + 1];  // the first chunk of every row, and the number of chunks behind the last
-  int32_t rows;
+  Run run[Capacity];
+  int32_t first[Capacity + 1];  // the first chunk of every run, and the number of chunks behind the last
+  int32_t runs;
 };
-// Few rows make a short parameter, which every launch has to carry; 32,764 bytes are the most it may be.
+// Few runs make a short parameter, which every launch has to carry; 32,764 bytes are the most it may be.
 constexpr int kFew = 8, kMany = 352;
 static_assert(sizeof(Batch<kMany>) <= 32764 - 256, "the batch and the other arguments must fit a launch");
 
-// A stretch of one row.
+// A stretch of one run.
 struct Piece {
-  int32_t row, numel;
+  int32_t run, numel;
   int64_t begin;
 };
 
-// The row that chunk `index` belongs to.
+// The run that chunk `index` belongs to.
 template <int Capacity>
-LETS_DEVICE int32_t row_of(const Batch<Capacity>& batch, int32_t index) {
-  int32_t low = 0, high = batch.rows - 1;
+LETS_DEVICE int32_t run_of(const Batch<Capacity>& batch, int32_t index) {
+  int32_t low = 0, high = batch.runs - 1;
   while (low < high) {
     const int32_t middle = (low + high + 1) / 2;
     if (batch.first[middle] <= index) {
@@ -51,29 +51,29 @@ LETS_DEVICE int32_t row_of(const Batch<Capacity>& batch, int32_t index) {
 
 template <int Capacity>
 LETS_DEVICE Piece piece_of(const Batch<Capacity>& batch, int32_t index) {
-  const int32_t row = row_of(batch, index);
-  const int64_t begin = int64_t(index - batch.first[row]) * kPiece;
-  const int64_t left = batch.row[row].numel - begin;
-  return {row, int32_t(left < kPiece ? left : kPiece), begin};
+  const int32_t run = run_of(batch, index);
+  const int64_t begin = int64_t(index - batch.first[run]) * kPiece;
+  const int64_t left = batch.run[run].numel - begin;
+  return {run, int32_t(left < kPiece ? left : kPiece), begin};
 }
 
-// Cuts rows into launches: f(batch, chunks) with a Batch<kFew> or a Batch<kMany>. `chunks_of(row)` is the work of a
-// row.
+// Cuts runs into launches: f(batch, chunks) with a Batch<kFew> or a Batch<kMany>. `chunks_of(run)` is the work of a
+// run.
 template <class ChunksOf, class F>
-void in_batches(const Row* rows, int64_t count, ChunksOf chunks_of, F f) {
+void in_batches(const Run* runs, int64_t count, ChunksOf chunks_of, F f) {
   auto fill = [&](auto& batch, int64_t capacity, int64_t& next) {
     int64_t chunks = 0;
-    batch.rows = 0;
-    for (; next < count && batch.rows < capacity; ++next) {
-      const int64_t more = chunks_of(rows[next]);
+    batch.runs = 0;
+    for (; next < count && batch.runs < capacity; ++next) {
+      const int64_t more = chunks_of(runs[next]);
       if (more == 0) continue;
       if (more > kChunksALaunch) throw std::runtime_error("lets_kernels: a run of more than 2^43 elements");
       if (chunks + more > kChunksALaunch) break;
-      batch.row[batch.rows] = rows[next];
-      batch.first[batch.rows++] = int32_t(chunks);
+      batch.run[batch.runs] = runs[next];
+      batch.first[batch.runs++] = int32_t(chunks);
       chunks += more;
     }
-    batch.first[batch.rows] = int32_t(chunks);
+    batch.first[batch.runs] = int32_t(chunks);
     if (chunks > 0) f(batch, int32_t(chunks));
   };
   for (int64_t next = 0; next < count;) {
@@ -90,7 +90,7 @@ void in_batches(const Row* rows, int64_t count, ChunksOf chunks_of, F f) {
 template <class B>
 constexpr int capacity_of = std::remove_cvref_t<B>::capacity;
 
-inline int64_t pieces(const Row& row) { return (row.numel + kPiece - 1) / kPiece; }
+inline int64_t pieces(const Run& run) { return (run.numel + kPiece - 1) / kPiece; }
 
 // Calls f(T{}) with the storage type.
 template <class F>

@@ -97,14 +97,14 @@ struct Scale {
   const C* norms;
   C xi;
 
-  LETS_DEVICE Scale of(const Row& row, int64_t begin, double xi) {
+  LETS_DEVICE Scale of(const Run& run, int64_t begin, double xi) {
     if constexpr (!Scaled) return {};
-    Scale s{row.row_length, row.row_count, 0, 0, 0, static_cast<const C*>(row.norms), C(xi)};
-    if (row.row_length > 0) {
-      s.first = begin / row.row_length;
-      s.offset = uint32_t(begin - s.first * row.row_length);
-      s.left = row.row_length - (begin - s.first * row.row_length);
-      s.first %= row.row_count;
+    Scale s{run.row_length, run.row_count, 0, 0, 0, static_cast<const C*>(run.norms), C(xi)};
+    if (run.row_length > 0) {
+      s.first = begin / run.row_length;
+      s.offset = uint32_t(begin - s.first * run.row_length);
+      s.left = run.row_length - (begin - s.first * run.row_length);
+      s.first %= run.row_count;
     }
     return s;
   }
@@ -190,8 +190,8 @@ LETS_KERNEL join_slots(double* sums, int slots) {
 
 // Calls f(bool_constant) with whether any run has a T.
 template <class F>
-void with_scaling(const Row* rows, int64_t count, F f) {
-  if (std::any_of(rows, rows + count, [](const Row& row) { return row.row_length != kUnscaled; }))
+void with_scaling(const Run* runs, int64_t count, F f) {
+  if (std::any_of(runs, runs + count, [](const Run& run) { return run.row_length != kUnscaled; }))
     return f(std::true_type{});
   return f(std::false_type{});
 }
@@ -199,12 +199,12 @@ void with_scaling(const Row* rows, int64_t count, F f) {
 // The launches of one sum, or of several: `one(batch, chunks, blocks, add)` launches the kernel on `blocks` blocks,
 // which all write their own slots, or add to them from the second batch on.
 template <class Join = Sum, class One>
-void sum_in_batches(const Row* rows, int64_t count, double* sums, void* stream, One one, int totals = 1) {
+void sum_in_batches(const Run* runs, int64_t count, double* sums, void* stream, One one, int totals = 1) {
   int slots = 0;
-  in_batches(rows, count, pieces,
+  in_batches(runs, count, pieces,
              [&](const auto&, int32_t chunks) { slots = std::max(slots, std::min(chunks, kSlots)); });
   bool add = false;
-  in_batches(rows, count, pieces, [&](const auto& batch, int32_t chunks) {
+  in_batches(runs, count, pieces, [&](const auto& batch, int32_t chunks) {
     one(batch, chunks, slots, add);
     add = true;
   });

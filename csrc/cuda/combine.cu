@@ -12,9 +12,9 @@ dots_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::dot
   double xx = 0, xy = 0, yy = 0;
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
     const Piece piece = piece_of(batch, k);
-    const Row& row = batch.row[piece.row];
-    const T* x = reinterpret_cast<const T*>(row.address[0]) + piece.begin;
-    const T* y = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+    const Run& run = batch.run[piece.run];
+    const T* x = reinterpret_cast<const T*>(run.address[0]) + piece.begin;
+    const T* y = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
     over_in_order<T>(piece.numel, aligned(x) && aligned(y), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const auto u = fetch<C, V>(x, i), w = fetch<C, V>(y, i);
@@ -39,10 +39,10 @@ displacement_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch
   double gg = 0, gd = 0, dd = 0;
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
     const Piece piece = piece_of(batch, k);
-    const Row& row = batch.row[piece.row];
-    const T* g = reinterpret_cast<const T*>(row.address[0]) + piece.begin;
-    const T* theta = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
-    const T* saved = reinterpret_cast<const T*>(row.address[2]) + piece.begin;
+    const Run& run = batch.run[piece.run];
+    const T* g = reinterpret_cast<const T*>(run.address[0]) + piece.begin;
+    const T* theta = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
+    const T* saved = reinterpret_cast<const T*>(run.address[2]) + piece.begin;
     over_in_order<T>(piece.numel, aligned(g) && aligned(theta) && aligned(saved), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const auto x = fetch<C, V>(g, i), now = fetch<C, V>(theta, i), before = fetch<C, V>(saved, i);
@@ -67,10 +67,10 @@ combine_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::combine_ c) {
   if (*c.gate == 0) return;
   const C a = C(c.coefficients[0]), b = C(c.coefficients[1]);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Row& row = batch.row[piece.row];
-  T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-  const T* x = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
-  const T* y = reinterpret_cast<const T*>(row.address[2]) + piece.begin;
+  const Run& run = batch.run[piece.run];
+  T* out = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+  const T* x = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
+  const T* y = reinterpret_cast<const T*>(run.address[2]) + piece.begin;
   over<T>(piece.numel, aligned(out) && aligned(x) && aligned(y), [&](auto width, int i) {
     constexpr int V = decltype(width)::value;
     auto u = load<C, V>(x, i);
@@ -89,7 +89,7 @@ void dots(const launch_of::dots& c) {
     const auto one = [&](const auto& batch, int32_t chunks, int blocks, bool add) {
       launch(&dots_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     };
-    sum_in_batches(c.rows, c.count, c.sums, c.stream, one, 3);
+    sum_in_batches(c.runs, c.count, c.sums, c.stream, one, 3);
   });
 }
 
@@ -99,14 +99,14 @@ void displacement_dots(const launch_of::displacement_dots& c) {
     const auto one = [&](const auto& batch, int32_t chunks, int blocks, bool add) {
       launch(&displacement_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     };
-    sum_in_batches(c.rows, c.count, c.sums, c.stream, one, 3);
+    sum_in_batches(c.runs, c.count, c.sums, c.stream, one, 3);
   });
 }
 
 void combine_(const launch_of::combine_& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
       launch(&combine_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });

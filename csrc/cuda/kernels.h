@@ -19,7 +19,7 @@ constexpr int kStart = kLists - 1;
 // One run as the kernels see it: the address of its first element in each list of the op, in the op's order; null where
 // the op was called without. Where no list needs the last slot, it is a number: the position of the run's first element
 // in its bucket.
-struct Row {
+struct Run {
   char* address[kLists];
   int64_t numel;
   int64_t row_length, row_count;  // as in the run table

@@ -15,11 +15,11 @@ masked_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::m
   double mine = 0;
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
     const Piece piece = piece_of(batch, k);
-    const Row& row = batch.row[piece.row];
-    T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-    const T* v = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
-    const uint8_t* mask = Drawn ? nullptr : reinterpret_cast<const uint8_t*>(row.address[2]) + piece.begin;
-    const int64_t position = position_of(row, piece);
+    const Run& run = batch.run[piece.run];
+    T* out = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+    const T* v = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
+    const uint8_t* mask = Drawn ? nullptr : reinterpret_cast<const uint8_t*>(run.address[2]) + piece.begin;
+    const int64_t position = position_of(run, piece);
     over_in_order<T>(piece.numel, aligned(out) && aligned(v) && aligned(mask), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const Pack<T, V> whole = read_only(&pack_at<V>(v, i));
@@ -74,10 +74,10 @@ count_above_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_
   int64_t mine = 0;
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
     const Piece piece = piece_of(batch, k);
-    const Row& row = batch.row[piece.row];
-    const T* v = row.address[0] ? reinterpret_cast<const T*>(row.address[0]) + piece.begin : nullptr;
-    const uint8_t* mask = reinterpret_cast<const uint8_t*>(row.address[1]) + piece.begin;
-    const int64_t position = position_of(row, piece);
+    const Run& run = batch.run[piece.run];
+    const T* v = run.address[0] ? reinterpret_cast<const T*>(run.address[0]) + piece.begin : nullptr;
+    const uint8_t* mask = reinterpret_cast<const uint8_t*>(run.address[1]) + piece.begin;
+    const int64_t position = position_of(run, piece);
     over_in_order<T>(piece.numel, aligned(v) && aligned(mask), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const auto above = above_at<V>(v, i, draw, position + i, threshold);
@@ -95,10 +95,10 @@ select_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::select_ c) {
   const Draw draw = draw_of(c.random, c.draws);
   const int64_t threshold = *c.threshold;
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Row& row = batch.row[piece.row];
-  const T* v = row.address[1] ? reinterpret_cast<const T*>(row.address[1]) + piece.begin : nullptr;
-  uint8_t* mask = reinterpret_cast<uint8_t*>(row.address[0]) + piece.begin;
-  const int64_t position = position_of(row, piece);
+  const Run& run = batch.run[piece.run];
+  const T* v = run.address[1] ? reinterpret_cast<const T*>(run.address[1]) + piece.begin : nullptr;
+  uint8_t* mask = reinterpret_cast<uint8_t*>(run.address[0]) + piece.begin;
+  const int64_t position = position_of(run, piece);
   over<T>(piece.numel, aligned(v) && aligned(mask), [&](auto width, int i) {
     constexpr int V = decltype(width)::value;
     const auto above = above_at<V>(v, i, draw, position + i, threshold);
@@ -118,10 +118,10 @@ select_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::select_ c) {
 }  // namespace
 
 void masked_(const launch_of::masked_& c) {
-  const bool given = std::any_of(c.rows, c.rows + c.count, [](const Row& row) { return row.address[2] != nullptr; });
+  const bool given = std::any_of(c.runs, c.runs + c.count, [](const Run& run) { return run.address[2] != nullptr; });
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+    sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
       constexpr int capacity = capacity_of<decltype(batch)>;
       launch(given ? &masked_kernel<T, false, capacity> : &masked_kernel<T, true, capacity>, blocks, kThreads, c.stream,
              batch, chunks, c, add);
@@ -132,7 +132,7 @@ void masked_(const launch_of::masked_& c) {
 void count_above(const launch_of::count_above& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+    sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
       launch(&count_above_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     });
   });
@@ -141,7 +141,7 @@ void count_above(const launch_of::count_above& c) {
 void select_(const launch_of::select_& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
       launch(&select_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });

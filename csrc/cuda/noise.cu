@@ -13,12 +13,12 @@ noise_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::no
   double mine = 0;
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
     const Piece piece = piece_of(batch, k);
-    const Row& row = batch.row[piece.row];
-    T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-    const T* v = row.address[1] ? reinterpret_cast<const T*>(row.address[1]) + piece.begin : nullptr;
-    const T* s = row.address[2] ? reinterpret_cast<const T*>(row.address[2]) + piece.begin : nullptr;
-    const int64_t position = position_of(row, piece);
-    const auto scale = Scale<C, Scaled>::of(row, piece.begin, 0);
+    const Run& run = batch.run[piece.run];
+    T* out = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+    const T* v = run.address[1] ? reinterpret_cast<const T*>(run.address[1]) + piece.begin : nullptr;
+    const T* s = run.address[2] ? reinterpret_cast<const T*>(run.address[2]) + piece.begin : nullptr;
+    const int64_t position = position_of(run, piece);
+    const auto scale = Scale<C, Scaled>::of(run, piece.begin, 0);
     over_in_order<T>(piece.numel, aligned(out) && aligned(v) && aligned(s), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const auto number = normals_at<V>(draw, position + i);
@@ -27,7 +27,7 @@ noise_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::no
         const auto precision = fetch<C, V>(s, i);
 #pragma unroll
         for (int j = 0; j < V; ++j) moved.value[j] = deviation * (C(1) / square_root(precision.value[j]));
-      } else if (Scaled && row.row_length > 0) {
+      } else if (Scaled && run.row_length > 0) {
         moved = Scale<C, Scaled>::template filters<V>(scale, i);
 #pragma unroll
         for (int j = 0; j < V; ++j) moved.value[j] = deviation * moved.value[j];
@@ -55,10 +55,10 @@ noise_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::no
 void noise_(const launch_of::noise_& c) {
   // With precisions filters mean nothing, and no other T ever does.
   const bool scaled =
-      std::any_of(c.rows, c.rows + c.count, [](const Row& row) { return row.row_length > 0 && !row.address[2]; });
+      std::any_of(c.runs, c.runs + c.count, [](const Run& run) { return run.row_length > 0 && !run.address[2]; });
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+    sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
       constexpr int capacity = capacity_of<decltype(batch)>;
       launch(scaled ? &noise_kernel<T, true, capacity> : &noise_kernel<T, false, capacity>, blocks, kThreads, c.stream,
              batch, chunks, c, add);

@@ -1,32 +1,67 @@
 // The ops on CUDA devices, and their registration: gathers the addresses, enqueues the kernels.
 //
 // Compiled by the host's compiler alone; what needs nvcc is behind kernels.h. Nothing here waits for the device.
-#include "rows.h"
+#include <vector>
+
+#include "../call.h"
+#include "kernels.h"
+#if defined(LETS_EMULATED)
+#include "emulated_device.h"  // tests/emulator: the same kernels on CPU tensors
+#else
+#include "device.h"
+#endif
 
 namespace lets {
 namespace {
+
+// The runs of a call: their addresses in each of its lists, their places in the bucket, and their scaling.
+template <class C>
+std::vector<cuda::Run> runs_of(const C& c) {
+  static_assert(C::lists <= cuda::kLists, "a run has no place for so many lists");
+  std::vector<cuda::Run> runs(size_t(c.table.size()));
+  for (int64_t i = 0; i < c.table.size(); ++i) {
+    cuda::Run& run = runs[size_t(i)];
+    run = {{}, c.table[i].numel, kUnscaled, 0, nullptr};
+    run.address[cuda::kStart] = reinterpret_cast<char*>(intptr_t(c.table[i].start));
+    c.addresses(i, run.address);
+    if constexpr (requires { c.scaling; }) {
+      const Scaling s = c.scaling.at({i, 0, 0});
+      run.row_length = s.row_length, run.row_count = s.row_count, run.norms = s.norms;
+    }
+  }
+  return runs;
+}
 
 struct Cuda : cuda::Device {
   using Device::Device;
 
   template <class C>
   auto run(const C& c) const {
-    const auto rows = rows_of(c);
+    const auto runs = runs_of(c);
     if constexpr (std::is_void_v<typename C::Result>) {
-      cuda::enqueue(c.launched(rows.data(), stream, nullptr));
+      cuda::enqueue(c.launched(runs.data(), stream, nullptr));
     } else {
       constexpr int64_t totals = sizeof(typename C::Result) / sizeof(double);
-      const Tensor sums = empty_doubles(totals * cuda::kSumElements, *this);
-      cuda::enqueue(c.launched(rows.data(), stream, static_cast<double*>(sums.data_ptr())));
-      return totals == 1 ? first_of(sums) : first_of(sums, totals);
+      const Tensor sums = empty_numbers(totals * cuda::kSumElements, type(), index());
+      cuda::enqueue(c.launched(runs.data(), stream, static_cast<double*>(sums.data_ptr())));
+      return first_of(sums, totals);
     }
   }
 
   Tensor run(const call_of::all_finite_& c) const {
-    const Tensor finite = empty_doubles(1, *this);
+    const Tensor finite = empty_numbers(1, type(), index());
     cuda::all_finite(c.values.data(), int64_t(c.values.size()), static_cast<double*>(finite.data_ptr()), c.skipped,
                      stream);
-    return first_of(finite);
+    return finite;
+  }
+
+ private:
+  // A view of the first numbers: sums and their slots are one allocation.
+  static Tensor first_of(const Tensor& t, int64_t numel) {
+    const int64_t stride = 1;
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), numel > 1, &numel, &stride, 0, &handle));
+    return Tensor(handle);
   }
 };
 

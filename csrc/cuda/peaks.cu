@@ -11,7 +11,7 @@ largest_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::
   C mine = 0;
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
     const Piece piece = piece_of(batch, k);
-    const T* v = reinterpret_cast<const T*>(batch.row[piece.row].address[0]) + piece.begin;
+    const T* v = reinterpret_cast<const T*>(batch.run[piece.run].address[0]) + piece.begin;
     over_in_order<T>(piece.numel, aligned(v), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       const auto x = fetch<C, V>(v, i);
@@ -30,9 +30,9 @@ peaks_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::pe
   int64_t mine = 0;
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
     const Piece piece = piece_of(batch, k);
-    const Row& row = batch.row[piece.row];
-    T* out = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-    const T* v = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+    const Run& run = batch.run[piece.run];
+    T* out = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+    const T* v = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
     over_in_order<T>(piece.numel, aligned(out) && aligned(v), [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
       auto x = fetch<C, V>(v, i);
@@ -54,7 +54,7 @@ void largest(const launch_of::largest& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
     sum_in_batches<Largest>(
-        c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+        c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
           launch(&largest_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
         });
   });
@@ -63,7 +63,7 @@ void largest(const launch_of::largest& c) {
 void peaks_(const launch_of::peaks_& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+    sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
       launch(&peaks_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     });
   });

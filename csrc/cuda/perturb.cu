@@ -19,12 +19,12 @@ perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::perturb_ c) {
   __syncthreads();
   const C length = shared[0], shrink = shared[1], exponent = C(c.q);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Row& row = batch.row[piece.row];
-  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-  T* saved = reinterpret_cast<T*>(row.address[2]) + piece.begin;
-  const bool swapped = row.address[1] == nullptr;  // v stands in `saved`, which takes the weights
-  const T* v = swapped ? saved : reinterpret_cast<const T*>(row.address[1]) + piece.begin;
-  const auto scale = Scale<C, Scaled>::of(row, piece.begin, c.xi);
+  const Run& run = batch.run[piece.run];
+  T* theta = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+  T* saved = reinterpret_cast<T*>(run.address[2]) + piece.begin;
+  const bool swapped = run.address[1] == nullptr;  // v stands in `saved`, which takes the weights
+  const T* v = swapped ? saved : reinterpret_cast<const T*>(run.address[1]) + piece.begin;
+  const auto scale = Scale<C, Scaled>::of(run, piece.begin, c.xi);
   const bool all_aligned = aligned(theta) && aligned(v) && aligned(saved);
   if (length == 0) {  // decided here, not in the loop, where the load of v would wait for that of theta
     over<T>(piece.numel, all_aligned, [&](auto width, int i) {
@@ -55,9 +55,9 @@ template <class T, int Capacity>
 LETS_KERNEL restore_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_ c) {
   if (*c.dirty == 0) return;
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Row& row = batch.row[piece.row];
-  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-  const T* saved = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
+  const Run& run = batch.run[piece.run];
+  T* theta = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+  const T* saved = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
   over<T>(piece.numel, aligned(theta) && aligned(saved), [&](auto width, int i) {
     constexpr int V = decltype(width)::value;
     pack_at<V>(theta, i) = read_only(&pack_at<V>(saved, i));
@@ -67,12 +67,12 @@ LETS_KERNEL restore_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::rest
 }  // namespace
 
 void perturb_(const launch_of::perturb_& c) {
-  if (std::none_of(c.rows, c.rows + c.count, pieces)) return set(c.dirty, 1, c.stream);  // no block would
+  if (std::none_of(c.runs, c.runs + c.count, pieces)) return set(c.dirty, 1, c.stream);  // no block would
   with_type(c.dtype, [&](auto type) {
     with_exponent(c.q, [&](auto kind) {
-      with_scaling(c.rows, c.count, [&](auto scaled) {
+      with_scaling(c.runs, c.count, [&](auto scaled) {
         using T = decltype(type);
-        in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+        in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
           launch(&perturb_kernel<T, decltype(kind)::value, decltype(scaled)::value, capacity_of<decltype(batch)>>,
                  chunks, kThreads, c.stream, batch, c);
         });
@@ -84,7 +84,7 @@ void perturb_(const launch_of::perturb_& c) {
 void restore_(const launch_of::restore_& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
       launch(&restore_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });

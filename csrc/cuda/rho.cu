@@ -11,13 +11,13 @@ diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of:
   double mine = 0;
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
     const Piece piece = piece_of(batch, k);
-    const Row& row = batch.row[piece.row];
+    const Run& run = batch.run[piece.run];
     auto at = [&](int list) {
-      return row.address[list] ? reinterpret_cast<const T*>(row.address[list]) + piece.begin : nullptr;
+      return run.address[list] ? reinterpret_cast<const T*>(run.address[list]) + piece.begin : nullptr;
     };
     const T *val = at(0), *train = at(1), *g_hat = at(2), *v = at(3);
-    const T* theta = Scaled && row.row_length == kElementWise ? at(4) : nullptr;
-    const auto scale = Scale<C, Scaled>::of(row, piece.begin, c.xi);
+    const T* theta = Scaled && run.row_length == kElementWise ? at(4) : nullptr;
+    const auto scale = Scale<C, Scaled>::of(run, piece.begin, c.xi);
     const bool all_aligned = aligned(val) && aligned(train) && aligned(g_hat) && aligned(v) && aligned(theta);
     over_in_order<T>(piece.numel, all_aligned, [&](auto width, int i) {
       constexpr int V = decltype(width)::value;
@@ -47,9 +47,9 @@ LETS_KERNEL secant_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, 
   double mine = 0;
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
     const Piece piece = piece_of(batch, k);
-    const Row& row = batch.row[piece.row];
+    const Run& run = batch.run[piece.run];
     auto at = [&](int list) {
-      return row.address[list] ? reinterpret_cast<const T*>(row.address[list]) + piece.begin : nullptr;
+      return run.address[list] ? reinterpret_cast<const T*>(run.address[list]) + piece.begin : nullptr;
     };
     const T *val = at(0), *train = at(1), *g_hat = at(2), *g = at(3);
     const bool all_aligned = aligned(val) && aligned(train) && aligned(g_hat) && aligned(g);
@@ -70,9 +70,9 @@ LETS_KERNEL secant_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, 
 void rho_grad_diagonal(const launch_of::rho_grad_diagonal& c) {
   with_type(c.dtype, [&](auto type) {
     with_exponent(c.q, [&](auto kind) {
-      with_scaling(c.rows, c.count, [&](auto scaled) {
+      with_scaling(c.runs, c.count, [&](auto scaled) {
         using T = decltype(type);
-        sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+        sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
           launch(&diagonal_kernel<T, decltype(kind)::value, decltype(scaled)::value, capacity_of<decltype(batch)>>,
                  blocks, kThreads, c.stream, batch, chunks, c, add);
         });
@@ -84,7 +84,7 @@ void rho_grad_diagonal(const launch_of::rho_grad_diagonal& c) {
 void rho_grad_secant(const launch_of::rho_grad_secant& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_in_batches(c.rows, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
+    sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
       launch(&secant_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
     });
   });

@@ -14,11 +14,11 @@ sgd_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_sgd_ c) {
   if (!go && !perturbed) return;
   const Sgd<C> sgd = sgd_of<C>(c);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Row& row = batch.row[piece.row];
-  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-  const T* g = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
-  T* m = row.address[2] ? reinterpret_cast<T*>(row.address[2]) + piece.begin : nullptr;
-  const T* saved = reinterpret_cast<const T*>(row.address[3]) + piece.begin;
+  const Run& run = batch.run[piece.run];
+  T* theta = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+  const T* g = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
+  T* m = run.address[2] ? reinterpret_cast<T*>(run.address[2]) + piece.begin : nullptr;
+  const T* saved = reinterpret_cast<const T*>(run.address[3]) + piece.begin;
   const T* from = perturbed ? saved : theta;
   const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(saved);
   over<T>(piece.numel, all_aligned, [&](auto width, int i) {
@@ -44,7 +44,7 @@ sgd_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_sgd_ c) {
   });
 }
 
-constexpr int kSteps = 4;  // Adam's step counts in a row
+constexpr int kSteps = 4;  // Adam's step counts in a run
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
@@ -52,21 +52,21 @@ adam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_adamw_ c) {
   using C = typename ArithmeticOf<T>::type;
   LETS_SHARED double bias[2];
   if (threadIdx.x < 2) {  // the count is raised when all have read it
-    const Row& row = batch.row[row_of(batch, int32_t(blockIdx.x))];
-    const double step = double(*reinterpret_cast<const float*>(row.address[kSteps]) + 1.0f);
+    const Run& run = batch.run[run_of(batch, int32_t(blockIdx.x))];
+    const double step = double(*reinterpret_cast<const float*>(run.address[kSteps]) + 1.0f);
     bias[threadIdx.x] = bias_correction(threadIdx.x == 0 ? c.beta1 : c.beta2, step);
   }
   __syncthreads();
   const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
   if (!go && !perturbed) return;
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Row& row = batch.row[piece.row];
+  const Run& run = batch.run[piece.run];
   const Adam<C> adam = adam_of<C>(c, bias[0], bias[1]);
-  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-  const T* g = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
-  T* m = reinterpret_cast<T*>(row.address[2]) + piece.begin;
-  T* v = reinterpret_cast<T*>(row.address[3]) + piece.begin;
-  const T* saved = reinterpret_cast<const T*>(row.address[5]) + piece.begin;
+  T* theta = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+  const T* g = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
+  T* m = reinterpret_cast<T*>(run.address[2]) + piece.begin;
+  T* v = reinterpret_cast<T*>(run.address[3]) + piece.begin;
+  const T* saved = reinterpret_cast<const T*>(run.address[5]) + piece.begin;
   const T* from = perturbed ? saved : theta;
   const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(v) && aligned(saved);
   over<T>(piece.numel, all_aligned, [&](auto width, int i) {
@@ -95,11 +95,11 @@ lion_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_lion_ c) {
   if (!go && !perturbed) return;
   const Lion<C> lion = lion_of<C>(c);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Row& row = batch.row[piece.row];
-  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-  const T* g = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
-  T* m = reinterpret_cast<T*>(row.address[2]) + piece.begin;
-  const T* saved = reinterpret_cast<const T*>(row.address[3]) + piece.begin;
+  const Run& run = batch.run[piece.run];
+  T* theta = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+  const T* g = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
+  T* m = reinterpret_cast<T*>(run.address[2]) + piece.begin;
+  const T* saved = reinterpret_cast<const T*>(run.address[3]) + piece.begin;
   const T* from = perturbed ? saved : theta;
   const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(saved);
   over<T>(piece.numel, all_aligned, [&](auto width, int i) {
@@ -126,12 +126,12 @@ bsam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_bsam_ c) {
   if (!go && !perturbed) return;
   const Bsam<C> bsam = bsam_of<C>(c);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Row& row = batch.row[piece.row];
-  T* theta = reinterpret_cast<T*>(row.address[0]) + piece.begin;
-  const T* g = reinterpret_cast<const T*>(row.address[1]) + piece.begin;
-  T* m = reinterpret_cast<T*>(row.address[2]) + piece.begin;
-  const T* s = reinterpret_cast<const T*>(row.address[3]) + piece.begin;
-  const T* saved = reinterpret_cast<const T*>(row.address[4]) + piece.begin;
+  const Run& run = batch.run[piece.run];
+  T* theta = reinterpret_cast<T*>(run.address[0]) + piece.begin;
+  const T* g = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
+  T* m = reinterpret_cast<T*>(run.address[2]) + piece.begin;
+  const T* s = reinterpret_cast<const T*>(run.address[3]) + piece.begin;
+  const T* saved = reinterpret_cast<const T*>(run.address[4]) + piece.begin;
   const T* from = perturbed ? saved : theta;
   const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(s) && aligned(saved);
   over<T>(piece.numel, all_aligned, [&](auto width, int i) {
@@ -154,8 +154,8 @@ bsam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_bsam_ c) {
 template <int Capacity>
 LETS_KERNEL count_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* gate) {
   if (*gate == 0) return;
-  for (int i = int(threadIdx.x); i < batch.rows; i += kThreads)
-    *reinterpret_cast<float*>(batch.row[i].address[kSteps]) += 1;
+  for (int i = int(threadIdx.x); i < batch.runs; i += kThreads)
+    *reinterpret_cast<float*>(batch.run[i].address[kSteps]) += 1;
 }
 
 }  // namespace
@@ -163,7 +163,7 @@ LETS_KERNEL count_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* gat
 void restore_sgd_(const launch_of::restore_sgd_& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
       launch(&sgd_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });
@@ -173,12 +173,12 @@ void restore_sgd_(const launch_of::restore_sgd_& c) {
 void restore_adamw_(const launch_of::restore_adamw_& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
       launch(&adam_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });
-  const auto once = [](const Row&) { return int64_t(1); };
-  in_batches(c.rows, c.count, once, [&](const auto& batch, int32_t) {
+  const auto once = [](const Run&) { return int64_t(1); };
+  in_batches(c.runs, c.count, once, [&](const auto& batch, int32_t) {
     launch(&count_kernel<capacity_of<decltype(batch)>>, 1, kThreads, c.stream, batch, c.gate);
   });
   set(c.dirty, 0, c.stream);
@@ -187,7 +187,7 @@ void restore_adamw_(const launch_of::restore_adamw_& c) {
 void restore_lion_(const launch_of::restore_lion_& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
       launch(&lion_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });
@@ -197,7 +197,7 @@ void restore_lion_(const launch_of::restore_lion_& c) {
 void restore_bsam_(const launch_of::restore_bsam_& c) {
   with_type(c.dtype, [&](auto type) {
     using T = decltype(type);
-    in_batches(c.rows, c.count, pieces, [&](const auto& batch, int32_t chunks) {
+    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
       launch(&bsam_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
     });
   });

@@ -62,7 +62,7 @@ int64_t cut_and_address(Random& random, int64_t longest) {
 
 // The CUDA launches cover every row, none has too many chunks, and a block finds its own.
 int64_t launches(Random& random, int64_t longest) {
-  std::vector<lets::cuda::Row> rows(size_t(1 + up_to(random, often(random, 30) ? 800 : 12)));
+  std::vector<lets::cuda::Run> rows(size_t(1 + up_to(random, often(random, 30) ? 800 : 12)));
   for (auto& row : rows) {
     row = {};
     row.numel = any_size(random, longest);
@@ -71,16 +71,16 @@ int64_t launches(Random& random, int64_t longest) {
   int64_t count = 0;
   lets::cuda::in_batches(rows.data(), int64_t(rows.size()), lets::cuda::pieces, [&](const auto& batch, int32_t chunks) {
     ++count;
-    check(chunks >= 1 && chunks <= lets::kChunksALaunch && batch.rows <= batch.capacity, "a launch is too large");
-    for (int32_t r = 0; r < batch.rows; ++r, ++next) {
+    check(chunks >= 1 && chunks <= lets::kChunksALaunch && batch.runs <= batch.capacity, "a launch is too large");
+    for (int32_t r = 0; r < batch.runs; ++r, ++next) {
       while (rows[next].numel == 0) ++next;
       const int64_t numel = rows[next].numel, pieces = batch.first[r + 1] - batch.first[r];
-      check(batch.row[r].numel == numel && (pieces - 1) * lets::cuda::kPiece < numel &&
+      check(batch.run[r].numel == numel && (pieces - 1) * lets::cuda::kPiece < numel &&
                 numel <= pieces * lets::cuda::kPiece,
             "a launch leaves out some of a row");
       for (const int64_t of : {int64_t(0), pieces / 2, up_to(random, pieces - 1), pieces - 1}) {
         const auto piece = lets::cuda::piece_of(batch, int32_t(batch.first[r] + of));
-        check(piece.row == r && piece.begin == of * lets::cuda::kPiece && piece.begin + piece.numel <= numel &&
+        check(piece.run == r && piece.begin == of * lets::cuda::kPiece && piece.begin + piece.numel <= numel &&
                   (of == pieces - 1 ? piece.begin + piece.numel == numel : piece.numel == lets::cuda::kPiece),
               "a block takes another stretch than its own");
       }
@@ -99,7 +99,7 @@ void filters_far_into_a_run(Random& random) {
   std::vector<double> norms(static_cast<size_t>(count)), v(kNumel, 1.0);
   for (auto& norm : norms) norm = double(1 + up_to(random, 1000));
   const lets::Scaling scaling{length, count, norms.data(), 0.0, offset};
-  lets::cuda::Row row{};
+  lets::cuda::Run row{};
   row.row_length = length, row.row_count = count, row.norms = norms.data();
   const int64_t begin = offset / lets::cuda::kPiece * lets::cuda::kPiece;
   const auto scale = lets::cuda::Scale<double, true>::of(row, begin, 0.0);

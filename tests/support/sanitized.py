@@ -34,7 +34,7 @@ ENVIRONMENT = {
 }
 # Small enough that a few thousand elements take every path that 2^31 would (csrc/layout.h). A chunk ends within a
 # vector, and 40 chunks fill a launch.
-SMALL = "-DLETS_CHUNK=43 -DLETS_WORTH_A_THREAD=1 -DLETS_STREAM_BYTES=8192 -DLETS_CHUNKS_A_LAUNCH=40"
+SMALL = "-DLETS_CHUNK=43 -DLETS_WORTH_A_THREAD=1 -DLETS_NONTEMPORAL_BYTES=8192 -DLETS_CHUNKS_A_LAUNCH=40"
 
 
 def ninja_text(compiler, isas, optimization):
