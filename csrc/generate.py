@@ -105,12 +105,12 @@ def _member(op, a):
             "uint8_t* const",
             "{0} ? mask_of(*{0}, Call::table, where) : nullptr" if a.optional else "mask_of({0}, Call::table, where)",
         ),
-        "Number": ("const double* const", 'scalar({0}, where, "{0}")'),
-        "Count": ("int64_t* const", 'counter({0}, where, "{0}")'),
-        "Coefficients": ("const double* const", "coefficients_of({0}, where)"),
-        "Random": ("const int64_t* const", "random_of({0}, where)"),
+        "Number": ("const double* const", 'element<double>({0}, where, "{0}")'),
+        "Count": ("int64_t* const", 'element<int64_t>({0}, where, "{0}")'),
+        "Coefficients": ("const double* const", 'element<double, 2>({0}, where, "{0}")'),
+        "Random": ("const int64_t* const", 'element<int64_t, 2>({0}, where, "{0}")'),
         "Steps": ("const std::vector<float*>", "step_counts({0}, Call::table, where)"),
-        "Numbers": ("const std::vector<const double*>", 'scalars({0}, where, "{0}")'),
+        "Numbers": ("const std::vector<double*>", 'element_of_each<double>({0}, where, "{0}")'),
     }[kind]
     return f"{type} {name}", f"{name}({check.format(name)})"
 

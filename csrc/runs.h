@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "layout.h"
@@ -210,15 +211,17 @@ class Scalings {
     check_given();
     STD_TORCH_CHECK(!table.element_wise() || !params.empty(), "params must be given where T = |theta| + xi");
   }
-  // For ops that look at filters alone, if they are given.
-  Scalings(const Table& table, const std::optional<Tensor>& norms, Dtype dtype, Where where)
-      : table_(table), xi_(0), item_(dtype == Dtype::float64 ? 8 : 4) {
-    if (table.rows() > 0 && norms.has_value()) norms_ = address_of(*norms, table, dtype, where, "filter_norms");
-  }
-  // For the op that writes the norms.
-  Scalings(const Table& table, const Tensor& norms, Dtype dtype, Where where, const char* what)
-      : table_(table), xi_(0), item_(dtype == Dtype::float64 ? 8 : 4) {
-    if (table.rows() > 0) norms_ = address_of(norms, table, dtype, where, what);
+  // For ops that look at filters alone, if they are given, and for the op that writes their norms: one number a filter,
+  // float (double for float64).
+  Scalings(const Table& table, const std::optional<Tensor>& norms, Dtype dtype, Where where,
+           const char* what = "filter_norms")
+      : table_(table), item_(dtype == Dtype::float64 ? 8 : 4) {
+    using torch::headeronly::ScalarType;
+    if (table.rows() == 0 || !norms.has_value()) return;
+    STD_TORCH_CHECK(where.has(*norms) && norms->is_contiguous() && norms->numel() >= table.rows() &&
+                        norms->scalar_type() == (dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float),
+                    what, " must hold one float32 (float64 for float64 parameters) a filter, on ", where.name());
+    norms_ = static_cast<char*>(memory_of(*norms, what));
   }
   void check_given() const {
     STD_TORCH_CHECK(table_.rows() == 0 || norms_, "filter_norms must be given where the run table has filters");
@@ -230,37 +233,30 @@ class Scalings {
   }
 
  private:
-  // The address of one norm a filter, float (double for float64).
-  static char* address_of(const Tensor& t, const Table& table, Dtype dtype, Where where, const char* what) {
-    using torch::headeronly::ScalarType;
-    STD_TORCH_CHECK(where.has(t) && t.is_contiguous() && t.numel() >= table.rows() &&
-                        t.scalar_type() == (dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float),
-                    what, " must hold one float32 (float64 for float64 parameters) a filter, on ", where.name());
-    return static_cast<char*>(memory_of(t, what));
-  }
-
   const Table& table_;
-  double xi_;
+  double xi_ = 0;
   int64_t item_;
   const char* norms_ = nullptr;
 };
 
-// The address of a scalar argument: a tensor with one element.
-inline void* element(const Tensor& t, torch::headeronly::ScalarType type, const char* type_name, Where where,
-                     const char* what) {
-  STD_TORCH_CHECK(where.has(t) && t.numel() == 1 && t.scalar_type() == type, what, " must be a ", type_name,
-                  " tensor with one element on ", where.name());
-  return memory_of(t, what);
+// The address of a scalar argument, a tensor with one element, or of two numbers that stand side by side.
+template <class Number, int64_t Count = 1>
+Number* element(const Tensor& t, Where where, const char* what) {
+  using torch::headeronly::ScalarType;
+  constexpr bool is_double = std::is_same_v<Number, double>, is_float = std::is_same_v<Number, float>;
+  constexpr auto type = is_double ? ScalarType::Double : is_float ? ScalarType::Float : ScalarType::Long;
+  STD_TORCH_CHECK(where.has(t) && t.numel() == Count && (Count == 1 || t.is_contiguous()) && t.scalar_type() == type,
+                  what, " must be a ",
+                  is_double  ? "float64"
+                  : is_float ? "float32"
+                             : "int64",
+                  " tensor with ", Count == 1 ? "one element" : "two elements", " on ", where.name());
+  return static_cast<Number*>(memory_of(t, what));
 }
-inline double* scalar(const Tensor& t, Where where, const char* what) {
-  return static_cast<double*>(element(t, torch::headeronly::ScalarType::Double, "float64", where, what));
-}
-inline int64_t* counter(const Tensor& t, Where where, const char* what) {
-  return static_cast<int64_t*>(element(t, torch::headeronly::ScalarType::Long, "int64", where, what));
-}
-inline std::vector<const double*> scalars(const Tensors& list, Where where, const char* what) {
-  std::vector<const double*> found;
-  for (const Tensor& t : list) found.push_back(scalar(t, where, what));
+template <class Number>
+std::vector<Number*> element_of_each(const Tensors& list, Where where, const char* what) {
+  std::vector<Number*> found;
+  for (const Tensor& t : list) found.push_back(element<Number>(t, where, what));
   return found;
 }
 // A mask of the bucket: one byte an element, addressed by Run::start.
@@ -273,31 +269,14 @@ inline uint8_t* mask_of(const Tensor& t, const Table& table, Where where) {
 inline void check_mask_value(int64_t value, int64_t least, const char* what) {
   STD_TORCH_CHECK(value >= least && value <= 255, what, " must be of ", least, " to 255, not ", value);
 }
-// The address of two numbers that stand side by side: those of a random draw, or of a combination.
-inline void* two_elements(const Tensor& t, torch::headeronly::ScalarType type, const char* type_name, Where where,
-                          const char* what) {
-  STD_TORCH_CHECK(where.has(t) && t.is_contiguous() && t.numel() == 2 && t.scalar_type() == type, what, " must be a ",
-                  type_name, " tensor with two elements on ", where.name());
-  return memory_of(t, what);
-}
-inline const int64_t* random_of(const Tensor& t, Where where) {
-  return static_cast<const int64_t*>(two_elements(t, torch::headeronly::ScalarType::Long, "int64", where, "random"));
-}
-inline const double* coefficients_of(const Tensor& t, Where where) {
-  return static_cast<const double*>(
-      two_elements(t, torch::headeronly::ScalarType::Double, "float64", where, "coefficients"));
-}
 inline std::vector<float*> step_counts(const Tensors& steps, const Table& table, Where where) {
-  const Runs packed(is_packed(steps) ? steps : Tensors{}, table, Dtype::float32, where, "steps", Need::optional);
-  std::vector<float*> found;
-  if (is_packed(steps)) {
-    for (int64_t i = 0; i < table.size(); ++i) found.push_back(reinterpret_cast<float*>(packed.run(i)));
-    return found;
+  if (!is_packed(steps)) {
+    STD_TORCH_CHECK(int64_t(steps.size()) == table.size(), "steps must hold one tensor a run");
+    return element_of_each<float>(steps, where, "each of steps");
   }
-  STD_TORCH_CHECK(int64_t(steps.size()) == table.size(), "steps must hold one tensor a run");
-  for (const Tensor& s : steps)
-    found.push_back(
-        static_cast<float*>(element(s, torch::headeronly::ScalarType::Float, "float32", where, "each of steps")));
+  const Runs packed(steps, table, Dtype::float32, where, "steps");
+  std::vector<float*> found;
+  for (int64_t i = 0; i < table.size(); ++i) found.push_back(reinterpret_cast<float*>(packed.run(i)));
   return found;
 }
 
