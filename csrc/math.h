@@ -4,7 +4,7 @@
 // Contraction to fused multiply-add is off in the build, so one formula gives the same bits on every instruction set.
 #pragma once
 
-#include <cstdint>
+#include "layout.h"
 
 #if defined(__CUDACC__)
 #define LETS_FN static __host__ __device__ __forceinline__
@@ -35,15 +35,6 @@ LETS_FN To bit_cast(From from) {
   return to;
 }
 
-template <class T>
-struct ArithmeticOf {
-  using type = float;
-};
-template <>
-struct ArithmeticOf<double> {
-  using type = double;
-};
-
 LETS_FN float widen(float x) { return x; }
 LETS_FN double widen(double x) { return x; }
 LETS_FN float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
@@ -61,6 +52,9 @@ LETS_FN float widen(Half x) {
   const uint32_t bits = magnitude < 0x400u ? subnormal : magnitude < 0x7c00u ? normal : special;
   return bit_cast<float>(bits | (uint32_t(x.bits & 0x8000u) << 16));
 }
+
+template <class T>
+using Arithmetic = decltype(widen(T{}));
 
 // Round to nearest, ties to even. GPUs have an instruction for it; only the bits of a NaN differ.
 LETS_FN void narrow(float x, float& to) { to = x; }
@@ -87,6 +81,21 @@ LETS_FN void narrow(float x, Half& to) {
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t rounded = magnitude < 0x38800000u ? subnormal : magnitude < 0x47800000u ? normal : special;
   to.bits = uint16_t(rounded | ((bits >> 16) & 0x8000u));
+}
+
+// Calls f(T{}) with the storage type.
+template <class F>
+static inline __attribute__((always_inline)) auto with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float64:
+      return f(double{});
+    case Dtype::bfloat16:
+      return f(BFloat16{});
+    case Dtype::float16:
+      return f(Half{});
+    default:
+      return f(float{});
+  }
 }
 
 // ---- elementary functions; no <cmath>, whose inline functions must not be compiled for several instruction sets
@@ -159,7 +168,7 @@ struct Sgd {
   bool nesterov, maximize;
 
   // torch.optim.SGD with dampening 0; m is read and written only where momentum is not zero.
-  LETS_FN C step(const Sgd& o, C theta, C g, C* m) {
+  LETS_FN C step(const Sgd& o, C theta, C g, C* m = nullptr) {
     if (o.maximize) g = -g;
     if (o.weight_decay != 0) g = g + o.weight_decay * theta;
     if (m) {
@@ -168,6 +177,7 @@ struct Sgd {
     }
     return o.lr == 0 ? theta : theta - o.lr * g;  // not even the sign of a zero changes
   }
+  LETS_FN C step(const Sgd& o, C theta, C g, C& m) { return step(o, theta, g, &m); }
 };
 
 template <class C, class Options>

@@ -28,23 +28,6 @@ LETS_FN void prefetch(const void* next, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(next) + i);
 }
 
-// A block of storage as arithmetic values: the memory itself where the types agree, else converted into `buffer`.
-template <class C, class T>
-LETS_FN const C* load(const T* from, C* buffer, int64_t n, int64_t ahead) {
-  prefetch(from + ahead, n * int64_t(sizeof(T)));
-  if constexpr (sizeof(T) == sizeof(C)) {
-    return from;
-  } else {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = widen(from[i]);
-    return buffer;
-  }
-}
-
-template <class C, class T>
-LETS_FN const C* load(const T* from, C* buffer, int64_t n) {
-  return load(from, buffer, n, n);
-}
-
 // Write past the caches; saves the read that an ordinary store of a cold line costs.
 LETS_FN void copy_nontemporal(void* to, const void* from, int64_t bytes) {
 #if defined(__SSE2__)
@@ -95,35 +78,74 @@ LETS_FN void finish(bool nontemporal) {
 #endif
 }
 
-// Where a block's results are computed (the memory itself if it may be), and how they get to storage.
-template <class C, class T>
-LETS_FN C* result(T* to, C* buffer, bool nontemporal) {
-  if constexpr (sizeof(T) == sizeof(C)) {
-    return nontemporal ? buffer : to;
+// Buffers begin with a page. A load would wait for a store just before it whose address differs in the page alone: of
+// element i of one buffer and element i + 1 of another, if they did not lie alike.
+constexpr int64_t kPage = 4096;
+
+// A list of the chunk that is read, with room for a block.
+template <class T, int64_t Block = kBlock>
+struct Input {
+  explicit Input(const void* list) : list(static_cast<const T*>(list)) {}
+  alignas(kPage) Arithmetic<T> buffer[Block];
+  const T* const list;
+};
+
+// One that is written, and may be read before.
+template <class T>
+struct Output {
+  explicit Output(void* list, bool nontemporal = false) : list(static_cast<T*>(list)), nontemporal(nontemporal) {}
+  alignas(kPage) Arithmetic<T> buffer[kBlock];
+  alignas(kPage) T narrowed[kBlock];
+  T* const list;
+  const bool nontemporal;
+};
+
+// A block of a list as arithmetic values: the memory itself where the types agree, else converted.
+template <class List>
+LETS_FN const auto* load(List& list, int64_t begin, int64_t n, int64_t ahead) {
+  const auto* from = list.list + begin;
+  prefetch(from + ahead, n * int64_t(sizeof(*from)));
+  if constexpr (sizeof(*from) == sizeof(*list.buffer)) {
+    return from;
   } else {
-    return buffer;
+    for (int64_t i = 0; i < n; ++i) list.buffer[i] = widen(from[i]);
+    return &list.buffer[0];
   }
 }
-template <class C, class T>
-LETS_FN void store(T* to, const C* from, T* buffer, int64_t n, bool nontemporal) {
-  if constexpr (sizeof(T) == sizeof(C)) {
-    if (nontemporal) copy_nontemporal(to, from, n * int64_t(sizeof(T)));
+template <class List>
+LETS_FN const auto* load(List& list, int64_t begin, int64_t n) {
+  return load(list, begin, n, n);
+}
+
+// Where a block's results are computed: the memory itself if it may be.
+template <class T>
+LETS_FN Arithmetic<T>* result(Output<T>& to, int64_t begin) {
+  if constexpr (sizeof(T) == sizeof(Arithmetic<T>))
+    if (!to.nontemporal) return to.list + begin;
+  return to.buffer;
+}
+
+// How they get to storage.
+template <class T>
+LETS_FN void store(Output<T>& to, const Arithmetic<T>* from, int64_t begin, int64_t n) {
+  if constexpr (sizeof(T) == sizeof(Arithmetic<T>)) {
+    if (to.nontemporal) copy_nontemporal(to.list + begin, from, n * int64_t(sizeof(T)));
   } else {
-    T* target = nontemporal ? buffer : to;
+    T* target = to.nontemporal ? to.narrowed : to.list + begin;
     for (int64_t i = 0; i < n; ++i) narrow(from[i], target[i]);
-    if (nontemporal) copy_nontemporal(to, buffer, n * int64_t(sizeof(T)));
+    if (to.nontemporal) copy_nontemporal(to.list + begin, target, n * int64_t(sizeof(T)));
   }
 }
 
-// Stores a block of results as `store` does, and gives them back as they are stored. `to` may be null: not stored.
-template <class C, class T>
-LETS_FN const C* keep(T* to, C* values, T* buffer, int64_t n, bool nontemporal) {
-  if constexpr (sizeof(T) == sizeof(C)) {
-    if (to && nontemporal) copy_nontemporal(to, values, n * int64_t(sizeof(T)));
+// Stores results as `store` does, and gives them back as they are stored. Without a list they are not stored.
+template <class T>
+LETS_FN const Arithmetic<T>* keep(Output<T>& to, Arithmetic<T>* values, int64_t begin, int64_t n) {
+  if constexpr (sizeof(T) == sizeof(Arithmetic<T>)) {
+    if (to.list && to.nontemporal) copy_nontemporal(to.list + begin, values, n * int64_t(sizeof(T)));
   } else {
-    for (int64_t i = 0; i < n; ++i) narrow(values[i], buffer[i]);
-    for (int64_t i = 0; i < n; ++i) values[i] = widen(buffer[i]);
-    if (to) copy(to, buffer, n * int64_t(sizeof(T)), nontemporal);
+    for (int64_t i = 0; i < n; ++i) narrow(values[i], to.narrowed[i]);
+    for (int64_t i = 0; i < n; ++i) values[i] = widen(to.narrowed[i]);
+    if (to.list) copy(to.list + begin, to.narrowed, n * int64_t(sizeof(T)), to.nontemporal);
   }
   return values;
 }
@@ -160,6 +182,12 @@ LETS_FN const C* scales(const Scaling& s, const C* theta, const C* v, int64_t be
   return buffer;
 }
 
+// The same where the weights are not at hand.
+template <class C, class T>
+LETS_FN const C* scales(const Scaling& s, Input<T>& theta, const C* v, int64_t begin, C* buffer, int64_t n) {
+  return scales(s, s.row_length == kElementWise ? load(theta, begin, n) : nullptr, v, begin, buffer, n);
+}
+
 // Sums in double, in lanes that are the same on every instruction set.
 struct Sum {
   double lane[kLanes] = {};
@@ -174,6 +202,10 @@ struct Sum {
     for (int l = 0; i + l < n; ++l) lane[l] += term(i + l);
     for (int l = 0; l < kLanes; ++l) sum.lane[l] = lane[l];
   }
+  template <class C>
+  LETS_FN void add_squares(Sum& sum, int64_t n, const C* x) {
+    add(sum, n, [=](int64_t i) { return double(x[i]) * double(x[i]); });
+  }
   LETS_FN double total(const Sum& sum) {
     double lane[kLanes];
     for (int l = 0; l < kLanes; ++l) lane[l] = sum.lane[l];
@@ -183,20 +215,12 @@ struct Sum {
   }
 };
 
-// Calls f(T{}) with the storage type.
-template <class F>
-LETS_FN auto with_type(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::float64:
-      return f(double{});
-    case Dtype::bfloat16:
-      return f(BFloat16{});
-    case Dtype::float16:
-      return f(Half{});
-    default:
-      return f(float{});
-  }
-}
-
 }  // namespace
+
+// An op of kernels.h, by its walk<T> over a chunk of the storage type T.
+#define LETS_OP(op)                                                                \
+  auto op(const chunk_of::op& c) -> decltype(walk<float>(c)) {                     \
+    return with_type(c.dtype, [&](auto type) { return walk<decltype(type)>(c); }); \
+  }
+
 }  // namespace lets::cpu::LETS_ISA

@@ -22,70 +22,52 @@ LETS_FN void add(Sum& xx, Sum& xy, Sum& yy, int64_t n, U u, V v) {
 }
 
 template <class T>
-Three dots_of(const chunk_of::dots& c) {
-  auto* const x = static_cast<const T*>(c.x);
-  auto* const y = static_cast<const T*>(c.y);
-  using C = typename ArithmeticOf<T>::type;
-  C x_buffer[kBlockOfTwo], y_buffer[kBlockOfTwo];
+Three walk(const chunk_of::dots& c) {
+  using C = Arithmetic<T>;
+  Input<T, kBlockOfTwo> x(c.x), y(c.y);
   Sum xx, xy, yy;
   for (int64_t at = 0; at < c.numel; at += kBlockOfTwo) {
     const int64_t n = smaller(kBlockOfTwo, c.numel - at);
-    const C* u = load<C>(x + at, x_buffer, n, kReadAhead);
-    const C* v = load<C>(y + at, y_buffer, n, kReadAhead);
+    const C *u = load(x, at, n, kReadAhead), *v = load(y, at, n, kReadAhead);
     add(xx, xy, yy, n, [=](int64_t i) { return u[i]; }, [=](int64_t i) { return v[i]; });
   }
   return {Sum::total(xx), Sum::total(xy), Sum::total(yy)};
 }
 
 template <class T>
-Three displacement_dots_of(const chunk_of::displacement_dots& c) {
-  auto* const g = static_cast<const T*>(c.grads);
-  auto* const theta = static_cast<const T*>(c.params);
-  auto* const saved = static_cast<const T*>(c.saved);
-  using C = typename ArithmeticOf<T>::type;
-  C g_buffer[kBlockOfThree], now_buffer[kBlockOfThree], before_buffer[kBlockOfThree];
+Three walk(const chunk_of::displacement_dots& c) {
+  using C = Arithmetic<T>;
+  Input<T, kBlockOfThree> g(c.grads), theta(c.params), saved(c.saved);
   Sum xx, xy, yy;
   for (int64_t at = 0; at < c.numel; at += kBlockOfThree) {
     const int64_t n = smaller(kBlockOfThree, c.numel - at);
-    const C* u = load<C>(g + at, g_buffer, n, kReadAhead);
-    const C* now = load<C>(theta + at, now_buffer, n, kReadAhead);
-    const C* before = load<C>(saved + at, before_buffer, n, kReadAhead);
+    const C* u = load(g, at, n, kReadAhead);
+    const C *now = load(theta, at, n, kReadAhead), *before = load(saved, at, n, kReadAhead);
     add(xx, xy, yy, n, [=](int64_t i) { return u[i]; }, [=](int64_t i) { return displacement(now[i], before[i]); });
   }
   return {Sum::total(xx), Sum::total(xy), Sum::total(yy)};
 }
 
 template <class T>
-void combine_of(const chunk_of::combine_& c) {
-  auto* const out = static_cast<T*>(c.out);
-  auto* const x = static_cast<const T*>(c.x);
-  auto* const y = static_cast<const T*>(c.y);
-  using C = typename ArithmeticOf<T>::type;
-  C x_buffer[kBlock], y_buffer[kBlock];
+void walk(const chunk_of::combine_& c) {
+  using C = Arithmetic<T>;
+  Output<T> out(c.out);
+  Input<T> x(c.x), y(c.y);
   const C first = C(c.coefficients[0]), second = C(c.coefficients[1]);
   for (int64_t at = 0; at < c.numel; at += kBlock) {
     const int64_t n = smaller(kBlock, c.numel - at);
-    const C* u = load<C>(x + at, x_buffer, n);
-    const C* v = load<C>(y + at, y_buffer, n);
-    C* to = result<C>(out + at, x_buffer, false);
+    const C *u = load(x, at, n), *v = load(y, at, n);
+    C* to = result(out, at);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) to[i] = combined(first, u[i], second, v[i]);
-    store<C>(out + at, to, static_cast<T*>(nullptr), n, false);
+    store(out, to, at, n);
   }
 }
 
 }  // namespace
 
-Three dots(const chunk_of::dots& c) {
-  return with_type(c.dtype, [&](auto type) { return dots_of<decltype(type)>(c); });
-}
-
-Three displacement_dots(const chunk_of::displacement_dots& c) {
-  return with_type(c.dtype, [&](auto type) { return displacement_dots_of<decltype(type)>(c); });
-}
-
-void combine_(const chunk_of::combine_& c) {
-  return with_type(c.dtype, [&](auto type) { return combine_of<decltype(type)>(c); });
-}
+LETS_OP(dots)
+LETS_OP(displacement_dots)
+LETS_OP(combine_)
 
 }  // namespace lets::cpu::LETS_ISA

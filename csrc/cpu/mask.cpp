@@ -11,13 +11,11 @@ LETS_FN BFloat16 kept(BFloat16 x, bool keep) { return {uint16_t(keep ? x.bits : 
 LETS_FN Half kept(Half x, bool keep) { return {uint16_t(keep ? x.bits : 0)}; }
 
 template <class T>
-double masked_of(const chunk_of::masked_& c) {
-  auto* const out = static_cast<T*>(c.out);
-  auto* const v = static_cast<const T*>(c.vectors);
+double walk(const chunk_of::masked_& c) {
+  using C = Arithmetic<T>;
+  Output<T> out(c.out, c.nontemporal);
+  Input<T> v(c.vectors);
   auto* const mask = c.mask;
-  using C = typename ArithmeticOf<T>::type;
-  C v_buffer[kBlock], out_buffer[kBlock];
-  T narrow_buffer[kBlock];
   uint32_t word_buffer[kDrawn];
   const C factor = C(1 / c.share);
   const uint64_t limit = word_limit(c.share);
@@ -26,20 +24,18 @@ double masked_of(const chunk_of::masked_& c) {
   Sum sum;
   for (int64_t b = 0; b < c.numel; b += kBlock) {
     const int64_t n = smaller(kBlock, c.numel - b);
-    const C* x = load<C>(v + b, v_buffer, n);
-    Sum::add(sum, n, [=](int64_t i) { return double(x[i]) * double(x[i]); });
+    const C* x = load(v, b, n);
+    Sum::add_squares(sum, n, x);
     if (mask) {
-      T* to = c.nontemporal ? narrow_buffer : out + b;
-      for (int64_t i = 0; i < n; ++i) {
-        const T value = v[b + i];
-        to[i] = kept(value, mask[b + i] != 0);
-      }
-      if (c.nontemporal) copy_nontemporal(out + b, to, n * int64_t(sizeof(T)));
+      const T* from = v.list + b;
+      T* to = c.nontemporal ? out.narrowed : out.list + b;
+      for (int64_t i = 0; i < n; ++i) to[i] = kept(from[i], mask[b + i] != 0);
+      if (c.nontemporal) copy_nontemporal(out.list + b, to, n * int64_t(sizeof(T)));
     } else {
       const uint32_t* word = words(c.draw, c.position + b, word_buffer, n);
-      C* to = result<C>(out + b, out_buffer, c.nontemporal);
+      C* to = result(out, b);
       for (int64_t i = 0; i < n; ++i) to[i] = kept(x[i] * factor, all | (word[i] < below));
-      store<C>(out + b, to, narrow_buffer, n, c.nontemporal);
+      store(out, to, b, n);
     }
   }
   finish(c.nontemporal);
@@ -64,42 +60,39 @@ LETS_FN void each_keys(const C& c, F f) {
   }
 }
 
-}  // namespace
-
-double masked_(const chunk_of::masked_& c) {
-  return with_type(c.dtype, [&](auto type) { return masked_of<decltype(type)>(c); });
-}
-
-double count_above(const chunk_of::count_above& c) {
+template <class T>
+double walk(const chunk_of::count_above& c) {
   const bool all = c.member < 0;
   const uint8_t member = uint8_t(c.member);
   int64_t count = 0;
-  with_type(c.dtype, [&](auto type) {
-    each_keys<decltype(type)>(c, [&](int64_t b, const int64_t* keys, int64_t n) {
-      int64_t found = 0;
-      for (int64_t i = 0; i < n; ++i)
-        found += int64_t(keys[i] > c.threshold) & int64_t(all | (c.mask[b + i] == member));
-      count += found;
-    });
+  each_keys<T>(c, [&](int64_t b, const int64_t* keys, int64_t n) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; ++i) found += int64_t(keys[i] > c.threshold) & int64_t(all | (c.mask[b + i] == member));
+    count += found;
   });
   return double(count);
 }
 
-void select_(const chunk_of::select_& c) {
+template <class T>
+void walk(const chunk_of::select_& c) {
   const bool all = c.member < 0;
   const uint8_t member = uint8_t(c.member), value = uint8_t(c.value);
   const int64_t threshold = c.threshold;
   uint8_t* const mask = c.mask;
-  with_type(c.dtype, [&](auto type) {
-    each_keys<decltype(type)>(c, [=](int64_t b, const int64_t* keys, int64_t n) {
-      uint8_t* own = mask + b;  // writing a byte may change whatever is captured by reference
+  each_keys<T>(c, [=](int64_t b, const int64_t* keys, int64_t n) {
+    uint8_t* own = mask + b;  // writing a byte may change whatever is captured by reference
 #pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) {
-        const bool chosen = (keys[i] > threshold) & (all | (own[i] == member));
-        own[i] = chosen ? value : own[i];
-      }
-    });
+    for (int64_t i = 0; i < n; ++i) {
+      const bool chosen = (keys[i] > threshold) & (all | (own[i] == member));
+      own[i] = chosen ? value : own[i];
+    }
   });
 }
+
+}  // namespace
+
+LETS_OP(masked_)
+LETS_OP(count_above)
+LETS_OP(select_)
 
 }  // namespace lets::cpu::LETS_ISA

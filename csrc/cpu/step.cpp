@@ -6,150 +6,99 @@
 namespace lets::cpu::LETS_ISA {
 namespace {
 
+// A block of a list that the optimizer has beside the weights and the gradient, before the step and after it.
+template <class C>
+struct Updated {
+  const C* before;
+  C* after;
+};
 template <class T>
-void sgd_chunk(const chunk_of::restore_sgd_& c) {
-  auto* const theta = static_cast<T*>(c.params);
-  auto* const g = static_cast<const T*>(c.grads);
-  auto* const m = static_cast<T*>(c.momenta);
-  auto* const saved = static_cast<const T*>(c.saved);
-  using C = typename ArithmeticOf<T>::type;
-  C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], out_buffer[kBlock];
-  T narrow_buffer[kBlock];
-  const Sgd<C> sgd = sgd_of<C>(c);
+LETS_FN Updated<Arithmetic<T>> state(Output<T>& list, int64_t begin, int64_t n) {
+  return {load(list, begin, n), result(list, begin)};
+}
+template <class T>
+LETS_FN void write_back(Output<T>& list, int64_t begin, int64_t n) {
+  store(list, result(list, begin), begin, n);
+}
+template <class C>
+LETS_FN void set(const Updated<C>& state, int64_t i, C value) {
+  state.after[i] = value;
+}
+
+// The same of one that it only reads.
+template <class C>
+struct Given {
+  const C* before;
+};
+template <class T>
+LETS_FN Given<Arithmetic<T>> state(Input<T>& list, int64_t begin, int64_t n) {
+  return {load(list, begin, n)};
+}
+template <class T>
+LETS_FN void write_back(Input<T>&, int64_t, int64_t) {}
+template <class C>
+LETS_FN void set(const Given<C>&, int64_t, C) {}
+
+template <class Optimizer, class C, class... State>
+LETS_FN void elements(const Optimizer& optimizer, C* out, const C* weights, const C* gradient, int64_t n,
+                      State... state) {
+  auto element = [&](int64_t i, auto... values) {
+    out[i] = Optimizer::step(optimizer, weights[i], gradient[i], values...);
+    (set(state, i, values), ...);
+  };
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) element(i, state.before[i]...);
+}
+
+template <class T, class Options, class Optimizer, class... List>
+LETS_FN void step(const Options& c, const Optimizer optimizer, List&... lists) {
+  Input<T> saved(c.saved), g(c.grads);
+  Output<T> theta(c.params, c.nontemporal);
   for (int64_t b = 0; b < c.numel; b += kBlock) {
     const int64_t n = smaller(kBlock, c.numel - b);
-    const C* weights = load<C>(saved + b, saved_buffer, n);
-    const C* gradient = load<C>(g + b, g_buffer, n);
-    C* out = result<C>(theta + b, out_buffer, c.nontemporal);
-    if (m) {
-      const C* old = load<C>(m + b, m_buffer, n);
-      C* average = result<C>(m + b, m_buffer, false);
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) {
-        C next = old[i];
-        out[i] = Sgd<C>::step(sgd, weights[i], gradient[i], &next);
-        average[i] = next;
-      }
-      store<C>(m + b, average, static_cast<T*>(nullptr), n, false);
-    } else {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) out[i] = Sgd<C>::step(sgd, weights[i], gradient[i], static_cast<C*>(nullptr));
-    }
-    store<C>(theta + b, out, narrow_buffer, n, c.nontemporal);
+    auto* out = result(theta, b);
+    elements(optimizer, out, load(saved, b, n), load(g, b, n), n, state(lists, b, n)...);
+    (write_back(lists, b, n), ...);
+    store(theta, out, b, n);
   }
   finish(c.nontemporal);
 }
 
 template <class T>
-void adam_chunk(const chunk_of::restore_adamw_& c) {
-  auto* const theta = static_cast<T*>(c.params);
-  auto* const g = static_cast<const T*>(c.grads);
-  auto* const m = static_cast<T*>(c.exp_avgs);
-  auto* const v = static_cast<T*>(c.exp_avg_sqs);
-  auto* const saved = static_cast<const T*>(c.saved);
-  using C = typename ArithmeticOf<T>::type;
-  C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock], out_buffer[kBlock];
-  T narrow_buffer[kBlock];
-  const Adam<C> adam = adam_of<C>(c, double(*c.steps));
-  for (int64_t b = 0; b < c.numel; b += kBlock) {
-    const int64_t n = smaller(kBlock, c.numel - b);
-    const C* weights = load<C>(saved + b, saved_buffer, n);
-    const C* gradient = load<C>(g + b, g_buffer, n);
-    const C* old_m = load<C>(m + b, m_buffer, n);
-    const C* old_v = load<C>(v + b, v_buffer, n);
-    C* next_m = result<C>(m + b, m_buffer, false);
-    C* next_v = result<C>(v + b, v_buffer, false);
-    C* out = result<C>(theta + b, out_buffer, c.nontemporal);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      C first = old_m[i], second = old_v[i];
-      out[i] = Adam<C>::step(adam, weights[i], gradient[i], first, second);
-      next_m[i] = first;
-      next_v[i] = second;
-    }
-    store<C>(m + b, next_m, static_cast<T*>(nullptr), n, false);
-    store<C>(v + b, next_v, static_cast<T*>(nullptr), n, false);
-    store<C>(theta + b, out, narrow_buffer, n, c.nontemporal);
+void walk(const chunk_of::restore_sgd_& c) {
+  const auto sgd = sgd_of<Arithmetic<T>>(c);
+  if (c.momenta) {
+    Output<T> m(c.momenta);
+    step<T>(c, sgd, m);
+  } else {
+    step<T>(c, sgd);
   }
-  finish(c.nontemporal);
 }
 
 template <class T>
-void lion_chunk(const chunk_of::restore_lion_& c) {
-  auto* const theta = static_cast<T*>(c.params);
-  auto* const g = static_cast<const T*>(c.grads);
-  auto* const m = static_cast<T*>(c.exp_avgs);
-  auto* const saved = static_cast<const T*>(c.saved);
-  using C = typename ArithmeticOf<T>::type;
-  C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], out_buffer[kBlock];
-  T narrow_buffer[kBlock];
-  const Lion<C> lion = lion_of<C>(c);
-  for (int64_t b = 0; b < c.numel; b += kBlock) {
-    const int64_t n = smaller(kBlock, c.numel - b);
-    const C* weights = load<C>(saved + b, saved_buffer, n);
-    const C* gradient = load<C>(g + b, g_buffer, n);
-    const C* old = load<C>(m + b, m_buffer, n);
-    C* average = result<C>(m + b, m_buffer, false);
-    C* out = result<C>(theta + b, out_buffer, c.nontemporal);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      C next = old[i];
-      out[i] = Lion<C>::step(lion, weights[i], gradient[i], next);
-      average[i] = next;
-    }
-    store<C>(m + b, average, static_cast<T*>(nullptr), n, false);
-    store<C>(theta + b, out, narrow_buffer, n, c.nontemporal);
-  }
-  finish(c.nontemporal);
+void walk(const chunk_of::restore_adamw_& c) {
+  Output<T> m(c.exp_avgs), v(c.exp_avg_sqs);
+  step<T>(c, adam_of<Arithmetic<T>>(c, double(*c.steps)), m, v);
 }
 
 template <class T>
-void bsam_chunk(const chunk_of::restore_bsam_& c) {
-  auto* const theta = static_cast<T*>(c.params);
-  auto* const g = static_cast<const T*>(c.grads);
-  auto* const m = static_cast<T*>(c.exp_avgs);
-  auto* const s = static_cast<const T*>(c.precisions);
-  auto* const saved = static_cast<const T*>(c.saved);
-  using C = typename ArithmeticOf<T>::type;
-  C saved_buffer[kBlock], g_buffer[kBlock], m_buffer[kBlock], s_buffer[kBlock], out_buffer[kBlock];
-  T narrow_buffer[kBlock];
-  const Bsam<C> bsam = bsam_of<C>(c);
-  for (int64_t b = 0; b < c.numel; b += kBlock) {
-    const int64_t n = smaller(kBlock, c.numel - b);
-    const C* weights = load<C>(saved + b, saved_buffer, n);
-    const C* gradient = load<C>(g + b, g_buffer, n);
-    const C* old = load<C>(m + b, m_buffer, n);
-    const C* precision = load<C>(s + b, s_buffer, n);
-    C* average = result<C>(m + b, m_buffer, false);
-    C* out = result<C>(theta + b, out_buffer, c.nontemporal);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      C next = old[i];
-      out[i] = Bsam<C>::step(bsam, weights[i], gradient[i], next, precision[i]);
-      average[i] = next;
-    }
-    store<C>(m + b, average, static_cast<T*>(nullptr), n, false);
-    store<C>(theta + b, out, narrow_buffer, n, c.nontemporal);
-  }
-  finish(c.nontemporal);
+void walk(const chunk_of::restore_lion_& c) {
+  Output<T> m(c.exp_avgs);
+  step<T>(c, lion_of<Arithmetic<T>>(c), m);
+}
+
+template <class T>
+void walk(const chunk_of::restore_bsam_& c) {
+  Output<T> m(c.exp_avgs);
+  Input<T> s(c.precisions);
+  step<T>(c, bsam_of<Arithmetic<T>>(c), m, s);
 }
 
 }  // namespace
 
-void restore_sgd_(const chunk_of::restore_sgd_& c) {
-  return with_type(c.dtype, [&](auto type) { return sgd_chunk<decltype(type)>(c); });
-}
-
-void restore_adamw_(const chunk_of::restore_adamw_& c) {
-  return with_type(c.dtype, [&](auto type) { return adam_chunk<decltype(type)>(c); });
-}
-
-void restore_lion_(const chunk_of::restore_lion_& c) {
-  return with_type(c.dtype, [&](auto type) { return lion_chunk<decltype(type)>(c); });
-}
-
-void restore_bsam_(const chunk_of::restore_bsam_& c) {
-  return with_type(c.dtype, [&](auto type) { return bsam_chunk<decltype(type)>(c); });
-}
+LETS_OP(restore_sgd_)
+LETS_OP(restore_adamw_)
+LETS_OP(restore_lion_)
+LETS_OP(restore_bsam_)
 
 }  // namespace lets::cpu::LETS_ISA

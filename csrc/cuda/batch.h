@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "../math.h"
 #include "kernels.h"
@@ -19,7 +18,6 @@ static_assert(kPiece % (kThreads * 8) == 0, "whole packs for every thread");
 
 template <int Capacity>
 struct Batch {
-  static constexpr int capacity = Capacity;
   Run run[Capacity];
   int32_t first[Capacity + 1];  // the first chunk of every run, and the number of chunks behind the last
   int32_t runs;
@@ -30,8 +28,9 @@ static_assert(sizeof(Batch<kMany>) <= 32764 - 256, "the batch and the other argu
 
 // A stretch of one run.
 struct Piece {
-  int32_t run, numel;
+  const Run& run;
   int64_t begin;
+  int32_t numel;
 };
 
 // The run that chunk `index` belongs to.
@@ -54,17 +53,30 @@ LETS_DEVICE Piece piece_of(const Batch<Capacity>& batch, int32_t index) {
   const int32_t run = run_of(batch, index);
   const int64_t begin = int64_t(index - batch.first[run]) * kPiece;
   const int64_t left = batch.run[run].numel - begin;
-  return {run, int32_t(left < kPiece ? left : kPiece), begin};
+  return {batch.run[run], begin, int32_t(left < kPiece ? left : kPiece)};
+}
+
+// The chunk's first element in one of the op's lists.
+template <class T>
+LETS_DEVICE T* at(const Piece& piece, int list) {
+  return reinterpret_cast<T*>(piece.run.address[list]) + piece.begin;
+}
+// The same where the op may have been called without the list; null then.
+template <class T>
+LETS_DEVICE T* maybe_at(const Piece& piece, int list) {
+  return piece.run.address[list] ? at<T>(piece, list) : nullptr;
 }
 
 // Cuts runs into launches: f(batch, chunks) with a Batch<kFew> or a Batch<kMany>. `chunks_of(run)` is the work of a
 // run.
 template <class ChunksOf, class F>
 void in_batches(const Run* runs, int64_t count, ChunksOf chunks_of, F f) {
-  auto fill = [&](auto& batch, int64_t capacity, int64_t& next) {
+  int64_t next = 0;
+  auto fill = [&]<int Capacity>() {
+    Batch<Capacity> batch;
     int64_t chunks = 0;
     batch.runs = 0;
-    for (; next < count && batch.runs < capacity; ++next) {
+    for (; next < count && batch.runs < Capacity; ++next) {
       const int64_t more = chunks_of(runs[next]);
       if (more == 0) continue;
       if (more > kChunksALaunch) throw std::runtime_error("lets_kernels: a run of more than 2^43 elements");
@@ -76,48 +88,32 @@ void in_batches(const Run* runs, int64_t count, ChunksOf chunks_of, F f) {
     batch.first[batch.runs] = int32_t(chunks);
     if (chunks > 0) f(batch, int32_t(chunks));
   };
-  for (int64_t next = 0; next < count;) {
-    if (count - next <= kFew) {
-      Batch<kFew> batch;
-      fill(batch, kFew, next);
-    } else {
-      Batch<kMany> batch;
-      fill(batch, kMany, next);
-    }
-  }
+  while (next < count) count - next <= kFew ? fill.template operator()<kFew>() : fill.template operator()<kMany>();
 }
-
-template <class B>
-constexpr int capacity_of = std::remove_cvref_t<B>::capacity;
 
 inline int64_t pieces(const Run& run) { return (run.numel + kPiece - 1) / kPiece; }
 
-// Calls f(T{}) with the storage type.
-template <class F>
-void with_type(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::float64:
-      return f(double{});
-    case Dtype::bfloat16:
-      return f(BFloat16{});
-    case Dtype::float16:
-      return f(Half{});
-    default:
-      return f(float{});
-  }
+// Launches `kernel_of<T, Capacity>()`, with a block for each of the chunks, for the storage type of a call.
+template <class C, class KernelOf>
+void on_chunks(const C& c, KernelOf kernel_of) {
+  with_type(c.dtype, [&]<class T>(T) {
+    in_batches(c.runs, c.count, pieces, [&]<int Capacity>(const Batch<Capacity>& batch, int32_t chunks) {
+      launch(kernel_of.template operator()<T, Capacity>(), chunks, kThreads, c.stream, batch, c);
+    });
+  });
 }
 
-// The exponent as a compile-time case, so that the common ones cost no power.
+// Calls f<whether any run has a T, the exponent>(): cases known when compiled, so that the common ones cost no power.
 enum class Q : int { one, two, other };
-template <Q Value>
-struct Exponent {
-  static constexpr Q value = Value;
-};
-template <class F>
-void with_exponent(double q, F f) {
-  if (q == 2) return f(Exponent<Q::two>{});
-  if (q == 1) return f(Exponent<Q::one>{});
-  return f(Exponent<Q::other>{});
+template <class C, class F>
+void with_cases(const C& c, F f) {
+  auto with_exponent = [&]<bool Scaled>() {
+    if (c.q == 2) return f.template operator()<Scaled, Q::two>();
+    if (c.q == 1) return f.template operator()<Scaled, Q::one>();
+    return f.template operator()<Scaled, Q::other>();
+  };
+  const bool scaled = std::any_of(c.runs, c.runs + c.count, [](const Run& run) { return run.row_length != kUnscaled; });
+  return scaled ? with_exponent.template operator()<true>() : with_exponent.template operator()<false>();
 }
 
 // dual() of math.h for an exponent known when compiled.

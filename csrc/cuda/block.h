@@ -18,6 +18,12 @@ template <class C, int V>
 struct Values {
   C value[V];
 };
+// f(j) for the elements of a pack.
+template <int V, class F>
+LETS_DEVICE void each(F f) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) f(j);
+}
 template <int V, class T>
 LETS_DEVICE Pack<T, V>& pack_at(T* from, int i) {
   return *reinterpret_cast<Pack<T, V>*>(from + i);
@@ -29,8 +35,7 @@ LETS_DEVICE const Pack<T, V>& pack_at(const T* from, int i) {
 template <class C, int V, class T>
 LETS_DEVICE Values<C, V> widened(const Pack<T, V>& pack) {
   Values<C, V> to;
-#pragma unroll
-  for (int j = 0; j < V; ++j) to.value[j] = C(widen(pack.value[j]));
+  each<V>([&](int j) { to.value[j] = C(widen(pack.value[j])); });
   return to;
 }
 template <class C, int V, class T>
@@ -46,8 +51,7 @@ LETS_DEVICE Values<C, V> fetch(const T* from, int i) {
 template <class T, class C, int V>
 LETS_DEVICE Pack<T, V> narrowed(const Values<C, V>& values) {
   Pack<T, V> pack;
-#pragma unroll
-  for (int j = 0; j < V; ++j) narrow(values.value[j], pack.value[j]);
+  each<V>([&](int j) { narrow(values.value[j], pack.value[j]); });
   return pack;
 }
 template <int V, class T, class C>
@@ -55,37 +59,41 @@ LETS_DEVICE void store(T* to, int i, const Values<C, V>& values) {
   pack_at<V>(to, i) = narrowed<T>(values);
 }
 
-LETS_DEVICE bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+// Whether all may be moved by the pack; a null address is aligned, so optional lists need no care.
+template <class... P>
+LETS_DEVICE bool all_aligned(const P*... p) {
+  return (((reinterpret_cast<uintptr_t>(p) & 15) == 0) && ...);
+}
 
-template <int V>
-struct Width {
-  static constexpr int value = V;
-};
-
-// Calls f(Width<V>, i) for the elements i, i + 1 … i + V - 1 of [0, numel), spread over the block's threads.
-// A null address is aligned, so optional lists need no care.
+// Calls f<V>(i) for the elements i, i + 1 … i + V - 1 of a chunk, spread over the block's threads.
 template <class T, class F>
-LETS_DEVICE void over(int numel, bool all_aligned, F f) {
+LETS_DEVICE void over(const Piece& piece, bool by_pack, F f) {
   constexpr int V = kPack<T>;
-  const int packed = all_aligned ? numel / V * V : 0;
-  for (int i = int(threadIdx.x) * V; i < packed; i += kThreads * V) f(Width<V>{}, i);
-  for (int i = packed + int(threadIdx.x); i < numel; i += kThreads) f(Width<1>{}, i);
+  const int packed = by_pack ? piece.numel / V * V : 0;
+  for (int i = int(threadIdx.x) * V; i < packed; i += kThreads * V) f.template operator()<V>(i);
+  for (int i = packed + int(threadIdx.x); i < piece.numel; i += kThreads) f.template operator()<1>(i);
 }
 
 // The same for sums: a thread has the same elements, in the same order, whether they can be moved by the pack or not.
 template <class T, class F>
-LETS_DEVICE void over_in_order(int numel, bool all_aligned, F f) {
+LETS_DEVICE void over_in_order(const Piece& piece, bool by_pack, F f) {
   constexpr int V = kPack<T>;
-  const int packed = numel / V * V;
+  const int packed = piece.numel / V * V;
   for (int i = int(threadIdx.x) * V; i < packed; i += kThreads * V) {
-    if (all_aligned) {
-      f(Width<V>{}, i);
+    if (by_pack) {
+      f.template operator()<V>(i);
     } else {
 #pragma unroll 1
-      for (int j = 0; j < V; ++j) f(Width<1>{}, i + j);
+      for (int j = 0; j < V; ++j) f.template operator()<1>(i + j);
     }
   }
-  for (int i = packed + int(threadIdx.x); i < numel; i += kThreads) f(Width<1>{}, i);
+  for (int i = packed + int(threadIdx.x); i < piece.numel; i += kThreads) f.template operator()<1>(i);
+}
+
+// Calls f(piece) for a block's share of the chunks.
+template <int Capacity, class F>
+LETS_DEVICE void over_share(const Batch<Capacity>& batch, int32_t chunks, F f) {
+  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) f(piece_of(batch, k));
 }
 
 // T for the elements of one chunk; kernels for runs without any T are compiled with Scaled = false.
@@ -97,13 +105,14 @@ struct Scale {
   const C* norms;
   C xi;
 
-  LETS_DEVICE Scale of(const Run& run, int64_t begin, double xi) {
+  LETS_DEVICE Scale of(const Piece& piece, double xi) {
     if constexpr (!Scaled) return {};
+    const Run& run = piece.run;
     Scale s{run.row_length, run.row_count, 0, 0, 0, static_cast<const C*>(run.norms), C(xi)};
     if (run.row_length > 0) {
-      s.first = begin / run.row_length;
-      s.offset = uint32_t(begin - s.first * run.row_length);
-      s.left = run.row_length - (begin - s.first * run.row_length);
+      s.first = piece.begin / run.row_length;
+      s.offset = uint32_t(piece.begin - s.first * run.row_length);
+      s.left = run.row_length - (piece.begin - s.first * run.row_length);
       s.first %= run.row_count;
     }
     return s;
@@ -125,8 +134,7 @@ struct Scale {
     Values<C, V> norm;
     const int64_t begin = row(s, i), end = row(s, i + V - 1);
     const C all = s.norms[begin];
-#pragma unroll
-    for (int j = 0; j < V; ++j) norm.value[j] = begin == end ? all : s.norms[row(s, i + j)];
+    each<V>([&](int j) { norm.value[j] = begin == end ? all : s.norms[row(s, i + j)]; });
     return norm;
   }
   // T of elements i … i + V - 1. `theta` is looked at where T = |theta| + xi, `v` where T is of the Fisher information.
@@ -134,18 +142,14 @@ struct Scale {
   LETS_DEVICE Values<C, V> at(const Scale& s, int i, const Values<C, V>& theta, const Values<C, V>& v) {
     Values<C, V> t;
     if (Scaled && s.row_length == kElementWise) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) t.value[j] = adaptive_scale(absolute(theta.value[j]), s.xi);
+      each<V>([&](int j) { t.value[j] = adaptive_scale(absolute(theta.value[j]), s.xi); });
     } else if (Scaled && s.row_length == kFisher) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) t.value[j] = fisher_scale(v.value[j], s.xi);
+      each<V>([&](int j) { t.value[j] = fisher_scale(v.value[j], s.xi); });
     } else if (!Scaled || s.row_length < 0) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) t.value[j] = C(1);
+      each<V>([&](int j) { t.value[j] = C(1); });
     } else {
       t = filters<V>(s, i);
-#pragma unroll
-      for (int j = 0; j < V; ++j) t.value[j] = adaptive_scale(t.value[j], s.xi);
+      each<V>([&](int j) { t.value[j] = adaptive_scale(t.value[j], s.xi); });
     }
     return t;
   }
@@ -188,27 +192,21 @@ LETS_KERNEL join_slots(double* sums, int slots) {
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
 
-// Calls f(bool_constant) with whether any run has a T.
-template <class F>
-void with_scaling(const Run* runs, int64_t count, F f) {
-  if (std::any_of(runs, runs + count, [](const Run& run) { return run.row_length != kUnscaled; }))
-    return f(std::true_type{});
-  return f(std::false_type{});
-}
-
-// The launches of one sum, or of several: `one(batch, chunks, blocks, add)` launches the kernel on `blocks` blocks,
-// which all write their own slots, or add to them from the second batch on.
-template <class Join = Sum, class One>
-void sum_in_batches(const Run* runs, int64_t count, double* sums, void* stream, One one, int totals = 1) {
+// Launches `kernel_of<T, Capacity>()` for one sum, or several: the blocks write their own slots, or add to them from
+// the second batch on.
+template <int Totals = 1, class Join = Sum, class C, class KernelOf>
+void sum_of_chunks(const C& c, KernelOf kernel_of) {
   int slots = 0;
-  in_batches(runs, count, pieces,
+  in_batches(c.runs, c.count, pieces,
              [&](const auto&, int32_t chunks) { slots = std::max(slots, std::min(chunks, kSlots)); });
   bool add = false;
-  in_batches(runs, count, pieces, [&](const auto& batch, int32_t chunks) {
-    one(batch, chunks, slots, add);
-    add = true;
+  with_type(c.dtype, [&]<class T>(T) {
+    in_batches(c.runs, c.count, pieces, [&]<int Capacity>(const Batch<Capacity>& batch, int32_t chunks) {
+      launch(kernel_of.template operator()<T, Capacity>(), slots, kThreads, c.stream, batch, chunks, c, add);
+      add = true;
+    });
   });
-  launch(&join_slots<Join>, totals, kThreads, stream, sums, slots);
+  launch(&join_slots<Join>, Totals, kThreads, c.stream, c.sums, slots);
 }
 
 // Writes a block's sum, of number `which` of `Totals`, to its slot.
@@ -224,8 +222,7 @@ LETS_DEVICE void keep(double* sums, double mine, bool add, int which = 0) {
 template <class C, class T, int V>
 LETS_DEVICE void add_squares(double& sum, const Pack<T, V>& pack) {
   const auto x = widened<C>(pack);
-#pragma unroll
-  for (int j = 0; j < V; ++j) sum += double(x.value[j]) * double(x.value[j]);
+  each<V>([&](int j) { sum += double(x.value[j]) * double(x.value[j]); });
 }
 
 }  // namespace lets::cuda

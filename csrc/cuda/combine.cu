@@ -5,78 +5,65 @@
 namespace lets::cuda {
 namespace {
 
+// x·x, x·y and y·y, as a thread adds them up.
+struct Dots {
+  double xx = 0, xy = 0, yy = 0;
+
+  LETS_DEVICE void add(Dots& dots, double x, double y) {
+    dots.xx += x * x;
+    dots.xy += x * y;
+    dots.yy += y * y;
+  }
+  LETS_DEVICE void keep(double* sums, const Dots& dots, bool add) {
+    cuda::keep<Sum, 3>(sums, dots.xx, add, 0);
+    cuda::keep<Sum, 3>(sums, dots.xy, add, 1);
+    cuda::keep<Sum, 3>(sums, dots.yy, add, 2);
+  }
+};
+
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
 dots_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::dots c, bool add) {
-  using C = typename ArithmeticOf<T>::type;
-  double xx = 0, xy = 0, yy = 0;
-  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, k);
-    const Run& run = batch.run[piece.run];
-    const T* x = reinterpret_cast<const T*>(run.address[0]) + piece.begin;
-    const T* y = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
-    over_in_order<T>(piece.numel, aligned(x) && aligned(y), [&](auto width, int i) {
-      constexpr int V = decltype(width)::value;
+  using C = Arithmetic<T>;
+  Dots mine;
+  over_share(batch, chunks, [&](const Piece& piece) {
+    const T *x = at<const T>(piece, 0), *y = at<const T>(piece, 1);
+    over_in_order<T>(piece, all_aligned(x, y), [&]<int V>(int i) {
       const auto u = fetch<C, V>(x, i), w = fetch<C, V>(y, i);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const double a = double(u.value[j]), b = double(w.value[j]);
-        xx += a * a;
-        xy += a * b;
-        yy += b * b;
-      }
+      each<V>([&](int j) { Dots::add(mine, double(u.value[j]), double(w.value[j])); });
     });
-  }
-  keep<Sum, 3>(c.sums, xx, add, 0);
-  keep<Sum, 3>(c.sums, xy, add, 1);
-  keep<Sum, 3>(c.sums, yy, add, 2);
+  });
+  Dots::keep(c.sums, mine, add);
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
 displacement_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::displacement_dots c, bool add) {
-  using C = typename ArithmeticOf<T>::type;
-  double gg = 0, gd = 0, dd = 0;
-  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, k);
-    const Run& run = batch.run[piece.run];
-    const T* g = reinterpret_cast<const T*>(run.address[0]) + piece.begin;
-    const T* theta = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
-    const T* saved = reinterpret_cast<const T*>(run.address[2]) + piece.begin;
-    over_in_order<T>(piece.numel, aligned(g) && aligned(theta) && aligned(saved), [&](auto width, int i) {
-      constexpr int V = decltype(width)::value;
+  using C = Arithmetic<T>;
+  Dots mine;
+  over_share(batch, chunks, [&](const Piece& piece) {
+    const T *g = at<const T>(piece, 0), *theta = at<const T>(piece, 1), *saved = at<const T>(piece, 2);
+    over_in_order<T>(piece, all_aligned(g, theta, saved), [&]<int V>(int i) {
       const auto x = fetch<C, V>(g, i), now = fetch<C, V>(theta, i), before = fetch<C, V>(saved, i);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const double a = double(x.value[j]), d = double(displacement(now.value[j], before.value[j]));
-        gg += a * a;
-        gd += a * d;
-        dd += d * d;
-      }
+      each<V>([&](int j) { Dots::add(mine, double(x.value[j]), double(displacement(now.value[j], before.value[j]))); });
     });
-  }
-  keep<Sum, 3>(c.sums, gg, add, 0);
-  keep<Sum, 3>(c.sums, gd, add, 1);
-  keep<Sum, 3>(c.sums, dd, add, 2);
+  });
+  Dots::keep(c.sums, mine, add);
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
 combine_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::combine_ c) {
-  using C = typename ArithmeticOf<T>::type;
+  using C = Arithmetic<T>;
   if (*c.gate == 0) return;
   const C a = C(c.coefficients[0]), b = C(c.coefficients[1]);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Run& run = batch.run[piece.run];
-  T* out = reinterpret_cast<T*>(run.address[0]) + piece.begin;
-  const T* x = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
-  const T* y = reinterpret_cast<const T*>(run.address[2]) + piece.begin;
-  over<T>(piece.numel, aligned(out) && aligned(x) && aligned(y), [&](auto width, int i) {
-    constexpr int V = decltype(width)::value;
+  T* out = at<T>(piece, 0);
+  const T *x = at<const T>(piece, 1), *y = at<const T>(piece, 2);
+  over<T>(piece, all_aligned(out, x, y), [&]<int V>(int i) {
     auto u = load<C, V>(x, i);
     const auto w = load<C, V>(y, i);
-#pragma unroll
-    for (int j = 0; j < V; ++j) u.value[j] = combined(a, u.value[j], b, w.value[j]);
+    each<V>([&](int j) { u.value[j] = combined(a, u.value[j], b, w.value[j]); });
     store<V>(out, i, u);
   });
 }
@@ -84,32 +71,15 @@ combine_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::combine_ c) {
 }  // namespace
 
 void dots(const launch_of::dots& c) {
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    const auto one = [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&dots_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
-    };
-    sum_in_batches(c.runs, c.count, c.sums, c.stream, one, 3);
-  });
+  sum_of_chunks<3>(c, [&]<class T, int Capacity>() { return &dots_kernel<T, Capacity>; });
 }
 
 void displacement_dots(const launch_of::displacement_dots& c) {
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    const auto one = [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&displacement_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
-    };
-    sum_in_batches(c.runs, c.count, c.sums, c.stream, one, 3);
-  });
+  sum_of_chunks<3>(c, [&]<class T, int Capacity>() { return &displacement_kernel<T, Capacity>; });
 }
 
 void combine_(const launch_of::combine_& c) {
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&combine_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
-    });
-  });
+  on_chunks(c, [&]<class T, int Capacity>() { return &combine_kernel<T, Capacity>; });
 }
 
 }  // namespace lets::cuda

@@ -7,8 +7,8 @@
 namespace lets::cuda {
 
 // The position of a chunk's first element in its bucket.
-LETS_DEVICE int64_t position_of(const Run& run, const Piece& piece) {
-  return int64_t(reinterpret_cast<intptr_t>(run.address[kStart])) + piece.begin;
+LETS_DEVICE int64_t position_of(const Piece& piece) {
+  return int64_t(reinterpret_cast<intptr_t>(piece.run.address[kStart])) + piece.begin;
 }
 
 LETS_DEVICE Draw draw_of(const int64_t* random, uint32_t draws) {

@@ -8,37 +8,32 @@ namespace {
 template <class T, bool Drawn, int Capacity>
 LETS_KERNEL_FOR(4)
 masked_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::masked_ c, bool add) {
-  using C = typename ArithmeticOf<T>::type;
+  using C = Arithmetic<T>;
   const Draw draw = draw_of(c.random, c.draws);
   const uint64_t limit = word_limit(c.share);
   const C enlarge = C(1 / c.share);
   double mine = 0;
-  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, k);
-    const Run& run = batch.run[piece.run];
-    T* out = reinterpret_cast<T*>(run.address[0]) + piece.begin;
-    const T* v = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
-    const uint8_t* mask = Drawn ? nullptr : reinterpret_cast<const uint8_t*>(run.address[2]) + piece.begin;
-    const int64_t position = position_of(run, piece);
-    over_in_order<T>(piece.numel, aligned(out) && aligned(v) && aligned(mask), [&](auto width, int i) {
-      constexpr int V = decltype(width)::value;
+  over_share(batch, chunks, [&](const Piece& piece) {
+    T* out = at<T>(piece, 0);
+    const T* v = at<const T>(piece, 1);
+    const uint8_t* mask = Drawn ? nullptr : at<const uint8_t>(piece, 2);
+    const int64_t position = position_of(piece);
+    over_in_order<T>(piece, all_aligned(out, v, mask), [&]<int V>(int i) {
       const Pack<T, V> whole = read_only(&pack_at<V>(v, i));
       add_squares<C>(mine, whole);
       Pack<T, V> kept;
       if constexpr (Drawn) {
         const auto words = words_at<V>(draw, position + i);
         auto x = widened<C>(whole);
-#pragma unroll
-        for (int j = 0; j < V; ++j) x.value[j] = words.value[j] < limit ? x.value[j] * enlarge : C(0);
+        each<V>([&](int j) { x.value[j] = words.value[j] < limit ? x.value[j] * enlarge : C(0); });
         kept = narrowed<T>(x);
       } else {
         const auto own = read_only(&pack_at<V>(mask, i));
-#pragma unroll
-        for (int j = 0; j < V; ++j) kept.value[j] = own.value[j] ? whole.value[j] : T{};
+        each<V>([&](int j) { kept.value[j] = own.value[j] ? whole.value[j] : T{}; });
       }
       pack_at<V>(out, i) = kept;
     });
-  }
+  });
   keep(c.sums, mine, add);
 }
 
@@ -48,21 +43,18 @@ LETS_DEVICE Values<bool, V> above_at(const T* v, int i, const Draw& draw, int64_
   Values<bool, V> above;
   if (!v) {
     const auto words = words_at<V>(draw, position);
-#pragma unroll
-    for (int j = 0; j < V; ++j) above.value[j] = key_of(words.value[j]) > threshold;
+    each<V>([&](int j) { above.value[j] = key_of(words.value[j]) > threshold; });
     return above;
   }
   const auto x = fetch<float, V>(v, i);
   bool decided = true;
-#pragma unroll
-  for (int j = 0; j < V; ++j) {
+  each<V>([&](int j) {
     above.value[j] = key_of(x.value[j], 0) > threshold;
     decided = decided && above.value[j] == (key_of(x.value[j], 0xffffffffu) > threshold);
-  }
+  });
   if (decided) return above;
   const auto words = words_at<V>(draw, position);
-#pragma unroll
-  for (int j = 0; j < V; ++j) above.value[j] = key_of(x.value[j], words.value[j]) > threshold;
+  each<V>([&](int j) { above.value[j] = key_of(x.value[j], words.value[j]) > threshold; });
   return above;
 }
 
@@ -72,20 +64,16 @@ count_above_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_
   const Draw draw = draw_of(c.random, c.draws);
   const int64_t threshold = *c.threshold;
   int64_t mine = 0;
-  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, k);
-    const Run& run = batch.run[piece.run];
-    const T* v = run.address[0] ? reinterpret_cast<const T*>(run.address[0]) + piece.begin : nullptr;
-    const uint8_t* mask = reinterpret_cast<const uint8_t*>(run.address[1]) + piece.begin;
-    const int64_t position = position_of(run, piece);
-    over_in_order<T>(piece.numel, aligned(v) && aligned(mask), [&](auto width, int i) {
-      constexpr int V = decltype(width)::value;
+  over_share(batch, chunks, [&](const Piece& piece) {
+    const T* v = maybe_at<const T>(piece, 0);
+    const uint8_t* mask = at<const uint8_t>(piece, 1);
+    const int64_t position = position_of(piece);
+    over_in_order<T>(piece, all_aligned(v, mask), [&]<int V>(int i) {
       const auto above = above_at<V>(v, i, draw, position + i, threshold);
       const auto own = c.member < 0 ? Pack<uint8_t, V>{} : read_only(&pack_at<V>(mask, i));
-#pragma unroll
-      for (int j = 0; j < V; ++j) mine += above.value[j] && (c.member < 0 || own.value[j] == c.member);
+      each<V>([&](int j) { mine += above.value[j] && (c.member < 0 || own.value[j] == c.member); });
     });
-  }
+  });
   keep(c.sums, double(mine), add);
 }
 
@@ -95,22 +83,19 @@ select_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::select_ c) {
   const Draw draw = draw_of(c.random, c.draws);
   const int64_t threshold = *c.threshold;
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Run& run = batch.run[piece.run];
-  const T* v = run.address[1] ? reinterpret_cast<const T*>(run.address[1]) + piece.begin : nullptr;
-  uint8_t* mask = reinterpret_cast<uint8_t*>(run.address[0]) + piece.begin;
-  const int64_t position = position_of(run, piece);
-  over<T>(piece.numel, aligned(v) && aligned(mask), [&](auto width, int i) {
-    constexpr int V = decltype(width)::value;
+  const T* v = maybe_at<const T>(piece, 1);
+  uint8_t* mask = at<uint8_t>(piece, 0);
+  const int64_t position = position_of(piece);
+  over<T>(piece, all_aligned(v, mask), [&]<int V>(int i) {
     const auto above = above_at<V>(v, i, draw, position + i, threshold);
     auto own = pack_at<V>(mask, i);
     bool any = false;
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
+    each<V>([&](int j) {
       if (above.value[j] && (c.member < 0 || own.value[j] == c.member)) {
         own.value[j] = uint8_t(c.value);
         any = true;
       }
-    }
+    });
     if (any) pack_at<V>(mask, i) = own;
   });
 }
@@ -119,32 +104,17 @@ select_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::select_ c) {
 
 void masked_(const launch_of::masked_& c) {
   const bool given = std::any_of(c.runs, c.runs + c.count, [](const Run& run) { return run.address[2] != nullptr; });
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      constexpr int capacity = capacity_of<decltype(batch)>;
-      launch(given ? &masked_kernel<T, false, capacity> : &masked_kernel<T, true, capacity>, blocks, kThreads, c.stream,
-             batch, chunks, c, add);
-    });
+  sum_of_chunks(c, [given]<class T, int Capacity>() {
+    return given ? &masked_kernel<T, false, Capacity> : &masked_kernel<T, true, Capacity>;
   });
 }
 
 void count_above(const launch_of::count_above& c) {
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&count_above_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
-    });
-  });
+  sum_of_chunks(c, [&]<class T, int Capacity>() { return &count_above_kernel<T, Capacity>; });
 }
 
 void select_(const launch_of::select_& c) {
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&select_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
-    });
-  });
+  on_chunks(c, [&]<class T, int Capacity>() { return &select_kernel<T, Capacity>; });
 }
 
 }  // namespace lets::cuda

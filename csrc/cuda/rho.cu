@@ -4,28 +4,21 @@
 namespace lets::cuda {
 namespace {
 
-template <class T, Q Kind, bool Scaled, int Capacity>
+template <class T, bool Scaled, Q Kind, int Capacity>
 LETS_KERNEL_FOR(2)
 diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::rho_grad_diagonal c, bool add) {
-  using C = typename ArithmeticOf<T>::type;
+  using C = Arithmetic<T>;
   double mine = 0;
-  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, k);
-    const Run& run = batch.run[piece.run];
-    auto at = [&](int list) {
-      return run.address[list] ? reinterpret_cast<const T*>(run.address[list]) + piece.begin : nullptr;
-    };
-    const T *val = at(0), *train = at(1), *g_hat = at(2), *v = at(3);
-    const T* theta = Scaled && run.row_length == kElementWise ? at(4) : nullptr;
-    const auto scale = Scale<C, Scaled>::of(run, piece.begin, c.xi);
-    const bool all_aligned = aligned(val) && aligned(train) && aligned(g_hat) && aligned(v) && aligned(theta);
-    over_in_order<T>(piece.numel, all_aligned, [&](auto width, int i) {
-      constexpr int V = decltype(width)::value;
+  over_share(batch, chunks, [&](const Piece& piece) {
+    const T *val = at<const T>(piece, 0), *train = maybe_at<const T>(piece, 1), *g_hat = at<const T>(piece, 2);
+    const T* v = at<const T>(piece, 3);
+    const T* theta = Scaled && piece.run.row_length == kElementWise ? at<const T>(piece, 4) : nullptr;
+    const auto scale = Scale<C, Scaled>::of(piece, c.xi);
+    over_in_order<T>(piece, all_aligned(val, train, g_hat, v, theta), [&]<int V>(int i) {
       const auto a = fetch<C, V>(val, i), h = fetch<C, V>(g_hat, i), x = fetch<C, V>(v, i);
       const auto b = train ? fetch<C, V>(train, i) : Values<C, V>{};
       const auto t = Scale<C, Scaled>::at(scale, i, theta ? fetch<C, V>(theta, i) : x, x);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
+      each<V>([&](int j) {
         const C scaled = t.value[j] * x.value[j];
         double unit;
         if constexpr (Kind == Q::other) {
@@ -34,60 +27,41 @@ diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of:
           unit = double(t.value[j] * dual_of<Kind>(scaled, C(c.q)));
         }
         mine += diagonal_share(double(a.value[j]) - double(b.value[j]), double(h.value[j]), unit);
-      }
+      });
     });
-  }
+  });
   keep(c.sums, mine, add);
 }
 
 template <class T, int Capacity>
 LETS_KERNEL secant_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::rho_grad_secant c,
                           bool add) {
-  using C = typename ArithmeticOf<T>::type;
+  using C = Arithmetic<T>;
   double mine = 0;
-  for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) {
-    const Piece piece = piece_of(batch, k);
-    const Run& run = batch.run[piece.run];
-    auto at = [&](int list) {
-      return run.address[list] ? reinterpret_cast<const T*>(run.address[list]) + piece.begin : nullptr;
-    };
-    const T *val = at(0), *train = at(1), *g_hat = at(2), *g = at(3);
-    const bool all_aligned = aligned(val) && aligned(train) && aligned(g_hat) && aligned(g);
-    over_in_order<T>(piece.numel, all_aligned, [&](auto width, int i) {
-      constexpr int V = decltype(width)::value;
+  over_share(batch, chunks, [&](const Piece& piece) {
+    const T *val = at<const T>(piece, 0), *train = maybe_at<const T>(piece, 1), *g_hat = at<const T>(piece, 2);
+    const T* g = at<const T>(piece, 3);
+    over_in_order<T>(piece, all_aligned(val, train, g_hat, g), [&]<int V>(int i) {
       const auto a = fetch<C, V>(val, i), h = fetch<C, V>(g_hat, i), x = fetch<C, V>(g, i);
       const auto b = train ? fetch<C, V>(train, i) : Values<C, V>{};
-#pragma unroll
-      for (int j = 0; j < V; ++j)
+      each<V>([&](int j) {
         mine += secant_share(double(a.value[j]) - double(b.value[j]), double(h.value[j]), double(x.value[j]));
+      });
     });
-  }
+  });
   keep(c.sums, mine, add);
 }
 
 }  // namespace
 
 void rho_grad_diagonal(const launch_of::rho_grad_diagonal& c) {
-  with_type(c.dtype, [&](auto type) {
-    with_exponent(c.q, [&](auto kind) {
-      with_scaling(c.runs, c.count, [&](auto scaled) {
-        using T = decltype(type);
-        sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-          launch(&diagonal_kernel<T, decltype(kind)::value, decltype(scaled)::value, capacity_of<decltype(batch)>>,
-                 blocks, kThreads, c.stream, batch, chunks, c, add);
-        });
-      });
-    });
+  with_cases(c, [&]<bool Scaled, Q Kind>() {
+    sum_of_chunks(c, [&]<class T, int Capacity>() { return &diagonal_kernel<T, Scaled, Kind, Capacity>; });
   });
 }
 
 void rho_grad_secant(const launch_of::rho_grad_secant& c) {
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    sum_in_batches(c.runs, c.count, c.sums, c.stream, [&](const auto& batch, int32_t chunks, int blocks, bool add) {
-      launch(&secant_kernel<T, capacity_of<decltype(batch)>>, blocks, kThreads, c.stream, batch, chunks, c, add);
-    });
-  });
+  sum_of_chunks(c, [&]<class T, int Capacity>() { return &secant_kernel<T, Capacity>; });
 }
 
 }  // namespace lets::cuda

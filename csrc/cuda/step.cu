@@ -1,47 +1,68 @@
 // The base optimizer's step from the saved weights, where they are perturbed, or from the weights as they are.
 // SGD: reads saved, g (and m); writes theta (and m). Adam: reads saved, g, m, v; writes theta, m, v. Lion: reads saved,
 // g, m; writes theta, m. Variational SAM: reads saved, g, m, s; writes theta, m.
+#include <type_traits>
+
 #include "block.h"
 
 namespace lets::cuda {
 namespace {
 
+// Some elements of a list that the optimizer has beside the weights; only read if those are const.
+template <class C, int V, class E>
+struct State {
+  E* list;
+  Values<C, V> values;
+
+  LETS_DEVICE State of(E* list, int i) {
+    if constexpr (std::is_const_v<E>) return {list, fetch<C, V>(list, i)};
+    return {list, load<C, V>(list, i)};
+  }
+  LETS_DEVICE void write_back(const State& state, int i) {
+    if constexpr (!std::is_const_v<E>) store<V>(state.list, i, state.values);
+  }
+};
+
+template <class Optimizer, class C, int V, class T, class... States>
+LETS_DEVICE void step_at(int i, const Optimizer& optimizer, T* theta, Values<C, V> weights,
+                         const Values<C, V>& gradient, States... states) {
+#pragma unroll
+  for (int j = 0; j < V; ++j)
+    weights.value[j] = Optimizer::step(optimizer, weights.value[j], gradient.value[j], states.values.value[j]...);
+  (States::write_back(states, i), ...);
+  store<V>(theta, i, weights);
+}
+
+// A step on one chunk; where the gate is shut the weights are restored.
+template <class T, class Options, class Optimizer, class G, class... E>
+LETS_DEVICE void step(const Piece& piece, const Options& c, const Optimizer& optimizer, const T* saved, G* g,
+                      E*... lists) {
+  using C = Arithmetic<T>;
+  const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
+  if (!go && !perturbed) return;
+  T* theta = at<T>(piece, 0);
+  const T* from = perturbed ? saved : theta;
+  over<T>(piece, all_aligned(theta, g, saved, lists...), [&]<int V>(int i) {
+    if (go) {
+      step_at(i, optimizer, theta, load<C, V>(from, i), State<C, V, G>::of(g, i).values,
+              State<C, V, E>::of(lists, i)...);
+    } else {
+      pack_at<V>(theta, i) = pack_at<V>(saved, i);
+    }
+  });
+}
+
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
 sgd_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_sgd_ c) {
-  using C = typename ArithmeticOf<T>::type;
-  const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
-  if (!go && !perturbed) return;
-  const Sgd<C> sgd = sgd_of<C>(c);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Run& run = batch.run[piece.run];
-  T* theta = reinterpret_cast<T*>(run.address[0]) + piece.begin;
-  const T* g = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
-  T* m = run.address[2] ? reinterpret_cast<T*>(run.address[2]) + piece.begin : nullptr;
-  const T* saved = reinterpret_cast<const T*>(run.address[3]) + piece.begin;
-  const T* from = perturbed ? saved : theta;
-  const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(saved);
-  over<T>(piece.numel, all_aligned, [&](auto width, int i) {
-    constexpr int V = decltype(width)::value;
-    if (!go) {
-      pack_at<V>(theta, i) = pack_at<V>(saved, i);
-      return;
-    }
-    auto weights = load<C, V>(from, i);
-    const auto gradient = fetch<C, V>(g, i);
-    if (m) {
-      auto average = load<C, V>(m, i);
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        weights.value[j] = Sgd<C>::step(sgd, weights.value[j], gradient.value[j], &average.value[j]);
-      store<V>(m, i, average);
-    } else {
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        weights.value[j] = Sgd<C>::step(sgd, weights.value[j], gradient.value[j], static_cast<C*>(nullptr));
-    }
-    store<V>(theta, i, weights);
-  });
+  const auto sgd = sgd_of<Arithmetic<T>>(c);
+  const T *saved = at<const T>(piece, 3), *g = at<const T>(piece, 1);
+  if (T* m = maybe_at<T>(piece, 2)) {
+    step(piece, c, sgd, saved, g, m);
+  } else {
+    step(piece, c, sgd, saved, g);
+  }
 }
 
 constexpr int kSteps = 4;  // Adam's step counts in a run
@@ -49,105 +70,31 @@ constexpr int kSteps = 4;  // Adam's step counts in a run
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
 adam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_adamw_ c) {
-  using C = typename ArithmeticOf<T>::type;
+  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   LETS_SHARED double bias[2];
   if (threadIdx.x < 2) {  // the count is raised when all have read it
-    const Run& run = batch.run[run_of(batch, int32_t(blockIdx.x))];
-    const double step = double(*reinterpret_cast<const float*>(run.address[kSteps]) + 1.0f);
+    const double step = double(*reinterpret_cast<const float*>(piece.run.address[kSteps]) + 1.0f);
     bias[threadIdx.x] = bias_correction(threadIdx.x == 0 ? c.beta1 : c.beta2, step);
   }
   __syncthreads();
-  const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
-  if (!go && !perturbed) return;
-  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Run& run = batch.run[piece.run];
-  const Adam<C> adam = adam_of<C>(c, bias[0], bias[1]);
-  T* theta = reinterpret_cast<T*>(run.address[0]) + piece.begin;
-  const T* g = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
-  T* m = reinterpret_cast<T*>(run.address[2]) + piece.begin;
-  T* v = reinterpret_cast<T*>(run.address[3]) + piece.begin;
-  const T* saved = reinterpret_cast<const T*>(run.address[5]) + piece.begin;
-  const T* from = perturbed ? saved : theta;
-  const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(v) && aligned(saved);
-  over<T>(piece.numel, all_aligned, [&](auto width, int i) {
-    constexpr int V = decltype(width)::value;
-    if (!go) {
-      pack_at<V>(theta, i) = pack_at<V>(saved, i);
-      return;
-    }
-    auto weights = load<C, V>(from, i);
-    const auto gradient = load<C, V>(g, i);
-    auto first = load<C, V>(m, i), second = load<C, V>(v, i);
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-      weights.value[j] = Adam<C>::step(adam, weights.value[j], gradient.value[j], first.value[j], second.value[j]);
-    store<V>(m, i, first);
-    store<V>(v, i, second);
-    store<V>(theta, i, weights);
-  });
+  const auto adam = adam_of<Arithmetic<T>>(c, bias[0], bias[1]);
+  // The gradient is loaded as if it were written: read-only, it would cost registers that must be spilled.
+  step(piece, c, adam, at<const T>(piece, 5), at<T>(piece, 1), at<T>(piece, 2), at<T>(piece, 3));
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
 lion_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_lion_ c) {
-  using C = typename ArithmeticOf<T>::type;
-  const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
-  if (!go && !perturbed) return;
-  const Lion<C> lion = lion_of<C>(c);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Run& run = batch.run[piece.run];
-  T* theta = reinterpret_cast<T*>(run.address[0]) + piece.begin;
-  const T* g = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
-  T* m = reinterpret_cast<T*>(run.address[2]) + piece.begin;
-  const T* saved = reinterpret_cast<const T*>(run.address[3]) + piece.begin;
-  const T* from = perturbed ? saved : theta;
-  const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(saved);
-  over<T>(piece.numel, all_aligned, [&](auto width, int i) {
-    constexpr int V = decltype(width)::value;
-    if (!go) {
-      pack_at<V>(theta, i) = pack_at<V>(saved, i);
-      return;
-    }
-    auto weights = load<C, V>(from, i), average = load<C, V>(m, i);
-    const auto gradient = fetch<C, V>(g, i);
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-      weights.value[j] = Lion<C>::step(lion, weights.value[j], gradient.value[j], average.value[j]);
-    store<V>(m, i, average);
-    store<V>(theta, i, weights);
-  });
+  step(piece, c, lion_of<Arithmetic<T>>(c), at<const T>(piece, 3), at<const T>(piece, 1), at<T>(piece, 2));
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(sizeof(T) == 8 ? 3 : 4)
 bsam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_bsam_ c) {
-  using C = typename ArithmeticOf<T>::type;
-  const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
-  if (!go && !perturbed) return;
-  const Bsam<C> bsam = bsam_of<C>(c);
   const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const Run& run = batch.run[piece.run];
-  T* theta = reinterpret_cast<T*>(run.address[0]) + piece.begin;
-  const T* g = reinterpret_cast<const T*>(run.address[1]) + piece.begin;
-  T* m = reinterpret_cast<T*>(run.address[2]) + piece.begin;
-  const T* s = reinterpret_cast<const T*>(run.address[3]) + piece.begin;
-  const T* saved = reinterpret_cast<const T*>(run.address[4]) + piece.begin;
-  const T* from = perturbed ? saved : theta;
-  const bool all_aligned = aligned(theta) && aligned(g) && aligned(m) && aligned(s) && aligned(saved);
-  over<T>(piece.numel, all_aligned, [&](auto width, int i) {
-    constexpr int V = decltype(width)::value;
-    if (!go) {
-      pack_at<V>(theta, i) = pack_at<V>(saved, i);
-      return;
-    }
-    auto weights = load<C, V>(from, i), average = load<C, V>(m, i);
-    const auto gradient = fetch<C, V>(g, i), precision = fetch<C, V>(s, i);
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-      weights.value[j] = Bsam<C>::step(bsam, weights.value[j], gradient.value[j], average.value[j], precision.value[j]);
-    store<V>(m, i, average);
-    store<V>(theta, i, weights);
-  });
+  step(piece, c, bsam_of<Arithmetic<T>>(c), at<const T>(piece, 4), at<const T>(piece, 1), at<T>(piece, 2),
+       at<const T>(piece, 3));
 }
 
 // Runs last, when nobody reads the counts any more.
@@ -161,46 +108,26 @@ LETS_KERNEL count_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* gat
 }  // namespace
 
 void restore_sgd_(const launch_of::restore_sgd_& c) {
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&sgd_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
-    });
-  });
+  on_chunks(c, [&]<class T, int Capacity>() { return &sgd_kernel<T, Capacity>; });
   set(c.dirty, 0, c.stream);
 }
 
 void restore_adamw_(const launch_of::restore_adamw_& c) {
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&adam_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
-    });
-  });
+  on_chunks(c, [&]<class T, int Capacity>() { return &adam_kernel<T, Capacity>; });
   const auto once = [](const Run&) { return int64_t(1); };
-  in_batches(c.runs, c.count, once, [&](const auto& batch, int32_t) {
-    launch(&count_kernel<capacity_of<decltype(batch)>>, 1, kThreads, c.stream, batch, c.gate);
+  in_batches(c.runs, c.count, once, [&]<int Capacity>(const Batch<Capacity>& batch, int32_t) {
+    launch(&count_kernel<Capacity>, 1, kThreads, c.stream, batch, c.gate);
   });
   set(c.dirty, 0, c.stream);
 }
 
 void restore_lion_(const launch_of::restore_lion_& c) {
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&lion_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
-    });
-  });
+  on_chunks(c, [&]<class T, int Capacity>() { return &lion_kernel<T, Capacity>; });
   set(c.dirty, 0, c.stream);
 }
 
 void restore_bsam_(const launch_of::restore_bsam_& c) {
-  with_type(c.dtype, [&](auto type) {
-    using T = decltype(type);
-    in_batches(c.runs, c.count, pieces, [&](const auto& batch, int32_t chunks) {
-      launch(&bsam_kernel<T, capacity_of<decltype(batch)>>, chunks, kThreads, c.stream, batch, c);
-    });
-  });
+  on_chunks(c, [&]<class T, int Capacity>() { return &bsam_kernel<T, Capacity>; });
   set(c.dirty, 0, c.stream);
 }
 

@@ -12,8 +12,10 @@
 
 namespace sanitize {
 
+using lets::Arithmetic;
 using lets::Dtype;
 using lets::Run;
+using lets::with_type;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
@@ -29,15 +31,6 @@ T one_of(Random& random, std::initializer_list<T> values) {
 constexpr ScalarType scalar_type(Dtype dtype) {
   constexpr ScalarType types[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
   return types[int(dtype)];
-}
-
-// Calls f(T{}) with the storage type.
-template <class F>
-void with_type(Dtype dtype, F f) {
-  if (dtype == Dtype::float64) return f(double{});
-  if (dtype == Dtype::bfloat16) return f(lets::BFloat16{});
-  if (dtype == Dtype::float16) return f(lets::Half{});
-  return f(float{});
 }
 
 // The runs of one call: what the run table holds, and how far past an aligned address each run of a list begins.
@@ -132,7 +125,7 @@ class List {
     expected_.push_back(to);
     with_type(dtype_, [&](auto type) {
       using T = decltype(type);
-      using C = typename lets::ArithmeticOf<T>::type;
+      using C = Arithmetic<T>;
       std::uniform_real_distribution<double> uniform(values == Values::positive ? 0.01 : -2.0, 2.0);
       for (int64_t i = 0; i < numel && values != Values::unwritten; ++i)
         lets::narrow(i % 7 == 3 && values == Values::any ? C(0) : C(uniform(random)), reinterpret_cast<T*>(to)[i]);

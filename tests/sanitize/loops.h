@@ -35,8 +35,6 @@ class Loops {
 
  protected:
   using MaybeTensor = std::optional<Tensor>;
-  template <class T>
-  using Arithmetic = typename lets::ArithmeticOf<T>::type;
 
   // An op on no runs has but one form: none of its lists says a dtype.
   Form form() { return layout_.runs.empty() ? Form::list : one_of(random_, {Form::list, Form::flat, Form::packed}); }

@@ -71,7 +71,8 @@ int64_t launches(Random& random, int64_t longest) {
   int64_t count = 0;
   lets::cuda::in_batches(rows.data(), int64_t(rows.size()), lets::cuda::pieces, [&](const auto& batch, int32_t chunks) {
     ++count;
-    check(chunks >= 1 && chunks <= lets::kChunksALaunch && batch.runs <= batch.capacity, "a launch is too large");
+    check(chunks >= 1 && chunks <= lets::kChunksALaunch && batch.runs <= int32_t(std::size(batch.run)),
+          "a launch is too large");
     for (int32_t r = 0; r < batch.runs; ++r, ++next) {
       while (rows[next].numel == 0) ++next;
       const int64_t numel = rows[next].numel, pieces = batch.first[r + 1] - batch.first[r];
@@ -80,7 +81,8 @@ int64_t launches(Random& random, int64_t longest) {
             "a launch leaves out some of a row");
       for (const int64_t of : {int64_t(0), pieces / 2, up_to(random, pieces - 1), pieces - 1}) {
         const auto piece = lets::cuda::piece_of(batch, int32_t(batch.first[r] + of));
-        check(piece.run == r && piece.begin == of * lets::cuda::kPiece && piece.begin + piece.numel <= numel &&
+        check(&piece.run == &batch.run[r] && piece.begin == of * lets::cuda::kPiece &&
+                  piece.begin + piece.numel <= numel &&
                   (of == pieces - 1 ? piece.begin + piece.numel == numel : piece.numel == lets::cuda::kPiece),
               "a block takes another stretch than its own");
       }
@@ -102,7 +104,7 @@ void filters_far_into_a_run(Random& random) {
   lets::cuda::Run row{};
   row.row_length = length, row.row_count = count, row.norms = norms.data();
   const int64_t begin = offset / lets::cuda::kPiece * lets::cuda::kPiece;
-  const auto scale = lets::cuda::Scale<double, true>::of(row, begin, 0.0);
+  const auto scale = lets::cuda::Scale<double, true>::of({row, begin, 0}, 0.0);
   double sum = 0;
   for (int64_t i = 0; i < kNumel; ++i) {
     sum += norms[size_t((offset + i) / length % count)];
