@@ -73,10 +73,10 @@ class Floor:
     op: Op
 
     def bytes(self, table: Tensor, itemsize: int) -> int:
-        numel, row_length = table[:, 1], table[:, 2]
+        numel, filter_length = table[:, 1], table[:, 2]
         lists, masks = map(len, self.op.moved)
-        moved = lists * numel + len(self.op.element_wise) * numel * (row_length == ELEMENT_WISE)
-        moved = itemsize * (moved + len(self.op.filter_wise) * numel * (row_length > ELEMENT_WISE))
+        moved = lists * numel + len(self.op.element_wise) * numel * (filter_length == ELEMENT_WISE)
+        moved = itemsize * (moved + len(self.op.filter_wise) * numel * (filter_length > ELEMENT_WISE))
         return int((moved + masks * numel).sum())
 
 

@@ -20,7 +20,7 @@ namespace cuda {{
 struct Run;
 }}
 
-// row_length of a run that has no filters.
+// filter_length of a run that has no filters.
 constexpr int64_t kFisher = {FISHER}, kUnscaled = {UNSCALED}, kElementWise = {ELEMENT_WISE};
 
 // X(op, what its kernel returns of one chunk) for the ops on runs.
@@ -64,6 +64,9 @@ void implement(Library& m) {{
 """
 # The kinds that come as a list of tensors; those that are lists of the size of a parameter.
 LISTS, RUNS = ("Tensors", "MaybeTensors", "Steps", "Numbers"), ("Tensors", "MaybeTensors", "Flat")
+# What the code around the arguments calls its own; a table and a stream have their kind's name.
+TAKEN = {"addresses", "at", "c", "check", "count", "draw", "draws", "dtype", "i", "launched", "lists", "nontemporal"}
+TAKEN |= {"numel", "on", "position", "queue", "runs", "scaling", "size_t", "stream", "sums", "table", "to", "where"}
 PLAIN = {"float": "double", "int": "int64_t", "bool": "bool", "Stream": "int64_t"}
 
 
@@ -219,9 +222,18 @@ def _on_runs(op):
     return any(a.kind == "Table" for a in op.arguments)
 
 
+def check_names(ops):
+    """``ValueError`` for an argument whose name the generated code has for something of its own."""
+    for op in ops:
+        for a in op.arguments:
+            if a.name in TAKEN and a.kind.lower() != a.name:
+                raise ValueError(f"{op.name}: an argument cannot be called {a.name}, as the code around it is")
+
+
 def headers():
     """The text of every header, by its name."""
     declared = declaration()
+    check_names(declared.OPS)
     runs = [op for op in declared.OPS if _on_runs(op)]
     return {
         "declared.h": DECLARED.format(

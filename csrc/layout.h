@@ -11,11 +11,12 @@ constexpr int64_t size_of(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype
 
 // One row of the run table, as Python builds it (lets_kernels/space/buckets.py).
 struct Run {
-  int64_t start;       // offset in the flat buffers of the bucket, a multiple of 16
-  int64_t numel;       //
-  int64_t row_length;  // kFisher, kUnscaled, kElementWise; or T is of filter (element / row_length) % row_count
-  int64_t row_count;   //
-  int64_t row_start;   // the run's first entry among the filter norms
+  int64_t start;  // offset in the flat buffers of the bucket, a multiple of 16
+  int64_t numel;  //
+  int64_t
+      filter_length;     // kFisher, kUnscaled, kElementWise; or T is of filter (element / filter_length) % filter_count
+  int64_t filter_count;  //
+  int64_t filter_start;  // the run's first entry among the filter norms
 };
 constexpr int64_t kColumns = 5;
 static_assert(sizeof(Run) == kColumns * sizeof(int64_t), "a Run is one row of the int64 table");
@@ -46,7 +47,7 @@ struct Three {
 
 // How one chunk is scaled: T of ASAM.
 struct Scaling {
-  int64_t row_length, row_count;
+  int64_t filter_length, filter_count;
   const void* norms;  // the run's filter norms, float (double for float64), or null
   double xi;
   int64_t offset;  // the chunk's first element within its run

@@ -36,22 +36,22 @@ struct Cpu {
   }
 
   void run(const call_of::filter_norms& c) const {
-    // Rows are small and many: a thread takes a chunk's worth of them at a time.
-    struct Rows {
+    // Filters are small and many: a thread takes a chunk's worth of them at a time.
+    struct Filters {
       int64_t run, begin, end;
     };
-    std::vector<Rows> work;
+    std::vector<Filters> work;
     for (int64_t i = 0; i < c.table.size(); ++i) {
       const Run& run = c.table[i];
-      if (run.row_length < 1) continue;
-      const int64_t step = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, run.numel / run.row_count));
-      for (int64_t r = 0; r < run.row_count; r += step) work.push_back({i, r, std::min(r + step, run.row_count)});
+      if (run.filter_length < 1) continue;
+      const int64_t step = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, run.numel / run.filter_count));
+      for (int64_t f = 0; f < run.filter_count; f += step) work.push_back({i, f, std::min(f + step, run.filter_count)});
     }
     for_each(int64_t(work.size()), c.table.total(), [&](int64_t i) {
-      const Rows& rows = work[size_t(i)];
-      auto run = c.at({rows.run, 0, c.table[rows.run].numel}, false);
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        run.scaling.offset = row;
+      const Filters& some = work[size_t(i)];
+      auto run = c.at({some.run, 0, c.table[some.run].numel}, false);
+      for (int64_t filter = some.begin; filter < some.end; ++filter) {
+        run.scaling.offset = filter;
         cpu::kernels()(run);
       }
     });

@@ -89,26 +89,27 @@ class Table {
     size_ = t.size(0);
     for (int64_t i = 0; i < size_; ++i) {
       const Run& run = runs_[i];
-      STD_TORCH_CHECK(within(run.start) && within(run.numel) && run.row_length >= kFisher, "run table: row ", i,
+      STD_TORCH_CHECK(within(run.start) && within(run.numel) && run.filter_length >= kFisher, "run table: row ", i,
                       " is not valid");
-      if (run.row_length > 0) {
-        STD_TORCH_CHECK(within(run.row_count) && run.row_count >= 1 && within(run.row_start) &&
-                            run.row_length <= kMost / run.row_count && run.numel % run.row_length == 0 &&
-                            run.numel / run.row_length % run.row_count == 0,
+      if (run.filter_length > 0) {
+        STD_TORCH_CHECK(within(run.filter_count) && run.filter_count >= 1 && within(run.filter_start) &&
+                            run.filter_length <= kMost / run.filter_count && run.numel % run.filter_length == 0 &&
+                            run.numel / run.filter_length % run.filter_count == 0,
                         "run table: the filters of row ", i, " do not divide it");
       }
       total_ += run.numel;
       STD_TORCH_CHECK(within(total_), "run table: more elements than any memory holds");
       if (run.start + run.numel > end_) end_ = run.start + run.numel;
-      adaptive_ = adaptive_ || run.row_length == kElementWise;
-      if (run.row_length > 0 && run.row_start + run.row_count > rows_) rows_ = run.row_start + run.row_count;
+      adaptive_ = adaptive_ || run.filter_length == kElementWise;
+      if (run.filter_length > 0 && run.filter_start + run.filter_count > filters_)
+        filters_ = run.filter_start + run.filter_count;
     }
   }
   int64_t size() const { return size_; }
   const Run& operator[](int64_t i) const { return runs_[i]; }
   int64_t total() const { return total_; }         // elements in all runs
   int64_t end() const { return end_; }             // elements a flat buffer must have
-  int64_t rows() const { return rows_; }           // filter norms needed; 0: no filters
+  int64_t filters() const { return filters_; }     // filter norms needed; 0: no filters
   bool element_wise() const { return adaptive_; }  // some run has T = |theta| + xi
 
   std::vector<Chunk> chunks() const {
@@ -127,7 +128,7 @@ class Table {
 
   Tensor tensor_;
   const Run* runs_;
-  int64_t size_ = 0, total_ = 0, end_ = 0, rows_ = 0;
+  int64_t size_ = 0, total_ = 0, end_ = 0, filters_ = 0;
   bool adaptive_ = false;
 };
 
@@ -217,19 +218,19 @@ class Scalings {
            const char* what = "filter_norms")
       : table_(table), item_(dtype == Dtype::float64 ? 8 : 4) {
     using torch::headeronly::ScalarType;
-    if (table.rows() == 0 || !norms.has_value()) return;
-    STD_TORCH_CHECK(where.has(*norms) && norms->is_contiguous() && norms->numel() >= table.rows() &&
+    if (table.filters() == 0 || !norms.has_value()) return;
+    STD_TORCH_CHECK(where.has(*norms) && norms->is_contiguous() && norms->numel() >= table.filters() &&
                         norms->scalar_type() == (dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float),
                     what, " must hold one float32 (float64 for float64 parameters) a filter, on ", where.name());
     norms_ = static_cast<char*>(memory_of(*norms, what));
   }
   void check_given() const {
-    STD_TORCH_CHECK(table_.rows() == 0 || norms_, "filter_norms must be given where the run table has filters");
+    STD_TORCH_CHECK(table_.filters() == 0 || norms_, "filter_norms must be given where the run table has filters");
   }
   Scaling at(const Chunk& chunk) const {
     const Run& run = table_[chunk.run];
-    const char* norms = run.row_length > 0 && norms_ ? norms_ + run.row_start * item_ : nullptr;
-    return {run.row_length, run.row_count, norms, xi_, chunk.begin};
+    const char* norms = run.filter_length > 0 && norms_ ? norms_ + run.filter_start * item_ : nullptr;
+    return {run.filter_length, run.filter_count, norms, xi_, chunk.begin};
   }
 
  private:

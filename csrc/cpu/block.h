@@ -155,26 +155,26 @@ template <class C>
 LETS_FN void filter_scales(const Scaling& s, int64_t begin, C xi, C* buffer, int64_t n) {
   const auto* norms = static_cast<const C*>(s.norms);
   const int64_t element = s.offset + begin;
-  int64_t row = (element / s.row_length) % s.row_count, left = s.row_length - element % s.row_length;
+  int64_t filter = (element / s.filter_length) % s.filter_count, left = s.filter_length - element % s.filter_length;
   for (int64_t i = 0; i < n;) {
     const int64_t end = smaller(n, i + left);
-    const C t = adaptive_scale(norms[row], xi);
+    const C t = adaptive_scale(norms[filter], xi);
     for (; i < end; ++i) buffer[i] = t;
-    left = s.row_length;
-    row = row + 1 == s.row_count ? 0 : row + 1;
+    left = s.filter_length;
+    filter = filter + 1 == s.filter_count ? 0 : filter + 1;
   }
 }
 
 // T of a block, or null where T = 1. `theta` may be null unless the scaling is element-wise.
 template <class C>
 LETS_FN const C* scales(const Scaling& s, const C* theta, const C* v, int64_t begin, C* buffer, int64_t n) {
-  if (s.row_length == kUnscaled) return nullptr;
+  if (s.filter_length == kUnscaled) return nullptr;
   const C xi = C(s.xi);
-  if (s.row_length == kFisher) {
+  if (s.filter_length == kFisher) {
     for (int64_t i = 0; i < n; ++i) buffer[i] = fisher_scale(v[i], xi);
     return buffer;
   }
-  if (s.row_length == kElementWise) {
+  if (s.filter_length == kElementWise) {
     for (int64_t i = 0; i < n; ++i) buffer[i] = adaptive_scale(absolute(theta[i]), xi);
     return buffer;
   }
@@ -185,7 +185,7 @@ LETS_FN const C* scales(const Scaling& s, const C* theta, const C* v, int64_t be
 // The same where the weights are not at hand.
 template <class C, class T>
 LETS_FN const C* scales(const Scaling& s, Input<T>& theta, const C* v, int64_t begin, C* buffer, int64_t n) {
-  return scales(s, s.row_length == kElementWise ? load(theta, begin, n) : nullptr, v, begin, buffer, n);
+  return scales(s, s.filter_length == kElementWise ? load(theta, begin, n) : nullptr, v, begin, buffer, n);
 }
 
 // Sums in double, in lanes that are the same on every instruction set.

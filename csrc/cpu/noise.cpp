@@ -20,7 +20,7 @@ double walk(const chunk_of::noise_& c) {
     if (c.precisions) {
       const C* p = load(precision, b, n);
       for (int64_t i = 0; i < n; ++i) to[i] = deviation * (C(1) / square_root(p[i])) * C(normal[i]);
-    } else if (c.scaling.row_length > 0) {
+    } else if (c.scaling.filter_length > 0) {
       filter_scales(c.scaling, b, C(0), norm_buffer, n);
       for (int64_t i = 0; i < n; ++i) to[i] = deviation * norm_buffer[i] * C(normal[i]);
     } else {

@@ -37,15 +37,15 @@ template <class T>
 void walk(const chunk_of::filter_norms& c) {
   using C = Arithmetic<T>;
   Input<T> theta(c.params);
-  const int64_t row = c.scaling.offset, row_length = c.scaling.row_length, row_count = c.scaling.row_count;
+  const int64_t filter = c.scaling.offset, length = c.scaling.filter_length, count = c.scaling.filter_count;
   Sum sum;
-  for (int64_t outer = row * row_length; outer < c.numel; outer += row_length * row_count) {
-    for (int64_t b = 0; b < row_length; b += kBlock) {
-      const int64_t n = smaller(kBlock, row_length - b);
+  for (int64_t outer = filter * length; outer < c.numel; outer += length * count) {
+    for (int64_t b = 0; b < length; b += kBlock) {
+      const int64_t n = smaller(kBlock, length - b);
       Sum::add_squares(sum, n, load(theta, outer + b, n));
     }
   }
-  static_cast<C*>(const_cast<void*>(c.scaling.norms))[row] = C(square_root(Sum::total(sum)));
+  static_cast<C*>(const_cast<void*>(c.scaling.norms))[filter] = C(square_root(Sum::total(sum)));
 }
 
 template <class T>

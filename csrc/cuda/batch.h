@@ -112,7 +112,8 @@ void with_cases(const C& c, F f) {
     if (c.q == 1) return f.template operator()<Scaled, Q::one>();
     return f.template operator()<Scaled, Q::other>();
   };
-  const bool scaled = std::any_of(c.runs, c.runs + c.count, [](const Run& run) { return run.row_length != kUnscaled; });
+  const bool scaled =
+      std::any_of(c.runs, c.runs + c.count, [](const Run& run) { return run.filter_length != kUnscaled; });
   return scaled ? with_exponent.template operator()<true>() : with_exponent.template operator()<false>();
 }
 

@@ -99,53 +99,53 @@ LETS_DEVICE void over_share(const Batch<Capacity>& batch, int32_t chunks, F f) {
 // T for the elements of one chunk; kernels for runs without any T are compiled with Scaled = false.
 template <class C, bool Scaled>
 struct Scale {
-  int64_t row_length, row_count, first;  // first: the row of the chunk's first element
-  uint32_t offset;                       // of that element in its row, where rows are shorter than a chunk
-  int64_t left;                          // elements of that row from there on
+  int64_t filter_length, filter_count, first;  // first: the filter of the chunk's first element
+  uint32_t offset;                             // of that element in its filter, where filters are shorter than a chunk
+  int64_t left;                                // elements of that filter from there on
   const C* norms;
   C xi;
 
   LETS_DEVICE Scale of(const Piece& piece, double xi) {
     if constexpr (!Scaled) return {};
     const Run& run = piece.run;
-    Scale s{run.row_length, run.row_count, 0, 0, 0, static_cast<const C*>(run.norms), C(xi)};
-    if (run.row_length > 0) {
-      s.first = piece.begin / run.row_length;
-      s.offset = uint32_t(piece.begin - s.first * run.row_length);
-      s.left = run.row_length - (piece.begin - s.first * run.row_length);
-      s.first %= run.row_count;
+    Scale s{run.filter_length, run.filter_count, 0, 0, 0, static_cast<const C*>(run.norms), C(xi)};
+    if (run.filter_length > 0) {
+      s.first = piece.begin / run.filter_length;
+      s.offset = uint32_t(piece.begin - s.first * run.filter_length);
+      s.left = run.filter_length - (piece.begin - s.first * run.filter_length);
+      s.first %= run.filter_count;
     }
     return s;
   }
-  // Rows at least as long as a chunk change once at most; shorter ones need a division, of 32 bits.
-  LETS_DEVICE int64_t row(const Scale& s, int i) {
-    int64_t row = s.first;
-    if (s.row_length >= kPiece) {
-      row += i >= s.left;
+  // Filters at least as long as a chunk change once at most; shorter ones need a division, of 32 bits.
+  LETS_DEVICE int64_t filter_of(const Scale& s, int i) {
+    int64_t filter = s.first;
+    if (s.filter_length >= kPiece) {
+      filter += i >= s.left;
     } else {
-      row += (s.offset + uint32_t(i)) / uint32_t(s.row_length);
+      filter += (s.offset + uint32_t(i)) / uint32_t(s.filter_length);
     }
-    if (row >= s.row_count) row = s.row_count <= 0x7fffffff ? uint32_t(row) % uint32_t(s.row_count) : row % s.row_count;
-    return row;
+    if (filter < s.filter_count) return filter;
+    return s.filter_count <= 0x7fffffff ? uint32_t(filter) % uint32_t(s.filter_count) : filter % s.filter_count;
   }
   // The norms of the filters of elements i … i + V - 1.
   template <int V>
   LETS_DEVICE Values<C, V> filters(const Scale& s, int i) {
     Values<C, V> norm;
-    const int64_t begin = row(s, i), end = row(s, i + V - 1);
+    const int64_t begin = filter_of(s, i), end = filter_of(s, i + V - 1);
     const C all = s.norms[begin];
-    each<V>([&](int j) { norm.value[j] = begin == end ? all : s.norms[row(s, i + j)]; });
+    each<V>([&](int j) { norm.value[j] = begin == end ? all : s.norms[filter_of(s, i + j)]; });
     return norm;
   }
   // T of elements i … i + V - 1. `theta` is looked at where T = |theta| + xi, `v` where T is of the Fisher information.
   template <int V>
   LETS_DEVICE Values<C, V> at(const Scale& s, int i, const Values<C, V>& theta, const Values<C, V>& v) {
     Values<C, V> t;
-    if (Scaled && s.row_length == kElementWise) {
+    if (Scaled && s.filter_length == kElementWise) {
       each<V>([&](int j) { t.value[j] = adaptive_scale(absolute(theta.value[j]), s.xi); });
-    } else if (Scaled && s.row_length == kFisher) {
+    } else if (Scaled && s.filter_length == kFisher) {
       each<V>([&](int j) { t.value[j] = fisher_scale(v.value[j], s.xi); });
-    } else if (!Scaled || s.row_length < 0) {
+    } else if (!Scaled || s.filter_length < 0) {
       each<V>([&](int j) { t.value[j] = C(1); });
     } else {
       t = filters<V>(s, i);

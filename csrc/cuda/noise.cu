@@ -22,7 +22,7 @@ noise_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::no
       if (s) {
         const auto precision = fetch<C, V>(s, i);
         each<V>([&](int j) { moved.value[j] = deviation * (C(1) / square_root(precision.value[j])); });
-      } else if (Scaled && piece.run.row_length > 0) {
+      } else if (Scaled && piece.run.filter_length > 0) {
         moved = Scale<C, Scaled>::template filters<V>(scale, i);
         each<V>([&](int j) { moved.value[j] = deviation * moved.value[j]; });
       } else {
@@ -46,7 +46,7 @@ noise_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::no
 void noise_(const launch_of::noise_& c) {
   // With precisions filters mean nothing, and no other T ever does.
   const bool scaled =
-      std::any_of(c.runs, c.runs + c.count, [](const Run& run) { return run.row_length > 0 && !run.address[2]; });
+      std::any_of(c.runs, c.runs + c.count, [](const Run& run) { return run.filter_length > 0 && !run.address[2]; });
   sum_of_chunks(c, [scaled]<class T, int Capacity>() {
     return scaled ? &noise_kernel<T, true, Capacity> : &noise_kernel<T, false, Capacity>;
   });

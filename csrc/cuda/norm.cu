@@ -20,7 +20,7 @@ norm_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::gra
   };
   over_share(batch, chunks, [&](const Piece& piece) {
     const T* v = at<const T>(piece, 0);
-    const T* theta = Scaled && piece.run.row_length == kElementWise ? at<const T>(piece, 1) : nullptr;
+    const T* theta = Scaled && piece.run.filter_length == kElementWise ? at<const T>(piece, 1) : nullptr;
     const auto scale = Scale<C, Scaled>::of(piece, c.xi);
     over_in_order<T>(piece, all_aligned(v, theta), [&]<int V>(int i) {
       const auto x = fetch<C, V>(v, i);
@@ -36,8 +36,8 @@ constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int64_t kLongFilter = 2048;
 
 int64_t filter_chunks(const Run& run) {
-  if (run.row_length < 1) return 0;
-  return run.numel / run.row_count >= kLongFilter ? run.row_count : (run.row_count + kWarps - 1) / kWarps;
+  if (run.filter_length < 1) return 0;
+  return run.numel / run.filter_count >= kLongFilter ? run.filter_count : (run.filter_count + kWarps - 1) / kWarps;
 }
 
 template <class T, int Capacity>
@@ -47,22 +47,22 @@ LETS_KERNEL filter_kernel(LETS_PARAMETER Batch<Capacity> batch) {
   const int32_t index = run_of(batch, int32_t(blockIdx.x));
   const Run& run = batch.run[index];
   const int64_t chunk = int32_t(blockIdx.x) - batch.first[index];
-  const bool by_block = run.numel / run.row_count >= kLongFilter;
+  const bool by_block = run.numel / run.filter_count >= kLongFilter;
   const int group = by_block ? kThreads : kWarp;  // threads that share a filter
   const int64_t filter = by_block ? chunk : chunk * kWarps + int(threadIdx.x) / kWarp;
   const int lane = int(threadIdx.x) % group;
   double mine = 0;
-  if (filter < run.row_count) {
+  if (filter < run.filter_count) {
     const T* theta = reinterpret_cast<const T*>(run.address[0]);
-    const int64_t stride = run.row_length * run.row_count;
+    const int64_t stride = run.filter_length * run.filter_count;
     auto add = [&](const auto& x) {
       for (auto value : x.value) mine += double(value) * double(value);
     };
     // By the pack, and in the same order without: filters of 3 x 3 x 64 elements begin at a multiple of 16 bytes.
     constexpr int V = kPack<T>;
-    const int64_t packed = run.row_length / V * V;
-    const bool by_pack = all_aligned(theta) && run.row_length % V == 0;
-    for (int64_t outer = filter * run.row_length; outer < run.numel; outer += stride) {
+    const int64_t packed = run.filter_length / V * V;
+    const bool by_pack = all_aligned(theta) && run.filter_length % V == 0;
+    for (int64_t outer = filter * run.filter_length; outer < run.numel; outer += stride) {
       const T* from = theta + outer;
 #pragma unroll 2
       for (int64_t i = int64_t(lane) * V; i < packed; i += int64_t(group) * V) {
@@ -72,7 +72,7 @@ LETS_KERNEL filter_kernel(LETS_PARAMETER Batch<Capacity> batch) {
           for (int j = 0; j < V; ++j) add(fetch<C, 1>(from + i, j));
         }
       }
-      for (int64_t i = packed + lane; i < run.row_length; i += group) add(fetch<C, 1>(from + i, 0));
+      for (int64_t i = packed + lane; i < run.filter_length; i += group) add(fetch<C, 1>(from + i, 0));
     }
   }
   part[threadIdx.x] = mine;
@@ -81,7 +81,7 @@ LETS_KERNEL filter_kernel(LETS_PARAMETER Batch<Capacity> batch) {
     if (lane < width) part[threadIdx.x] += part[threadIdx.x + width];
     __syncthreads();
   }
-  if (lane == 0 && filter < run.row_count)
+  if (lane == 0 && filter < run.filter_count)
     static_cast<C*>(const_cast<void*>(run.norms))[filter] = C(square_root(part[threadIdx.x]));
 }
 

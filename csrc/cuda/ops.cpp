@@ -26,7 +26,7 @@ std::vector<cuda::Run> runs_of(const C& c) {
     c.addresses(i, run.address);
     if constexpr (requires { c.scaling; }) {
       const Scaling s = c.scaling.at({i, 0, 0});
-      run.row_length = s.row_length, run.row_count = s.row_count, run.norms = s.norms;
+      run.filter_length = s.filter_length, run.filter_count = s.filter_count, run.norms = s.norms;
     }
   }
   return runs;

@@ -12,7 +12,7 @@ diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of:
   over_share(batch, chunks, [&](const Piece& piece) {
     const T *val = at<const T>(piece, 0), *train = maybe_at<const T>(piece, 1), *g_hat = at<const T>(piece, 2);
     const T* v = at<const T>(piece, 3);
-    const T* theta = Scaled && piece.run.row_length == kElementWise ? at<const T>(piece, 4) : nullptr;
+    const T* theta = Scaled && piece.run.filter_length == kElementWise ? at<const T>(piece, 4) : nullptr;
     const auto scale = Scale<C, Scaled>::of(piece, c.xi);
     over_in_order<T>(piece, all_aligned(val, train, g_hat, v, theta), [&]<int V>(int i) {
       const auto a = fetch<C, V>(val, i), h = fetch<C, V>(g_hat, i), x = fetch<C, V>(v, i);

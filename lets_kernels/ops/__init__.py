@@ -2,11 +2,11 @@
 
 A **bucket** is an index space over parameters of one group, device and dtype; a **run** is one parameter's stretch of
 it. The run **table** is an int64 CPU tensor with one row a run: ``start`` (offset in the bucket's flat buffers),
-``numel``, ``row_length``, ``row_count``, ``row_start``. The last three say how ASAM's T scales the run: ``row_length``
-is ``UNSCALED`` for T = 1, ``ELEMENT_WISE`` for T = |θ| + ξ, ``FISHER`` for T = (1 + ξv²)^(-1/2) of a vector v (all
-three in :mod:`lets_kernels.ops.declared`), and else T = ‖filter‖ + ξ, where element e (in memory order) belongs to
-filter ``(e // row_length) % row_count``, whose norm stands at ``filter_norms[row_start + filter]``. A list argument
-holds one dense tensor a row, or a single flat buffer that ``start`` addresses.
+``numel``, ``filter_length``, ``filter_count``, ``filter_start``. The last three say how ASAM's T scales the run:
+``filter_length`` is ``UNSCALED`` for T = 1, ``ELEMENT_WISE`` for T = |θ| + ξ, ``FISHER`` for T = (1 + ξv²)^(-1/2) of a
+vector v (all three in :mod:`lets_kernels.ops.declared`). Otherwise T = ‖filter‖ + ξ: element e (in memory order)
+belongs to filter ``(e // filter_length) % filter_count``, whose norm is ``filter_norms[filter_start + filter]``. A list
+argument holds one dense tensor a run, or a single flat buffer that ``start`` addresses.
 
 Scalars are 0-d float64 tensors on the parameters' device, so nothing waits for the device. A **gate** is such a scalar:
 0 where a gradient was not finite and the step must not happen. ``dirty`` is a 0-d int64 tensor that an op sets while

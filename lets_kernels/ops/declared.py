@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol, TypeVar
 
-#: ``row_length`` of a run that has no filters: T of the Fisher information, T = 1, and T = |θ| + ξ.
+#: ``filter_length`` of a run that has no filters: T of the Fisher information, T = 1, and T = |θ| + ξ.
 FISHER, UNSCALED, ELEMENT_WISE = -2, -1, 0
 
 F = TypeVar("F", bound=Callable[..., object])

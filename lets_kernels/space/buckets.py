@@ -36,7 +36,7 @@ _dtype, _grad = operator.attrgetter("dtype"), operator.attrgetter("grad")
 PADDING = 16
 _TABLES = 64
 
-# (row_length, row_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
+# (filter_length, filter_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
 Geometry = Callable[[Tensor, str | None, dict[str, Any]], tuple[int, int]]
 
 

@@ -32,7 +32,7 @@ GROUPS = [
                 "return filter_norms[filter_of(row, vector.device)] + xi",
                 "return filter_norms[filter_of(row, vector.device)]",
             ),
-            ('.div(row_length, rounding_mode="floor") % row_count', " % row_count"),
+            ('.div(filter_length, rounding_mode="floor") % filter_count', " % filter_count"),
             ("f = xi * (v * v)", "f = xi * v", FISHER.format("reference")),
             ("root(1 + f).reciprocal()", "(1 + f).reciprocal()", FISHER.format("reference")),
             ("x.sign() * x.abs().pow(q - 1)", "x.abs().pow(q - 1)", PERTURB.format("reference")),

@@ -130,7 +130,7 @@ def test_a_wrong_argument_is_refused_before_anything_is_written(op, name, wrong)
     refusals.check(ops, op, name, wrong)
 
 
-def test_shares_positions_and_row_lengths_that_mean_nothing_are_refused():
+def test_shares_positions_and_filter_lengths_that_mean_nothing_are_refused():
     v, out, draw = torch.ones(16), torch.zeros(16), (torch.tensor([1, 2]), 0)
     table = torch.tensor([[0, 16, -1, 0, 0]])
     for share in (0.0, -0.5, 1.0001, float("nan"), float("inf")):

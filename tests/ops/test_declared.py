@@ -65,6 +65,13 @@ def test_what_is_no_kind_of_argument_is_refused(annotation):
         declared._argument(inspect.Parameter("x", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation))
 
 
+def test_an_argument_called_as_something_of_the_generated_code_is_refused():
+    op = declared.OPS[0]
+    named = op._replace(arguments=(op.arguments[0]._replace(name="count"), *op.arguments[1:]))
+    with pytest.raises(ValueError, match=f"{op.name}: an argument cannot be called count"):
+        toolchain.generate.check_names([named])
+
+
 @pytest.mark.skipif(isinstance(toolchain.find_compiler(), str), reason="no C++ compiler")
 @pytest.mark.parametrize("missing", ["grad_norm", "restore_sgd_", "peaks_"])
 def test_a_kernel_that_is_missing_is_an_error_of_the_linker_that_names_it(tmp_path, missing):

@@ -28,7 +28,7 @@ def check_norm(backend, bucket, q, form, scaled):
         bucket.give(vectors, form),
         bucket.give(thetas, form) if scaled else [],
         bucket.table,
-        norms if bucket.row_count else None,
+        norms if bucket.filter_count else None,
         XI,
         q,
     )
@@ -98,9 +98,9 @@ def test_filter_norms_of_every_layout(backend, layout, form, dtype):
     thetas = bucket.values()
     out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     guard = 8
-    out = torch.full((guard + bucket.row_count + guard,), torch.nan, dtype=out_dtype)
-    backend.filter_norms(bucket.give(thetas, form), bucket.table, out[guard : guard + bucket.row_count])
-    expected = torch.full((bucket.row_count,), torch.nan, dtype=torch.float64)
+    out = torch.full((guard + bucket.filter_count + guard,), torch.nan, dtype=out_dtype)
+    backend.filter_norms(bucket.give(thetas, form), bucket.table, out[guard : guard + bucket.filter_count])
+    expected = torch.full((bucket.filter_count,), torch.nan, dtype=torch.float64)
     expected = oracle.filter_norms(thetas, bucket.table, expected)
     assert bool(out[:guard].isnan().all()) and bool(out[-guard:].isnan().all())
     # a square rounds once, the float64 sum at most numel times, the root and its storage once each: all relative
@@ -114,7 +114,7 @@ def test_filter_norms_leave_the_rows_of_others_alone(backend):
     bucket = Bucket(LAYOUTS["several"], torch.float32, "mixed")
     bucket.table[:, 4] += 5
     thetas = bucket.values()
-    before = torch.full((bucket.row_count + 10,), -5.0)
+    before = torch.full((bucket.filter_count + 10,), -5.0)
     out = before.clone()
     backend.filter_norms(bucket.give(thetas, "list"), bucket.table, out)
     assert same_bits(out[:5], before[:5]) and same_bits(out[-5:], before[-5:])

@@ -32,7 +32,7 @@ class Call:
         self.thetas = bucket.values() if thetas is None else thetas
         self.vectors = bucket.values() if vectors is None else vectors
         norms = bucket.norms()
-        self.norms = norms if bucket.row_count else None
+        self.norms = norms if bucket.filter_count else None
         self.total = oracle.grad_norm(self.vectors, self.thetas, bucket.table, norms.double(), XI, q)
         self.params = bucket.give(self.thetas, forms[0])
         self.grads = [] if swapped else bucket.give(self.vectors, forms[1])

@@ -31,7 +31,7 @@ def test_a_share_that_is_no_probability_is_refused(kernels, share):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_row_lengths_below_those_with_a_meaning_are_refused(kernels):
+def test_filter_lengths_below_those_with_a_meaning_are_refused(kernels):
     v, table = guarded(torch.ones(16)), torch.tensor([[0, 16, -3, 0, 0]])
     with pytest.raises(RuntimeError, match="row 0 is not valid"):
         KERNELS[kernels].grad_norm([v], [], table, None, 0.0, 2.0)

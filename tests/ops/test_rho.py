@@ -30,7 +30,7 @@ def check_diagonal(backend, bucket, q=2.0, form="list", with_train=True):
         bucket.give(vectors, form),
         bucket.give(thetas, form) if bucket.scale not in ("plain", "fisher") else [],
         bucket.table,
-        norms if bucket.row_count else None,
+        norms if bucket.filter_count else None,
         XI,
         q,
     )

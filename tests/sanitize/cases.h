@@ -37,7 +37,7 @@ constexpr ScalarType scalar_type(Dtype dtype) {
 struct Layout {
   std::vector<Run> runs;
   std::vector<int64_t> offset;
-  int64_t end = 0, rows = 0;  // elements of a flat buffer; filter norms
+  int64_t end = 0, filters = 0;  // elements of a flat buffer; filter norms
   Dtype dtype = Dtype::float32;
   bool element_wise = false;
 
@@ -56,12 +56,12 @@ inline Layout random_layout(Random& random, Dtype dtype, bool long_runs) {
                                                                     : 1 + up_to(random, 5);
   int64_t start = 16 * up_to(random, 3);
   for (int64_t i = 0; i < count; ++i) {
-    int64_t length = one_of<int64_t>(random, {-2, -1, 0, 1}), rows = 0, numel = 0;
-    if (length == 1) {  // filters divide their run: length * rows * repetitions
+    int64_t length = one_of<int64_t>(random, {-2, -1, 0, 1}), filters = 0, numel = 0;
+    if (length == 1) {  // filters divide their run: length * filters * repetitions
       const bool few = often(random, 15);
       length = few ? 1000 + up_to(random, 2000) : 1 + up_to(random, 20);
-      rows = 1 + up_to(random, few ? 2 : 30);
-      numel = length * rows * (1 + up_to(random, 2));
+      filters = 1 + up_to(random, few ? 2 : 30);
+      numel = length * filters * (1 + up_to(random, 2));
     } else if (long_runs && often(random, 15)) {
       numel = one_of<int64_t>(random, {65535, 65536, 65537, 70001, 131073});
     } else {
@@ -69,9 +69,9 @@ inline Layout random_layout(Random& random, Dtype dtype, bool long_runs) {
                                 : up_to(random, 4000);
     }
     layout.element_wise = layout.element_wise || length == 0;
-    layout.runs.push_back({start, numel, length, rows, length > 0 ? layout.rows : 0});
+    layout.runs.push_back({start, numel, length, filters, length > 0 ? layout.filters : 0});
     layout.offset.push_back(often(random, 50) ? 0 : up_to(random, 17));
-    layout.rows += rows;
+    layout.filters += filters;
     layout.end = start + numel;
     start += (numel + 15) / 16 * 16 + (often(random, 20) ? 16 * up_to(random, 2) : 0);
   }

@@ -43,17 +43,17 @@ class EveryOp : public Loops {
       using C = Arithmetic<T>;
       for (size_t r = 0; r < layout_.runs.size(); ++r) {
         const Run& run = layout_.runs[r];
-        std::vector<double> squares(size_t(run.row_length > 0 ? run.row_count : 0));
-        for (int64_t i = 0; run.row_length > 0 && i < run.numel; ++i) {
+        std::vector<double> squares(size_t(run.filter_length > 0 ? run.filter_count : 0));
+        for (int64_t i = 0; run.filter_length > 0 && i < run.numel; ++i) {
           const double x = double(lets::widen(theta.expected<T>(r)[i]));
-          squares[size_t(i / run.row_length % run.row_count)] += x * x;
+          squares[size_t(i / run.filter_length % run.filter_count)] += x * x;
         }
         for (size_t row = 0; row < squares.size(); ++row) {
-          const C found = static_cast<const C*>(out.tensors[0].data_ptr())[run.row_start + int64_t(row)];
+          const C found = static_cast<const C*>(out.tensors[0].data_ptr())[run.filter_start + int64_t(row)];
           const double exact = std::sqrt(squares[row]);
           check(std::fabs(double(found) - exact) <= (sizeof(C) == 8 ? double(run.numel) * 0x1p-52 : 0x1p-23) * exact,
                 "filter_norms: a norm is not the plain loop's");
-          out.expected<C>(0)[run.row_start + int64_t(row)] = found;
+          out.expected<C>(0)[run.filter_start + int64_t(row)] = found;
         }
       }
     });

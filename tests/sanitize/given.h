@@ -59,15 +59,15 @@ struct Rows {
     int64_t start = 16 * bytes.up_to(2), first = 0;
     for (int64_t i = 0; i < count; ++i) {
       Run run{start, 0, bytes.up_to(3) - 2, 0, 0};
-      if (run.row_length == 1) {
-        run.row_length = 1 + bytes.up_to(9), run.row_count = 1 + bytes.up_to(6), run.row_start = first;
-        run.numel = run.row_length * run.row_count * bytes.up_to(3);
-        first += run.row_count;
+      if (run.filter_length == 1) {
+        run.filter_length = 1 + bytes.up_to(9), run.filter_count = 1 + bytes.up_to(6), run.filter_start = first;
+        run.numel = run.filter_length * run.filter_count * bytes.up_to(3);
+        first += run.filter_count;
       } else {
         run.numel = bytes.up_to(200);
       }
       start += (run.numel + 15) / 16 * 16;
-      for (int64_t* field : {&run.start, &run.numel, &run.row_length, &run.row_count, &run.row_start}) {
+      for (int64_t* field : {&run.start, &run.numel, &run.filter_length, &run.filter_count, &run.filter_start}) {
         if (!bytes.seldom()) continue;
         *field = any(bytes);
         honest = false;

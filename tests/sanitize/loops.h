@@ -25,12 +25,12 @@ class Loops {
         xi_(one_of(random, {0.0, 0.01})) {
     const bool wide = layout.dtype == Dtype::float64;
     Layout norms;  // one run of arbitrary positive values: every op is tested on its own arguments
-    norms.runs = {{0, layout.rows + up_to(random, 3), -1, 0, 0}};
+    norms.runs = {{0, layout.filters + up_to(random, 3), -1, 0, 0}};
     norms.offset = {up_to(random, 3)};
     norms_dtype_ = wide ? Dtype::float64 : Dtype::float32;
     norms_layout_ = norms;
     norms_.emplace(random, norms_layout_, Form::list, Values::positive, norms_dtype_);
-    if (layout.rows > 0) norms_argument_ = norms_->tensors[0];
+    if (layout.filters > 0) norms_argument_ = norms_->tensors[0];
   }
 
  protected:
@@ -48,11 +48,12 @@ class Loops {
   template <class T>
   Arithmetic<T> scale(const Run& run, int64_t i, T theta, T v) {
     using C = Arithmetic<T>;
-    if (run.row_length == lets::kUnscaled) return C(1);
+    if (run.filter_length == lets::kUnscaled) return C(1);
     const C xi = C(xi_);
-    if (run.row_length == lets::kFisher) return lets::fisher_scale(C(lets::widen(v)), xi);
-    if (run.row_length == lets::kElementWise) return lets::adaptive_scale(lets::absolute(lets::widen(theta)), xi);
-    return lets::adaptive_scale(norms_->expected<C>(0)[run.row_start + i / run.row_length % run.row_count], xi);
+    if (run.filter_length == lets::kFisher) return lets::fisher_scale(C(lets::widen(v)), xi);
+    if (run.filter_length == lets::kElementWise) return lets::adaptive_scale(lets::absolute(lets::widen(theta)), xi);
+    return lets::adaptive_scale(norms_->expected<C>(0)[run.filter_start + i / run.filter_length % run.filter_count],
+                                xi);
   }
   // f(run's number, element) for all elements.
   template <class F>

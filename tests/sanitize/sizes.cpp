@@ -102,7 +102,7 @@ void filters_far_into_a_run(Random& random) {
   for (auto& norm : norms) norm = double(1 + up_to(random, 1000));
   const lets::Scaling scaling{length, count, norms.data(), 0.0, offset};
   lets::cuda::Run row{};
-  row.row_length = length, row.row_count = count, row.norms = norms.data();
+  row.filter_length = length, row.filter_count = count, row.norms = norms.data();
   const int64_t begin = offset / lets::cuda::kPiece * lets::cuda::kPiece;
   const auto scale = lets::cuda::Scale<double, true>::of({row, begin, 0}, 0.0);
   double sum = 0;

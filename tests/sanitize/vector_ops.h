@@ -184,8 +184,8 @@ class VectorOps : public Loops {
       C scale = C(0.3);
       if (with_s) {
         scale = scale * (C(1) / lets::square_root(C(lets::widen(s.expected<T>(r)[i]))));
-      } else if (run.row_length > 0) {
-        scale = scale * norms_->expected<C>(0)[run.row_start + i / run.row_length % run.row_count];
+      } else if (run.filter_length > 0) {
+        scale = scale * norms_->expected<C>(0)[run.filter_start + i / run.filter_length % run.filter_count];
       }
       const C moved = scale * C(normal(draw, r, i));
       T& to = out.expected<T>(r)[i];

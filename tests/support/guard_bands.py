@@ -35,7 +35,7 @@ class Run:
     """One parameter: its shape, its filters as the table has them, its dimensions from slowest to fastest in memory."""
 
     shape: tuple = ()
-    rows: tuple = (1, 1)  # (row_length, row_count): element e belongs to filter (e // row_length) % row_count
+    filters: tuple = (1, 1)  # (filter_length, filter_count), as the run table has them
     order: tuple | None = None
     offset: int = 0  # elements past an aligned address
 
@@ -125,7 +125,7 @@ class Bucket:
     runs: list
     dtype: torch.dtype
     scale: str = (
-        "plain"  # plain: T = 1; element: |theta| + xi; filter: rows; mixed: each in turn; fisher; all: all four
+        "plain"  # plain: T = 1; element: |theta| + xi; filter: of the run; mixed: each in turn; fisher; all: all four
     )
     first_start: int = 0
     seed: int = 0
@@ -133,15 +133,15 @@ class Bucket:
     def __post_init__(self):
         self.generator = torch.Generator().manual_seed(self.seed)
         kinds = KINDS[self.scale]
-        rows, start, first_row = [], self.first_start, 0
+        rows, start, first_filter = [], self.first_start, 0
         for i, run in enumerate(self.runs):
             kind = kinds[i % len(kinds)]
-            length, count = run.rows if kind == 1 else (kind, 0)
-            rows.append((start, run.numel, length, count, first_row if kind == 1 else 0))
+            length, count = run.filters if kind == 1 else (kind, 0)
+            rows.append((start, run.numel, length, count, first_filter if kind == 1 else 0))
             start += -(-run.numel // 16) * 16
-            first_row += count
+            first_filter += count
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
-        self.total, self.row_count = start, first_row
+        self.total, self.filter_count = start, first_filter
 
     @property
     def roundings(self):
@@ -168,7 +168,7 @@ class Bucket:
     def norms(self):
         """Filter norms of arbitrary positive values, and T's constant: each op is tested on its own arguments."""
         dtype = ARITHMETIC.get(self.dtype, torch.float32)
-        return guarded(torch.empty(max(1, self.row_count), dtype=dtype).uniform_(0.1, 3.0, generator=self.generator))
+        return guarded(torch.empty(max(1, self.filter_count), dtype=dtype).uniform_(0.1, 3.0, generator=self.generator))
 
     def give(self, values, form, dtype=None):
         """The values (None: NaN) as an argument: "list" (a tensor a run, as it lies) or "flat" (one padded buffer)."""

@@ -68,8 +68,9 @@ def arguments(op, dtype, whole=True, runs=RUNS, scale=None, q=2.0):
         "restore_bsam_": lambda: (
             *(tensors() for _ in range(3)), positive(), saved, dirty, table, scalar(1.0), 0.1, 0.9, 0.01,
         ),
+        # Its scales are the norms or the precisions.
         "noise_": lambda: (
-            tensors(), optional(), positive() if whole else [], table, norms if whole else None, random, 1, 0.5, 0.1,
+            tensors(), optional(), [] if whole else positive(), table, norms if whole else None, random, 1, 0.5, 0.1,
         ),
         "masked_": lambda: (tensors(), tensors(), mask if whole else None, table, random, 2, 0.5),
         "count_above": lambda: (optional(), mask, table, threshold, random, 3, -1),

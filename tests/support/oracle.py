@@ -35,7 +35,7 @@ def grad_norm(vectors, thetas, table, filter_norms, xi, q):
 
 
 def filter_norms(thetas, table, out):
-    """The 2-norm of each filter, at row_start + row; entries of `out` that belong to no filter stay."""
+    """The 2-norm of each filter, at filter_start + row; entries of `out` that belong to no filter stay."""
     out = out.clone()
     for theta, (_, numel, length, count, first) in zip(thetas, table.tolist(), strict=True):
         if length >= 1:

@@ -35,10 +35,10 @@ def filter_norms(params: Tensors, table: Tensor, out: Tensor) -> None:
     ``out`` is flat, float32 (float64 for float64 parameters), one number a filter, in the units of the weights; of runs
     without filters nothing is written. The sum of squares is taken in float64.
     """
-    for theta, (_, _, row_length, row_count, row_start) in zip(runs(params, table), table.tolist(), strict=True):
-        if row_length > 0:
-            filters = theta.double().reshape(-1, row_count, row_length)
-            out[row_start : row_start + row_count] = filters.square().sum(dim=(0, 2)).sqrt()
+    for theta, (_, _, length, count, start) in zip(runs(params, table), table.tolist(), strict=True):
+        if length > 0:
+            filters = theta.double().reshape(-1, count, length)
+            out[start : start + count] = filters.square().sum(dim=(0, 2)).sqrt()
 
 
 def all_finite_(values: Tensors, skipped: Tensor) -> Tensor:

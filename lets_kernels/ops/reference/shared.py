@@ -42,15 +42,15 @@ def scaling(
     theta: Tensor | None, filter_norms: Tensor | None, row: Sequence[int], xi: float, vector: Tensor
 ) -> Tensor | float:
     """T of ASAM for one run (Kwon et al., 2021; LETS Eq. 7), or of the Fisher information (Kim et al., 2022)."""
-    row_length = row[2]
-    if row_length == FISHER:
+    filter_length = row[2]
+    if filter_length == FISHER:
         v = wide(vector)
         f = xi * (v * v)
         far = root(torch.full_like(v, xi)).reciprocal() / v.abs()  # where f overflows, and so 1 + f = f
         return torch.where(f - f == 0, root(1 + f).reciprocal(), far)
-    if row_length == UNSCALED:
+    if filter_length == UNSCALED:
         return 1.0
-    if row_length == ELEMENT_WISE:
+    if filter_length == ELEMENT_WISE:
         assert theta is not None
         return wide(theta).abs() + xi
     assert filter_norms is not None
@@ -64,6 +64,6 @@ def dual(x: Tensor, q: float) -> Tensor:
 
 def filter_of(row: Sequence[int], device: torch.device) -> Tensor:
     """Where in the filter norms the filter of each element of a run stands."""
-    _, numel, row_length, row_count, row_start = row
+    _, numel, filter_length, filter_count, filter_start = row
     elements = torch.arange(numel, device=device)
-    return row_start + elements.div(row_length, rounding_mode="floor") % row_count
+    return filter_start + elements.div(filter_length, rounding_mode="floor") % filter_count

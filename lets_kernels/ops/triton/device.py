@@ -135,13 +135,13 @@ def cyclic(position, period):
 
 @helper
 def scaling_at(runs, run, begin):
-    """How T scales a chunk: the row length, then where the chunk begins within its filter and among the filters."""
+    """How T scales a chunk: the filter length, then where the chunk begins within its filter and among the filters."""
     row = runs + 5 * run
     length, count, start = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    each, rows = tl.maximum(length, 1), tl.maximum(count, 1)
+    each, filters = tl.maximum(length, 1), tl.maximum(count, 1)
     inner, period = cyclic(begin % each, each)
-    first = begin // each % rows
-    outer, cycle = cyclic(first, rows)
+    first = begin // each % filters
+    outer, cycle = cyclic(first, filters)
     return length, inner, period, outer, cycle, start, first - outer
 
 
@@ -149,9 +149,9 @@ def scaling_at(runs, run, begin):
 def filters_of(scaling, at, BLOCK: tl.constexpr):
     """Which filter each element of the block at element ``at`` of a chunk belongs to."""
     _, inner, period, outer, cycle, _, far = scaling
-    row = outer + (at + inner + tl.arange(0, BLOCK)) // period
+    filter = outer + (at + inner + tl.arange(0, BLOCK)) // period
     # `far` is not 0 only in cycles too long for 32 bits, and counts until the cycle ends.
-    return row % cycle + tl.where(row < cycle, far, 0)
+    return filter % cycle + tl.where(filter < cycle, far, 0)
 
 
 @helper

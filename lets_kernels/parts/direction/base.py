@@ -40,8 +40,8 @@ def check_xi(xi: float) -> float:
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 
 
-def filter_rows(p: Tensor, dim: int) -> tuple[int, int] | None:
-    """``row_length`` and ``row_count`` of the run table for filters along a dimension; None where there is none."""
+def filters_along(p: Tensor, dim: int) -> tuple[int, int] | None:
+    """``filter_length`` and ``filter_count`` of the run table, for filters along a dimension; None for an empty one."""
     p = local(p)
     if p.dim() == 0:
         return 1, 1
@@ -161,7 +161,7 @@ class Direction(Part):
         self._transposed = frozenset(id(m.weight) for m in modules if isinstance(m, _TRANSPOSED))
 
     def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
-        """How T scales this parameter: the ``row_length`` and ``row_count`` of the run table (lets_kernels.ops)."""
+        """How T scales this parameter: ``filter_length`` and ``filter_count`` of the run table (lets_kernels.ops)."""
         return UNSCALED, 0
 
     def filter_dim(self, p: Tensor) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
-from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi, filter_rows
+from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi, filters_along
 from lets_kernels.parts.part import not_negative
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.space.buckets import Runs
@@ -94,7 +94,7 @@ class Adaptive(Direction):
             return UNSCALED, 0
         if not self.filterwise or p.dim() < 3 or p.numel() == 0:
             return ELEMENT_WISE, 0
-        return filter_rows(p, self.filter_dim(p)) or (ELEMENT_WISE, 0)
+        return filters_along(p, self.filter_dim(p)) or (ELEMENT_WISE, 0)
 
     def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
         b = runs.bucket

@@ -9,7 +9,7 @@ from torch import Tensor
 from lets_kernels.base.state import Look, lies_as
 from lets_kernels.base.variational import VariationalSGD
 from lets_kernels.ops.declared import UNSCALED
-from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, filter_rows
+from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, filters_along
 from lets_kernels.parts.part import not_negative, share
 from lets_kernels.parts.passes import NOISE, FirstPass
 from lets_kernels.space.buckets import Runs
@@ -69,8 +69,8 @@ class RandomStart(Direction):
         return self.gamma > 0
 
     def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
-        rows = filter_rows(p, self.filter_dim(p)) if p.dim() > 1 else (max(1, local(p).numel()), 1)
-        return rows or (UNSCALED, 0)
+        filters = filters_along(p, self.filter_dim(p)) if p.dim() > 1 else (max(1, local(p).numel()), 1)
+        return filters or (UNSCALED, 0)
 
     def filter_dim(self, p: Tensor) -> int:
         return super().filter_dim(p) if p.dim() > 1 else WHOLE
