@@ -1,8 +1,9 @@
 """A program, `make mutants`: does a test go red for every formula that is wrong? Table: mutants_table.py.
 
-Works in a copy of the tree, one mutation at a time; C++ is compiled there, for the CPU and its baseline instruction set
-only. Tests run in forks of this process, which has imported torch but nothing of the copy. Prints a line for each
-mutation and writes tests/results/mutants.json. The exit status is 1 where a mutation has survived.
+Each worker has a copy of the tree, and one mutation at a time in it; C++ is compiled there, for the CPU and its
+baseline instruction set only. Tests run in forks of the workers, which have imported torch but nothing of the copy.
+Prints a line for each mutation and writes tests/results/mutants.json. The exit status is 1 where a mutation has
+survived.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,12 +115,24 @@ class Copy:
             path.write_text(before)
 
 
-def baseline(copy, mutants):
-    """Without a mutation every test is green, also with the library that the copy has compiled."""
-    if any(m.compiled for m in mutants):
-        copy.build_all()
-    for tests in dict.fromkeys(m.tests for m in mutants):
-        assert copy.test(tests), f"pytest {tests} is red without any mutation"
+class Worker:
+    """What a process of the pool does, in the copy that it has made for itself."""
+
+    copy = None
+
+    @classmethod
+    def begin(cls, folder, compiles):
+        cls.copy = Copy(Path(folder) / str(os.getpid()))
+        if compiles:
+            cls.copy.build_all()
+
+    @classmethod
+    def test(cls, tests):
+        return cls.copy.test(tests)
+
+    @classmethod
+    def survives(cls, mutant):
+        return cls.copy.survives(mutant)
 
 
 def facts():
@@ -147,6 +161,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--only", metavar="TEXT", help="mutations whose file or text has TEXT; nothing is written")
     parser.add_argument("--missing", action="store_true", help="mutations that the results file does not have")
+    parser.add_argument("--workers", type=int, default=2, help="how many mutations at a time (2)")
     arguments = parser.parse_args()
     only, old = arguments.only, known() if arguments.missing else {}
     keys = {(m.file, m.text, m.replacement, m.tests) for m in MUTANTS}
@@ -155,22 +170,27 @@ def main():
     mutants = [m for m in mutants if (m.file, m.text, m.replacement, m.tests) not in old]
     begun = facts()
     done = report(begun, rows)
+    workers = max(1, min(arguments.workers, len(mutants)))
+    fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copy = Copy(folder)
-        baseline(copy, mutants)
-        for n, mutant in enumerate(mutants, start=1):
-            killed = not copy.survives(mutant)
-            row = {"file": mutant.file, "text": mutant.text, "replacement": mutant.replacement, "tests": mutant.tests}
-            rows.append({**row, "killed": killed, "commit": begun["commit"]})
-            print(
-                f"{n:3}/{len(mutants)} {'killed  ' if killed else 'SURVIVED'} {mutant.file}: "
-                f"{mutant.text!r} -> {mutant.replacement!r}",
-                flush=True,
-            )
-            done = report(begun, rows)
-            if only is None:  # after each, so that a run that is cut short can go on with --missing
-                RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n")
+        first = folder, any(m.compiled for m in mutants)
+        with ProcessPoolExecutor(workers, fork, initializer=Worker.begin, initargs=first) as pool:
+            selections = list(dict.fromkeys(m.tests for m in mutants))
+            for tests, green in zip(selections, pool.map(Worker.test, selections), strict=True):
+                assert green, f"pytest {tests} is red without any mutation"
+            results = zip(mutants, pool.map(Worker.survives, mutants), strict=True)
+            for n, (mutant, survived) in enumerate(results, start=1):
+                killed = not survived
+                rows.append({**mutant._asdict(), "killed": killed, "commit": begun["commit"]})
+                print(
+                    f"{n:3}/{len(mutants)} {'killed  ' if killed else 'SURVIVED'} {mutant.file}: "
+                    f"{mutant.text!r} -> {mutant.replacement!r}",
+                    flush=True,
+                )
+                done = report(begun, rows)
+                if only is None:  # after each, so that a run that is cut short can go on with --missing
+                    RESULTS.parent.mkdir(exist_ok=True)
+                    RESULTS.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n")
     print(f"{done['killed']} of {done['total']} killed")
     return int(done["killed"] < done["total"])
 
