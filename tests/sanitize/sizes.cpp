@@ -62,23 +62,23 @@ int64_t cut_and_address(Random& random, int64_t longest) {
 
 // The CUDA launches cover every row, none has too many chunks, and a block finds its own.
 int64_t launches(Random& random, int64_t longest) {
-  std::vector<lets::cuda::Run> rows(size_t(1 + up_to(random, often(random, 30) ? 800 : 12)));
-  for (auto& row : rows) {
-    row = {};
-    row.numel = any_size(random, longest);
+  std::vector<lets::cuda::Run> runs(size_t(1 + up_to(random, often(random, 30) ? 800 : 12)));
+  for (auto& run : runs) {
+    run = {};
+    run.numel = any_size(random, longest);
   }
   size_t next = 0;
   int64_t count = 0;
-  lets::cuda::in_batches(rows.data(), int64_t(rows.size()), lets::cuda::pieces, [&](const auto& batch, int32_t chunks) {
+  lets::cuda::in_batches(runs.data(), int64_t(runs.size()), lets::cuda::pieces, [&](const auto& batch, int32_t chunks) {
     ++count;
     check(chunks >= 1 && chunks <= lets::kChunksALaunch && batch.runs <= int32_t(std::size(batch.run)),
           "a launch is too large");
     for (int32_t r = 0; r < batch.runs; ++r, ++next) {
-      while (rows[next].numel == 0) ++next;
-      const int64_t numel = rows[next].numel, pieces = batch.first[r + 1] - batch.first[r];
+      while (runs[next].numel == 0) ++next;
+      const int64_t numel = runs[next].numel, pieces = batch.first[r + 1] - batch.first[r];
       check(batch.run[r].numel == numel && (pieces - 1) * lets::cuda::kPiece < numel &&
                 numel <= pieces * lets::cuda::kPiece,
-            "a launch leaves out some of a row");
+            "a launch leaves out some of a run");
       for (const int64_t of : {int64_t(0), pieces / 2, up_to(random, pieces - 1), pieces - 1}) {
         const auto piece = lets::cuda::piece_of(batch, int32_t(batch.first[r] + of));
         check(&piece.run == &batch.run[r] && piece.begin == of * lets::cuda::kPiece &&
@@ -88,8 +88,8 @@ int64_t launches(Random& random, int64_t longest) {
       }
     }
   });
-  while (next < rows.size() && rows[next].numel == 0) ++next;
-  check(next == rows.size(), "rows without a launch");
+  while (next < runs.size() && runs[next].numel == 0) ++next;
+  check(next == runs.size(), "runs without a launch");
   return count;
 }
 
@@ -101,14 +101,15 @@ void filters_far_into_a_run(Random& random) {
   std::vector<double> norms(static_cast<size_t>(count)), v(kNumel, 1.0);
   for (auto& norm : norms) norm = double(1 + up_to(random, 1000));
   const lets::Scaling scaling{length, count, norms.data(), 0.0, offset};
-  lets::cuda::Run row{};
-  row.filter_length = length, row.filter_count = count, row.norms = norms.data();
+  lets::cuda::Run run{};
+  run.filter_length = length, run.filter_count = count, run.norms = norms.data();
   const int64_t begin = offset / lets::cuda::kPiece * lets::cuda::kPiece;
-  const auto scale = lets::cuda::Scale<double, true>::of({row, begin, 0}, 0.0);
+  const auto scale = lets::cuda::Scale<double, true>::of({run, begin, 0}, 0.0);
   double sum = 0;
   for (int64_t i = 0; i < kNumel; ++i) {
     sum += norms[size_t((offset + i) / length % count)];
-    check(lets::cuda::Scale<double, true>::row(scale, int(i)) == (begin + i) / length % count, "Scale::row");
+    check(lets::cuda::Scale<double, true>::filter_of(scale, int(i)) == (begin + i) / length % count,
+          "Scale::filter_of");
   }
   lets::chunk_of::grad_norm chunk{};
   chunk.dtype = Dtype::float64, chunk.numel = kNumel, chunk.vectors = v.data(), chunk.scaling = scaling, chunk.q = 1;
