@@ -1,6 +1,6 @@
-"""Whether a saved value can be loaded, asked before any is: a state that is damaged changes nothing.
+"""Whether a saved value can be loaded. All values are checked before any is loaded: a damaged state changes nothing.
 
-Every ``check`` raises ``ValueError``, or returns None and has changed nothing.
+Every ``check`` raises ``ValueError`` or returns None, and changes nothing.
 """
 
 import math
@@ -16,13 +16,13 @@ from lets_kernels.space.shards import local
 
 def refuse(what: str, found: str) -> NoReturn:
     raise ValueError(
-        f"the saved state does not fit, and nothing of it was loaded: {what} {found}. Build the optimizer as the one "
-        "that was saved; if it is so built, the state is damaged: load another copy"
+        f"the saved state does not fit, and nothing of it was loaded: {what} {found}. Build the optimizer with the "
+        "arguments of the one that was saved; if it is built so, the state is damaged: load another copy"
     )
 
 
 def expect(holds: bool, what: str, otherwise: str) -> None:
-    """Refuse what does not hold."""
+    """Refuse the state if the condition does not hold."""
     if not holds:
         refuse(what, otherwise)
 
@@ -38,19 +38,19 @@ def check_keys(entry: Any, keys: Iterable[str], what: str) -> None:
 
 
 def check_count(value: Any, what: str) -> None:
-    """A whole number, not negative."""
+    """The value is a whole number ≥ 0."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         refuse(what, f"is {value!r}, not a count")
 
 
 def check_scalar(value: Any, what: str) -> None:
-    """A 0-d tensor of a finite number."""
+    """The value is a 0-d tensor of a finite number."""
     if not isinstance(value, Tensor) or value.dim() != 0 or not bool(torch.isfinite(value)):
         refuse(what, f"is {value!r}, not a 0-d tensor of a finite number")
 
 
 def check_numbers(values: Any, count: int, what: str) -> None:
-    """So many 0-d tensors of finite numbers."""
+    """The values are ``count`` 0-d tensors of finite numbers."""
     if not is_list(values) or len(values) != count:
         refuse(what, f"is {values!r}, not a list of {count}")
     for value in values:
@@ -58,7 +58,7 @@ def check_numbers(values: Any, count: int, what: str) -> None:
 
 
 def check_part(state: Any, present: Mapping[str, Any], what: str) -> None:
-    """The state of a part of a method: numbers where it has numbers now, finite ones, and counts where it counts."""
+    """The state of a part of a method has finite numbers where the part has numbers now, and counts where it counts."""
     check_keys(state, present, what)
     for name, now in present.items():
         value, label = state[name], f"{what}: {name}"
@@ -66,7 +66,7 @@ def check_part(state: Any, present: Mapping[str, Any], what: str) -> None:
         scalar = isinstance(now, Tensor) and now.dim() == 0
         if not alike(value, now) or (number and isinstance(value, (bool, Tensor))) or (scalar and value is None):
             refuse(label, f"is {value!r}, and {now!r} has another kind")
-        # Where it is; numbers of Python not where torch makes tensors by default.
+        # Tensors are read where they lie; Python numbers do not go to torch's default device.
         if (number or scalar) and not torch.isfinite(torch.as_tensor(value, device=getattr(value, "device", "cpu"))):
             refuse(label, f"is {value!r}, not a finite number")
         counts = isinstance(now, int) if number else scalar and not now.is_floating_point()
@@ -75,7 +75,7 @@ def check_part(state: Any, present: Mapping[str, Any], what: str) -> None:
 
 
 def alike(value: Any, present: Any) -> bool:
-    """True if one value can stand in the place of the other; of options that are None anything may have been saved."""
+    """True if one value can stand in the place of the other. In the place of None anything may have been saved."""
     if isinstance(present, bool):
         return value is None or isinstance(value, bool)
     if isinstance(present, Tensor) or isinstance(value, Tensor):
@@ -89,7 +89,7 @@ def alike(value: Any, present: Any) -> bool:
 
 
 def is_finite(value: Any, least: float = -math.inf) -> bool:
-    """A finite number, and not below the least; of a tensor without memory nobody knows."""
+    """True for a finite number that is at least ``least``, and for a tensor without memory, which cannot be read."""
     return (isinstance(value, Tensor) and value.is_meta) or (math.isfinite(float(value)) and float(value) >= least)
 
 
@@ -104,7 +104,7 @@ def is_list(value: Any) -> bool:
 
 
 def shaped_as(value: Any, p: Tensor) -> bool:
-    """True for a tensor that goes with a parameter, or with this rank's part of it, element by element."""
+    """True for a tensor with the shape of a parameter, or of this rank's part of the parameter."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return False
     return value.shape in (p.shape, local(p).shape) and (value.device.type != "meta" or p.device.type == "meta")

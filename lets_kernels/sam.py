@@ -1,4 +1,4 @@
-"""SAM, the public face of every method: it takes the parts of one and its settings, and hands the steps on."""
+"""SAM, the public face of every method: it takes the parts of a method and its settings, and hands the steps on."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -35,62 +35,62 @@ from lets_kernels.step.tracing import untraced
 
 #: Parameters, named parameters, or groups of them.
 Params: TypeAlias = Iterable[Any]
-#: A torch optimizer class, or an instance.
+#: A torch optimizer class, or an instance of one.
 BaseLike: TypeAlias = type[torch.optim.Optimizer] | torch.optim.Optimizer
 
 
 class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimisation (Foret et al., ICLR 2021, Algorithm 1), and the base of every other method.
 
-    No step waits for an accelerator. Once a step or two have been taken, the next can be captured in a CUDA graph, with
-    the passes in it or without. Whatever is a number on the host (a learning rate, a ρ that is no tensor) is then part
-    of the graph, replays do not count as steps, and ``load_state_dict`` asks for another capture. Under torch.compile a
-    step runs as plain Python between compiled graphs.
+    No step waits for an accelerator. After one or two steps the next step can be captured in a CUDA graph, with or
+    without its passes. Every number on the host (a learning rate, a ρ that is no tensor) is then fixed in the graph,
+    replays do not count as steps, and a new capture is needed after ``load_state_dict``. Under torch.compile a step
+    runs as plain Python between compiled graphs.
 
     Args:
         params: parameters, named parameters, or groups of them; a group may have its own ``rho``, ``adaptive``, ``xi``.
         base_optimizer: a torch optimizer class, which gets the remaining keyword arguments; or an instance that was
-            built on the same parameters. It stays a true optimizer: its groups and state are this optimizer's.
-        rho: the radius ρ ≥ 0 of the perturbation, a :class:`~lets_kernels.Radius`, or ``"auto"``, which finds one while
-            it trains: ``AutoRadius()``.
+            built on the same parameters. It stays a complete optimizer, and shares its groups and state with this one.
+        rho: the radius ρ ≥ 0 of the perturbation, a :class:`~lets_kernels.Radius`, or ``"auto"`` for ``AutoRadius()``,
+            which finds the radius during training.
         adaptive: ASAM's T = |θ|, element-wise and with ξ = 0 unless a group has its own ``xi``.
         direction, schedule, descent: the other three parts of a method. Default: ``adaptive`` as above, ``Always()``,
             ``Perturbed()``.
         samples: which samples of a batch each pass counts; default all. See :mod:`lets_kernels.parts.samples`.
-        seed: of the method's random numbers, if it draws any. They are the same on all ranks, which take the first
-            one's seed, and a saved state goes on with them. Default: drawn from torch's generator.
+        seed: the seed of the method's random numbers, if it draws any. All ranks take the first rank's seed, so they
+            draw the same numbers. A saved state holds the seed. Default: drawn from torch's generator.
         backend: ``"auto"``, or one of the names in :func:`lets_kernels.backends`.
         flatten: move the parameters of each bucket into one buffer, for the least work on the host. Other code must not
-            hold on to the old storage.
+            keep using the old storage.
         check_finite: a gradient that is not finite, in either pass, skips the whole step: weights, state and radius
-            stay as they are. Decided on the device; costs one read of the second gradient.
-        model: the module whose parameters these are, as it is called in training (wrapped by DistributedDataParallel
-            or sharded by ``fully_shard``, where it is). Running statistics of its normalisation layers then count the
-            first pass of a step only, transposed convolutions and names are told apart, sharded weights are gathered
-            anew when they have moved, and saving, copying or loading the module, or one in it, is refused while the
-            weights are perturbed.
-        process_group: the ranks that train one model together; the scalars of a step are averaged over them, so that
-            all take the same step to the bit. Default: those of the parameters' mesh (DTensor) or of a
+            stay unchanged. The device decides this; it costs one read of the second gradient.
+        model: the module that owns the parameters, in the form that training calls (with its DistributedDataParallel
+            wrapper, or sharded by ``fully_shard``, if it is used). Then the running statistics of its normalisation
+            layers count only the first pass of a step; transposed convolutions and parameter names are known; sharded
+            weights are gathered anew after they have moved; and saving, copying or loading the module, or a module in
+            it, is refused while the weights are perturbed.
+        process_group: the ranks that train one model together. The scalars of a step are averaged over these ranks, so
+            that all take the same step to the bit. Default: the ranks of the parameters' mesh (DTensor) or of a
             DistributedDataParallel ``model``. ``"alone"``: nothing is sent.
         sync_perturbation: under DistributedDataParallel, False perturbs each rank along its own first gradient
-            (m-sharpness), which is then not synchronised.
-        rho_warmup: steps over which the radius rises, in equal parts, from nothing to what ``rho`` says, a number, a
-            schedule or a learned radius; a large radius fails mostly in the first steps. ``opt.rho`` says what is risen
-            to, ``metrics()["applied_rho"]`` what the last step perturbed by.
-        same_rng: the second pass draws the same random numbers as the first, so dropout has the same masks.
-        running_state: what else than torch's normalisation layers is to count the first pass of a step only: modules in
-            ``model`` (with those in them), classes of modules, or names as in ``model.named_modules()`` and
-            ``model.named_buffers()``. Their buffers are brought back after the second pass, also those that the
+            (m-sharpness); the first gradients are then not synchronised.
+        rho_warmup: the number of steps over which the radius rises, linearly, from zero to the value of ``rho``: a
+            number, a schedule or a learned radius. A large radius fails mostly in the first steps. ``opt.rho`` shows
+            the value of ``rho``, ``metrics()["applied_rho"]`` the radius that the last step used.
+        same_rng: the second pass draws the same random numbers as the first pass, so dropout has the same masks.
+        running_state: what else, beside torch's normalisation layers, counts only the first pass of a step: modules in
+            ``model`` (with the modules inside them), classes of modules, or names as in ``model.named_modules()`` and
+            ``model.named_buffers()``. Their buffers are brought back after the second pass, also a buffer that the
             module replaces (``self.ema = ...``).
 
     Raises:
-        TypeError: parameters of a dtype without gradients, or a base optimizer that is none.
+        TypeError: parameters of a dtype without gradients, or a base optimizer that is no torch optimizer.
         ValueError: no parameters; ρ or ξ negative or not finite; settings that contradict each other; ``model`` holds
             none of the parameters.
         RuntimeError: the backend asked for does not run here.
     """
 
-    #: ``GradScaler.step`` then calls ``step()`` in any case, with what it found on the device: nothing waits for that.
+    #: Makes ``GradScaler.step`` call ``step()`` always, and hand over its overflow flag on the device: nothing waits.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -146,7 +146,7 @@ class SAM(torch.optim.Optimizer):
         if radius.moves and radius.bound:
             raise ValueError("this radius belongs to another optimizer already, with which it moves; give each its own")
         check_is_optimizer(base_optimizer)
-        #: A true optimizer: its groups and its state are this one's. Until it is there something holds both.
+        #: A complete optimizer that shares groups and state with this one. Before it is built, a stand-in holds both.
         self.base_optimizer: torch.optim.Optimizer = cast(Any, SimpleNamespace())
         super().__init__(params, dict(setting.group_keys))
         base = base_on(self.param_groups, base_optimizer, kwargs, setting.group_keys, direction)
@@ -157,7 +157,7 @@ class SAM(torch.optim.Optimizer):
         radius.bound = True
         self._engine = Engine(setting, base, Progress(random, first.device))
         setting.network.check_holds(self._engine.work.params())
-        self._engine.mark_gradients()  # whatever they are from, no backward of this optimizer's made them
+        self._engine.mark_gradients()  # present gradients are not from a backward of this optimizer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -192,12 +192,12 @@ class SAM(torch.optim.Optimizer):
 
     @property
     def model(self) -> torch.nn.Module | None:
-        """The module that was given as ``model=``."""
+        """The module given as ``model=``."""
         return self._engine.work.setting.model
 
     @property
     def skipped(self) -> Tensor:
-        """How many steps were skipped: int64, 0-d, on the device."""
+        """The number of skipped steps: int64, 0-d, on the device."""
         return self._engine.work.progress.skipped
 
     @property
@@ -207,17 +207,17 @@ class SAM(torch.optim.Optimizer):
 
     @property
     def fused_reason(self) -> str:
-        """If it was not, why, in words."""
+        """Why the last step was not fused, in words."""
         return self._engine.now.fused_reason
 
     @property
     def backend(self) -> str:
-        """The backend that runs, by name; several, separated by commas, where parameters lie on several devices."""
+        """The name of the backend that runs; several names, with commas, if parameters lie on several devices."""
         return ", ".join(sorted({b.backend for b in self._engine.work.tables.current().buckets}))
 
     @property
     def rho(self) -> Tensor:
-        """The radius: 0-d if all groups share one, else one value a group. Nothing waits for the device."""
+        """The radius: 0-d if all groups share one, otherwise one value for each group. Nothing waits for the device."""
         self._engine.work.tables.take_in_new_groups()
         radius, groups = self.radius, self.param_groups
         groups = groups[:1] if radius.shared else groups
@@ -225,17 +225,17 @@ class SAM(torch.optim.Optimizer):
         return values[0].clone() if len(values) == 1 else torch.stack(values)
 
     def metrics(self) -> dict[str, Tensor]:
-        """What the last step saw, as tensors on the device; nothing waits for them.
+        """What the last step measured, as tensors on the device; nothing waits for them.
 
-        ``grad_norm`` is ‖Tg‖ in the dual norm (over all parameters; the power mean of several where ranks or
-        micro-batches are perturbed one by one; ‖g‖ on a step that does not perturb), ``perturbed_grad_norm`` ‖ĝ‖ (with
-        ``check_finite``), ``rho`` the present radius, ``skipped_steps`` and ``gradients``, the gradients that all steps
-        have taken, two counts; ``loss``, ``perturbed_loss`` and
-        ``loss_gap`` where the optimizer saw the losses; with ``rho_warmup`` ``applied_rho``, by which the last step
-        perturbed; and what the radius reports: ``rho_grad`` = ∂F/∂ρ,
-        ``val_loss``, ``train_loss``. With 16-bit weights, from the first step and then from every hundredth:
-        ``perturbation_cosine`` between ε and what rounding left of it, ``perturbation_length``, the ratio of their
-        lengths, and ``perturbed_fraction``, the share of weights that moved at all.
+        ``grad_norm`` is ‖Tg‖ in the dual norm over all parameters. It is the power mean of several norms if ranks or
+        micro-batches have perturbations of their own, and ‖g‖ on a step that does not perturb. ``perturbed_grad_norm``
+        is ‖ĝ‖ (with ``check_finite``), ``rho`` the present radius. ``skipped_steps`` counts skipped steps, and
+        ``gradients`` the gradients that all steps have taken. ``loss``, ``perturbed_loss`` and ``loss_gap`` are there
+        if the optimizer saw the losses; with ``rho_warmup`` also ``applied_rho``, the radius that the last step used.
+        The radius adds its own: ``rho_grad`` = ∂F/∂ρ, ``val_loss``, ``train_loss``. With 16-bit weights, from the first
+        step and then from every hundredth: ``perturbation_cosine`` between ε and what rounding left of it,
+        ``perturbation_length``, the ratio of their lengths, and ``perturbed_fraction``, the share of weights that
+        moved.
         """
         w, now = self._engine.work, self._engine.now
         gradients = torch.full((), w.progress.gradients, dtype=torch.int64, device=w.progress.home)
@@ -245,16 +245,16 @@ class SAM(torch.optim.Optimizer):
     # ---- the three call shapes -------------------------------------------------------------------------------------
 
     def first_pass(self) -> FirstPassContext:
-        """Around forward and backward of a step's first pass, for what needs to know where that begins and ends.
+        """A context for forward and backward of a step's first pass, where the optimizer must know its begin and end.
 
-        That is ``sync_perturbation=False``, ``same_rng=True``, and methods whose first gradients are taken beside θ
-        (R-SAM, bSAM): inside the weights are there, outside at θ to the bit, whatever happens. Otherwise it does
-        nothing. ``step(closure)`` sees to it by itself. Under DistributedDataParallel a forward goes with the backward
-        after it: of two forwards in a row it synchronises one.
+        ``sync_perturbation=False`` and ``same_rng=True`` need it, and so do methods whose first pass starts elsewhere
+        than at θ (R-SAM, bSAM): for these the weights are moved inside, and at θ to the bit outside, whatever happens.
+        Otherwise it does nothing. ``step(closure)`` enters it by itself. Under DistributedDataParallel each forward
+        needs its own backward after it: of two forwards one after the other only one is synchronised.
 
         Raises:
-            RuntimeError: the weights are perturbed; with ``sync_perturbation=False``, no forward inside, or a model
-                with ``static_graph=True``.
+            RuntimeError: the weights are perturbed; with ``sync_perturbation=False`` also if no forward was inside, or
+                the model has ``static_graph=True``.
         """
         return FirstPassContext(self._engine)
 
@@ -262,11 +262,11 @@ class SAM(torch.optim.Optimizer):
     def unscale_first(self, scaler: Scaler) -> None:
         """Under a ``torch.amp.GradScaler``: undo its scale in the gradients of the first pass, before ``first_step``.
 
-        Then go on as ever: ``scaler.step(opt)`` takes the step, or skips it where a pass has overflowed, and
-        ``scaler.update()`` hears of both passes. Public methods of the scaler only.
+        The rest is as usual: ``scaler.step(opt)`` takes the step, or skips it if a pass has overflowed, and
+        ``scaler.update()`` sees the overflow of both passes. Uses public methods of the scaler only.
 
         Raises:
-            RuntimeError: the weights are perturbed, or these gradients have been unscaled already (the scaler's).
+            RuntimeError: the weights are perturbed; or the gradients are unscaled already (the scaler raises this).
             ValueError: float16 gradients, which the scaler refuses.
         """
         w = self._engine.work
@@ -278,22 +278,22 @@ class SAM(torch.optim.Optimizer):
     def first_step(self, zero_grad: bool = False, *, loss: Any = None) -> bool:
         """Move the weights to θ + ε, from the gradients that the first backward left.
 
-        On a step that the schedule does not perturb, nothing moves. Then the second pass may be left out:
-        ``second_step`` steps along the first gradients if it finds no others. Whoever clips gradients before
-        ``second_step`` makes it all the same, or leaves them in their place with ``zero_grad=False``; under a gradient
-        scaler they are taken away in any case.
+        On a step that the schedule does not perturb, no weight moves. Then the second pass may be left out:
+        ``second_step`` steps along the first gradients if it finds no new ones. If you clip gradients before
+        ``second_step``, make the second pass all the same, or keep the first gradients in place with
+        ``zero_grad=False``; under a gradient scaler they are always taken away.
 
         Args:
-            zero_grad: set the gradients to None afterwards, as the second backward needs it.
-            loss: the loss at θ, for ``metrics()``; needed by a radius that reuses this gradient and learns from the
-                squared gap.
+            zero_grad: set the gradients to None afterwards, which the second backward needs.
+            loss: the loss at θ, for ``metrics()``. A radius that reuses this gradient and learns from the squared gap
+                needs it.
 
         Returns:
             True if a second pass is needed.
 
         Raises:
             RuntimeError: the weights are perturbed already.
-            TypeError: sparse gradients. No weight has been touched then.
+            TypeError: sparse gradients. No weight has been touched.
         """
         return self._engine.begin(zero_grad, loss)
 
@@ -302,11 +302,11 @@ class SAM(torch.optim.Optimizer):
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and take the base optimizer's step, along the gradients of the second backward.
 
-        Step hooks run around it, as they do around :meth:`step`: once a step, in whatever shape it is taken.
+        Step hooks run around this call as they run around :meth:`step`: once for each step, in every call shape.
 
         Raises:
             RuntimeError: without a ``first_step`` before it, or inside ``perturbed()``.
-            TypeError: sparse gradients. The weights are restored and the step is given up then.
+            TypeError: sparse gradients. The weights are restored, and the step is given up.
         """
         self._engine.finish(zero_grad)
         self._stepped()
@@ -318,7 +318,7 @@ class SAM(torch.optim.Optimizer):
         ``with opt.perturbed() as needed:`` gets what :meth:`first_step` returns.
 
         Raises:
-            RuntimeError, TypeError: as :meth:`first_step`, on the way in.
+            RuntimeError, TypeError: as :meth:`first_step`, when the context is entered.
         """
         return PerturbedContext(self._engine, loss)
 
@@ -334,28 +334,30 @@ class SAM(torch.optim.Optimizer):
         """One step of the method.
 
         Args:
-            closure: zeroes the gradients, computes the loss, calls backward and returns the loss. It is called once
-                for each gradient that the step needs, whatever lies in ``p.grad`` before. In the older convention the
-                caller does the first backward of every step, and a closure that does not zero does the others; a step
-                that finds no new gradients calls that one for the first as well. Which it is shows in what the closure
-                does to the gradients. None: the second backward has been done; finish what ``first_step`` or
-                ``perturbed`` began. A list: one closure a micro-batch, each perturbed along its own gradient
-                (m-sharpness); the step is along the mean of theirs.
+            closure: zeroes the gradients, computes the loss, calls backward and returns the loss. It is called once for
+                each gradient that the step needs, whatever is in ``p.grad`` before. In the older convention the caller
+                does the first backward of every step, and a closure that does not zero does the others. If that step
+                finds no new gradients, it calls the closure for the first one too. What the closure does to the
+                gradients shows the convention. None: the second backward has been done; finish the step that
+                ``first_step`` or ``perturbed`` began. A list: one closure for each micro-batch, each with a
+                perturbation along its own gradient (m-sharpness); the step is along the mean of their second gradients.
             val_closure: the same on a validation batch; for a learned radius, and only for it.
             scaler: a ``torch.amp.GradScaler`` with which the closures scale the loss for their backward (they return
-                the loss itself). Every pass is unscaled here, a first backward of the caller's too, and looked at for
-                overflow even if ``check_finite`` is False; ``scaler.update()`` is still the caller's.
-            first_backward: says aloud who makes the first gradient: True, the caller, by a backward before this call;
-                False, the closure. None: what the closure does shows it. :class:`~lets_kernels.ClosureWarning` where
-                it does not, once: new gradients before a closure that does not zero and made those of earlier steps.
+                the unscaled loss). The step unscales every pass, also the caller's own first backward, and checks each
+                for overflow even if ``check_finite`` is False. The caller still calls ``scaler.update()``.
+            first_backward: who makes the first gradient: True, the caller, by a backward before this call; False, the
+                closure. None: what the closure does shows it. If nothing shows it, one
+                :class:`~lets_kernels.ClosureWarning` says so: there are new gradients, but the closure does not zero,
+                and it made the first gradient of earlier steps.
 
         Returns:
-            What the closure returned for the first pass, or a list of that; None if the caller made that pass.
+            What the closure returned for the first pass, or a list of such values; None if the caller made that pass.
 
         Raises:
-            RuntimeError: gradients, but no first pass and no closure; ``first_backward=True``, but no new gradients.
-            ValueError: a validation closure missing or superfluous; ``first_backward=True`` with what makes every
-                gradient itself.
+            RuntimeError: there are gradients, but no first pass was made and no closure given; or
+                ``first_backward=True`` without new gradients.
+            ValueError: a validation closure is missing or superfluous; or ``first_backward=True`` with a list or a
+                method for which closures make every gradient.
         """
         closure, e = unwrap(closure), self._engine
         with handed_over(self) as (scale, overflow):
@@ -399,13 +401,13 @@ class SAM(torch.optim.Optimizer):
     def restore(self) -> None:
         """Bring the weights back to θ, to the bit, and give up the step that was begun. Harmless at any time.
 
-        That includes a signal handler that runs in the middle of a step: the weights are then home for the handler (of
-        a fused step that is under way the first buckets may have stepped), and once it has returned. A step whose
-        perturbation was under way ends with ``RuntimeError``; one that had not moved a weight yet goes on, and one that
-        was coming home is taken.
+        A signal handler may call this in the middle of a step. The weights are then at θ for the handler and after it
+        returns; only in the middle of a fused step may the first buckets have stepped. A step whose perturbation was
+        under way ends with ``RuntimeError``. A step that had not moved a weight yet goes on, and a step that was
+        restoring the weights is taken.
 
-        After an exception between ``first_step()`` and ``second_step()`` the weights stay perturbed until this is
-        called, or ``step(closure)``, which does so first; a forward pass or ``zero_grad()`` notices nothing.
+        After an exception between ``first_step()`` and ``second_step()`` the weights stay perturbed until ``restore()``
+        or ``step(closure)`` is called, which restores them first. A forward pass or ``zero_grad()`` does not notice.
         """
         self._engine.restore()
 
@@ -415,17 +417,17 @@ class SAM(torch.optim.Optimizer):
     def radius_step(
         self, train_closure: Closure | None, val_closure: Closure | None, *, scaler: Scaler | None = None
     ) -> None:
-        """Learn ρ from the step just taken; ``step(closure, val_closure)`` does so by itself.
+        """Learn ρ from the step just taken; ``step(closure, val_closure)`` does this by itself.
 
         The closures are called in this order, at the new weights, on the steps that the radius learns from.
 
         Args:
-            train_closure: as ``step``'s ``closure``; may be None where the radius does not need it.
+            train_closure: as ``step``'s ``closure``; may be None if the radius does not need it.
             val_closure: the same on a validation batch.
-            scaler: as for :meth:`step`; ``scaler.update()`` comes after this.
+            scaler: as for :meth:`step`; call ``scaler.update()`` after ``radius_step``.
 
         Raises:
-            RuntimeError: the radius is not learned, or no step has just been taken, or the next one has been begun.
+            RuntimeError: the radius is not learned; no step has just been taken; or the next step has been begun.
             ValueError: a closure is missing.
         """
         with no_scaler_steps(self):
@@ -475,22 +477,22 @@ class SAM(torch.optim.Optimizer):
         self.base_optimizer.state = state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As :meth:`torch.optim.Optimizer.zero_grad`; a first pass that no step followed is then forgotten."""
+        """As :meth:`torch.optim.Optimizer.zero_grad`. Also forgets a first pass that no step followed."""
         self._engine.zeroes()
         super().zero_grad(set_to_none)
         if not set_to_none:
             self._engine.mark_gradients()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and groups, and beside them the radius and the counters.
+        """The base optimizer's state and groups, and in a further entry the radius, the parts and the counters.
 
-        The first group carries the same numbers once more, for ``torch.distributed.checkpoint.state_dict``, which
-        keeps state and groups only. What is lost there is the step that waits under ``reuse_train_gradient``: ρ does
-        not learn from that one. The state of an optimizer for ν other than SGD without dampening, Adam and AdamW
-        without amsgrad is there only after that tool's own first call on an optimizer without state, or after a step.
+        The first group holds the same numbers once more, for ``torch.distributed.checkpoint.state_dict``, which keeps
+        only state and groups. That tool loses the step that waits under ``reuse_train_gradient``: ρ does not learn from
+        that step. If the optimizer for ν is none of SGD without dampening, Adam and AdamW without amsgrad, its state is
+        there only after a step, or after that tool's own first call on an optimizer without state.
 
-        Between a step and its ``radius_step`` there is nothing yet to save of that learning: who resumes from such a
-        state goes on with the next step, and ρ does not learn from the one before.
+        A state saved between a step and its ``radius_step`` does not hold what the radius would learn from that step:
+        training that resumes from it goes on with the next step, and ρ does not learn from the step before.
 
         Raises:
             RuntimeError: while the weights are perturbed.
@@ -505,18 +507,18 @@ class SAM(torch.optim.Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state; that of the bare base optimizer will do, and leaves the radius as it is.
+        """Load a saved state. A state of the bare base optimizer is allowed, and leaves the radius as it is.
 
         Raises:
             RuntimeError: while the weights are perturbed.
-            ValueError: the groups, or the number of learned radii, do not match, or the state is damaged. Nothing has
-                been loaded then.
+            ValueError: the groups or the number of learned radii do not match, or the state is damaged. Nothing has
+                been loaded.
         """
         tables = self._engine.work.tables
         self._engine.refuse_while_perturbed("load_state_dict()")
         tables.take_in_new_groups()
         tables.forget_replaced()
-        state_dict = dict(state_dict)  # what hooks put in or take out of it stays among them
+        state_dict = dict(state_dict)  # hooks may add and remove entries without changing the caller's dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -530,10 +532,10 @@ class SAM(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._engine.mark_gradients()  # those that a copy takes along
+        self._engine.mark_gradients()  # gradients that were copied with the parameters
 
 
 _HOOKS = {f"_optimizer_{what}_hooks" for what in ("step_pre", "step_post", "state_dict_pre", "state_dict_post")}
 _HOOKS |= {"_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"}
-# `step` is there if an LR scheduler has wrapped it; the copy has its own.
+# `step` is an attribute if an LR scheduler has wrapped it; the copy has its own.
 _NOT_COPIED = frozenset({"step", *_HOOKS})

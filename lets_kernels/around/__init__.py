@@ -1,1 +1,1 @@
-"""What surrounds the passes of a step: the module that is trained, loss scaling, random numbers, saving the model."""
+"""What surrounds the passes of a step: the trained module, loss scaling, random numbers, saving the model."""

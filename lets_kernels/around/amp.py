@@ -1,4 +1,4 @@
-"""Loss scaling: several passes a step under one ``torch.amp.GradScaler``, by its public methods only."""
+"""Loss scaling: several passes a step under one ``torch.amp.GradScaler``, with its public methods only."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Scaler(Protocol):
-    """What is asked of a gradient scaler: that of ``torch.amp.GradScaler``."""
+    """The methods of ``torch.amp.GradScaler`` that this package calls."""
 
     def scale(self, outputs: Any) -> Any: ...
 
@@ -20,17 +20,17 @@ class Scaler(Protocol):
 
 
 class LossScaling:
-    """Unscales the gradients of one pass after the other; ``scaler.update()`` then hears of what overflowed in any."""
+    """Unscales the gradients of each pass; ``scaler.update()`` then learns of an overflow in any of the passes."""
 
     def __init__(self) -> None:
-        #: What ``GradScaler.unscale_`` takes for optimizers, one a pass: it takes each only once a step, and knows them
-        #: by their ids, so they must live.
+        #: Stand-ins for optimizers, one a pass: ``GradScaler.unscale_`` takes each optimizer only once a step. It
+        #: knows optimizers by their ids, so the stand-ins must live.
         self._passes: list[SimpleNamespace] = []
         self._used = self._spent = 0
         self._scaler: Scaler | None = None
-        #: Every pass of the present step is unscaled here.
+        #: True if every pass of the present step is unscaled here.
         self.every_pass = False
-        #: The first pass of the present step was unscaled here; the second is ``scaler.step``'s.
+        #: True if the first pass of the present step was unscaled here; ``scaler.step`` then unscales the second pass.
         self.first_only = False
 
     def begin(self, scaler: Scaler | None, first_only: bool = False) -> None:
@@ -45,12 +45,12 @@ class LossScaling:
         self._scaler, self.every_pass, self.first_only = None, False, False
 
     def give_up(self) -> None:
-        """The step was not taken. The next one may come without ``scaler.update()``, so it uses other passes."""
+        """The step was not taken. The next step may come without ``scaler.update()``, so it uses other stand-ins."""
         self._spent = self._used
         self.end()
 
     def unscale(self, scaler: Scaler, groups: Sequence[dict[str, Any]]) -> None:
-        """Divide the gradients that are there by the scale of the loss, in place."""
+        """Divide the present gradients by the scale of the loss, in place."""
         if self._used == len(self._passes):
             self._passes.append(SimpleNamespace(param_groups=()))
         which = self._passes[self._used]
@@ -62,7 +62,7 @@ class LossScaling:
             which.param_groups = ()
 
     def tell(self, gate: Tensor) -> None:
-        """Let the scaler back off where ``gate`` (0-d) is zero: another rank's own pass may have overflowed."""
+        """Let the scaler back off if ``gate`` (0-d) is zero: another rank's own pass may have overflowed."""
         if self._scaler is not None:
             said = torch.zeros((), device=gate.device)
             said.grad = torch.where(gate != 0, 0.0, torch.inf)
@@ -71,9 +71,10 @@ class LossScaling:
 
 @contextmanager
 def handed_over(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    """The scale, and whether there was an overflow, as ``GradScaler.step`` sets them on an optimizer for its step.
+    """The scale and the overflow flag that ``GradScaler.step`` sets on an optimizer for its step.
 
-    It takes them back from a step that succeeds; this does so where one fails, or the next step would find them.
+    ``GradScaler.step`` removes them after a step that succeeds. After a step that fails they are removed here, or the
+    next step would find them.
     """
     own = optimizer.__dict__
     try:
@@ -86,7 +87,7 @@ def handed_over(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor | Non
 
 
 def unscale_by(gradients: list[Tensor], scale: Tensor) -> None:
-    """Divide gradients by a scale on the device, as ``GradScaler.unscale_`` rounds it; nothing waits."""
+    """Divide gradients by a scale on the device, with the rounding of ``GradScaler.unscale_``; nothing waits."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for g in gradients:
         kinds.setdefault((g.device, g.dtype), []).append(g)

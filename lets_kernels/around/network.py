@@ -1,7 +1,7 @@
-"""What surrounds the passes of a step, and what the optimizer knows of the module that it trains (``model=``).
+"""What surrounds the passes of a step, and what the optimizer knows of the module it trains (``model=``).
 
-Two passes a step are one too many for whatever counts passes or draws numbers: running statistics, random masks,
-gradients that are synchronised between ranks. And whoever keeps a second copy of the weights must hear when they move.
+A step has two passes, but some things must count only one, or draw the same numbers in both: running statistics, random
+masks, gradients that are synchronised between ranks. Owners of second copies of the weights must know when they move.
 """
 
 import sys
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
-#: What running_state= takes: a module, a class of modules, or a name of a module or a buffer.
+#: The entries of running_state=: a module, a class of modules, or a name of a module or a buffer.
 Named: TypeAlias = torch.nn.Module | type[torch.nn.Module] | str
 _NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
 class _HeldBuffer:
-    """A buffer as it was when it was held, and where it belongs."""
+    """The value of a buffer at ``hold``, and the module that it belongs to."""
 
     module: torch.nn.Module
     name: str
@@ -38,11 +38,11 @@ class _HeldBuffer:
     version: int
 
     def in_place(self) -> bool:
-        """True if the module still has this tensor, and the copy can be written to it."""
+        """True if the module still has this tensor, and the copy can be written into it."""
         return self.module._buffers.get(self.name) is self.tensor and self.tensor.shape == self.copy.shape
 
     def put_back(self) -> None:
-        """Give the module its buffer again, which it has replaced: nobody else's memory is written."""
+        """Give the module back the buffer that it has replaced. The memory of the new buffer is not written."""
         now, old = self.module._buffers.get(self.name), self.tensor
         moved = now is not None and (now.device, now.dtype) != (old.device, old.dtype)  # module.to() replaces buffers
         if moved or old is now or old._version != self.version:
@@ -52,11 +52,11 @@ class _HeldBuffer:
 
 
 class RunningStatistics:
-    """Running means and variances count the passes at θ, once a step, and not those at other weights.
+    """Makes running means and variances count the pass at θ, once a step, and no pass at other weights.
 
-    For batch norm of every kind, SyncBatchNorm and instance norm, whatever their momentum, and for what else is named:
-    their buffers are copied when the passes at θ are over, and brought back when those at other weights are. ``hold``
-    and ``release`` may be called any number of times.
+    This covers batch norm of every kind, SyncBatchNorm and instance norm, with any momentum, and everything that is
+    named. The buffers are copied when the passes at θ are over, and brought back when the passes at other weights are
+    over. ``hold`` and ``release`` may be called any number of times.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class RunningStatistics:
         self._held: list[_HeldBuffer] = []
 
     def bind(self, model: torch.nn.Module | None, named: tuple[Named, ...] = ()) -> None:
-        """Guard the statistics of this model: of the modules, and what ``named`` finds, that it has at every hold."""
+        """Guard the statistics of this model: of the modules, and of what ``named`` finds, at the time of each hold."""
         self._model, self._named = model, named
 
     def _buffers(self) -> list[tuple[torch.nn.Module, str, Tensor]]:
@@ -82,7 +82,7 @@ class RunningStatistics:
         return [(m, name, b) for m, name, b in found if b is not None]
 
     def hold(self) -> None:
-        """From here on what is counted is undone by ``release``."""
+        """From here on, ``release`` undoes what is counted."""
         if self._held or self._model is None:
             return
         places = self._buffers()
@@ -95,22 +95,22 @@ class RunningStatistics:
         self._held = [_HeldBuffer(m, name, b, copy, b._version) for (m, name, b), copy in pairs]
 
     def keep(self) -> None:
-        """What was counted since ``hold`` counts."""
+        """Keep what was counted since ``hold``."""
         self._held = []
 
     def release(self) -> None:
-        """Bring the statistics back to where they were at ``hold``."""
+        """Bring the statistics back to their values at ``hold``."""
         kept = [h for h in self._held if h.in_place()]
         if kept:
             _copy([h.tensor for h in kept], [h.copy for h in kept])
         for h in self._held:
             if not h.in_place():
                 h.put_back()
-        self._held = []  # at last: what an interrupt cuts short is done again
+        self._held = []  # last, so that a release that an interrupt cut short is done again
 
 
 def buffers_of(model: torch.nn.Module, named: Named) -> list[tuple[torch.nn.Module, str]]:
-    """Where the buffers lie that a module, a class or a name of ``running_state=`` stands for."""
+    """The buffers that an entry of ``running_state=`` (a module, a class or a name) stands for, as (module, name)."""
     if isinstance(named, str):
         modules = [m for name, m in model.named_modules(remove_duplicate=False) if name == named]
         if not modules:
@@ -128,8 +128,8 @@ def check_running_state(model: torch.nn.Module | None, named: Iterable[Named]) -
     """``running_state=`` as a tuple.
 
     Raises:
-        TypeError: it is, or holds, something else than modules, classes of modules and names.
-        ValueError: one of them stands for no buffer of the model, or there is no model.
+        TypeError: the value is no list of modules, classes of modules and names.
+        ValueError: an entry stands for no buffer of the model, or there is no model.
     """
     if isinstance(named, (str, type)) or not isinstance(named, Iterable):
         raise TypeError(f"running_state must be a list of modules, module classes or names, not {named!r}")
@@ -153,7 +153,7 @@ def check_running_state(model: torch.nn.Module | None, named: Iterable[Named]) -
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:
-    """In few launches: one for every dtype and device."""
+    """Copy with few launches: one for every dtype and device."""
     kinds: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     for home, value in zip(to, source, strict=True):
         pair = kinds.setdefault((home.dtype, home.device), ([], []))
@@ -165,9 +165,9 @@ def _copy(to: list[Tensor], source: list[Tensor]) -> None:
 
 
 class SameRandomNumbers:
-    """The random numbers of the first pass, once more for the second: dropout then has the same masks in both.
+    """Draws the random numbers of the first pass again in the second: dropout then has the same masks in both.
 
-    torch's generators on the CPU and on the devices of the parameters.
+    Covers torch's generators on the CPU and on the devices of the parameters.
     """
 
     def __init__(self) -> None:
@@ -178,7 +178,7 @@ class SameRandomNumbers:
         return self._states is not None
 
     def record(self, devices: Iterable[torch.device]) -> None:
-        """Remember where the generators stand: the first pass begins."""
+        """Remember the states of the generators: the first pass begins."""
         if capturing():
             raise RuntimeError("same_rng=True cannot be captured in a CUDA graph: the host sets the generators back")
         states = {torch.device("cpu"): torch.get_rng_state()}
@@ -201,18 +201,18 @@ class SameRandomNumbers:
 
 
 class Network:
-    """The module that an optimizer trains, or None: what has to happen around its passes and its weights.
+    """The module that an optimizer trains, or None; and what has to happen around its passes and its weights.
 
     Args:
-        model: the module, wrapped by DistributedDataParallel or ``fully_shard`` where it is.
+        model: the module, with its wrapper of DistributedDataParallel or sharded by ``fully_shard``, if it is used.
         sync_perturbation: False leaves the first pass of a DistributedDataParallel model unsynchronised.
-        same_rng: the second pass draws the random numbers of the first.
-        running_state: what else than normalisation layers counts the passes at θ only.
+        same_rng: the second pass draws the same random numbers as the first pass.
+        running_state: what else, beside normalisation layers, counts only the passes at θ.
 
     Raises:
         ValueError: ``sync_perturbation=False`` without a DistributedDataParallel model; ``running_state`` stands for
             nothing in the model.
-        TypeError: ``running_state`` holds something else than modules, classes and names.
+        TypeError: ``running_state`` is no list of modules, classes and names.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class Network:
         self.statistics, self.numbers = RunningStatistics(), SameRandomNumbers()
         self._sharded: list[FSDPModule] = []
         self._roots: list[FSDPModule] = []
-        #: A first pass has ended that no step has followed yet.
+        #: True if a first pass has ended, and no step has followed it yet.
         self.passed = False
         self.bind()
 
@@ -244,7 +244,7 @@ class Network:
             TypeError: FullyShardedDataParallel, the first version.
         """
         modules = list(self.model.modules()) if self.model is not None else []
-        # Importing FSDP takes most of a second; where nobody has done so, no module is sharded.
+        # Importing FSDP takes most of a second; if it is not imported yet, no module is sharded.
         fsdp = sys.modules.get("torch.distributed.fsdp")
         if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in modules):
             raise TypeError(
@@ -262,7 +262,7 @@ class Network:
 
     @contextmanager
     def first_pass(self, devices: Iterable[torch.device]) -> Iterator[None]:
-        """Around forward and backward of the first pass.
+        """A context around forward and backward of the first pass.
 
         Raises:
             RuntimeError: the model cannot leave a pass unsynchronised, or the forward was not inside.
@@ -299,18 +299,18 @@ class Network:
             )
 
     def forget_pass(self) -> None:
-        """The gradients of a first pass that has ended are dropped: no step may be taken from it."""
+        """The gradients of a first pass are dropped: no step may be taken from that pass."""
         if self.passed:
             self.passed = False
             self.numbers.forget()
 
     def _has_one_of(self, params: Iterable[Tensor]) -> bool:
-        self.weights_move()  # else FSDP may have others in their place
+        self.weights_move()  # otherwise FSDP may have other weights in their place
         known = {id(p) for p in self.model.parameters()} if self.model is not None else set()
         return not known or any(id(p) in known for p in params)
 
     def check_parameters(self, params: Iterable[Tensor]) -> None:
-        """After a pass that left none of these a gradient: ``RuntimeError`` if none is the model's any more."""
+        """For a pass that gave none of these parameters a gradient: ``RuntimeError`` if the model has none of them."""
         if not self._has_one_of(params):
             raise RuntimeError(
                 "the model has other parameters than this optimizer by now, so none of them would be trained: call "
@@ -318,7 +318,7 @@ class Network:
             )
 
     def check_holds(self, params: Iterable[Tensor]) -> None:
-        """``ValueError`` for a model that holds none of these parameters: an averaged copy of theirs, say."""
+        """``ValueError`` for a model that holds none of these parameters, such as an averaged copy of the network."""
         if not self._has_one_of(params):
             raise ValueError(
                 f"model= is a {type(self.model).__name__} that holds none of the parameters given to this optimizer: "
@@ -326,7 +326,7 @@ class Network:
             )
 
     def check_first_pass(self) -> None:
-        """``RuntimeError`` if the first gradients were not made as was asked for."""
+        """``RuntimeError`` if the first gradients had to be made inside ``first_pass()``, and were not."""
         passed, self.passed = self.passed, False
         option = "same_rng=True" if self.same_rng else "sync_perturbation=False"
         if not passed and (self.same_rng or not self.sync_perturbation):
@@ -336,9 +336,9 @@ class Network:
             )
 
     def weights_move(self) -> None:
-        """Before or after the weights are written: drop copies of them, which later passes would use instead.
+        """Drop copies of the weights, before or after the weights are written: later passes would use the copies.
 
-        Those are unsharded parameters, which FSDP keeps after some passes, and the casts that autocast remembers.
+        The copies are unsharded parameters, which FSDP keeps after some passes, and the casts that autocast remembers.
         """
         for m in self._sharded:
             m.reshard()
@@ -346,14 +346,14 @@ class Network:
             torch.clear_autocast_cache()
 
     def pass_failed(self) -> None:
-        """A pass may have been cut short. FSDP then takes itself to be within it, and keeps what it has gathered."""
+        """A pass may have been cut short. FSDP then believes that it is still inside, and keeps gathered weights."""
         for m in self._roots:
             try:
                 m.reset_iter_state()
-            except (AttributeError, RuntimeError):  # a torch that lacks it, or a root that lies outside of the model
-                m.set_reshard_after_forward(True)  # reshard() takes effect then; costs a gathering in the backward
+            except (AttributeError, RuntimeError):  # an older torch, or a root module outside of the model
+                m.set_reshard_after_forward(True)  # then reshard() takes effect; the backward has to gather once more
 
     def perturbed(self) -> None:
-        """The passes at θ are over, those at θ + ε begin."""
+        """The passes at θ are over; the passes at θ + ε begin."""
         if self.same_rng:
             self.numbers.replay()

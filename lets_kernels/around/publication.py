@@ -1,4 +1,4 @@
-"""Perturbed weights are never published: what saves, copies or loads the model refuses while they stand."""
+"""Perturbed weights are never published: while weights are perturbed, saving, copying or loading the model fails."""
 
 import functools
 import itertools
@@ -10,14 +10,14 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Refuses(Protocol):
-    """An optimizer, as far as this module knows it."""
+    """The methods of an optimizer that this module needs."""
 
     def refuse_while_perturbed(self, what: str) -> None: ...
 
 
 class _Hook:
-    """A state_dict hook of one optimizer. In copies and pickles of the model a callable that does nothing stands for
-    it: they belong to no optimizer, and it is the standard library's, so a pickled model loads without this package.
+    """A state_dict hook of one optimizer. In copies and pickles of the model, which belong to no optimizer, a callable
+    that does nothing replaces it; it is from the standard library, so a pickled model loads without this package.
     """
 
     def __init__(self, optimizer: "weakref.ref[Refuses]", what: str) -> None:
@@ -41,14 +41,13 @@ class _Hook:
 
 
 class Publication:
-    """Hooks on the modules of a model that refuse while the weights of one optimizer are perturbed.
+    """Hooks on the modules of a model. They refuse while the weights of one optimizer are perturbed.
 
-    ``state_dict`` of the model and of every module in it refuses, and with it whatever calls that
-    (torch.distributed.checkpoint, a wrapper around the model); so do ``load_state_dict``, which the restore would undo,
-    ``copy.deepcopy`` and pickle. Not seen are those who read the parameters themselves, and modules that were added
-    after ``cover``.
+    ``state_dict`` of the model and of every module in it refuses, and so do its callers (torch.distributed.checkpoint,
+    a wrapper around the model). ``load_state_dict``, which the restore would undo, ``copy.deepcopy`` and pickle refuse
+    too. The hooks do not see code that reads the parameters itself, or modules that were added after ``cover``.
 
-    The optimizer is held weakly, and takes its hooks along when it goes.
+    The hooks hold the optimizer weakly, and are removed with it.
     """
 
     def __init__(self, optimizer: Refuses) -> None:
@@ -60,7 +59,7 @@ class Publication:
         weakref.finalize(optimizer, _remove, self._handles).atexit = False
 
     def cover(self, model: torch.nn.Module | None) -> None:
-        """Hang the hooks on every module of the model that does not have them."""
+        """Add the hooks to every module of the model that does not have them."""
         for module in () if model is None else model.modules():
             known = self._covered.get(id(module))
             if known is None or known() is not module:

@@ -1,7 +1,7 @@
-"""Random numbers that depend on a seed, a count of steps and a stream, and on nothing else.
+"""Random numbers that depend only on a seed, a count of steps and a stream.
 
-Nothing is drawn ahead and nothing is stored: Philox (Salmon et al., SC 2011) computes a number from its place. So all
-ranks have the same numbers, a step that is taken again has those of before, and what a saved state must hold is two
+Nothing is drawn ahead and nothing is stored: Philox (Salmon et al., SC 2011) computes each number from its position. So
+all ranks have the same numbers, a step that is taken again has the same numbers again, and a saved state needs only two
 integers.
 """
 
@@ -14,9 +14,9 @@ from lets_kernels.ops.reference.noise import words
 from lets_kernels.space.distributed import Replicas
 
 _LOW = 0xFFFFFFFF
-_HOST = 1 << 16  # streams of the host count down from the last one
+_HOST = 1 << 16  # the host's streams count down from the last stream
 _SEEDS = 1 << 53  # a seed is sent to other ranks as a float64
-#: Between the seeds of the parts of a sharded parameter, which must not have the same noise.
+#: The distance between the seeds of the parts of a sharded parameter, whose noise must differ.
 _PARTS = 0x9E3779B97F4A7C15
 
 
@@ -34,8 +34,8 @@ class Randomness:
     """The seed and the count of an optimizer.
 
     Args:
-        seed: in [0, 2^53); None draws one from torch's generator, so that ``torch.manual_seed`` governs it.
-        used: False for an optimizer that draws nothing; its seed is 0, and torch's generator is left alone.
+        seed: in [0, 2^53). None draws a seed from torch's generator, so that ``torch.manual_seed`` determines it.
+        used: False for an optimizer that draws nothing; its seed is 0, and torch's generator is not used.
 
     Raises:
         ValueError: the seed is out of range.
@@ -48,11 +48,11 @@ class Randomness:
         if seed is None:
             seed = int(torch.randint(1 << 48, (), device="cpu")) if used else 0
         self.seed, self._agreed = seed, False
-        #: (seed, count) on the device, where the ops read it.
+        #: (seed, count) on each device, for the ops.
         self._state = torch.tensor([seed, 0], dtype=torch.int64, device="cpu")
 
     def agree(self, replicas: Replicas) -> None:
-        """Take over the first rank's seed: once, and again after a load, for states that each rank saved by itself."""
+        """Take over the first rank's seed: once, and again after a load, since each rank may load its own state."""
         if self.used and replicas.groups and not self._agreed:
             mine = torch.tensor(self.seed, dtype=torch.float64, device=self._state.device)
             self._take(int(replicas.agree([], [mine])[1][0]))
@@ -66,7 +66,7 @@ class Randomness:
         self._state = self._state.to(device)
 
     def at(self, device: torch.device, part: int) -> Tensor:
-        """(seed, count) for the ops on a device: int64, of shape [2]. Other parts of a tensor have other seeds."""
+        """(seed, count) for the ops on a device: int64, of shape [2]. Each part of a tensor has its own seed."""
         state = self._state.to(device)
         if part == 0:
             return state
@@ -74,17 +74,17 @@ class Randomness:
         return state + torch.stack([state.new_full((), shift), state.new_zeros(())])
 
     def uniform(self, step: int, stream: int) -> float:
-        """A number in [0, 1) for a step, on the host."""
+        """A random number in [0, 1) for a step, on the host."""
         counter = ((step >> 32) & _LOW, 0, step & _LOW, _LOW - stream)
         return philox(counter, (self.seed & _LOW, self.seed >> 32))[0] / 2.0**32
 
     def uniforms(self, step: int, count: int, stream: int) -> list[float]:
-        """As :meth:`uniform`, several at a time."""
+        """Like :meth:`uniform`, but several numbers."""
         place = torch.tensor([self.seed, step], dtype=torch.int64, device="cpu")
         return [word / 2.0**32 for word in words(0, count, place, _LOW - _HOST - stream).tolist()]
 
     def advance(self) -> None:
-        """The step is over: the next one's numbers are others."""
+        """The step is over: the next step draws other numbers."""
         if self.used:
             self._state[1] += 1
 

@@ -1,1 +1,1 @@
-"""The base optimizer within ours: its step, fused or its own, and its state."""
+"""The base optimizer inside our optimizer: its step (fused, or its own) and its state."""

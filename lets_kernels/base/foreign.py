@@ -1,4 +1,4 @@
-"""Other people's optimizers within ours: what cannot be one, and how their own steps are taken."""
+"""Base optimizers from other packages: which are refused, and how their own steps are taken."""
 
 import inspect
 import warnings
@@ -18,13 +18,13 @@ def check_steps_alone(optimizer: type) -> None:
 
 
 def check_saves(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose saved state is laid out otherwise than torch's: ``TypeError``, and not in a year."""
+    """``TypeError`` for an optimizer whose saved state has another layout than torch's, before training begins."""
     if type(optimizer).state_dict is torch.optim.Optimizer.state_dict:
         return
     name = type(optimizer).__name__
     try:
         found = optimizer.state_dict()
-    except RuntimeError:  # it has one at times only, as ZeroRedundancyOptimizer when it is consolidated, and says so
+    except RuntimeError:  # it has a state only at times, and says so: ZeroRedundancyOptimizer after consolidation
         return
     except Exception as error:
         raise TypeError(f"{name}.state_dict() fails, so nothing could be saved: {error!r}") from error
@@ -37,10 +37,10 @@ def check_saves(optimizer: torch.optim.Optimizer) -> None:
 
 
 def own_step(optimizer: torch.optim.Optimizer) -> None:
-    """``optimizer.step()`` within a step of ours.
+    """``optimizer.step()`` inside a step of our optimizer.
 
-    Hooks that were registered for all optimizers run around ours, so not once more around this one. An error from
-    within says what it has left.
+    Hooks that were registered for all optimizers run around our step, so they do not run again around this one. If this
+    step fails, the error gets a note on which parameters were stepped.
     """
     with _without_global_hooks():
         try:
@@ -48,16 +48,16 @@ def own_step(optimizer: torch.optim.Optimizer) -> None:
         except BaseException as error:
             _note(
                 error,
-                f"{type(optimizer).__name__}.step() failed within this step: the parameters that come after the one "
-                "where it failed have not been stepped, those before may have been. Go on from a saved state, or mend "
-                "what it says and take the next step",
+                f"{type(optimizer).__name__}.step() failed within this step: the parameters after the one where it "
+                "failed have not been stepped, the parameters before may have been. Go on from a saved state, or mend "
+                "what the error says and take the next step",
             )
             raise
 
 
 @contextmanager
 def _without_global_hooks() -> Iterator[None]:
-    """The dicts stay the same ones, since handles that remove hooks refer to them."""
+    """Empty the dicts of global hooks and fill them again; they stay the same dicts, since handles refer to them."""
     hooks: list[dict[int, Any]] = [_torch._global_optimizer_pre_hooks, _torch._global_optimizer_post_hooks]
     if not any(hooks):
         yield

@@ -1,9 +1,9 @@
-"""Restore fused into the base optimizer's step, for the optimizers whose arithmetic the ops know.
+"""The restore fused into the base optimizer's step, for optimizers whose arithmetic the ops know.
 
-The base optimizer stays the owner of its options and its state: the ops work on its own state tensors, under the names
-that it gives them, so its checkpoints and schedulers notice nothing. What the ops do not cover, it does itself: among
-that a learning rate that is a tensor on an accelerator, which the ops could only take by waiting for it. Its value is
-an argument of a kernel, so a captured CUDA graph keeps the learning rate that it was captured with.
+The base optimizer stays the owner of its options and its state: the ops work on its own state tensors, under their own
+names, so its checkpoints and schedulers notice nothing. If the ops do not cover its options, the base optimizer steps
+by itself. It does so if the learning rate is a tensor on an accelerator, since the ops would have to wait for it. The
+learning rate is an argument of a kernel, so a captured CUDA graph keeps the learning rate of the capture.
 """
 
 import functools
@@ -27,7 +27,7 @@ Group = Mapping[str, Any]
 
 
 def _not_plain(group: Group, names: tuple[str, ...]) -> str | None:
-    """Why a group has options that the ops do not know, or None."""
+    """The option of a group that the ops do not know, in words, or None."""
     for name in names:
         if group.get(name):
             return f"{name}={group[name]!r}"
@@ -40,28 +40,28 @@ def _not_plain(group: Group, names: tuple[str, ...]) -> str | None:
 class FusedStep:
     """How one base optimizer is fused."""
 
-    #: The op, and the options that it takes: numbers first.
+    #: The op, and the options that it takes, numbers first.
     op: str
     numbers: tuple[str, ...]
     flags: tuple[str, ...] = ()
-    #: The state tensors that it takes, each with the option without which there are none.
+    #: The state tensors that the op takes, each with the option without which the optimizer does not keep it.
     lists: tuple[tuple[str, str | None], ...] = ()
-    #: Options that it does not know.
+    #: Options that the op does not know.
     unknown: tuple[str, ...] = ()
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What a parameter's state holds, once there is any."""
+        """The names in a parameter's state after its first step."""
         return tuple(name for name, option in self.lists if option is None)
 
     def refuses(self, base: torch.optim.Optimizer, group: Group) -> str | None:
-        """Why a group's options need the optimizer itself, in words, or None."""
+        """Why the optimizer must step by itself with a group's options, in words, or None."""
         if "betas" in self.numbers and any(isinstance(beta, Tensor) for beta in group["betas"]):
             return "betas are tensors"
         return _not_plain(group, self.unknown)
 
     def prepare(self, runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        """The step on these runs, to be called with the gate; None where the state's memory does not suit."""
+        """The step on these runs, a function of the gate; None if the state has another memory layout."""
         lists, suits = [], not runs.copies
         for name, option in self.lists:
             absent = option is not None and not group[option]
@@ -83,9 +83,10 @@ class FusedStep:
 
 
 def _steps(runs: Runs, state: State) -> list[Tensor] | None:
-    """Adam's step counts, one float32 tensor a run; None if they are of another dtype.
+    """Adam's step counts, one float32 tensor for each run; None if they have another dtype.
 
-    They lie beside the parameters, so that counting waits for nothing; torch's Adam reads them from anywhere.
+    The counts are moved to the parameters' device, so that counting waits for nothing; torch's Adam reads them there
+    too.
     """
     steps = []
     for i in runs.indices:
@@ -100,7 +101,7 @@ def _steps(runs: Runs, state: State) -> list[Tensor] | None:
 
 
 class FusedLion(FusedStep):
-    """Lion (Chen et al., 2023), of whatever package: torch has none, so what is called that is tried out first."""
+    """Lion (Chen et al., 2023) from any package: torch has no Lion, so a class of that name is tried out first."""
 
     def refuses(self, base: torch.optim.Optimizer, group: Group) -> str | None:
         others = tuple((name, group[name]) for name in base.defaults if name not in self.numbers and name in group)
@@ -118,10 +119,11 @@ class FusedLion(FusedStep):
 def _steps_otherwise(
     kind: type, step: Any, betas: tuple[float, ...], others: tuple[tuple[str, Any], ...]
 ) -> str | None:
-    """Why an optimizer's class is not Algorithm 2 of Chen et al. (2023), in words, after two steps of it; or None.
+    """Why an optimizer's class is not Algorithm 2 of Chen et al. (2023), in words, or None. Takes two steps to find
+    out.
 
-    A new one, with the same options but for the learning rate and the decay, moves a parameter of float64 along the
-    formula, and keeps its average and nothing else. ``step`` is what the class steps with, should that change.
+    A new optimizer of the class, with the same options except learning rate and decay, must move a float64 parameter by
+    the formula, and keep the average and nothing else. ``step`` is the class's method, a key in case it is replaced.
     """
     lr, decay, (beta1, beta2) = 0.125, 0.5, betas
     start, gradients = [1.0, -2.0, 0.5, 0.0, 3.0], ([1.0, -0.25, 0.0, 0.0, -1.0], [-0.01, 4.0, 1.0, 0.0, 30.0])
@@ -136,17 +138,17 @@ def _steps_otherwise(
                 expected -= lr * ((beta1 * average + (1 - beta1) * g).sign() + decay * expected)
                 average = beta2 * average + (1 - beta2) * g
             state = dict(optimizer.state[p])
-    except Exception as error:  # whatever somebody's class may raise
+    except Exception as error:  # a class from another package may raise anything
         return f"{kind.__name__} could not be tried ({type(error).__name__}: {error})"
     kept = state.pop("exp_avg", None)
     alike = isinstance(kept, Tensor) and kept.shape == p.shape and not state
-    # Sums of a few float64 numbers of at most 16, in whatever order.
+    # Sums of a few float64 numbers of at most 16, in any order.
     if alike and all(torch.allclose(x, y, rtol=0, atol=1e-14) for x, y in ((p.detach(), expected), (kept, average))):
         return None
     return f"{kind.__name__} does not step as Chen et al. (2023), Algorithm 2, say"
 
 
-#: Without dampening: momentum buffers then begin at zero, which a skipped step can leave.
+#: Without dampening momentum buffers begin at zero, so a skipped step can leave them at zero.
 _SGD = FusedStep(
     "restore_sgd_",
     ("lr", "momentum", "weight_decay"),
@@ -175,16 +177,16 @@ FUSED: dict[type, FusedStep] = {
 
 
 def fused_as(optimizer: type) -> FusedStep | None:
-    """How an optimizer's class is fused; None where it is not. Lion is known by its name, and tried out later."""
+    """How an optimizer's class is fused; None if it is not. Lion is recognised by its name, and tried out later."""
     return FUSED.get(optimizer) or (_LION if optimizer.__name__ == "Lion" else None)
 
 
-#: Where torch's code lies and where ours does, as files' names begin there.
+#: The folders of torch's code and of ours: the beginnings of file names.
 OWN_CODE = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
 
 def _codes(step: Any) -> list[Any]:
-    """The code of ``step``, and of each layer that it wraps: copied attributes (``functools.wraps``) tell nothing."""
+    """The code of ``step`` and of each layer that it wraps. Attributes that functools.wraps copies say nothing."""
     codes, layer = [], getattr(step, "__func__", step)
     while layer is not None:
         codes.append(getattr(layer, "__code__", None))
@@ -193,8 +195,8 @@ def _codes(step: Any) -> list[Any]:
 
 
 def _is_foreign(base: torch.optim.Optimizer) -> bool:
-    """True if some of the code that ``base.step()`` runs is neither torch's (its optimizers, and what its schedulers
-    put around) nor that of a class that has been tried out.
+    """True if ``base.step()`` runs code that is not torch's (optimizers, and the wrappers of schedulers) and not that
+    of a class that has been tried out.
     """
     tried = [] if type(base) in FUSED else _codes(type(base).step)
     for code in _codes(base.step):
@@ -204,7 +206,7 @@ def _is_foreign(base: torch.optim.Optimizer) -> bool:
 
 
 def fused_by(base: torch.optim.Optimizer) -> FusedStep | str:
-    """How the base optimizer's step is fused; or why it must step by itself, in words."""
+    """How the base optimizer's step is fused, or why it must step by itself, in words."""
     kind = fused_as(type(base))
     if kind is None:
         return f"{type(base).__name__} has no fused step"
@@ -222,20 +224,20 @@ def fused_by(base: torch.optim.Optimizer) -> FusedStep | str:
 def prepared(
     base: torch.optim.Optimizer, runs: Iterable[Runs]
 ) -> tuple[list[tuple[Runs, Callable[[Tensor], None]]], str | None]:
-    """The fused steps on these runs, and why the base optimizer must step by itself, in words, or None."""
+    """The fused steps on these runs, and the reason, in words, if the base optimizer must step by itself; or None."""
     kind, steps = fused_by(base), []
     if isinstance(kind, str):
         return [], kind
     for each in runs:
         step = kind.prepare(each, base.param_groups[each.bucket.group], base.state)
         if step is None:
-            return [], "the state lies otherwise in memory than the parameters"
+            return [], "the state has another memory layout than the parameters"
         steps.append((each, step))
     return steps, None
 
 
 class OwnStep:
-    """Steps of an optimizer whose parameters are the package's own scalars, fused where the ops can, else guarded."""
+    """Steps of an optimizer for the package's own scalars: fused if the ops can, otherwise guarded."""
 
     def __init__(self) -> None:
         self._buckets: dict[int, Bucket] = {}
@@ -244,7 +246,7 @@ class OwnStep:
         return {"_buckets": {}}
 
     def __call__(self, optimizer: torch.optim.Optimizer, gate: Tensor, backend: str) -> None:
-        """A step along the gradients that are there, if ``gate`` is not zero, by the ops of ``backend``."""
+        """Step along the present gradients by the ops of ``backend``, if ``gate`` is not zero."""
         steps, _ = prepared(optimizer, self._runs(optimizer, backend))
         if not steps:
             guarded_step(optimizer, gate)
@@ -255,11 +257,11 @@ class OwnStep:
         optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
 
     def make_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the state that the first step would, which begins at zero, where the ops take that step."""
+        """Make the state that the first step would make, which begins at zero, if the ops take that step."""
         prepared(optimizer, self._runs(optimizer, "reference", every=True))
 
     def _runs(self, optimizer: torch.optim.Optimizer, backend: str, every: bool = False) -> Iterator[Runs]:
-        """A run of each parameter that has a gradient, or of ``every`` one; its bucket is made when it is asked for."""
+        """One ``Runs`` for each parameter with a gradient, or for ``every`` one. Makes missing buckets."""
         for index, group in enumerate(optimizer.param_groups):
             for p in (p for p in group["params"] if every or p.grad is not None):
                 found = self._buckets.get(id(p))

@@ -1,4 +1,4 @@
-"""Steps of other people's optimizers that happen only if a flag on the device says so."""
+"""Steps of optimizers from other packages that happen only if a flag on the device says so."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from lets_kernels.space.shards import local
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
-    """``optimizer.step()`` if ``gate`` (0-d) is not zero; else parameters and state stay as they were.
+    """``optimizer.step()`` if ``gate`` (0-d) is not zero; otherwise parameters and state stay as they were.
 
-    Where parameters lie on the CPU the flag is read, which waits for nothing if it lies there too. On accelerators the
-    step always runs, and is undone there where the gate is closed, so that the host does not wait; that costs a copy of
-    parameters and state. State that lives on the host all the same (Adam's step count unless ``capturable``) then
-    counts skipped steps too.
+    If the parameters are on the CPU, the gate is read, which waits for nothing if the gate is there too. On
+    accelerators the step always runs, and the device undoes it if the gate is closed, so that the host does not wait.
+    This costs a copy of parameters and state. State on the host (Adam's step count unless ``capturable``) then counts
+    skipped steps too.
     """
     if gate.device.type == "cpu" or any(d.type == "cpu" for d in _devices(optimizer)):
         if gate.item() != 0:
@@ -25,7 +25,7 @@ def guarded_step(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
 
 
 def step_and_undo(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
-    """The way of :func:`guarded_step` that never reads ``gate`` on the host."""
+    """What :func:`guarded_step` does on accelerators: never reads ``gate`` on the host."""
     closed = {device: gate.to(device) == 0 for device in _devices(optimizer)}
     before = {key: t.detach().clone() for key, t in _tensors(optimizer).items() if t.device in closed}
     own_step(optimizer)
@@ -37,9 +37,9 @@ def step_and_undo(optimizer: torch.optim.Optimizer, gate: Tensor) -> None:
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer whose parameters have no gradients make its state, where it has none and needs some.
+    """Let an optimizer whose parameters have no gradients make its state, if it needs a state and has none.
 
-    By the step that torch.distributed.checkpoint takes for this: along zeros and with lr = 0, so no parameter moves.
+    It takes the step that torch.distributed.checkpoint takes for this: along zeros, with lr = 0, so no parameter moves.
     """
     if all(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]):
         return
@@ -63,7 +63,7 @@ def _devices(optimizer: torch.optim.Optimizer) -> set[torch.device]:
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
-    """Parameters and state tensors, by where they are found."""
+    """Parameters and state tensors, by the place where they are found."""
     found: dict[Any, Tensor] = {}
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         found[p] = local(p)

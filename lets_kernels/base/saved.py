@@ -12,15 +12,15 @@ from lets_kernels.base.foreign import own_step
 from lets_kernels.base.fused import fused_as, fused_by
 from lets_kernels.checks import alike, check_keys, expect, is_finite, is_number, refuse, shaped_as
 
-#: What a group has of ours.
+#: The keys that we add to groups.
 _OURS = ("rho", "adaptive", "xi")
 
-#: What torch's optimizers keep where their options ask for it, and what of their state are single numbers.
+#: State that torch's optimizers keep only with certain options; and state that is a single number.
 _OPTIONAL = ("momentum_buffer", "max_exp_avg_sq", "grad_avg")
 
 _NUMBERS = ("step", "mu_product", "eta", "mu")
 
-#: What those that have no fused step keep for every parameter.
+#: What torch's optimizers without a fused step keep for every parameter.
 _KEEPS: dict[type, tuple[str, ...]] = {
     torch.optim.RMSprop: ("step", "square_avg"),
     torch.optim.Adagrad: ("step", "sum"),
@@ -39,15 +39,15 @@ def check_base(
     places: Mapping[Any, int],
     params: Sequence[Tensor],
 ) -> None:
-    """What the base optimizer would load: its numbers in every group, and state that goes with the parameters.
+    """The base optimizer can load this: its numbers are in every group, and its state fits the parameters.
 
-    Options that are switches it fills in by itself, where an older version saved none. Of an optimizer that is not
-    torch's only that is looked at whose kind is known: the learning rate, step counts, and what it has a tensor for at
-    present. One that has hooks of its own on what it loads knows best.
+    Missing switches are no error: the base optimizer fills in what an older version did not save. If the optimizer is
+    not torch's, only values of a known kind are checked: the learning rate, step counts, and values that are tensors at
+    present. If the optimizer has hooks of its own on loading, nothing is checked.
 
-    ``places`` has the place among ``params`` of each key of ``state``; another key is none of a parameter.
+    ``places`` maps each key of ``state`` that belongs to a parameter to the parameter's place in ``params``.
     """
-    if getattr(base, "_optimizer_load_state_dict_pre_hooks", None):  # they may make of it what they want
+    if getattr(base, "_optimizer_load_state_dict_pre_hooks", None):  # the hooks may change the state in any way
         return
     needs = _needs(base)
     for index, group in enumerate(groups):
@@ -56,7 +56,7 @@ def check_base(
             if known and isinstance(value, Tensor) and value.numel() != 1:
                 refuse(f"state_dict['param_groups'][{index}]", f"has {value.numel()} elements for {name}")
         for name, now in base.defaults.items():
-            if needs is None and name != "lr":  # who knows what else it may be
+            if needs is None and name != "lr":  # the kinds of other options are not known
                 continue
             numbers = now if isinstance(now, (list, tuple)) else (now,)
             if not all(is_number(number) for number in numbers):
@@ -97,13 +97,13 @@ def check_base(
 
 
 def _needs(base: torch.optim.Optimizer) -> tuple[str, ...] | None:
-    """What an optimizer keeps for a parameter, once there is anything; None where nobody knows."""
+    """The names of what an optimizer keeps for a parameter after a step; None if they are not known."""
     kind = fused_as(type(base))
     return kind.needs if kind is not None else _KEEPS.get(type(base))
 
 
 def _asked_for(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> Iterator[str]:
-    """What it keeps beside, with these options."""
+    """The names of what an optimizer keeps in addition, with these options."""
     if group.get("amsgrad"):
         yield "max_exp_avg_sq"
     if isinstance(base, torch.optim.RMSprop):
@@ -114,15 +114,15 @@ def _asked_for(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> Iterato
 
 
 def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
-    """The state is one that this optimizer, whose parameters are few and small, can load and go on from."""
+    """This optimizer, whose parameters are few and small, can load the state and go on from it."""
     check_keys(state, ("state", "param_groups"), what)
-    # Its state is there from the beginning; that of others may come with a step.
+    # Some optimizers have their state from the beginning, others get it in a step.
     made = not isinstance(fused_by(optimizer), str)
     trial = copy.deepcopy(optimizer)
     try:
         trial.load_state_dict(copy.deepcopy(dict(state)))
         for mine, loaded in zip(optimizer.param_groups, trial.param_groups, strict=True):
-            # It goes with the device, and not with the state.
+            # This option follows the device, not the state.
             if isinstance(loaded.get("capturable"), bool) and "capturable" in mine:
                 loaded["capturable"] = mine["capturable"]
     except Exception as error:
@@ -138,12 +138,12 @@ def check_optimizer(state: Any, optimizer: torch.optim.Optimizer, what: str) -> 
                 usable = name in found and alike(found[name], present[name])
                 expect(usable, f"{what}['state']", f"has no usable {name}")
     wrong = _tried_out(trial)
-    if wrong is not None and _tried_out(copy.deepcopy(optimizer)) is None:  # else it says nothing of the state
+    if wrong is not None and _tried_out(copy.deepcopy(optimizer)) is None:  # otherwise the error is not from the state
         refuse(what, f"is none that {type(optimizer).__name__} can go on from ({wrong})")
 
 
 def _tried_out(trial: torch.optim.Optimizer) -> Exception | None:
-    """What is wrong with a step of this optimizer, which is nobody's, along a small gradient."""
+    """The error of a step along a small gradient, or None. The optimizer is a copy, which the step may change."""
     params = [p for group in trial.param_groups for p in group["params"]]
     try:
         for p in params:

@@ -1,7 +1,7 @@
-"""The state tensors that an optimizer keeps for its parameters: beginning them, for their owner, and looking at them.
+"""The state tensors that an optimizer keeps for its parameters: its owner begins them, others only look at them.
 
-The two are apart since an entry that a look would leave behind is not harmless: plain SGD would save a buffer that it
-never has, and torch's RMSprop takes an entry that is there for one that is whole.
+Looking must not make an entry, since an empty entry does harm: plain SGD would save a buffer that it never has, and
+torch's RMSprop takes any present entry for a complete one.
 """
 
 import operator
@@ -21,12 +21,12 @@ _dtype = operator.attrgetter("dtype")
 
 
 def begun_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
-    """One state tensor a run; where there is none it begins: zeros, as SGD's and Adam's averages do, are put there.
+    """One state tensor for each run. A missing tensor begins at zero, as the averages of SGD and Adam do.
 
-    For the owner of the state. Whoever only wants to know what is there takes a :class:`Look`.
+    Only the owner of the state may call this. To look at the state use :class:`Look`.
 
-    None if one of them lies otherwise in memory than its parameter. Looking the parameters up is slow in Python, so the
-    tensors are remembered, and taken again as long as the state holds the very same ones.
+    Returns None if a tensor has another memory layout than its parameter. Looking the parameters up is slow in Python,
+    so the tensors are remembered, and used again as long as the state holds the same objects.
     """
     b = runs.bucket
     present = [entry.get(name) for entry in state.values()]
@@ -40,7 +40,7 @@ def begun_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
             refuse_while_capturing(f"the optimizer's {name}")
             like = b.params[i] if b.apart else p
             own[name] = torch.zeros_like(like, memory_format=torch.preserve_format, requires_grad=False)
-        if own[name].is_conj() or own[name].is_neg():  # what is written to its memory has another sign when it is read
+        if own[name].is_conj() or own[name].is_neg():  # its memory holds the numbers with the other sign
             refuse_while_capturing(f"the optimizer's {name}")
             own[name] = own[name].resolve_conj().resolve_neg()
         tensors.append(local(own[name]))
@@ -51,7 +51,7 @@ def begun_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
 
 
 def lies_as(tensors: list[Tensor], params: list[Tensor]) -> bool:
-    """True if the tensors lie in memory as the parameters do; what has a ``.data`` can be changed at any time."""
+    """True if the tensors have the parameters' memory layout. Asked anew each time, since ``.data`` may be replaced."""
     if not tensors:
         return True
     return (
@@ -67,15 +67,15 @@ def _same(old: Sequence[object], new: Sequence[object]) -> bool:
 
 
 class Look:
-    """A base optimizer as a part of a method may see it: its class, its groups and its state, read only.
+    """What a part of a method may see of a base optimizer: its class, its groups and its state, read only.
 
-    Nothing here makes an entry, and what a mapping holds cannot be replaced through it. The tensors are the base
-    optimizer's own: they are to be read, unless the part and the optimizer belong together, as bSAM's do.
+    Nothing here makes an entry, and no entry of a mapping can be replaced. The tensors are the base optimizer's own: a
+    part may only read them, unless part and optimizer belong together, as in bSAM.
 
     Args:
         kind: the optimizer's class.
-        groups: its param groups; of a state that is about to be loaded, those in it.
-        state: its state by parameter; left out where groups alone are to be looked at.
+        groups: the param groups of the optimizer, or of a state that is about to be loaded.
+        state: the state by parameter; leave it out to look at groups only.
     """
 
     def __init__(self, kind: type, groups: Sequence[Mapping[str, Any]], state: State | None = None) -> None:
@@ -90,7 +90,7 @@ class Look:
 
     @property
     def name(self) -> str:
-        """What the optimizer's class is called, for errors."""
+        """The name of the optimizer's class, for errors."""
         return self.kind.__name__
 
     @property
@@ -99,10 +99,10 @@ class Look:
         return [MappingProxyType(dict(group)) for group in self._groups]
 
     def entry(self, p: Tensor) -> Mapping[str, Any]:
-        """The state of a parameter, read only; empty where there is none."""
+        """The state of a parameter, read only; empty if there is none."""
         return MappingProxyType(self._state.get(p, {}))
 
     def tensors(self, runs: Runs, name: str) -> list[Tensor | None]:
-        """One state tensor a run, as it lies there (of this rank's part, complex numbers as pairs), or None."""
+        """One state tensor, or None, for each run: this rank's part, complex numbers as pairs, as it lies in memory."""
         entries = [self._state.get(runs.bucket.params[i], {}) for i in runs.indices]
         return [local(own[name]) if isinstance(own.get(name), Tensor) else None for own in entries]

@@ -11,9 +11,8 @@ from lets_kernels.space.shards import local
 class VariationalSGD(torch.optim.Optimizer):
     """m ← β₁m + (1 − β₁)(ĝ + δω), ω ← ω − α m/s.
 
-    The precision s is state of this optimizer, but moved by the direction :class:`lets_kernels.Posterior`, which sees
-    the gradient at the sample. Where m and s stand: ``state[p]["exp_avg"]`` and ``state[p]["precision"]``, from the
-    beginning.
+    The precision s is state of this optimizer, but the direction :class:`lets_kernels.Posterior` updates it, since it
+    sees the gradient at the sample. From the beginning m is ``state[p]["exp_avg"]`` and s is ``state[p]["precision"]``.
 
     Args:
         params: parameters or groups of them.
@@ -52,7 +51,7 @@ class VariationalSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, into tensors that lie in memory as the parameters do, where the ops need them."""
+        """Like torch's, but into tensors with the parameters' memory layout, which the ops need."""
         super().load_state_dict(state_dict)
         for p, own in self.state.items():
             for name in own.keys() & set(_STATE):
@@ -61,7 +60,7 @@ class VariationalSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step along the gradients that are there. Raises ``ValueError`` for a closure."""
+        """One step along the present gradients. Raises ``ValueError`` for a closure."""
         if closure is not None:
             raise ValueError("VariationalSGD takes no closure; BSAM does")
         for group in self.param_groups:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = getattr(options, "methods", METHODS)
     planned = tasks([name for name in ALL if name in chosen], settings)
     try:
-        from lets_kernels.demo.run import run_demo  # imports what was just looked for
+        from lets_kernels.demo.run import run_demo  # imports the packages that were just looked for
 
         run_demo(planned, settings, min(options.jobs, len(planned)), options.output)
     except KeyboardInterrupt:
@@ -52,11 +52,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     count = _number(int, "a whole number from 1", lambda value: value >= 1)
     share = _number(float, "from 0 to 1", lambda value: 0 <= value <= 1)
     parser.add_argument("--epochs", type=count, default=DEFAULT.epochs, help="passes over the training set")
-    parser.add_argument("--seeds", type=count, default=DEFAULT.seeds, help="runs of each, with the seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=count, default=DEFAULT.seeds, help="trainings of each, with seeds 0, 1, ...")
     parser.add_argument("--noise", type=share, default=DEFAULT.noise, help="share of the training labels made wrong")
     names = f"any of {', '.join(ALL)} (default: the first {len(METHODS)})"
     parser.add_argument("--methods", nargs="+", choices=ALL, default=argparse.SUPPRESS, metavar="NAME", help=names)
-    radii = "run every method from each of these radii (default: its own)"
+    radii = "train every method from each of these radii (default: its own)"
     parser.add_argument("--rho", nargs="+", type=positive, default=argparse.SUPPRESS, metavar="RHO", help=radii)
     parser.add_argument("--backend", choices=("auto", *lets_kernels.backends()), default="auto", help="kernels to use")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for the JSON file and the plot")

@@ -1,4 +1,4 @@
-"""The 8x8 handwritten digits that scikit-learn ships, some of the training labels made wrong."""
+"""The 8x8 handwritten digits that scikit-learn ships, with some of the training labels made wrong."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def load(seed: int, noise: float) -> Digits:
 
 
 def noisy_targets(labels: Tensor, noise: float) -> Tensor:
-    """The distribution, [n, 10], from which noise of that share would draw a training label for each true label."""
+    """For each true label the distribution, [n, 10], from which noise of this share draws a training label."""
     right = torch.nn.functional.one_hot(labels, CLASSES).float()
     return (1 - noise) * right + noise / (CLASSES - 1) * (1 - right)
 

@@ -1,4 +1,4 @@
-"""What the demo compares: the same SGD alone, and inside SAM with each kind of radius; the other methods by name."""
+"""What the demo compares: SGD alone, and the same SGD inside SAM with each kind of radius; other methods by name."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -15,21 +15,21 @@ from lets_kernels.parts.radius import RadiusLike
 
 TRAIN_SIZE = 1280
 RADII = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-STARTS = (0.005, 0.05, 0.5)  # of a radius that moves; the first is that of rho="auto"
+STARTS = (0.005, 0.05, 0.5)  # first radii for a radius that moves; rho="auto" begins with the first
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs share."""
+    """The settings that all trainings share."""
 
     epochs: int = 30
-    seeds: int = 2  # runs of each method and radius, with the seeds 0, 1, ...
+    seeds: int = 2  # trainings of each method and radius, with the seeds 0, 1, ...
     noise: float = 0.4  # share of the training labels that are wrong
     batch_size: int = 64
     lr: float = 0.01  # cosine-annealed to zero
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    radii: tuple[float, ...] = ()  # instead of each method's own
+    radii: tuple[float, ...] = ()  # these replace each method's own
     backend: str = "auto"
 
     @property
@@ -47,12 +47,12 @@ class Settings:
 
 
 Parameters = Iterable[Parameter]
-Build = Callable[[Parameters, Settings, Any], Optimizer]  # with a radius; SGD's is None
+Build = Callable[[Parameters, Settings, Any], Optimizer]  # the last argument is the radius; None for SGD
 
 
 @dataclass(frozen=True)
 class Method:
-    """How to build the optimizer, and from which radii to run it unless told otherwise (SGD has none)."""
+    """How to build the optimizer, and its first radii, unless the command line gives others (SGD has none)."""
 
     label: str
     build: Build
@@ -64,12 +64,12 @@ def sgd(params: Parameters, settings: Settings, rho: None) -> Optimizer:
 
 
 def inside(kind: type[SAM], radius: Callable[[float], RadiusLike] = float, **options: Any) -> Build:
-    """SGD inside a method of this kind; everything that is not said here is the package's default."""
+    """SGD inside a method of this kind; every argument that is not given here is the package's default."""
     return lambda params, s, rho: kind(params, SGD, rho=radius(rho), backend=s.backend, **options, **s.sgd)
 
 
 def as_described(kind: type[SAM]) -> Build:
-    """SGD inside a method of which nothing is known here but its constructor; one that asks for ``steps`` gets them."""
+    """SGD inside a method of which only the constructor is known; if it takes ``steps``, it gets them."""
     steps = inspect.signature(kind).parameters.get("steps")
     if steps is not None and steps.default is steps.empty:
         return lambda params, s, rho: inside(kind, steps=s.steps)(params, s, rho)
@@ -95,7 +95,7 @@ def bsam(params: Parameters, settings: Settings, rho: float) -> Optimizer:
 
 secant = partial(LearnedRadius, curvature="secant")
 
-#: What the demo runs unless told otherwise.
+#: What the demo trains by default.
 METHODS = {
     "sgd": Method("SGD", sgd, ()),
     "sam": Method("SAM", inside(SAM), RADII),
@@ -103,13 +103,13 @@ METHODS = {
     "lets-sam": Method("LETS-SAM", inside(LETSSAM), STARTS),
 }
 
-#: Methods that want more than their constructors ask for.
+#: Methods that need more arguments than their constructors require.
 SPECIAL = {SparseSAM: sparse_sam, BSAM: bsam}
 
-#: Where a method's default radius is larger, this: SAM's own training is lost from 1.0 on in so small a network.
+#: Replaces a larger default radius: in so small a network even SAM fails with a radius from 1.0 on.
 LARGEST = 0.5
 
-#: What it runs if it is named: other radii, and then every method of the package, from its own default radius.
+#: What the demo trains if named: other radii, and then every method of the package, from its default radius.
 OTHERS = {
     "lets-sam-secant": Method("LETS-SAM secant", inside(LETSSAM, secant)),
     "asam-auto": Method('ASAM rho="auto"', inside(ASAM, AutoRadius), (0.5,)),
@@ -127,7 +127,7 @@ Task = tuple[str, float | None, int]  # method, first radius, seed
 
 
 def tasks(methods: list[str], settings: Settings) -> list[Task]:
-    """The runs, the longest first, so that no process idles at the end; names in the order of ALL."""
+    """The trainings, the longest first, so that no process idles at the end; names in the order of ALL."""
     return [
         (name, rho, seed)
         for seed in range(settings.seeds)

@@ -15,9 +15,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from lets_kernels.demo.methods import ALL, OTHERS, Settings
 from lets_kernels.demo.report import in_order
-from lets_kernels.demo.train import Run
+from lets_kernels.demo.train import Training
 
-# The first colours are of Okabe and Ito's palette, told apart with every kind of colour vision.
+# The first colours are from Okabe and Ito's palette, which every kind of colour vision can distinguish.
 STYLES: dict[str, dict[str, Any]] = {
     "sgd": {"color": "#000000", "linestyle": ":"},
     "sam": {"color": "#0072B2", "marker": "o"},
@@ -27,18 +27,18 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_plot(runs: list[Run], settings: Settings, path: Path) -> None:
+def write_plot(trainings: list[Training], settings: Settings, path: Path) -> None:
     """Accuracy against the first radius; radii that move, over the epochs. Means, and the range over the seeds."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for name, of_method in groupby(in_order(runs), lambda run: run.method):
+    for name, of_method in groupby(in_order(trainings), lambda training: training.method):
         style = {**STYLES[name], "label": ALL[name].label, "markerfacecolor": "none"}  # or one marker hides another
-        by_radius = [list(group) for _, group in groupby(of_method, lambda run: run.rho)]
-        last = [[100 * run.epochs[-1].test_accuracy for run in group] for group in by_radius]
+        by_radius = [list(group) for _, group in groupby(of_method, lambda training: training.rho)]
+        last = [[100 * training.epochs[-1].test_accuracy for training in group] for group in by_radius]
         mean, low, high = np.mean(last, 1), np.min(last, 1), np.max(last, 1)
         if name == "sgd":
             left.axhline(mean[0], **style)
             continue
-        rhos = np.array([[[epoch.rho for epoch in run.epochs] for run in group] for group in by_radius])
+        rhos = np.array([[[epoch.rho for epoch in training.epochs] for training in group] for group in by_radius])
         moves = (rhos != rhos[..., :1]).any()
         radii = [group[0].rho for group in by_radius]
         left.errorbar(radii, mean, (mean - low, high - mean), linestyle="" if moves else "-", **style)

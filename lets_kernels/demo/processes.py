@@ -1,4 +1,4 @@
-"""All runs, spread over processes of one thread each, behind one progress bar."""
+"""All trainings, spread over processes of one thread each, behind one progress bar."""
 
 import contextlib
 import multiprocessing
@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lets_kernels.demo.methods import Settings, Task
-from lets_kernels.demo.train import Run, train
+from lets_kernels.demo.train import Training, train
 
 
-def train_all(planned: list[Task], settings: Settings, jobs: int, console: Console) -> Generator[Run, None, None]:
-    """Trains all that is planned, and yields each run as it ends. Closing it ends its processes.
+def train_all(planned: list[Task], settings: Settings, jobs: int, console: Console) -> Generator[Training, None, None]:
+    """Trains all that is planned, and yields each training when it ends. Closing the generator ends its processes.
 
     The numbers do not depend on ``jobs``; the timings do.
     """
@@ -30,13 +30,13 @@ def train_all(planned: list[Task], settings: Settings, jobs: int, console: Conso
     with Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task(f"starting {jobs} processes", total=settings.epochs * len(planned))
         try:
-            with _without_interrupts():  # the processes are born deaf to Ctrl-C; this one tells them when to stop
+            with _without_interrupts():  # the new processes ignore Ctrl-C; this process tells them when to stop
                 pending = {pool.submit(_train, task, settings) for task in planned}
             while pending:
                 ended, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in ended)
                 if epochs.value:
-                    text = f"{len(planned) - len(pending)} of {len(planned)} runs"
+                    text = f"{len(planned) - len(pending)} of {len(planned)} trainings"
                     progress.update(bar, completed=epochs.value, description=text)
         except BaseException:
             progress.update(bar, description="stopping")
@@ -69,14 +69,14 @@ def _start(epochs: "Synchronized[int]", stop: Event) -> None:
 
 
 def _end_with_parent() -> None:
-    """A process whose parent was killed would wait for work for ever."""
+    """End this process if its parent was killed; otherwise it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _train(task: Task, settings: Settings) -> Run:
+def _train(task: Task, settings: Settings) -> Training:
     def after_epoch() -> None:
         with _epochs.get_lock():
             _epochs.value += 1

@@ -1,4 +1,4 @@
-"""What the runs come to: a table on the screen and a JSON file."""
+"""The results of the trainings: a table on the screen and a JSON file."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from rich.table import Table
 import lets_kernels
 from lets_kernels.demo.data import TEST_SIZE
 from lets_kernels.demo.methods import ALL, Settings
-from lets_kernels.demo.train import Run
+from lets_kernels.demo.train import Training
 
 DEFINITIONS = {
     "train_loss": "mean cross-entropy (nats) on the training set with its wrong labels, in evaluation mode",
@@ -30,7 +30,7 @@ DEFINITIONS = {
     "gap": "generalisation gap: noisy_test_loss - train_loss",
     "test_accuracy": "share of the test images, with their right labels, that are classified correctly",
     "rho": "the radius at the end of the epoch (epoch 0: at the start)",
-    "gradients": "how many gradients all steps so far have taken; that of a part of the batch is one, too",
+    "gradients": "how many gradients all steps so far have taken; a gradient of a part of the batch counts as one, too",
     "step_ms": "wall time of optimizer.step in ms, median over the epoch; summary: median of epochs, mean of seeds",
     "optimizer_ms": "as step_ms, without the time spent in the closures, that is in zero_grad, forward and backward "
     "(null for ESAM and δ-SAM, which call backward themselves)",
@@ -38,8 +38,8 @@ DEFINITIONS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """A method from one radius, over its seeds: means, and the accuracy's sample deviation (None with one seed)."""
+class Summary:
+    """A method with one first radius, over its seeds: means, and the sample deviation of the accuracy."""
 
     method: str
     label: str
@@ -47,39 +47,42 @@ class Row:
     gradients: float
     gradients_per_step: float
     test_accuracy: float
-    test_accuracy_sd: float | None
+    test_accuracy_sd: float | None  # None with one seed
     rho_start: float | None
     rho_end: float | None
     step_ms: float
     optimizer_ms: float | None
 
 
-def in_order(runs: list[Run]) -> list[Run]:
-    """By method as in ALL, then by radius and seed."""
+def in_order(trainings: list[Training]) -> list[Training]:
+    """The trainings sorted by method, as in ALL, then by radius and seed."""
     order = list(ALL)
-    return sorted(runs, key=lambda run: (order.index(run.method), run.rho or 0.0, run.seed))
+    return sorted(trainings, key=lambda training: (order.index(training.method), training.rho or 0.0, training.seed))
 
 
-def summarise(runs: list[Run], settings: Settings) -> list[Row]:
-    """One row a method and first radius, in order."""
-    return [_row(list(group), settings) for _, group in groupby(in_order(runs), lambda run: (run.method, run.rho))]
+def summarise(trainings: list[Training], settings: Settings) -> list[Summary]:
+    """One summary for each method and first radius, in order."""
+    return [
+        _summary(list(group), settings)
+        for _, group in groupby(in_order(trainings), lambda each: (each.method, each.rho))
+    ]
 
 
-def _row(runs: list[Run], settings: Settings) -> Row:
-    accuracies = [run.epochs[-1].test_accuracy for run in runs]
-    gradients = fmean(run.epochs[-1].gradients for run in runs)
-    return Row(
-        method=runs[0].method,
-        label=ALL[runs[0].method].label,
-        seeds=len(runs),
+def _summary(trainings: list[Training], settings: Settings) -> Summary:
+    accuracies = [training.epochs[-1].test_accuracy for training in trainings]
+    gradients = fmean(training.epochs[-1].gradients for training in trainings)
+    return Summary(
+        method=trainings[0].method,
+        label=ALL[trainings[0].method].label,
+        seeds=len(trainings),
         gradients=gradients,
         gradients_per_step=gradients / settings.steps,
         test_accuracy=fmean(accuracies),
         test_accuracy_sd=stdev(accuracies) if len(accuracies) > 1 else None,
-        rho_start=runs[0].rho,
-        rho_end=_of(fmean, (run.epochs[-1].rho for run in runs)),
-        step_ms=fmean(median(epoch.step_ms or 0.0 for epoch in run.epochs[1:]) for run in runs),
-        optimizer_ms=_of(fmean, (_of(median, (epoch.optimizer_ms for epoch in run.epochs[1:])) for run in runs)),
+        rho_start=trainings[0].rho,
+        rho_end=_of(fmean, (training.epochs[-1].rho for training in trainings)),
+        step_ms=fmean(median(epoch.step_ms or 0.0 for epoch in training.epochs[1:]) for training in trainings),
+        optimizer_ms=_of(fmean, (_of(median, (epoch.optimizer_ms for epoch in each.epochs[1:])) for each in trainings)),
     )
 
 
@@ -88,14 +91,14 @@ def _of(statistic: Callable[[list[float]], float], values: Iterable[float | None
     return statistic(present) if present else None
 
 
-def table(rows: list[Row], settings: Settings, jobs: int) -> Table:
-    """The rows for the screen; the caption says what was measured."""
+def table(summaries: list[Summary], settings: Settings, jobs: int) -> Table:
+    """The summaries for the screen; the caption says what was measured."""
     processes = "in a process" if jobs == 1 else f"in {jobs} processes at once, each"
     result = Table(
         title=f"8x8 digits, {settings.noise:.0%} of the training labels wrong, {settings.epochs} epochs",
         caption=(
             f"Accuracy: on {TEST_SIZE} test images with right labels, after the last epoch, mean ± sd over seeds "
-            f"({rows[0].seeds}). Radius: mean. Times: median over steps, mean over seeds, {processes} of one "
+            f"({summaries[0].seeds}). Radius: mean. Times: median over steps, mean over seeds, {processes} of one "
             f"thread; the optimizer's part is the step without its gradients."
         ),
         caption_justify="left",
@@ -105,23 +108,23 @@ def table(rows: list[Row], settings: Settings, jobs: int) -> Table:
     gradients, times = "gradients\na step / all", "ms a step\n(optimizer)"
     for heading in ("first\nradius", "last\nradius", "test\naccuracy, %", gradients, times):
         result.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        spread = "" if row.test_accuracy_sd is None else f" ± {100 * row.test_accuracy_sd:4.1f}"
+    for summary in summaries:
+        spread = "" if summary.test_accuracy_sd is None else f" ± {100 * summary.test_accuracy_sd:4.1f}"
         result.add_row(
-            row.label,
-            *("-" if rho is None else f"{rho:.3f}" for rho in (row.rho_start, row.rho_end)),
-            f"{100 * row.test_accuracy:.1f}{spread}",
-            f"{row.gradients_per_step:.3g} / {row.gradients:.0f}",
-            f"{row.step_ms:.2f} ({'-' if row.optimizer_ms is None else f'{row.optimizer_ms:.2f}'})",
+            summary.label,
+            *("-" if rho is None else f"{rho:.3f}" for rho in (summary.rho_start, summary.rho_end)),
+            f"{100 * summary.test_accuracy:.1f}{spread}",
+            f"{summary.gradients_per_step:.3g} / {summary.gradients:.0f}",
+            f"{summary.step_ms:.2f} ({'-' if summary.optimizer_ms is None else f'{summary.optimizer_ms:.2f}'})",
         )
     return result
 
 
-def findings(rows: list[Row]) -> str:
-    """What the first radius decided, a sentence for each method that ran from several."""
+def findings(summaries: list[Summary]) -> str:
+    """How much the first radius decided: a sentence for each method that was trained from several."""
     sentences = []
-    for _, same in groupby(rows, lambda row: row.method):
-        by_accuracy = sorted(same, key=lambda row: row.test_accuracy)
+    for _, same in groupby(summaries, lambda summary: summary.method):
+        by_accuracy = sorted(same, key=lambda summary: summary.test_accuracy)
         worst, best = by_accuracy[0], by_accuracy[-1]
         if worst is not best:
             sentences.append(
@@ -132,8 +135,8 @@ def findings(rows: list[Row]) -> str:
     return " ".join([*sentences, "docs/radius.md says how each radius works, and which is for whom."])
 
 
-def document(runs: list[Run], settings: Settings, jobs: int, seconds: float) -> dict[str, Any]:
-    """Everything there is to know about the runs, ready for JSON."""
+def document(trainings: list[Training], settings: Settings, jobs: int, seconds: float) -> dict[str, Any]:
+    """Everything that is known about the trainings, ready for JSON."""
     return {
         "what": "lets_kernels demo",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -148,13 +151,13 @@ def document(runs: list[Run], settings: Settings, jobs: int, seconds: float) -> 
         },
         "backends": lets_kernels.backends(),
         "definitions": DEFINITIONS,
-        "summary": [asdict(row) for row in summarise(runs, settings)],
-        "runs": [asdict(run) for run in in_order(runs)],
+        "summary": [asdict(summary) for summary in summarise(trainings, settings)],
+        "runs": [asdict(training) for training in in_order(trainings)],
     }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file in one go: whoever reads it never sees half of it. NaN and infinity become null."""
+    """Writes the file in one go, so that no reader sees half of it. NaN and infinity become null."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     part.replace(path)
@@ -177,7 +180,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, if it is one, with "-dirty" where it was edited since."""
+    """The commit of the source tree of this package, if there is one, with "-dirty" if it was edited since."""
     root = Path(lets_kernels.__file__).parents[1]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""One training run: a method, a radius, a seed, and what is recorded after each epoch."""
+"""One training: a method, a radius, a seed, and what is recorded after each epoch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,15 +29,15 @@ class Epoch:
     gap: float  # generalisation gap: noisy_test_loss - train_loss
     test_accuracy: float  # share of the test set, 0 ... 1
     rho: float | None  # the radius; None for SGD
-    gradients: int  # so far
-    skipped_steps: int  # so far, for want of a finite gradient
+    gradients: int  # the number taken so far
+    skipped_steps: int  # the number so far; a step is skipped if a gradient is not finite
     step_ms: float | None  # wall time of a step, median over the epoch
-    optimizer_ms: float | None  # what is left of it without the closures (forward and backward passes), median
+    optimizer_ms: float | None  # the same without the closures (forward and backward passes)
 
 
 @dataclass(frozen=True)
-class Run:
-    """A method's run from one radius with one seed."""
+class Training:
+    """A training with one method, from one radius, with one seed."""
 
     method: str
     rho: float | None  # the first radius; None for SGD
@@ -63,7 +63,7 @@ class Timer:
 
 def train(
     name: str, rho: float | None, seed: int, settings: Settings, after_epoch: Callable[[], None] = lambda: None
-) -> Run:
+) -> Training:
     """Trains one network. Data, initial weights and batches follow from ``seed`` and are the same for every method."""
     data = load(seed, settings.noise)
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def train(
 
     timer = Timer()
     train_batches = batches(data.train_images, data.train_labels, settings.batch_size, seed)
-    # LETS draws its validation batches from the training set, wrong labels and all.
+    # LETS draws its validation batches from the training set, with its wrong labels.
     val_batches = batches(data.train_images, data.train_labels, settings.batch_size, seed + 1_000_000)
     records = [evaluate(0, model, data, settings.noise, optimizer, [])]
     for epoch in range(1, settings.epochs + 1):
@@ -108,14 +108,14 @@ def train(
         records.append(evaluate(epoch, model, data, settings.noise, optimizer, times))
         after_epoch()
     backend = optimizer.backend if isinstance(optimizer, SAM) else None
-    return Run(name, rho, seed, backend, records)
+    return Training(name, rho, seed, backend, records)
 
 
 @torch.no_grad()
 def evaluate(
     epoch: int, model: nn.Module, data: Digits, noise: float, optimizer: Optimizer, times: list[tuple[float, float]]
 ) -> Epoch:
-    """Measures the network after an epoch, from whose steps the ``times`` (ms, in all and without the closures) are.
+    """Measures the network after an epoch. ``times``: ms of each of its steps, in all and without the closures.
 
     The generalisation gap compares like with like: training labels are noisy, so the test loss in it is the one that
     equally noisy labels would have (in exact expectation, not by a draw). It is near zero until wrong labels are
@@ -126,7 +126,7 @@ def evaluate(
     logits = model(data.test_images)
     noisy_test_loss = cross_entropy(logits, noisy_targets(data.test_labels, noise)).item()
     sam = optimizer if isinstance(optimizer, SAM) else None
-    calls_backward = sam is not None and sam.samples.per_sample  # so it cannot be told apart from the rest
+    calls_backward = sam is not None and sam.samples.per_sample  # so its time cannot be measured apart
     return Epoch(
         epoch=epoch,
         train_loss=train_loss,

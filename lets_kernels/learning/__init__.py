@@ -1,1 +1,1 @@
-"""A radius that finds itself: learned by bilevel optimisation (LETS), or by what the steps show (``rho="auto"``)."""
+"""Radii that move by themselves: learned by bilevel optimisation (LETS), or found from the steps (``rho="auto"``)."""

@@ -1,14 +1,14 @@
-"""How far to perturb, found while training: ``rho="auto"``.
+"""How far to perturb, found during training: ``rho="auto"``.
 
-A step leaves behind, for some more reads of what is in memory anyway, how much its perturbation changed the gradient,
-and whether the gradient still points along the step before:
+With some more reads of buffers that are in memory anyway, a step gives two measurements: how much its perturbation
+changed the gradient, and whether the gradient still points along the step before:
 
     κ = ‖ĝ − g‖/‖g‖,    m = ‖ĝ − g‖/max(‖g‖, ‖ĝ‖),    c = −g·Δ/(‖g‖ ‖Δ‖),    Δ = θ_t − θ_{t−1}.
 
-Where steps still make headway (c > 0) a large radius only slows them; where they overshoot (c < 0: training bounces
-between the walls of a valley, or fits noise) it helps, and the more the further. So the radius aims at a change of the
-gradient that depends on c. None of this has a unit: neither the scale of the loss, nor that of the weights or of a
-direction's T, nor the number of steps enters.
+While steps still make headway (c > 0), a large radius only slows them. If steps overshoot (c < 0: training bounces
+between the walls of a valley, or fits noise), a large radius helps, and the more steps overshoot the more it helps. So
+the radius aims at a change of the gradient that depends on c. All these numbers are without a unit: the scale of the
+loss, of the weights and of a direction's T has no influence, nor has the number of steps.
 """
 
 import math
@@ -34,20 +34,20 @@ class AutoConstants:
     """The constants of :class:`AutoRadius`; docs/radius.md says how much each of them matters.
 
     Raises:
-        ValueError: one is no positive finite number, or a decay is not below 1.
+        ValueError: a constant is no positive finite number, or a decay is not below 1.
     """
 
     change: float = 0.15  # κ* at c = 0
-    slope: float = 20.0  # by which log κ* falls where c rises by 1
-    most_headway: float = 0.1  # c from which κ* falls no further, so that no perturbation is lost in rounding
-    most_change: float = 0.6  # m above which the radius falls, whatever c says
-    rate: float = 0.15  # how fast ν follows, a step
-    bound: float = 2.0  # on what ν is asked to move by, before the rate
-    headway_decay: float = 0.98  # of the average of c, at the highest learning rate so far
-    length_decay: float = 0.9  # of the average of log κ − ν
-    start: int = 10  # steps that look for the scale
-    start_change: float = 0.1  # κ at their end
-    start_bound: float = 3.0  # on a step of ν among them
+    slope: float = 20.0  # by how much log κ* falls if c rises by 1
+    most_headway: float = 0.1  # from this c on κ* falls no further, so that no perturbation is lost in rounding
+    most_change: float = 0.6  # above this m the radius falls, whatever c is
+    rate: float = 0.15  # the share of the wanted change of ν that a step makes
+    bound: float = 2.0  # on the wanted change of ν, before the rate
+    headway_decay: float = 0.98  # decay of the average of c, at the highest learning rate so far
+    length_decay: float = 0.9  # decay of the average of log κ − ν
+    start: int = 10  # number of first steps, which look for the scale of ρ
+    start_change: float = 0.1  # the κ that these first steps aim at
+    start_bound: float = 3.0  # on the change of ν in each of these first steps
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -58,43 +58,42 @@ class AutoConstants:
                 raise ValueError(f"{field.name} must be below 1, not {value!r}")
 
 
-#: ν stays between the logarithms of these: where nothing bends, no κ says where to stop.
+#: ν stays between the logarithms of these two: if the loss has no curvature, no κ tells ν where to stop.
 _LEAST, _MOST = 1e-6, 1e2
-#: log κ of a perturbation that changed nothing.
+#: Stands for log κ if the perturbation did not change the gradient.
 _NOTHING = -50.0
 
 
 class AutoRadius(MovingRadius):
-    """ρ = exp(ν) without a number to choose, at two gradients a step: ``rho="auto"``. Ours; no paper.
+    """ρ = exp(ν) without a number to choose, with two gradients a step: ``rho="auto"``. It is ours; there is no paper.
 
-    In the first steps, t < 10, ν goes where κ is 0.1, whatever the first radius was:
+    In the first steps, t < 10, ν moves so that κ becomes 0.1, whatever the first radius was:
     ν ← ν + clip(log(0.1/κ)/(1 + t), ±3). Then, with averages c̄ of c and ℓ̄ of log κ − ν,
 
         ν ← ν + 0.15 clip(min(log 0.15 − 20 min(c̄, 0.1) − ℓ̄ − ν, log(0.6/m)), ±2).
 
-    c̄ forgets by 0.98^(η/η_max) a step, so that it keeps what it saw before a learning rate η that falls to zero. A
-    step that is skipped, or that a schedule does not perturb, moves nothing. Everything happens on the device; nothing
-    waits.
+    The decay of c̄ is 0.98^(η/η_max) a step, so that c̄ changes less and less as the learning rate η falls to zero. A
+    step that is skipped, or does not perturb, changes nothing. Everything happens on the device; nothing waits.
 
-    It holds the first gradient through the second pass, and the weights before the last step, which lie in the buffer
-    that perturbations are undone from; these travel in the state dict (one tensor as large as each parameter). A step
-    reads four parameter-sized buffers more than one with a fixed radius; three where T = 1.
+    The first gradient is kept through the second pass. The weights before the last step are kept too, in the buffer
+    from which perturbations are undone; the state dict holds them (one tensor as large as each parameter). A step reads
+    four parameter-sized buffers more than a step with a fixed radius, or three if T = 1.
 
-    ``metrics()`` has ``relative_change`` (m), ``headway`` (c̄) and ``aimed_rho``, where the rule is going.
+    ``metrics()`` has ``relative_change`` (m), ``headway`` (c̄) and ``aimed_rho``, the radius at which the rule aims.
 
     Args:
-        rho: the radius of the first step; it matters for that step.
-        per_group: a radius for each param group, by the products of its own gradients.
-        constants: other constants; the defaults were chosen once, for all tasks together.
+        rho: the radius of the first step; it matters only for that step.
+        per_group: one radius for each param group, from the products of the group's own gradients.
+        constants: the constants of the rule; the defaults were chosen once, for all tasks together.
 
     Raises:
-        ValueError: ``rho`` is not above 0; with a direction that takes no first gradient, ``rho_warmup`` or
-            ``sync_perturbation=False``, when the optimizer is built.
+        ValueError: ``rho`` is not above 0. When the optimizer is built: the direction takes no first gradient, or there
+            is ``rho_warmup`` or ``sync_perturbation=False``.
     """
 
     held = (BEFORE,)
 
-    #: What is remembered of a radius, in the order of the columns of :attr:`memory`.
+    #: The numbers that are remembered for each radius, in the order of the columns of :attr:`memory`.
     COLUMNS = ("log_rho", "steps", "length", "headway", "headway_weight", "highest_lr")
 
     def __init__(self, rho: float = 0.005, *, per_group: bool = False, constants: AutoConstants | None = None) -> None:
@@ -125,7 +124,7 @@ class AutoRadius(MovingRadius):
     def check_passes(self, sync_perturbation: bool, direction: Direction, samples: Samples) -> None:
         if not direction.needs_gradient:
             raise ValueError(
-                "rho='auto' compares a step's two gradients, and this direction takes one: give it a number"
+                "rho='auto' compares a step's two gradients, and this direction takes one: give rho a number"
             )
         if not sync_perturbation:
             raise ValueError(
@@ -146,7 +145,7 @@ class AutoRadius(MovingRadius):
 
     @property
     def memory(self) -> Tensor:
-        """What it remembers, float64 of shape [radii, columns]; under several ranks each takes over the first one's."""
+        """The remembered numbers, float64 of shape [radii, columns]. Every rank takes over the first rank's."""
         return self._memory
 
     def _log(self, k: int) -> Tensor:
@@ -161,12 +160,12 @@ class AutoRadius(MovingRadius):
     # ---- the rule --------------------------------------------------------------------------------------------------
 
     def compare(self, products: Tensor, gate: Tensor, groups: Groups) -> None:
-        """Go by one step.
+        """Move the radius by what one step shows.
 
         Args:
-            products: ĝ·ĝ, g·ĝ, g·g, g·Δ and Δ·Δ over all ranks, float64 of shape [radii, 5]; Δ is by how much the
-                weights have moved since the last step that perturbed, zero where that is not known.
-            gate: 0-d, zero where the step is skipped; nothing may change then.
+            products: ĝ·ĝ, g·ĝ, g·g, g·Δ and Δ·Δ over all ranks, float64 of shape [radii, 5]. Δ is the move of the
+                weights since the last step that perturbed, zero if that is not known.
+            gate: 0-d, zero if the step is skipped; then nothing may change.
             groups: the param groups.
         """
         lrs = [group.get("lr", 1.0) for group in (groups if self.per_group else groups[:1])]
@@ -177,7 +176,7 @@ class AutoRadius(MovingRadius):
         self._publish(groups)
 
     def _next(self, products: Tensor, lr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is remembered after a step, and what there is to report; rows that are not finite do not count."""
+        """The remembered numbers after a step, and the numbers to report. Products that are not finite do not count."""
         c = self.constants
         nu, t, length, headway, weight, highest = self._memory.unbind(dim=1)
         perturbed, across, first, forward, moved = products.unbind(dim=1)
@@ -205,7 +204,7 @@ class AutoRadius(MovingRadius):
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """A list of 0-d tensors, one for each radius, under each name of :attr:`COLUMNS`."""
+        """Under each name of :attr:`COLUMNS`, a list of 0-d tensors, one for each radius."""
         columns = self._memory.clone().unbind(dim=1)
         return {name: list(column.unbind()) for name, column in zip(self.COLUMNS, columns, strict=True)}
 
@@ -222,11 +221,11 @@ class AutoRadius(MovingRadius):
 
 
 def as_radius(rho: RadiusLike) -> Radius:
-    """What ``rho`` stands for in a constructor.
+    """The radius that ``rho`` stands for in a constructor.
 
     Raises:
-        TypeError: it is neither a number nor a radius nor ``"auto"``.
-        ValueError: it is a number that is no radius.
+        TypeError: ``rho`` is neither a number nor a radius nor ``"auto"``.
+        ValueError: ``rho`` is a number that cannot be a radius.
     """
     if isinstance(rho, Radius):
         return rho

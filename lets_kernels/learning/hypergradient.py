@@ -1,11 +1,11 @@
-"""The gradient of LETS's objective in ν = log ρ (Wang et al., ECML-PKDD 2024), from what one step leaves behind.
+"""The gradient of LETS's objective in ν = log ρ (Wang et al., ECML-PKDD 2024), from the gradients of one step.
 
 With g at θ_t, ĝ at θ_t + ε, ḡ_tr and ḡ_vl at θ_{t+1} and the learning rate η,
 
     ∂F/∂ν = −η · w · (ḡ_vl − ḡ_tr)ᵀ H ε_t,    ε_t = ρ ε̂_t,
 
-where H is the curvature: ``diagonal`` takes diag(ĝ²) as the paper does, ``secant`` takes H ε_t = ĝ − g, for which
-both gradients are at hand already. The derivation treats the base optimizer's step as −η ĝ.
+where H is the curvature: ``diagonal`` takes diag(ĝ²) as the paper does, ``secant`` takes H ε_t = ĝ − g, since the step
+has both gradients already. The derivation treats the base optimizer's step as −η ĝ.
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,25 +22,25 @@ from lets_kernels.space.distributed import Replicas
 
 
 def _listed(gradients: list[Gradients] | None, k: int, like: Gradients) -> list[Tensor]:
-    """Those of bucket ``k`` in the order of ``like``, zero where there is none; an empty list of None."""
+    """The gradients of bucket ``k`` in the order of ``like``, zeros for missing ones; None gives an empty list."""
     if gradients is None:
         return []
     return [gradients[k][i] if i in gradients[k] else torch.zeros_like(p) for i, p in like.items()]
 
 
 def placed(gradients: list[Gradients], buckets: list[Bucket]) -> list[Gradients]:
-    """The gradients on the devices of their buckets."""
+    """The gradients, moved to the devices of their buckets."""
     pairs = zip(gradients, buckets, strict=True)
     return [{i: g.to(bucket.device) for i, g in each.items()} for each, bucket in pairs]
 
 
 def fit(gradients: list[Gradients], buckets: list[Bucket]) -> bool:
-    """True if these gradients, from a loaded state, can be those of the buckets' parameters."""
+    """True if these gradients, from a loaded state, can belong to the buckets' parameters."""
     return len(gradients) == len(buckets) and all(map(_alike, gradients, buckets))
 
 
 def _alike(gradients: Gradients, bucket: Bucket) -> bool:
-    """The same sizes, dtype and, where the parameter is dense, order in memory."""
+    """True for the same sizes and dtype and, if the parameter is dense, the same order in memory."""
     memory = bucket.memory
     if any(i >= len(memory) for i in gradients):
         return False
@@ -55,7 +55,7 @@ def _params(runs: Runs) -> Gradients:
     return dict(zip(runs.indices, runs.params, strict=True))
 
 
-#: A bucket, and its part of a sum: 0-d float64.
+#: A bucket, and its share of a sum: 0-d float64.
 Share = tuple[Bucket, Tensor]
 _LISTS = ("first", "perturbed", "stepped")
 
@@ -64,29 +64,29 @@ _LISTS = ("first", "perturbed", "stepped")
 class Trial:
     """One step's perturbation and the gradients around it.
 
-    ``ascents`` holds what was perturbed; every other list has an entry for each bucket there is.
+    ``ascents`` holds the perturbations; every other list has an entry for each bucket.
     """
 
     buckets: list[Bucket]
     ascents: list[Ascent]
     first: list[Gradients]
     perturbed: list[Gradients]
-    stepped: list[Gradients]  # what the base optimizer stepped along: the perturbed ones, unless the descent says else
+    stepped: list[Gradients]  # along these the base optimizer stepped: ĝ, or what the descent made of it
     total: Tensor
     lr: list[Any]
     rho: list[Tensor]
     gate: Tensor
-    slope: float = 1.0  # of what the base optimizer stepped along, in the second gradient
+    slope: float = 1.0  # the factor of the second gradient in ``stepped``
     captured: bool = False  # the step is part of a CUDA graph
-    #: The second gradients and their versions: nobody may change them until the radius has learned.
+    #: The second gradients and their versions: no code may change them until the radius has learned.
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Share]:
         """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, for the mean over ranks.
 
-        No ``train`` stands for ḡ_tr = 0. d is what the base optimizer stepped along: ĝ, or what the descent made of it,
-        which is g where ρ = 0. The sum is over all tensors, also those that were not perturbed: their gradients have
-        changed too.
+        Without ``train``, ḡ_tr is 0. d is the vector along which the base optimizer stepped: ĝ, or what the descent
+        made of ĝ, which is g if ρ = 0. The sum is over all tensors, also tensors that were not perturbed, since their
+        gradients have changed too.
         """
         out = []
         for bucket, lr, first, stepped in zip(self.buckets, self.lr, self.first, self.stepped, strict=True):
@@ -105,8 +105,8 @@ class Trial:
     ) -> list[Share]:
         """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each bucket, for the mean over ranks.
 
-        ``along``: the gradients whose direction stands for ε̂, with T at θ_t (Algorithm 1 as printed takes ḡ_tr);
-        None takes ε̂_t, the perturbation that was applied.
+        ``along``: gradients from which to compute ε̂, with T at θ_t (Algorithm 1 as printed takes ḡ_tr). None takes
+        ε̂_t, the perturbation that was applied.
         """
         ascents, total = self.ascents, self.total
         if along is not None:
@@ -117,7 +117,7 @@ class Trial:
         for a in ascents:
             k = a.bucket.index
             runs = a.runs.only([j for j, i in enumerate(a.runs.indices) if i in self.perturbed[k]])
-            if not runs.indices:  # ĝ is zero there, and an op on nothing would not know its dtype
+            if not runs.indices:  # ĝ is zero there, and an op without tensors would not know its dtype
                 continue
             v, t = (_listed(of, k, _params(runs)) for of in (val, train))
             vectors = dict(zip(a.runs.indices, a.vectors, strict=True))
@@ -129,7 +129,7 @@ class Trial:
         return out
 
     def detached(self) -> "Trial":
-        """A trial whose gradients are nobody else's: those after the step are the user's, who may change them."""
+        """A trial with its own copies of the gradients: the user may change the gradients after the step."""
         copies: dict[int, Tensor] = {}
 
         def own(gradients: list[Gradients]) -> list[Gradients]:
@@ -141,14 +141,14 @@ class Trial:
 
     @staticmethod
     def fits(state: dict[str, Any], buckets: list[Bucket]) -> bool:
-        """True if the buckets hold the parameters that a packed trial was made with, by their places in the groups."""
+        """True if the buckets hold the parameters of a packed trial, by their places in the groups."""
         for entry in state["ascents"]:
             if entry["bucket"] >= len(buckets):
                 return False
             bucket = buckets[entry["bucket"]]
             if (bucket.group, bucket.places) != (entry["group"], entry["places"]):
                 return False
-            vectors = dict(zip(entry["indices"], entry["vectors"], strict=False))  # none are needed for a secant
+            vectors = dict(zip(entry["indices"], entry["vectors"], strict=False))  # empty for a secant
             if not _alike(vectors, bucket) or any(i >= len(bucket.params) for i in entry["indices"]):
                 return False
             saved, norms = entry["saved"], entry["filter_norms"]
@@ -166,7 +166,7 @@ class Trial:
                 "indices": list(a.runs.indices),
                 "group": a.bucket.group,
                 "places": a.bucket.places,
-                "vectors": [v.clone() for v in a.vectors],  # a direction may hold them too, as complex numbers
+                "vectors": [v.clone() for v in a.vectors],  # the direction may hold the same memory, as complex numbers
                 "xi": a.xi,
                 "q": a.q,
                 "scaled": a.scaled,
@@ -180,9 +180,9 @@ class Trial:
 
     @classmethod
     def unpack(cls, state: dict[str, Any], buckets: list[Bucket]) -> "Trial":
-        """The trial again, over buckets of the same parameters and on their devices.
+        """The trial again, over buckets of the same parameters, on their devices.
 
-        Their saved weights become those of the trial.
+        The saved weights of the buckets become those of the trial.
         """
         ascents = []
         for entry in state["ascents"]:

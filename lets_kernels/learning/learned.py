@@ -33,54 +33,54 @@ MOST_NU = 80.0
 
 
 class CurvatureWarning(UserWarning):
-    """A learned radius goes by two gradients that differ in more than the perturbation."""
+    """A learned radius compares two gradients that differ in more than the perturbation."""
 
 
 class LearnedRadius(MovingRadius):
     """LETS: ρ = exp(ν), learned by bilevel optimisation (Wang et al., ECML-PKDD 2024, Algorithm 1).
 
-    After every step the gradients of the training and the validation loss are taken at the new weights, and ν moves
-    along ∂F/∂ν (:mod:`lets_kernels.learning.hypergradient`) under an optimizer of its own. Unstated in the paper, and
-    so parameters here: the optimizer for ν, one radius or one a group, and how a step of the base optimizer other than
-    plain SGD enters: as −η ĝ.
+    After every step the gradients of the training and the validation loss are taken at the new weights, and an
+    optimizer of its own moves ν along ∂F/∂ν (:mod:`lets_kernels.learning.hypergradient`). The paper does not state the
+    optimizer for ν, and whether there is one radius or one for each group: these are arguments here. It does not state
+    either how a step of a base optimizer other than plain SGD enters: here as −η ĝ.
 
-    ν stays within ±80, so ρ in [1.8e-35, 5.5e34], wherever its optimizer would take it: ρ is finite and positive in
-    float32 after any step, and so is what a state saves.
+    ν is kept within ±80, so ρ within [1.8e-35, 5.5e34], whatever its optimizer does. So ρ is finite and positive in
+    float32 after any step, and in any saved state.
 
-    ``group["rho"]`` shows the radius, as a 0-d tensor; what is written there is not read.
+    ``group["rho"]`` shows the radius, as a 0-d tensor; a value written there is not read.
 
-    A step with it, and the learning after it, can be captured in a CUDA graph with ``interval=1``, with validation
-    closures and without ``reuse_train_gradient``; the learning rates are then those of the capture, and ``opt.rho``
-    follows the replays.
+    A step with this radius, and the learning after it, can be captured in a CUDA graph with ``interval=1``, with
+    validation closures and without ``reuse_train_gradient``. The learning rates are then those of the capture, and
+    ``opt.rho`` follows the replays.
 
     Args:
-        rho: ρ_0 > 0, in the bounds above. With ``per_group``, for groups without their own ``rho``.
-        metric: F. ``"squared_gap"`` (the paper) is ½(L_vl − L_tr)², ``"gap"`` is L_vl − L_tr, ``"validation_loss"``
-            is L_vl; the last needs one gradient fewer. None takes ``"squared_gap"`` with ``validation="closure"``, and
-            ``"validation_loss"``, the only one that goes with it, with ``"next"``.
+        rho: ρ_0 > 0, within the bounds above. With ``per_group``, the ρ_0 of groups without their own ``rho``.
+        metric: F. ``"squared_gap"`` (the paper) is ½(L_vl − L_tr)², ``"gap"`` is L_vl − L_tr, ``"validation_loss"`` is
+            L_vl, which needs one gradient fewer. None takes ``"squared_gap"`` with ``validation="closure"``; with
+            ``validation="next"`` it takes ``"validation_loss"``, the only metric allowed there.
         curvature: ``"diagonal"`` (the paper) or ``"secant"``.
-        direction: for the diagonal, ``"epsilon"`` takes the perturbation that was applied (the derivation in the
-            text); ``"algorithm1"`` takes the training gradient at the new weights, as Algorithm 1 prints it: scaled by
-            T and over its norm, whatever else a method makes of its own gradient.
-        optimizer: class of the torch optimizer for ν, Adam by default; it gets ``optimizer_kwargs``, ``lr`` 1e-2 by
-            default, and on an accelerator ``capturable=True`` if it knows that. SGD, Adam and AdamW step by the ops.
-            Once bound it is the attribute ``optimizer``, to which an LR scheduler can be attached. The paper's plain
-            SGD at 1e-4 cannot move ρ: by 2e-11 in 200 steps from 0.05 with the diagonal, by 3e-8 with the secant (the
+        direction: for the diagonal. ``"epsilon"`` takes the perturbation that was applied (the derivation in the text);
+            ``"algorithm1"`` takes the training gradient at the new weights, as Algorithm 1 prints it: scaled by T and
+            divided by its norm, whatever else the method makes of its own gradient.
+        optimizer: class of the torch optimizer for ν, by default Adam. It gets ``optimizer_kwargs`` (``lr`` is 1e-2 by
+            default), and on an accelerator ``capturable=True`` if it has that option. SGD, Adam and AdamW step by the
+            ops. After binding, the attribute ``optimizer`` is the instance, for an LR scheduler. The paper's plain SGD
+            at 1e-4 cannot move ρ: in 200 steps from 0.05 by 2e-11 with the diagonal, by 3e-8 with the secant (the
             demo's network, 40 % wrong labels, batches of 64).
         validation: where ḡ_vl comes from. ``"closure"`` (the paper) is the validation closure of
             ``step(closure, val_closure)`` or ``radius_step``. ``"next"`` takes the next step's first gradient, on the
             next batch: a step then costs two gradients, there is nothing to call, and ν moves at the beginning of the
-            next step; the step's two gradients wait until then, two parameter-sized buffers. Batches of the training
-            set are not held out: from the second epoch on the weights have been fitted to them, wrong labels included,
-            and the signal then leans towards a smaller radius (docs/radius.md).
-        interval: learn on every ``interval``-th step that perturbs only.
-        reuse_train_gradient: the next step's first gradient, on the next batch, serves as ḡ_tr: three gradients a step
+            next step. The step's two gradients wait until then, in two parameter-sized buffers. Training batches are
+            not held out: from the second epoch on the weights have been fitted to them, also to wrong labels, and the
+            signal then leans towards a smaller radius (docs/radius.md).
+        interval: learn only on every ``interval``-th of the steps that perturb.
+        reuse_train_gradient: takes the next step's first gradient, on the next batch, as ḡ_tr: three gradients a step
             and not four. ν then moves at the beginning of the next step.
-        per_group: one ν a param group. With a secant, a group's ν then sees the part of ĝ − g that lies in the group.
+        per_group: one ν for each param group. With a secant, a group's ν sees only the group's part of ĝ − g.
 
     Raises:
-        ValueError: an argument is out of its range; ``direction`` with a secant, which needs none;
-            ``validation="next"`` with what needs a gradient at the new weights on this step's batch.
+        ValueError: an argument is out of its range; ``direction`` is given with a secant, which needs none; or
+            ``validation="next"`` with an option that needs a gradient at the new weights on this step's batch.
         TypeError: an optimizer that calls its closure itself.
     """
 
@@ -159,7 +159,7 @@ class LearnedRadius(MovingRadius):
         self._publish(groups)
 
     def _on(self, device: torch.device) -> dict[str, bool]:
-        """Where torch's optimizer can keep its step count beside ν, as CUDA graphs need it, it is to do so."""
+        """Options that make torch's optimizer keep its step count on ν's device, if it can; CUDA graphs need this."""
         if "capturable" not in inspect.signature(self._make_optimizer).parameters:
             return {}
         return {"capturable": self._optimizer_kwargs.get("capturable", device.type in ("cuda", "xpu"))}
@@ -216,18 +216,18 @@ class LearnedRadius(MovingRadius):
         if self.interval != 1:
             return f"with interval={self.interval} the host decides at every step whether to learn from it"
         if self.reuse_train_gradient or not self.learns:
-            return "the radius learns at the beginning of a step from gradients that the one before left elsewhere"
+            return "the radius learns at the beginning of a step from gradients that the step before left elsewhere"
         return None
 
     # ---- learning --------------------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
-        """True if the radius learns from step number ``step``, counting from 0 those that perturb."""
+        """True if the radius learns from step number ``step``, counted from 0 among the steps that perturb."""
         return (step + 1) % self.interval == 0
 
     @property
     def needs_train_gradient(self) -> bool:
-        """True if ∂F/∂ν holds ḡ_tr."""
+        """True if ∂F/∂ν contains ḡ_tr."""
         return self.metric != "validation_loss" or (self.curvature, self.direction) == ("diagonal", "algorithm1")
 
     @property
@@ -242,12 +242,12 @@ class LearnedRadius(MovingRadius):
 
     @property
     def waits(self) -> bool:
-        """True if a step is still to be learned from, once the next first gradient is there."""
+        """True if a step waits for the next first gradient, to be learned from."""
         return self._pending is not None or self._packed is not None
 
     @property
     def needs_train_loss(self) -> bool:
-        """True if :meth:`complete` needs the loss that goes with that gradient."""
+        """True if :meth:`complete` needs the loss of the next first gradient."""
         return self.metric == "squared_gap"
 
     def observe(
@@ -258,7 +258,7 @@ class LearnedRadius(MovingRadius):
         Args:
             trial: the step.
             val: the validation gradients at the new weights. None with ``validation="next"``.
-            train: the training gradients there, where it needs them.
+            train: the training gradients at the new weights, if the radius needs them.
             groups: the param groups.
             replicas: the ranks that take part.
         """
@@ -272,7 +272,7 @@ class LearnedRadius(MovingRadius):
     ) -> None:
         """Learn from the step that waits, now that the next one's first gradients are there.
 
-        Nothing is learned where they are not ``finite`` (bool, 0-d), on any rank.
+        Nothing is learned if ``finite`` (bool, 0-d) is False on any rank: these gradients are not finite there.
         """
         if self._packed is not None:
             state, self._packed = self._packed, None
@@ -283,11 +283,11 @@ class LearnedRadius(MovingRadius):
         if self._pending is None:
             return
         (trial, observed), self._pending = self._pending, None
-        # Where parameters have been frozen, added or moved since, that step's gradients go with others than these.
+        # If parameters have been frozen, added or moved since, that step's gradients do not belong to these parameters.
         if any(a.bucket not in buckets for a in trial.ascents):
             return
         trial = replace(trial, gate=torch.where(finite, trial.gate, torch.zeros_like(trial.gate)))
-        if observed is None:  # this step's first gradient, on a batch that the last step has not seen
+        if observed is None:  # this step's first gradient validates, on a batch that the last step has not seen
             self._learn(trial, now, None, groups, replicas)
         else:
             self._learn(trial, observed, now, groups, replicas)
@@ -335,7 +335,7 @@ class LearnedRadius(MovingRadius):
     # ---- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """ν, its optimizer, and the step that waits to be learned from, if any."""
+        """ν, the optimizer for ν, and the step that waits to be learned from, if there is one."""
         assert self.optimizer is not None
         pending = self._packed
         if self._pending is not None:
@@ -350,7 +350,7 @@ class LearnedRadius(MovingRadius):
 
     def make_state(self) -> None:
         assert self.optimizer is not None
-        if isinstance(fused_by(self.optimizer), str):  # else made when ν was
+        if isinstance(fused_by(self.optimizer), str):  # a fused optimizer's state was made with ν
             make_state(self.optimizer)
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
@@ -369,7 +369,7 @@ class LearnedRadius(MovingRadius):
         self._publish(groups)
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Load it as torch does, but with the options, and the step counts where, this device wants them."""
+        """Load the optimizer's state as torch does, with the options and the step counts that this device needs."""
         assert self.optimizer is not None
         self.optimizer.load_state_dict(state)
         wanted = self._on(self.nu[0].device)
@@ -381,7 +381,7 @@ class LearnedRadius(MovingRadius):
         self._step_nu.make_state(self.optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: a waiting step goes along as data, without the buckets it came from."""
+        """For pickle and deepcopy: a waiting step is copied as data, without its buckets."""
         own = dict(self.__dict__)
         if self._pending is not None:
             own["_packed"], own["_pending"] = self.state_dict()["pending"], None

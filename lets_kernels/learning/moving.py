@@ -1,4 +1,4 @@
-"""What a radius is that goes by what the steps show: one that learns from gradients, and one that compares two."""
+"""The base of radii that steps move: LETS learns from gradients, ``rho="auto"`` compares a step's two gradients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ Groups: TypeAlias = Sequence[dict[str, Any]]
 
 
 class MovingRadius(Radius):
-    """Base class of a radius ρ = exp(ν) that is one optimizer's own, and the same on all ranks.
+    """Base class of a radius ρ = exp(ν) that belongs to one optimizer, and is the same on all ranks.
 
-    ``group["rho"]`` shows it, as a 0-d tensor that later steps replace and never change.
+    ``group["rho"]`` shows the radius as a 0-d tensor. Later steps replace this tensor and never change it.
     """
 
     moves = True
-    #: A radius a param group; else one for all.
+    #: True for one radius for each param group, False for one radius for all.
     per_group = False
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class MovingRadius(Radius):
         raise NotImplementedError
 
     def _radii(self) -> Sequence[Tensor]:
-        """Every ρ that there is, 0-d."""
+        """Every ρ, 0-d."""
         raise NotImplementedError
 
     @property
@@ -48,7 +48,7 @@ class MovingRadius(Radius):
         return self._log(k).exp() if k < len(self._radii()) else group["rho"]
 
     def _publish(self, groups: Groups) -> None:
-        """Let every group show its ρ."""
+        """Write its ρ into every group."""
         radii = self._radii()
         for index, group in enumerate(groups):
             group["rho"] = radii[index if self.per_group else 0]

@@ -20,10 +20,10 @@ _TRIAL = {field.name for field in fields(Trial)} - {"captured", "buckets", "vers
 def check_learned(
     state: Mapping[str, Any], nus: Sequence[Tensor], optimizer: torch.optim.Optimizer, closures: bool, vectors: bool
 ) -> None:
-    """The state of a learned radius: as many ν as there are, an optimizer for them, and perhaps a step that waits.
+    """The state of a learned radius fits: the number of ν, their optimizer, and the waiting step if there is one.
 
-    ``closures``: such a step holds the validation gradient, for which it waits otherwise. ``vectors``: it holds those
-    of the perturbation.
+    ``closures``: a waiting step holds the validation gradient; otherwise it waits for it. ``vectors``: a waiting step
+    holds the vectors of the perturbation.
     """
     found = len(state["nu"]) if is_list(state["nu"]) else "no list of"
     if found != len(nus):
@@ -35,7 +35,7 @@ def check_learned(
 
 
 def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool) -> None:
-    """None, or a packed trial; whether it goes with the parameters is seen when it is unpacked."""
+    """The value is None or a packed trial. Whether the trial fits the parameters is checked when it is unpacked."""
     if pending is None:
         return
     check_keys(pending, ("trial", "val", "val_loss"), what)
@@ -88,7 +88,7 @@ def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool)
     expect(not any(t.dim() for t in scalars), what, "holds a larger tensor where a 0-d one belongs")
     expect(len(set(buckets)) == len(buckets), f"{what}: ascents", "hold one bucket twice")
     kinds: dict[tuple[int, int], Any] = {}
-    for k, i, t in named:  # all of them are as large as the parameter
+    for k, i, t in named:  # each tensor is as large as its parameter
         kind = kinds.setdefault((k, i), (t.shape, t.dtype))
         expect(kind == (t.shape, t.dtype), what, f"holds tensors of different kinds for parameter {i} of bucket {k}")
 

@@ -1,4 +1,4 @@
-"""A page a method: its class, and below it where it is from, what it costs and whose its defaults are.
+"""One page for each method: its class, and below the class its paper, its cost, and the source of each default.
 
-SAM itself, the engine of all of them, is lets_kernels/sam.py. :mod:`.catalogue` finds the pages and prints them.
+SAM itself, the base class of all methods, is in lets_kernels/sam.py. :mod:`.catalogue` finds and prints the pages.
 """

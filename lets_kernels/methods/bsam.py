@@ -12,11 +12,11 @@ from lets_kernels.sam import SAM, Params
 class BSAM(SAM):
     """Variational SAM: SAM as an optimal relaxation of Bayes, which learns a Gaussian over the weights.
 
-    Möllenhoff & Khan, ICLR 2023 (bSAM). An optimizer of its own, without a base optimizer: g at a sample
-    of N(ω, 1/(Ns)), ĝ at ω + ρ g/s, then m ← β₁m + (1 − β₁)(ĝ + δω), s ← β₂s + (1 − β₂)(√s|g| + δ + γ) and
-    ω ← ω − α m/s. The weights are the mean ω; ``opt.state[p]["precision"]`` is s. The noise
-    is drawn again where it is used. The first pass belongs into ``with opt.first_pass():`` unless ``step(closure)``
-    makes it. The average in s takes in every first gradient that is finite, also of a step that is given up later.
+    Möllenhoff & Khan, ICLR 2023 (bSAM). An optimizer of its own, without a base optimizer: g at a sample of N(ω,
+    1/(Ns)), ĝ at ω + ρ g/s, then m ← β₁m + (1 − β₁)(ĝ + δω), s ← β₂s + (1 − β₂)(√s|g| + δ + γ) and ω ← ω − α m/s. The
+    weights are the mean ω; ``opt.state[p]["precision"]`` is s. The noise is drawn again wherever it is used. Put the
+    first pass into ``with opt.first_pass():``, unless ``step(closure)`` makes it. The average s includes every finite
+    first gradient, also if its step is given up later.
 
     Args:
         params: as :class:`SAM`.
@@ -26,7 +26,7 @@ class BSAM(SAM):
         beta1, beta2: β₁ and β₂.
         weight_decay: δ, the precision of the prior over N.
         damping: γ.
-        precision: the first s.
+        precision: the s to begin with.
         kwargs: as :class:`SAM`.
     """
 

@@ -1,7 +1,7 @@
-"""All methods: what the pages say of each beside its code, below the class as ``METHODS``, and two tables in Markdown.
+"""All methods: collects ``METHODS`` from the pages, where each stands below the class, and prints two Markdown tables.
 
-``python -m lets_kernels methods`` prints the tables, and docs/methods.md holds them. The tests construct every line,
-count its gradients and measure what it keeps; the demo finds the methods here.
+``python -m lets_kernels methods`` prints the tables, and docs/methods.md contains them. For every line the tests
+construct the optimizer, count its gradients and measure its memory; the demo finds the methods here.
 """
 
 import importlib
@@ -16,11 +16,11 @@ from typing import Any
 import lets_kernels.methods as pages
 from lets_kernels.sam import SAM
 
-#: Whose a default is. One that is not said to be somebody's is ours.
+#: The source of a default. A default without a stated source is ours.
 PAPER, CODE, OURS = "the paper's", "the authors' code's", "ours"
-#: For a radius that the method's own source says nothing of, that we have checked.
+#: For a radius of which, as we have checked, the method's own source says nothing.
 AS_SAM = "SAM's"
-#: The remark on a method whose first gradients are taken beside θ.
+#: The remark on a method whose first gradients are taken at θ + δ.
 STARTS = "two-step shape: first pass in `first_pass()`"
 
 
@@ -29,39 +29,39 @@ class Row:
     """One way to construct a method, as a line of the table."""
 
     name: str
-    #: What follows the parameters and the base optimizer, in terms of the names that lets_kernels exports.
+    #: The arguments after the parameters and the base optimizer, written with names that lets_kernels exports.
     arguments: str
     #: Gradients a step, in words that tests/methods/test_catalogue.py reads: ``"2"``, ``"1 + p"``, ``"1 to 2"``.
     gradients: str = "2"
-    #: Kept from step to step, beside the saved weights: buffers as large as float32 parameters. One byte an element is
-    #: 1/4.
+    #: Memory kept from step to step, without the saved weights, counted in buffers as large as the float32 parameters.
+    #: One byte an element is 1/4.
     state: float = 0.0
     #: The first gradients live through the second pass.
     holds: bool = False
     remark: str = ""
-    paper: str = ""  # where it is another than the method's
+    paper: str = ""  # if it is not the method's paper
 
     @property
     def keeps(self) -> str:
-        """The state, as the table has it."""
+        """The state, as the table shows it."""
         return {0.0: "–", 0.25: "N/4"}.get(self.state, f"{self.state:g}N")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method: the class that constructs it, where it is from, what it is made of and where its defaults come from."""
+    """A method: the class that constructs it, its paper, its parts, and the sources of its defaults."""
 
     cls: type[SAM]
     name: str
     paper: str
     #: The parts in which it differs from plain SAM.
     parts: tuple[type, ...]
-    #: Whose each default in the constructor's signature is.
+    #: The source of each default in the constructor's signature.
     defaults: Mapping[str, str] = field(default_factory=dict)
     rows: tuple[Row, ...] = ()
 
     def whose(self, **defaults: str) -> "Method":
-        """The method, with whose its defaults are, in the order of the signature."""
+        """The method, with the source of each default, in the order of the signature."""
         return replace(self, defaults=defaults)
 
     def row(self, name: str, arguments: str, **rest: Any) -> "Method":
@@ -70,17 +70,17 @@ class Method:
 
     @property
     def key(self) -> str:
-        """What the command line calls it."""
+        """The method's name on the command line."""
         return self.name.lower().replace(" ", "-").replace("δ", "delta")
 
     @property
     def own_base(self) -> bool:
-        """True for one that is an optimizer by itself, without a base optimizer."""
+        """True for a method that has no base optimizer."""
         return "base_optimizer" not in inspect.signature(self.cls).parameters
 
     @property
     def values(self) -> dict[str, Any]:
-        """The defaults in the constructor's signature, but for the options that every method has from SAM."""
+        """The defaults in the constructor's signature, without the options that every method has from SAM."""
         everyones = inspect.signature(SAM).parameters
         return {
             name: parameter.default
@@ -90,21 +90,21 @@ class Method:
         }
 
     def line(self, row: Row) -> str:
-        """What constructs it so, in terms of ``params`` and ``SGD = torch.optim.SGD``."""
+        """The call that constructs this row, with the names ``params`` and ``SGD = torch.optim.SGD``."""
         first = "params" if self.own_base else "params, SGD"
         return f"{self.cls.__name__}({first}, {row.arguments})"
 
 
 @cache
 def methods() -> tuple[Method, ...]:
-    """What the files beside this one have under ``METHODS``: SAM first, the others by year and name."""
+    """The ``METHODS`` of all files in this folder: SAM first, the others by year and name."""
     names = sorted(module.name for module in pkgutil.iter_modules(pages.__path__, f"{pages.__name__}."))
     found = [m for name in names for m in getattr(importlib.import_module(name), "METHODS", ())]
     return tuple(sorted(found, key=lambda m: (m.cls is not SAM, re.findall(r"\d{4}", m.paper), m.name)))
 
 
 def table() -> str:
-    """How each is constructed, and what it costs."""
+    """The table of how each method is constructed, and what it costs."""
     lines = [
         "| method | paper | parts | construct | gradients a step | keeps | holds | remark |",
         "|---|---|---|---|---|---|---|---|",
@@ -121,7 +121,7 @@ def table() -> str:
 
 
 def defaults() -> str:
-    """Where each default comes from."""
+    """The table of where each default comes from."""
     lines = ["| method | argument | default | whose |", "|---|---|---|---|"]
     for method in methods():
         for name, value in method.values.items():

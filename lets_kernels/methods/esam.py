@@ -12,10 +12,10 @@ from lets_kernels.sam import SAM, BaseLike, Params
 class ESAM(SAM):
     """Efficient SAM: a random part of the weights is perturbed, and a part of the samples gives the second gradient.
 
-    Du et al., ICLR 2022: stochastic weight perturbation, and sharpness-sensitive data selection. A
-    step takes one gradient of the batch, one of its γ part, and a forward pass. ``step(closure)``
-    takes ``closure(subset=None)``, which returns the loss of each sample and leaves ``backward`` to the optimizer
-    (:mod:`lets_kernels.parts.samples`); in the other shapes ``opt.samples.subset(before, after)`` chooses.
+    Du et al., ICLR 2022: stochastic weight perturbation, and sharpness-sensitive data selection. A step takes one
+    gradient of the batch, one gradient of a share γ of it, and one forward pass. ``step(closure)`` takes
+    ``closure(subset=None)``, which returns the loss of each sample and leaves ``backward`` to the optimizer
+    (:mod:`lets_kernels.parts.samples`); with the other call shapes, ``opt.samples.subset(before, after)`` chooses.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -40,11 +40,11 @@ class ESAM(SAM):
 
 
 class DeltaSAM(SAM):
-    """δ-SAM: the ascent gradient weights the samples, so that one perturbation approximates one a sample.
+    """δ-SAM: the ascent gradient weights the samples, so that one perturbation approximates one for each sample.
 
-    Zhou et al., 2021 (arXiv 2112.08772). ``step(closure)`` takes
-    ``closure(subset=None)``, which returns ``(losses, outputs)`` and leaves ``backward`` to the optimizer. The weights,
-    and how the gradient norms are estimated, are ours: see :class:`~lets_kernels.WeightedSamples`.
+    Zhou et al., 2021 (arXiv 2112.08772). ``step(closure)`` takes ``closure(subset=None)``, which returns
+    ``(losses, outputs)`` and leaves ``backward`` to the optimizer. The weights and the estimate of the gradient
+    norms are ours: see :class:`~lets_kernels.WeightedSamples`.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.

@@ -1,4 +1,4 @@
-"""Methods that go by Fisher information: Fisher SAM (Kim et al., ICML 2022), Sparse SAM (Mi et al., NeurIPS 2022)."""
+"""Methods that use Fisher information: Fisher SAM (Kim et al., ICML 2022), Sparse SAM (Mi et al., NeurIPS 2022)."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from lets_kernels.step.frameworks import no_scaler_steps
 class FisherSAM(SAM):
     """ε = ρ F⁻¹g/√(gᵀF⁻¹g): SAM in the geometry of the diagonal Fisher information F⁻¹ ≈ 1/(1 + η_F g²).
 
-    Kim et al., ICML 2022. The information is that of the batch's gradient.
+    Kim et al., ICML 2022. F is computed from the batch's gradient.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -32,8 +32,8 @@ class FisherSAM(SAM):
 class SparseSAM(SAM):
     """ε = ρ (g/‖g‖) ⊙ mask: only a share 1 − s of the weights is perturbed.
 
-    Mi et al., NeurIPS 2022. The mask, one byte an element, is there from the first step on; see
-    :class:`~lets_kernels.Masked` for how and when it is selected.
+    Mi et al., NeurIPS 2022. The first step selects a mask, one byte an element. :class:`~lets_kernels.Masked` says how
+    and when a mask is selected.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -59,17 +59,17 @@ class SparseSAM(SAM):
         super().__init__(params, base_optimizer, rho, direction=direction, **kwargs)
 
     def update_mask(self, closure: Closure, samples: int = 128) -> None:
-        """Select the Fisher mask by Σ g² over n samples, as the paper does every few epochs; between steps.
+        """Select the Fisher mask by Σ g² over n samples, as the paper does every few epochs. Call it between steps.
 
-        Needs memory for one sum a parameter meanwhile. Gradients that are there are put back.
+        Meanwhile it needs memory for one sum, as large as the parameters. Afterwards it puts present gradients back.
 
         Args:
-            closure: as ``step``'s, for one sample, another one at each call. Its loss is not to be scaled.
-            samples: n, how often it is called. The default is ours.
+            closure: as for ``step``, but for one sample, a new one at each call. It must not scale the loss.
+            samples: n, the number of calls. The default is ours.
 
         Raises:
             RuntimeError: the weights are perturbed.
-            ValueError: the mask is dynamic, ``samples`` is below 1, or Σ g² is zero or not finite: the mask stays.
+            ValueError: the mask is dynamic, ``samples`` is below 1, or Σ g² is zero or not finite. The old mask stays.
         """
         e, w, direction = self._engine, self._engine.work, self.direction
         assert isinstance(direction, Masked)
@@ -103,8 +103,8 @@ class SparseSAM(SAM):
             total = w.setting.replicas.mean(found.sum())
             if not bool(torch.isfinite(total) & (total > 0)):
                 raise ValueError(
-                    "the squared gradients of these samples sum up to zero or to no finite number, so the mask stays: "
-                    "does the closure call backward(), on a loss that no gradient scaler has scaled?"
+                    "the squared gradients of these samples sum up to zero or to no finite number, so the old mask "
+                    "stays: does the closure call backward(), on a loss that no gradient scaler has scaled?"
                 )
             direction.select(w.first_pass(runs), sums)
 

@@ -9,9 +9,9 @@ from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class FriendlySAM(SAM):
-    """ε along d = g − σm, with m a moving average of the gradients: without the part that all batches share.
+    """ε along d = g − σm, where m is a moving average of the gradients: d lacks the part that all batches share.
 
-    Li et al., CVPR 2024. The order of the two updates is that of the authors' code unless ``update_first``.
+    Li et al., CVPR 2024. The order of the two updates is the one in the authors' code, unless ``update_first`` is True.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.

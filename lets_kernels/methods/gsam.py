@@ -10,9 +10,9 @@ from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class GSAM(SAM):
-    """Along ĝ − α g⊥, where g⊥ is the part of g orthogonal to ĝ: the surrogate gap ĥ = L(θ + ε) − L(θ) shrinks too.
+    """Steps along ĝ − α g⊥, where g⊥ is the part of g orthogonal to ĝ: the gap ĥ = L(θ + ε) − L(θ) shrinks too.
 
-    Zhuang et al., ICLR 2022. Its ρ falls with the learning rate: pass
+    Zhuang et al., ICLR 2022, call ĥ the surrogate gap. In the paper ρ falls with the learning rate: pass
     ``rho=LearningRateRadius(rho_max, rho_min)`` for that.
 
     Args:
@@ -27,10 +27,10 @@ class GSAM(SAM):
 
 
 class RGSAM(SAM):
-    """GSAM with R-SAM's perturbation: the first gradient is taken at a random point beside θ.
+    """GSAM with R-SAM's perturbation: the first gradient is taken at a random point θ + δ₀.
 
-    Liu et al., NeurIPS 2022. The noise is drawn again where it is used. The first pass belongs into
-    ``with opt.first_pass():`` unless ``step(closure)`` makes it.
+    Liu et al., NeurIPS 2022. The noise is drawn again wherever it is used. Put the first pass into
+    ``with opt.first_pass():``, unless ``step(closure)`` makes it.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -55,7 +55,7 @@ class RGSAM(SAM):
 
 
 class GradientNormPenalty(SAM):
-    """Along (1 − α) g + α ĝ: the gradient of L + λ‖∇L‖ with λ = αρ (Zhao et al., ICML 2022).
+    """Steps along (1 − α) g + α ĝ: the gradient of L + λ‖∇L‖ with λ = αρ (Zhao et al., ICML 2022).
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.

@@ -1,9 +1,10 @@
 """LETS (Wang, Jiang, Fu, Zhang, ECML-PKDD 2024): SAM and ASAM with a learned radius.
 
-LETS is a radius and goes with every method: ``rho=LearnedRadius(...)``. The two presets are the paper's, but for one
-thing: ν = log ρ is stepped by Adam at 1e-2, since the paper's plain SGD at 1e-4 moves ρ by some 1e-11 in hundreds of
-steps (:class:`LearnedRadius` has the numbers). From 0.2 on training is lost on its first plateau, as with a fixed
-radius of that size: ``rho_warmup=`` is the way around it; ``SAM(rho="auto")`` needs no start, at two gradients a step.
+LETS is a radius and can be used with every method: ``rho=LearnedRadius(...)``. The two presets follow the paper, with
+one exception: Adam at 1e-2 steps ν = log ρ, since the paper's plain SGD at 1e-4 moves ρ by some 1e-11 in hundreds of
+steps (:class:`LearnedRadius` has the numbers). From a first ρ of 0.2 on, training never leaves its first plateau, as
+with a fixed radius of that size; use ``rho_warmup=`` then. ``SAM(rho="auto")`` needs no first radius, and two gradients
+a step.
 """
 
 from typing import Any
@@ -19,8 +20,8 @@ from lets_kernels.sam import SAM, BaseLike, Params
 def _learned(rho: Any, plain: str) -> LearnedRadius:
     if (isinstance(rho, str) and rho == "auto") or (isinstance(rho, Radius) and not isinstance(rho, LearnedRadius)):
         raise ValueError(
-            f"LETS{plain} learns its radius as the paper does, from a first one: for another radius use "
-            f"{plain}(rho='auto'), or {plain} with the radius that you mean"
+            f"LETS{plain} learns its radius as the paper does, from a first radius, a number: for another kind of "
+            f"radius use {plain}(rho='auto'), or {plain} with the radius that you mean"
         )
     return rho if isinstance(rho, LearnedRadius) else LearnedRadius(rho)
 
@@ -30,7 +31,7 @@ class LETSSAM(SAM):
 
     Args:
         params, base_optimizer, kwargs: as :class:`SAM`.
-        rho: the first radius ρ_0 > 0, or a :class:`LearnedRadius` with settings of its own.
+        rho: the first radius ρ_0 > 0, or a :class:`LearnedRadius` with other settings.
     """
 
     def __init__(

@@ -10,10 +10,10 @@ from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class LookSAM(SAM):
-    """SAM at every k-th step, whose gradient's part g_v orthogonal to g is used again in between.
+    """SAM at every k-th step; the steps in between reuse g_v, the part of its ĝ that is orthogonal to g.
 
-    Liu et al., CVPR 2022: in between along g + α (‖g‖/‖g_v‖) g_v. Norms and products are over all parameters
-    together unless ``per_tensor``.
+    Liu et al., CVPR 2022: the steps in between go along g + α (‖g‖/‖g_v‖) g_v. Norms and products are over all
+    parameters together, unless ``per_tensor`` is True.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -37,7 +37,7 @@ class LookSAM(SAM):
 
 
 class AESAM(SAM):
-    """SAM where the squared norm of the gradient is large for its moving mean and deviation, else the base optimizer.
+    """SAM if ‖g‖² is large compared with its moving mean and deviation, otherwise a step of the base optimizer.
 
     Jiang et al., ICLR 2023. Each step waits once for the device, to read ‖g‖². State: two numbers.
 
@@ -64,9 +64,9 @@ class AESAM(SAM):
 
 
 class AELookSAM(SAM):
-    """AE-SAM decides whether to perturb; LookSAM's g_v is used again where it does not (Jiang et al., ICLR 2023).
+    """AE-SAM decides whether to perturb; steps that do not perturb reuse LookSAM's g_v (Jiang et al., ICLR 2023).
 
-    Until the first step that perturbs there is no g_v, and steps are the base optimizer's.
+    Before the first step that perturbs there is no g_v, and steps are those of the base optimizer.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.

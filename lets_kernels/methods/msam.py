@@ -11,21 +11,21 @@ from lets_kernels.sam import SAM, BaseLike, Params
 class MSAM(SAM):
     """ε = −ρ v/‖v‖ along the base optimizer's momentum v: one gradient a step.
 
-    Becker, Altrock & Risse, 2024 (arXiv 2401.12033), Algorithm 1. The perturbation goes on in the direction in which
-    the last steps went; v = 0 before the first step, which is the base optimizer's. The closure is called once, and
-    returns the loss at θ + ε. In the other shapes there is no first backward: ``opt.first_step()``, forward, backward,
+    Becker, Altrock & Risse, 2024 (arXiv 2401.12033), Algorithm 1. The perturbation goes on in the direction of the last
+    steps. Before the first step v = 0, so the first step is the base optimizer's. The closure is called once, and
+    returns the loss at θ + ε. The other call shapes have no first backward: ``opt.first_step()``, forward, backward,
     ``opt.second_step()``. Between steps the weights are θ; the authors' code leaves them at θ + ε.
 
-    Where paper and code (MarlonBecker/MSAM) differ, this is the paper's: weight decay sees θ, in the code's SGD θ + ε.
-    Its AdamW decays after the step, torch's before it.
+    Where paper and code (MarlonBecker/MSAM) differ, this class follows the paper: weight decay uses θ, but the code's
+    SGD uses θ + ε. The code's AdamW decays after the step, torch's AdamW before it.
 
     Args:
-        params, base_optimizer, kwargs: as :class:`SAM`. The base optimizer has momentum: see
+        params, base_optimizer, kwargs: as :class:`SAM`. The base optimizer must have momentum: see
             :class:`~lets_kernels.Momentum`.
-        rho: ρ, the length of ε; 0 is the base optimizer. It is larger than SAM's.
+        rho: ρ, the length of ε; 0 is the base optimizer. Useful values are larger than SAM's.
 
     Raises:
-        ValueError: the base optimizer, or a group of it, has no momentum.
+        ValueError: the base optimizer, or one of its groups, has no momentum.
     """
 
     def __init__(self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 3.0, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""SAM (Foret et al., ICLR 2021), whose class is the engine: lets_kernels/sam.py."""
+"""SAM (Foret et al., ICLR 2021); its class is in lets_kernels/sam.py."""
 
 from lets_kernels.methods.catalogue import OURS, Method
 from lets_kernels.sam import SAM

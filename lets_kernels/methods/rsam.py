@@ -9,10 +9,10 @@ from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class RSAM(SAM):
-    """ε = ρ (δ₀ + λĝ₀)/‖δ₀ + λĝ₀‖, with ĝ₀ the gradient at θ + δ₀ and δ₀ random, one scale a filter.
+    """ε = ρ (δ₀ + λĝ₀)/‖δ₀ + λĝ₀‖, where ĝ₀ is the gradient at θ + δ₀ and δ₀ is random, with one scale a filter.
 
-    Liu et al., NeurIPS 2022. δ₀ is drawn again where it is used. The first pass is made at θ + δ₀: in the
-    two-step shape and in that with a context it belongs into ``with opt.first_pass():``.
+    Liu et al., NeurIPS 2022. δ₀ is drawn again wherever it is used. The first pass is made at θ + δ₀: with
+    ``first_step()`` or ``perturbed()``, put the first pass into ``with opt.first_pass():``.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
@@ -37,10 +37,10 @@ class RSAM(SAM):
 
 
 class RandomSAM(SAM):
-    """ε ~ N(0, ρ²/d · I): the gradient at a random point about ρ away (Ujváry et al., 2022).
+    """ε ~ N(0, ρ²/d · I): steps along the gradient at a random point about ρ away (Ujváry et al., 2022).
 
-    One gradient a step, at θ + ε: the closure is called once, and returns the loss there. In
-    the other shapes there is no first backward: ``opt.first_step()``, forward, backward, ``opt.second_step()``.
+    One gradient a step, at θ + ε: the closure is called once, and returns the loss there. The other call shapes have no
+    first backward: ``opt.first_step()``, forward, backward, ``opt.second_step()``.
 
     Args:
         params, base_optimizer, kwargs: as :class:`SAM`.

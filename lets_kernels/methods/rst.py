@@ -9,15 +9,15 @@ from lets_kernels.sam import SAM, BaseLike, Params
 
 
 class RST(SAM):
-    """Randomised sharpness-aware training: a SAM step with probability p, else a step of the base optimizer.
+    """Randomised sharpness-aware training: a SAM step with probability p, otherwise a step of the base optimizer.
 
     Zhao et al., 2022 (RST; also published as SS-SAM). For the shapes of its schedules see
     :class:`~lets_kernels.Bernoulli`.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
-        p: the probability, of the first step where there is an ``end``.
-        end, steps, shape: a probability that changes over training; see :class:`~lets_kernels.Bernoulli`.
+        p: the probability; if there is an ``end``, the probability at the first step.
+        end, steps, shape: for a probability that changes over training; see :class:`~lets_kernels.Bernoulli`.
     """
 
     def __init__(

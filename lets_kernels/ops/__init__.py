@@ -1,4 +1,4 @@
-"""The ops, in every backend, and the choice between them.
+"""The ops in every backend, and the choice of the backend.
 
 A **bucket** is an index space over parameters of one group, device and dtype; a **run** is one parameter's stretch of
 it. The run **table** is an int64 CPU tensor with one row a run: ``start`` (offset in the bucket's flat buffers),
@@ -9,9 +9,9 @@ belongs to filter ``(e // filter_length) % filter_count``, whose norm is ``filte
 argument holds one dense tensor a run, or a single flat buffer that ``start`` addresses.
 
 Scalars are 0-d float64 tensors on the parameters' device, so nothing waits for the device. A **gate** is such a scalar:
-0 where a gradient was not finite and the step must not happen. ``dirty`` is a 0-d int64 tensor that an op sets while
-weights are perturbed; it lives beside the kernels, so that an interrupt between two Python instructions cannot
-separate it from what it describes.
+0 if a gradient was not finite and the step must not happen. ``dirty`` is a 0-d int64 tensor that an op sets while
+weights are perturbed. The op itself sets it, so that an interrupt between two Python instructions cannot leave the flag
+and the weights in disagreement.
 """
 
 import importlib
@@ -34,7 +34,7 @@ def _load(name: str) -> tuple[Backend | None, str]:
     if name == "triton":
         try:
             triton = importlib.import_module("lets_kernels.ops.triton")
-        except Exception as error:  # Triton looks for drivers when imported: anything may go wrong there
+        except Exception as error:  # Triton looks for drivers when it is imported, and may raise anything
             return None, str(error)
         if triton.INTERPRETED:
             return triton, "Triton's interpreter, for tests (TRITON_INTERPRET=1)"
@@ -59,19 +59,19 @@ _loaded: dict[str, tuple[Backend | None, str]] = {}
 
 
 def load(name: str) -> tuple[Backend | None, str]:
-    """As ``_load``, once a process."""
+    """Like ``_load``, but called once in a process."""
     if name not in _loaded:
         _loaded[name] = _load(name)
     return _loaded[name]
 
 
 def backends() -> dict[str, str]:
-    """Each backend by name, and what it is or why it does not run here, in words."""
+    """For each backend its name, and in words what it is or why it does not run here."""
     return {name: ("available: " if load(name)[0] else "not available: ") + load(name)[1] for name in NAMES}
 
 
 def check_request(requested: str) -> str:
-    """The backend asked for by argument or, where that is "auto", by ``LETS_KERNELS_BACKEND``.
+    """The backend that the argument asks for or, if that is "auto", the variable ``LETS_KERNELS_BACKEND``.
 
     Raises:
         ValueError: the name is unknown.
@@ -87,7 +87,7 @@ def check_request(requested: str) -> str:
         raise ValueError(f"{source}: choose one of auto, {', '.join(NAMES)}")
     module, reason = load(requested)
     if module is None:
-        raise RuntimeError(f"{source} does not run here: {reason}. backend='auto' takes what does")
+        raise RuntimeError(f"{source} does not run here: {reason}. backend='auto' takes a backend that does")
     return requested
 
 
@@ -109,7 +109,7 @@ def refusal(name: str, device: torch.device) -> str | None:
 
 
 def automatic(device: torch.device) -> tuple[str, ...]:
-    """What backend="auto" tries for parameters on ``device``, the fastest first."""
+    """The backends that backend="auto" tries for parameters on ``device``, the fastest first."""
     return ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference")
 
 
@@ -117,8 +117,8 @@ def choose(requested: str, device: torch.device) -> tuple[str, Backend]:
     """The backend for parameters on ``device``: its name and its module.
 
     Raises:
-        ValueError, RuntimeError: as :func:`check_request`; also where a backend is asked for that has no kernels for
-            this device.
+        ValueError, RuntimeError: as :func:`check_request`; also if the backend asked for has no kernels for this
+            device.
     """
     requested = check_request(requested)
     if requested == "auto":

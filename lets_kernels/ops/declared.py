@@ -1,11 +1,11 @@
-"""Every op, declared once: its arguments and what it writes, its result, what it computes, and what it must move.
+"""Every op, declared once: its arguments, which of them it writes, its result, its formula, and its memory traffic.
 
-The methods of :class:`Backend` are the declaration. From it follow the schemas and the registration of every backend,
-the structs that C++ kernels take their arguments as (``csrc/generate.py``), the fake kernels, the byte floors of the
-benchmarks, docs/ops.md, and the lists that tests go through. :mod:`lets_kernels.ops` says what a bucket, a run, the
-table, a gate and ``dirty`` are; each backend's formulas are documented in :mod:`lets_kernels.ops.reference`.
+The methods of :class:`Backend` are the declaration. These follow from it: the schemas and the registration of every
+backend, the structs with the arguments of C++ kernels (``csrc/generate.py``), the fake kernels, the byte floors of the
+benchmarks, docs/ops.md, and the lists that tests use. :mod:`lets_kernels.ops` says what a bucket, a run, the table, a
+gate and ``dirty`` are; each backend's formulas are documented in :mod:`lets_kernels.ops.reference`.
 
-The build reads this file by its path, where there is no torch: annotations stay text.
+The build reads this file by its path, without torch, so annotations stay text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol, TypeVar
 
-#: ``filter_length`` of a run that has no filters: T of the Fisher information, T = 1, and T = |θ| + ξ.
+#: ``filter_length`` of a run without filters: T of the Fisher information, T = 1, and T = |θ| + ξ.
 FISHER, UNSCALED, ELEMENT_WISE = -2, -1, 0
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     Number = Tensor  # 0-d float64, on the device
     Count = Tensor  # 0-d int64, on the device
     Coefficients = Tensor  # two float64, on the device
-    Random = Tensor  # two int64, on the device: the seed, and how often it has been drawn from
+    Random = Tensor  # two int64, on the device: the seed, and the count of random steps
     Stream = int  # which of the optimizer's streams of random numbers
     Steps = Sequence[Tensor]  # one float32 count a run
     Numbers = Sequence[Tensor]  # any number of Number
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 
 
 def op(reads: str = "", element_wise: str = "", filter_wise: str = "") -> Callable[[F], F]:
-    """Declare an op and the arguments that it cannot but read: of all runs, and of those alone whose T is of one kind.
+    """Declare an op and the arguments that it must read: for all runs, or only for runs with one kind of T.
 
-    What it cannot but write are the arguments of the size of a parameter that are ``Written``.
+    It must write the ``Written`` arguments that have the size of a parameter.
     """
 
     def declare(method: F) -> F:
@@ -58,10 +58,10 @@ def op(reads: str = "", element_wise: str = "", filter_wise: str = "") -> Callab
 
 
 class Backend(Protocol):
-    """What a backend is: a module with these functions."""
+    """A backend is a module with these functions."""
 
     def pack(self, tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
-        """The list in the form that is the cheapest argument; ``anchor`` is any int64 scalar on its device."""
+        """The list in the form of the cheapest argument; ``anchor`` is any int64 scalar on the tensors' device."""
 
     @op(reads="vectors", element_wise="params")
     def grad_norm(
@@ -197,14 +197,14 @@ class Backend(Protocol):
         """out <- sign(v) where |v| is the largest, else 0; how many there are"""
 
 
-#: How a schema has an argument of each kind.
+#: How a schema writes an argument of each kind.
 SCHEMA = {
     **dict.fromkeys(("Tensors", "MaybeTensors", "Steps", "Numbers"), "Tensor[]"),
     **dict.fromkeys(("Flat", "Table", "FilterNorms", "Mask", "Number", "Count", "Coefficients", "Random"), "Tensor"),
     "Stream": "int",
     **{name: name for name in ("float", "int", "bool")},
 }
-#: A result's shape; what is not here is nothing.
+#: The shape of each kind of result; an op without such a result returns nothing.
 SHAPES: dict[str, tuple[int, ...]] = {"Number": (), "Three": (3,)}
 
 
@@ -234,7 +234,7 @@ class Op(NamedTuple):
 
     @property
     def moved(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The lists of the size of a parameter that are read and written anyway, and the masks (of a byte each)."""
+        """The parameter-sized lists that the op must read and write, and the masks (one byte an element)."""
         kinds = {a.name: a.kind for a in self.arguments}
         moved = (*self.reads, *(a for a in self.written if kinds[a] in ("Tensors", "MaybeTensors", "Flat", "Mask")))
         masks = tuple(name for name in moved if kinds[name] == "Mask")
@@ -242,12 +242,12 @@ class Op(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Of the float64 tensor that it returns; None where it returns nothing."""
+        """The shape of the float64 tensor that the op returns; None if it returns nothing."""
         return SHAPES.get(self.result)
 
     @property
     def schema(self) -> str:
-        """As ``torch.library`` writes it."""
+        """The schema, in the form of ``torch.library``."""
         marks = iter("abcdefgh")
 
         def typed(a: Argument) -> str:

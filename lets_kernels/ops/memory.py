@@ -1,11 +1,11 @@
-"""What ops ask of tensors' memory."""
+"""What ops need to know of the memory of tensors."""
 
 import torch
 from torch import Tensor
 
 
 def is_dense(t: Tensor) -> bool:
-    """True if the elements fill one stretch of memory without holes or overlaps, in whatever order of dimensions."""
+    """True if the elements fill one stretch of memory without holes or overlaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((st, si) for st, si in zip(t.stride(), t.shape, strict=True) if si != 1):
         if stride != expected:

@@ -1,8 +1,8 @@
 """Every op through the compiled libraries, ``torch.ops.lets_kernels.*``, on the CPU and, after ``load_cuda``, on GPUs.
 
-Importing this module loads ``lets_kernels._C`` and raises ``ImportError`` where it was not built. The functions of
-this module are the registered ops themselves, which :mod:`lets_kernels.ops.declared` declares. What stands here in
-Python are the fake kernels: torch.compile and ``torch.library.opcheck`` learn the shapes without running anything.
+Importing this module loads ``lets_kernels._C``, and raises ``ImportError`` if that was not built. The functions of this
+module are the registered ops themselves, which :mod:`lets_kernels.ops.declared` declares. Only the fake kernels are in
+Python here: from them torch.compile and ``torch.library.opcheck`` learn the shapes without running anything.
 """
 
 import ctypes
@@ -19,35 +19,35 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lets_kernels import _C  # type: ignore[attr-defined]
 from lets_kernels.ops import declared
 
-#: The registered ops by name, which are this module's functions.
+#: The registered ops, by name: the functions of this module.
 OPS = {op.name: getattr(torch.ops.lets_kernels, op.name).default for op in declared.OPS}
 globals().update(OPS)
 
-# As csrc/layout.h numbers them.
+# The numbers are those of csrc/layout.h.
 _NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _WORTH_PACKING = 4
-_LEAST_ADDRESS = 1 << 32  # below lies what has no memory any more, at its offset, and little else
-#: As csrc/runs.h has them: two words that a list of two int64 tensors has only where it was packed here.
+_LEAST_ADDRESS = 1 << 32  # lower addresses are mostly offsets of tensors without memory
+#: As in csrc/runs.h: two words that mark a list of two int64 tensors as packed here.
 _PACKED = (0x6C65747353414D2B, -0x3D9B1F8A7C52E046)
 
 
 class Packed(list[Tensor]):
-    """The addresses of tensors, and a tensor on their device; it keeps them alive, whoever else lets them go."""
+    """The addresses of tensors, and a tensor on their device. It keeps the tensors alive."""
 
     tensors: list[Tensor]
 
 
 def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
-    """A list of dense tensors in the form that costs the host least: see :class:`Packed`.
+    """A list of dense tensors in the form with the least work on the host: see :class:`Packed`.
 
-    The ops take it wherever they take the list, as long as its tensors stay where they are; ``anchor`` is 0-d int64.
+    The ops take it in the place of the list, as long as the tensors stay where they are; ``anchor`` is 0-d int64.
     """
     if len(tensors) < _WORTH_PACKING or torch.compiler.is_compiling():
         return tensors
     addresses = tuple(map(Tensor.data_ptr, tensors))
     least = min(addresses)
     if least < _LEAST_ADDRESS and any(t.numel() and not t.untyped_storage().nbytes() for t in tensors):
-        return tensors  # one has no memory of its own, which the op will say
+        return tensors  # a tensor has no memory of its own; the op will raise the error
     packed = Packed((_table(_NUMBERS[tensors[0].dtype], addresses), anchor))
     packed.tensors = tensors
     return packed
@@ -55,12 +55,12 @@ def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=256)
 def _table(number: int, addresses: tuple[int, ...]) -> Tensor:
-    """Addresses, as the ops read them, behind a dtype's number; mostly they are those of the last step."""
+    """The number of a dtype, then addresses, as the ops read them. Mostly they are the addresses of the last step."""
     return torch.frombuffer(array("q", (*_PACKED, number, *addresses)), dtype=torch.int64)
 
 
 def _fake_numbers(shape: tuple[int, ...], *args: object, **kwargs: object) -> Tensor:
-    """New float64 numbers where the tensors of the call are; the table, its one matrix, is always on the CPU."""
+    """New float64 numbers on the device of the call's tensors. The table, the only matrix, is always on the CPU."""
     given = (*args, *kwargs.values())
     tensors = [x[-1] for x in given if isinstance(x, list | tuple) and x]
     tensors += [x for x in given if isinstance(x, Tensor) and x.ndim != 2]
@@ -69,22 +69,22 @@ def _fake_numbers(shape: tuple[int, ...], *args: object, **kwargs: object) -> Te
 
 
 def _fake_nothing(*args: object, **kwargs: object) -> None:
-    """``RuntimeError`` for some tensors that have memory beside others that have none: nothing could be computed."""
+    """``RuntimeError`` if some tensors have memory and others have none: then nothing can be computed."""
     given = (*args, *kwargs.values())
     lists = [x for x in given if isinstance(x, list | tuple)]
     tensors = [t for x in lists for t in x] + [x for x in given if isinstance(x, Tensor) and x.ndim != 2]
     if any(t.device.type != "meta" and not isinstance(t, FakeTensor) for t in tensors):
-        raise RuntimeError("tensors on the meta device beside others: an op needs all of them on one device")
+        raise RuntimeError("tensors on the meta device together with others: an op needs all of them on one device")
 
 
 def _refuse_negated(*_: object, **__: object) -> None:
     raise RuntimeError(
-        "a lazily negated or conjugated tensor: ops read memory, where its numbers are others; pass "
+        "a lazily negated or conjugated tensor: ops read memory, which holds other numbers; pass "
         "t.resolve_conj().resolve_neg()"
     )
 
 
-_lazy = torch.library.Library("lets_kernels", "IMPL")  # lives as long as what it registers
+_lazy = torch.library.Library("lets_kernels", "IMPL")  # must live as long as its registrations
 for _op in declared.OPS:
     _fake = _fake_nothing if _op.shape is None else functools.partial(_fake_numbers, _op.shape)
     torch.library.register_fake(f"lets_kernels::{_op.name}", _fake)

@@ -1,4 +1,4 @@
-"""Which gradient to step along: the descent part of a method."""
+"""Along which gradient to step: the descent part of a method."""
 
 import torch
 from torch import Tensor
@@ -10,21 +10,21 @@ from lets_kernels.parts.passes import SecondPass
 class Descent(Part):
     """Base class. By itself it steps along the second gradient.
 
-    ``look`` comes before it is known whether the step may happen, ``choose`` after; both are called on every step, also
-    on one that does not perturb, whose second gradient is that at θ.
+    ``look`` is called before it is known whether the step may happen, ``choose`` after. Both are called on every step;
+    on a step that does not perturb, the second gradient is the gradient at θ.
     """
 
-    #: Asks the engine to keep the first gradients until the descent is chosen.
+    #: True if the step must keep the first gradients until ``choose`` is called.
     holds_first = False
-    #: How much the gradient that is stepped along changes with the second one, for the diagonal ρ-gradient of LETS.
+    #: The factor of the second gradient in the gradient of the step, for the diagonal ρ-gradient of LETS.
     slope = 1.0
 
     def look(self, second: SecondPass) -> Tensor | None:
-        """What sums the choice needs; ‖ĝ‖² over all parameters and ranks if they hold it, which saves reading it."""
+        """Compute the sums that ``choose`` needs. Returns ‖ĝ‖² over all parameters and ranks if the sums contain it."""
         return None
 
     def choose(self, second: SecondPass) -> None:
-        """Put what the base optimizer is to step along in the place of the gradients of ``second.runs``."""
+        """Replace the gradients of ``second.runs`` by the vector along which the base optimizer is to step."""
 
 
 class Perturbed(Descent):
@@ -32,7 +32,7 @@ class Perturbed(Descent):
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a/b, and 0 where b is zero."""
+    """a/b, or 0 if b is zero."""
     return torch.where(b > 0, a / b, 0.0)
 
 
@@ -40,7 +40,7 @@ class SurrogateGap(Descent):
     """GSAM: along ĝ − α g⊥, where g⊥ = g − (⟨g, ĝ⟩/‖ĝ‖²) ĝ (Zhuang et al., ICLR 2022).
 
     g⊥ is the part of the first gradient that is orthogonal to the second, over all parameters together. Keeps the first
-    gradients until the step. The diagonal ρ-gradient of LETS sees the change of ĝ alone, not that of g⊥.
+    gradients until the step. The diagonal ρ-gradient of LETS sees only the change of ĝ, not the change of g⊥.
 
     Args:
         alpha: α ≥ 0; 0 is SAM. 0.6 is in use for ViTs.
@@ -56,7 +56,7 @@ class SurrogateGap(Descent):
         self._products: Tensor | None = None
 
     def look(self, second: SecondPass) -> Tensor | None:
-        self._products = None  # those of a step that was given up in between
+        self._products = None  # drops the products of a step that was given up after ``look``
         if not (second.perturbed and self.alpha):
             return None
         self._products = second.compared()
@@ -96,16 +96,16 @@ class NormPenalty(Descent):
 
 
 class Reuse(Descent):
-    """LookSAM: what a perturbed step has shown is used again in those after it (Liu et al., CVPR 2022).
+    """LookSAM: a step that perturbs finds g_v, and the steps after it use g_v again (Liu et al., CVPR 2022).
 
-    A step that perturbs goes along ĝ and keeps g_v = ĝ − (⟨g, ĝ⟩/‖g‖²) g, the part of ĝ that is orthogonal to g; one
-    that does not goes along g + α (‖g‖/‖g_v‖) g_v. Products and norms are over all parameters together. State: g_v, one
-    parameter-sized buffer.
+    A step that perturbs goes along ĝ and keeps g_v = ĝ − (⟨g, ĝ⟩/‖g‖²) g, the part of ĝ that is orthogonal to g. A step
+    that does not perturb goes along g + α (‖g‖/‖g_v‖) g_v. Products and norms are over all parameters together. State:
+    g_v, one parameter-sized buffer.
 
     Args:
         alpha: α ≥ 0.
-        per_tensor: products and norms of each parameter by itself, as public re-implementations have them. Many small
-            launches, one a parameter.
+        per_tensor: products and norms are those of each parameter alone, as in public re-implementations. Needs many
+            small launches, one for each parameter.
 
     Raises:
         ValueError: α is negative or not finite.

@@ -1,4 +1,4 @@
-"""What the parts of a method see of a step: its first and its second gradients, and what may be asked of them."""
+"""What the parts of a method see of a step: its first and second gradients, and the sums over them."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,26 +16,26 @@ from lets_kernels.space.distributed import Replicas
 from lets_kernels.space.memory import refuse_while_capturing
 from lets_kernels.space.shards import is_spread, local, spread_as
 
-#: One bucket's gradients by parameter index.
+#: One bucket's gradients, by the index of the parameter.
 Gradients = dict[int, Tensor]
-#: What names of held tensors begin with in a saved state, beside the base optimizer's own.
+#: The prefix of the names of held tensors in a saved state, where the base optimizer's own names stand too.
 PREFIX = "lets_kernels."
-#: The name of what is held as one byte an element.
+#: The name of the held tensor that has one byte for each element.
 MASK = "mask"
-#: The name of the weights before the last step, which stand where perturbations are undone from.
+#: The name of the weights before the last step. They stand in the buffer from which perturbations are undone.
 BEFORE = "before"
-#: Streams of random numbers a bucket: its noise, the draws of its mask, and what is drawn anew.
+#: The streams of random numbers of a bucket: its noise, the draws of its mask, and the elements that grow again.
 NOISE, DRAWS, REGROWTH = range(3)
 _STREAMS = 4
 
 
 def by_index(runs: Runs) -> Gradients:
-    """The gradients of a pass, found by the parameter's place in its bucket."""
+    """The gradients of a pass, by the parameter's place in its bucket."""
     return dict(zip(runs.indices, runs.grads, strict=True))
 
 
 def add_up(values: Sequence[Tensor], home: torch.device) -> Tensor:
-    """The sum of tensors of one shape from several devices; a 0-d zero of none."""
+    """The sum of tensors of one shape from several devices; a 0-d zero if there are no tensors."""
     if not values:
         return torch.zeros((), dtype=torch.float64, device=home)
     if len(values) == 1:
@@ -46,34 +46,35 @@ def add_up(values: Sequence[Tensor], home: torch.device) -> Tensor:
 class Held:
     """Tensors that a part keeps for every parameter from step to step, each as large as the parameter.
 
-    They begin at zero. In a saved state they stand beside the base optimizer's own, under names with a prefix.
+    They begin at zero. A saved state holds them together with the base optimizer's tensors, under names with a prefix.
     """
 
     def __init__(self) -> None:
         self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
 
     def tensors(self, runs: Runs, name: str) -> list[Tensor]:
-        """One tensor a run, which lies in memory as the run does.
+        """One tensor for each run, with the memory layout of the run.
 
         Raises:
-            ValueError: a loaded tensor lies otherwise.
+            ValueError: a loaded tensor has another memory layout.
         """
         found = begun_state(runs, self.state, name)
-        if found is None:  # parameters that lie otherwise by now: channels last, say
+        if found is None:  # the parameters have another layout by now: channels last, for example
             for i in runs.indices:
                 p = runs.bucket.params[i]
                 like = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
                 self.state[p][name] = like.copy_(self.state[p][name])
             found = begun_state(runs, self.state, name)
         if found is None:
-            raise ValueError(f"the state's {name} lies otherwise in memory than the parameter; load it again")
+            raise ValueError(f"the state's {name} has another memory layout than the parameter; load the state again")
         return found
 
     def flat(self, bucket: Bucket, name: str) -> tuple[Tensor, list[Tensor]]:
-        """``MASK`` or ``BEFORE`` of a bucket: one flat buffer, and its views, one a parameter.
+        """``MASK`` or ``BEFORE`` of a bucket: one flat buffer, and one view of it for each parameter.
 
-        The mask is one byte an element, and begins at 1. The weights before the last perturbed step stand in the buffer
-        that perturbations are undone from, so the next one writes them; where there are none yet they are those of now.
+        The mask has one byte for each element, and begins at 1. The weights before the last perturbed step stand in the
+        buffer from which perturbations are undone, so the next perturbation overwrites them; at first they are the
+        present weights.
         """
         entries = [self.state[p] for p in bucket.params]
         found = bucket.flats.get(name)
@@ -89,7 +90,7 @@ class Held:
         return flat, views
 
     def make(self, runs: Iterable[Runs], names: Iterable[str]) -> None:
-        """Let the tensors be there, for tools that load a state key by key."""
+        """Make the tensors now, for tools that load a state key by key."""
         wanted = sorted(set(names))
         for each in runs:
             for name in wanted:
@@ -99,9 +100,10 @@ class Held:
                     self.tensors(each, name)
 
     def add_to(self, state: dict[Any, Any], indices: Mapping[int, int]) -> dict[Any, Any]:
-        """A saved state of parameters with these tensors in it; ``indices`` maps ids of parameters to its keys.
+        """Add these tensors to the saved state of the parameters; ``indices`` maps ids of parameters to keys of the
+        state.
 
-        Of a spread parameter each is spread too, so that tools save the parts of all ranks.
+        A tensor of a spread parameter is spread too, so that tools save the parts of all ranks.
         """
         out = dict(state)
         for p, own in self.state.items():
@@ -115,7 +117,7 @@ class Held:
 
     @staticmethod
     def take_from(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[Any, dict[str, Tensor]]]:
-        """A saved state apart: the base optimizer's, and what is held, by the same keys."""
+        """Split a saved state into the base optimizer's entries and the held tensors, both by the same keys."""
         rest, held = {}, {}
         for key, entry in state.items():
             if not isinstance(entry, Mapping):
@@ -130,12 +132,12 @@ class Held:
         return rest, held
 
     def load(self, held: Mapping[Any, dict[str, Tensor]], params: Sequence[Tensor]) -> None:
-        """Take over what :meth:`take_from` found, in the parameters' dtypes; ``params`` in the order of the keys."""
+        """Load what :meth:`take_from` found, in the parameters' dtypes; ``params`` is in the order of the keys."""
         self.state.clear()
         for key, own in held.items():
             p = params[int(key)]
             for name, value in own.items():
-                if value.dtype == torch.uint8:  # a mask, of this rank's part
+                if value.dtype == torch.uint8:  # a mask of this rank's part
                     self.state[p][name] = value
                     continue
                 # Real pairs of complex numbers stay pairs.
@@ -148,24 +150,24 @@ class Held:
 class FirstPass:
     """The first gradients of a step, and the sums over all parameters and ranks that a direction needs."""
 
-    runs: list[Runs]  # of the buckets that take part
+    runs: list[Runs]  # the runs of the buckets that take part
     groups: Sequence[dict[str, Any]]
     step: int
     home: torch.device  # where the scalars of a step meet
     replicas: Replicas | None  # None: each rank goes along its own gradient
     random: Randomness
     held: Held
-    base: Look  # at the base optimizer: its class, groups and state
-    keeps: bool  # the vectors of the perturbation are asked for after it
+    base: Look  # the base optimizer's class, groups and state, read only
+    keeps: bool  # the vectors of the perturbation are needed after it
     _squared: Tensor | None = None
 
     def total(self, shares: Sequence[Tensor]) -> Tensor:
-        """The sum of the buckets' own sums, over all ranks: 0-d float64. A share is one that ``parts`` counts in."""
+        """The sum of the buckets' shares over all ranks: 0-d float64. Shares include the factor ``parts``."""
         total = add_up(shares, self.home)
         return total if self.replicas is None else self.replicas.mean(total)
 
     def highest(self, values: Sequence[Tensor]) -> Tensor:
-        """The largest of the buckets' own values, over all ranks: 0-d float64, infinite where one is not finite."""
+        """The largest of the buckets' values over all ranks: 0-d float64, infinite if a value is not finite."""
         top = torch.zeros((), dtype=torch.float64, device=self.home)
         if values:
             found = torch.stack([v.to(self.home) for v in values])
@@ -182,20 +184,20 @@ class FirstPass:
         return self._squared
 
     def room(self, runs: Runs) -> list[Tensor]:
-        """Where a direction may write the vectors of a bucket: flat, without new memory unless they are to be kept."""
+        """A flat buffer for the vectors of a bucket. It takes new memory only if the vectors are to be kept."""
         b = runs.bucket
         return [torch.empty_like(b.saved)] if self.keeps else [b.saved]
 
     def draw(self, bucket: Bucket, purpose: int) -> tuple[Tensor, int]:
-        """The ops' arguments ``random`` and ``stream``, for one of a bucket's streams."""
+        """The ops' arguments ``random`` and ``stream`` for one of the streams of a bucket."""
         return self.random.at(bucket.device, bucket.part), bucket.index * _STREAMS + purpose
 
 
 def displacements(runs: Iterable[Runs], held: Held, count: int, home: torch.device) -> Tensor:
-    """This rank's shares of g·Δ and Δ·Δ, for the mean over ranks, where Δ is how far the weights have moved.
+    """This rank's shares of g·Δ and Δ·Δ, for the mean over ranks. Δ is how far the weights have moved.
 
-    Since the last step that perturbed, that is. A row for each of ``count`` param groups, or all in one: float64 of
-    shape [count, 2]. What else this read of the gradients gives is left in ``Runs.squares``.
+    They are counted from the last step that perturbed. Returns float64 of shape [count, 2]: one line for each param
+    group, or one for all if ``count`` is 1. Leaves Σ g², which the same read gives, in ``Runs.squares``.
     """
     rows = torch.zeros(count, 2, dtype=torch.float64, device=home)
     for each in runs:
@@ -220,15 +222,15 @@ def squared(runs: Runs) -> Tensor:
 class SecondPass:
     """The gradients from which the base optimizer's step is made."""
 
-    runs: list[Runs]  # with the gradients at the perturbed weights; at θ on a step that does not perturb
-    first: list[Gradients]  # of every bucket; empty ones unless the descent holds them
+    runs: list[Runs]  # with the second gradients; on a step that does not perturb they are taken at θ
+    first: list[Gradients]  # one for every bucket; empty unless the descent holds the first gradients
     perturbed: bool
     home: torch.device
     replicas: Replicas
     held: Held
-    keeps: bool  # the gradients themselves are asked for after the step
+    keeps: bool  # the gradients themselves are needed after the step
     gate: Tensor
-    offsets: Sequence[int]  # of each bucket's first parameter among those of all, and how many there are
+    offsets: Sequence[int]  # the place of each bucket's first parameter among all parameters; last, their number
     _compared: Tensor | None = None
 
     def compared(self) -> Tensor:
@@ -238,15 +240,16 @@ class SecondPass:
         return self._compared
 
     def compared_by_groups(self, count: int, more: Tensor, riders: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`compared`, with a row for each of ``count`` param groups (all in one row, if it is 1).
+        """Like :meth:`compared`, with one line for each of ``count`` param groups (one line for all, if ``count`` is
+        1).
 
         Args:
-            count: the number of rows.
-            more: other sums of this rank, float64 of shape [count, any], which become means over ranks beside them.
-            riders: float64 numbers of any shape that the first rank decides; they travel in the same all-reduce.
+            count: the number of lines.
+            more: other sums of this rank, float64 of shape [count, any], whose means over ranks are taken too.
+            riders: float64 numbers of any shape, for which the first rank's count; the same all-reduce carries them.
 
         Returns:
-            The products and what ``more`` has become, float64 of shape [count, 3 + any]; the first rank's ``riders``.
+            The products and the means of ``more``, float64 of shape [count, 3 + any]; and the first rank's ``riders``.
         """
         rows = torch.zeros(count, 3, dtype=torch.float64, device=self.home)
         for runs in self.runs:
@@ -261,7 +264,7 @@ class SecondPass:
         return rows, riders
 
     def firsts(self, runs: Runs) -> list[Tensor]:
-        """The first gradients in the order of the runs; zeros where there was none."""
+        """The first gradients in the order of the runs; zeros for a parameter that had none."""
         own = self.first[runs.bucket.index]
         pairs = zip(runs.indices, runs.grads, strict=True)
         return [own[i] if i in own else torch.zeros_like(g) for i, g in pairs]
@@ -270,7 +273,7 @@ class SecondPass:
         """x·x, x·y and y·y, where x are the gradients of ``runs`` and y the ``others``, over all buckets and ranks.
 
         Returns:
-            float64 of shape [1, 3]; with ``per_tensor`` one row for each parameter of ``runs``, in their order.
+            float64 of shape [1, 3]; with ``per_tensor`` one line for each parameter of ``runs``, in their order.
         """
         found, places = [], []
         for runs, other in zip(self.runs, others, strict=True):
@@ -284,7 +287,7 @@ class SecondPass:
             return self.replicas.mean(total[None])
         if found and len(found) == self.offsets[-1]:
             return self.replicas.mean(torch.stack(found))
-        rows = torch.zeros(self.offsets[-1], 3, dtype=torch.float64, device=self.home)  # as many on every rank
+        rows = torch.zeros(self.offsets[-1], 3, dtype=torch.float64, device=self.home)  # the same size on every rank
         if found:
             rows[places] = torch.stack(found)
         return self.replicas.mean(rows)[places]
@@ -295,7 +298,7 @@ class SecondPass:
         return torch.stack(filled)[None]
 
     def targets(self, runs: Runs) -> list[Tensor]:
-        """Where a descent may write what it makes of the gradients of a bucket."""
+        """Tensors into which a descent may write the vector that it makes of a bucket's gradients."""
         shared = len({g.data_ptr() for g in runs.grads if g.numel()}) < sum(g.numel() > 0 for g in runs.grads)
         return [torch.empty_like(g) for g in runs.grads] if self.keeps or shared else runs.grads
 
@@ -303,8 +306,8 @@ class SecondPass:
         """out <- a x + b y, where the gate is open; x are the gradients of ``runs``.
 
         Args:
-            outs: one list for each of ``runs``.
-            others: y, likewise.
+            outs: the results, one list for each of ``runs``.
+            others: y, one list for each of ``runs``.
             coefficients: a and b, float64 of shape [k, 2], with k as :meth:`products` returned.
         """
         rows = list(coefficients.unbind())
@@ -320,7 +323,7 @@ class SecondPass:
                 b.ops.combine_([to], [g], [o], b.unscaled_table((i,)), rows.pop(0).to(b.device), gate)
 
     def step_along(self, others: Sequence[list[Tensor]], coefficients: Tensor) -> None:
-        """Let the base optimizer step along a x + b y; the arguments are those of :meth:`combine`."""
+        """Let the base optimizer step along a x + b y; arguments as in :meth:`combine`."""
         outs = [self.targets(runs) for runs in self.runs]
         self.combine(outs, others, coefficients)
         for runs, out in zip(self.runs, outs, strict=True):

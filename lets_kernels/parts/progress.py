@@ -1,4 +1,4 @@
-"""What an optimizer keeps from step to step, beside the state of its parts and of the base optimizer."""
+"""What an optimizer keeps from step to step, in addition to the state of its parts and of the base optimizer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,29 +12,29 @@ from lets_kernels.parts.passes import Held
 
 
 class Progress:
-    """How far training has come: counts, random numbers, and what parts keep for every parameter."""
+    """How far training has come: counts, random numbers, and the tensors that parts keep for every parameter."""
 
     def __init__(self, random: Randomness, device: torch.device) -> None:
-        #: Steps, and those among them that perturbed; gradients that they have taken together.
+        #: The number of steps, of steps that perturbed, and of the gradients that all steps have taken.
         self.step = self.perturbed_steps = self.gradients = 0
-        #: Skipped steps, on the device where all scalars of a step meet: that of the first bucket.
+        #: The number of skipped steps, on the first bucket's device, where all scalars of a step meet.
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.random, self.held = random, Held()
-        #: The parameters that stood in the groups when that was looked at last.
+        #: The parameters in the groups, as they were at the last look.
         self.placed: Sequence[Sequence[Tensor]] = ()
         random.to(device)
 
     @property
     def home(self) -> torch.device:
-        """Where the scalars of a step meet."""
+        """The device where the scalars of a step meet."""
         return self.skipped.device
 
     def to(self, device: torch.device) -> None:
-        """The parameters have moved."""
+        """The parameters have moved to a device: move the scalars there too."""
         self.skipped = self.skipped.to(device)
 
     def count(self, gradients: int, perturbed: bool) -> None:
-        """A step has been taken."""
+        """Count a step that has been taken."""
         self.step += 1
         self.gradients += gradients
         self.perturbed_steps += perturbed

@@ -1,4 +1,4 @@
-"""How far to perturb: the radius part of a method, constant or scheduled; learning/ has those that move."""
+"""How far to perturb: the radius part of a method, constant or scheduled. Radii that move are in learning/."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,11 +12,11 @@ from lets_kernels.parts.part import at_least_one
 
 
 class RadiusWarning(UserWarning):
-    """A radius does not move, or cannot tell what it goes by."""
+    """A radius does not move, or the gradients it uses do not tell what it needs."""
 
 
 def check_rho(rho: Any) -> float:
-    """ρ as a float; ``TypeError`` if it is no number, ``ValueError`` if it is negative or not finite."""
+    """ρ as a float; ``TypeError`` if ρ is no number, ``ValueError`` if ρ is negative or not finite."""
     if not isinstance(rho, (Real, Tensor)) or isinstance(rho, bool):
         raise TypeError(f"rho must be a number, a Radius or 'auto', not {rho!r}")
     value = float(rho)
@@ -26,7 +26,7 @@ def check_rho(rho: Any) -> float:
 
 
 def radii(values: Sequence[float | Tensor]) -> list[Tensor]:
-    """Some ρ as 0-d float64 tensors on one device, that of the first on an accelerator; nothing waits for it."""
+    """Several ρ as 0-d float64 tensors on one device: the first accelerator among theirs. Nothing waits for it."""
     away = [v.device for v in values if isinstance(v, Tensor) and v.device.type != "cpu"]
     device = away[0] if away else torch.device("cpu")
     return [
@@ -40,24 +40,24 @@ def radii(values: Sequence[float | Tensor]) -> list[Tensor]:
 class Radius:
     """Base class: gives each group its ρ at every step."""
 
-    #: True for a radius that goes by what the steps show: it is one optimizer's own, and the same on all ranks.
+    #: True for a radius that steps move: it belongs to one optimizer, and is the same on all ranks.
     moves = False
-    #: True for one that learns from closures called at the new weights: ``step`` takes a validation closure then.
+    #: True if the radius learns from closures called at the new weights; ``step`` then takes a validation closure.
     learns = False
-    #: What the constructor of an optimizer writes into its groups as ``rho`` where they have none.
+    #: The ``rho`` that the constructor of an optimizer writes into groups without their own.
     rho: float = 0.0
     #: True once an optimizer has taken the radius.
     bound = False
-    #: What is kept for it for every parameter from step to step, by name.
+    #: Names of the tensors that are kept for the radius, for every parameter from step to step.
     held: Sequence[str] = ()
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Raise where ``bind`` would, and change nothing; ``groups`` are all that there are to be."""
+        """Raise what ``bind`` would raise, and change nothing; ``groups`` are all groups, old and new."""
         for group in groups:
             check_rho(group["rho"])
 
     def bind(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
-        """Called when groups are set or added; each has its ``rho``."""
+        """Called when groups are set or added; each group has its ``rho``."""
         self.check_groups(groups)
 
     def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
@@ -65,15 +65,15 @@ class Radius:
         raise NotImplementedError
 
     def present(self, index: int, group: dict[str, Any]) -> float | Tensor:
-        """ρ of one group as the last step left it, for those who read it; no wait for the device."""
+        """ρ of one group after the last step, for ``SAM.rho``; does not wait for the device."""
         return group["rho"]
 
     def not_capturable(self) -> str | None:
-        """Why a step with this radius cannot be captured in a CUDA graph, in words; None where it can."""
+        """Why a step with this radius cannot be captured in a CUDA graph, in words; None if it can be."""
         return f"{type(self).__name__} may give another rho at every step, and a graph keeps the first"
 
     def to(self, device: torch.device) -> None:
-        """The parameters have moved: so must what the radius keeps beside them."""
+        """The parameters have moved to a device: move the radius's tensors there too."""
 
     @property
     def shared(self) -> bool:
@@ -86,7 +86,7 @@ class Radius:
     # State.
 
     def make_state(self) -> None:
-        """What ``state_dict`` holds only after a first step is to be there now, for tools that load key by key."""
+        """Make now what a first step would add to ``state_dict``, for tools that load a state key by key."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -104,10 +104,11 @@ RadiusLike: TypeAlias = float | Literal["auto"] | Radius
 
 
 class ConstantRadius(Radius):
-    """ρ as the group says; ``group["rho"]`` may be changed at any time, by hand or by a scheduler of one's own.
+    """ρ is the group's: ``group["rho"]`` may be changed at any time, by hand or by a scheduler of your own.
 
-    It may be a 0-d tensor. One on an accelerator is read there, so nothing waits for it, and nothing but the norm of
-    the gradient checks it; a captured CUDA graph follows what is written into it. A float is part of the graph.
+    It may be a 0-d tensor. A tensor on an accelerator is read there, so nothing waits for it, and its value is not
+    checked; only the norm of the gradient is. A captured CUDA graph follows what is written into the tensor; a float is
+    fixed in the graph.
     """
 
     def __init__(self, rho: float) -> None:
@@ -127,9 +128,9 @@ class ScheduledRadius(Radius):
     """ρ as a function of the step number, the same for all groups.
 
     Args:
-        schedule: takes the step number (from 0, counted by the optimizer and part of its state), returns ρ ≥ 0. It
-            runs on the host, so a step with it cannot be captured in a CUDA graph: write ρ into a tensor on the device
-            instead (:class:`ConstantRadius`).
+        schedule: takes the step number (from 0; the optimizer counts and saves it) and returns ρ ≥ 0. It runs on the
+            host, so a step with it cannot be captured in a CUDA graph: write ρ into a tensor on the device instead
+            (:class:`ConstantRadius`).
     """
 
     def __init__(self, schedule: Callable[[int], float]) -> None:
@@ -139,7 +140,7 @@ class ScheduledRadius(Radius):
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         super().check_groups(groups)
         if any(float(group["rho"]) not in (self.rho, self._present) for group in groups):
-            raise ValueError("a group has its own rho, but a scheduled radius is that of all groups")
+            raise ValueError("a group has its own rho, but a scheduled radius is the same for all groups")
 
     def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
         group["rho"] = self._present = check_rho(self.schedule(step))
@@ -165,13 +166,13 @@ class ScheduledRadius(Radius):
 class LearningRateRadius(Radius):
     """ρ linear in the learning rate η: ρ_min + (ρ_max − ρ_min)(η − η_min)/(η_max − η_min) (GSAM: Zhuang et al., 2022).
 
-    Each group goes by its own ``lr``, which a scheduler of the base optimizer moves; between the bounds, that is: a
-    learning rate beyond them gives the ρ of the nearer one.
+    Each group uses its own ``lr``, which a scheduler of the base optimizer moves. A learning rate outside of the bounds
+    gives the ρ of the nearer bound.
 
     Args:
         rho_max: ρ at the learning rate ``lr_max``.
         rho_min: ρ at ``lr_min``.
-        lr_max: None takes each group's learning rate when the optimizer is built, or its ``initial_lr``.
+        lr_max: None takes each group's ``initial_lr``, or its learning rate when the optimizer is built.
         lr_min: the smallest learning rate.
 
     Raises:
@@ -184,7 +185,7 @@ class LearningRateRadius(Radius):
         self.rho_max, self.rho_min = check_rho(rho_max), check_rho(rho_min)
         self.lr_max, self.lr_min, self.rho = lr_max, float(lr_min), self.rho_max
         self._highest: list[float] = []
-        self._present: dict[int, float] = {}  # what the groups show by now
+        self._present: dict[int, float] = {}  # ρ of each group, as it shows it now
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         super().check_groups(groups)
@@ -225,7 +226,7 @@ class LearningRateRadius(Radius):
         super().check_state_dict(state)
         found = state["lr_max"]
         if not isinstance(found, (list, tuple)) or len(found) != len(self._highest):
-            raise ValueError(f"the state holds no lr_max for each of {len(self._highest)} groups")
+            raise ValueError(f"the state does not hold one lr_max for each of {len(self._highest)} groups")
 
     def load_state_dict(self, state: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         self._highest = [float(value) for value in state["lr_max"]]

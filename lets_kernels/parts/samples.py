@@ -1,8 +1,8 @@
-"""Which samples of a batch each pass of a step counts, and how much.
+"""Which samples of a batch each pass of a step counts, and with which weight.
 
-As a rule all of them, alike, and the closure is torch's: it calls ``backward`` itself. The others here look at each
-sample's own loss. Their closure takes ``subset=None``: None, or an int64 tensor of places in the batch; it computes the
-losses of these samples and returns them, of shape [B], and leaves ``zero_grad`` and ``backward`` to the optimizer.
+By default every sample counts alike, and the closure is torch's: it calls ``backward`` itself. The other classes here
+look at each sample's own loss. Their closure takes ``subset=None``: None, or an int64 tensor of places in the batch. It
+computes the losses of these samples and returns them, of shape [B]; the optimizer calls ``zero_grad`` and ``backward``.
 """
 
 import math
@@ -20,9 +20,9 @@ Closure = Callable[..., Any]
 
 @dataclass
 class Pass:
-    """How a pass is made: the engine's side of it."""
+    """What the step provides for a pass: how to call a closure, and how to run backward."""
 
-    call: Callable[[Callable[[], Any]], Any]  # with gradients enabled; what it leaves is unscaled afterwards
+    call: Callable[[Callable[[], Any]], Any]  # with gradients enabled; its gradients are unscaled afterwards
     drop_gradients: Callable[[], None]
     scaler: Scaler | None
 
@@ -31,23 +31,23 @@ class Pass:
 
 
 class Samples:
-    """Every sample counts, alike: the closure zeroes the gradients, computes the loss, calls ``backward``."""
+    """Every sample counts alike: the closure zeroes the gradients, computes the loss and calls ``backward``."""
 
-    #: True where the closure returns the loss of each sample.
+    #: True if the closure returns the loss of each sample.
     per_sample = False
-    #: True where the first gradient, and the second, is that of the mean loss of the whole batch.
+    #: True if the first gradient (and the second) is the gradient of the mean loss of the whole batch.
     first_is_whole = second_is_whole = True
 
     def first(self, passed: Pass, closure: Closure) -> Any:
-        """The pass at θ: gradients, and what the closure returned."""
+        """Make the pass at θ. Leaves the gradients; returns what the closure returned."""
         return self.whole(passed, closure)
 
     def second(self, passed: Pass, closure: Closure) -> Any:
-        """The pass at θ + ε."""
+        """Make the pass at θ + ε."""
         return self.whole(passed, closure)
 
     def whole(self, passed: Pass, closure: Closure) -> Any:
-        """A pass in which every sample counts."""
+        """Make a pass in which every sample counts."""
         return passed.call(closure)
 
     def loss(self, returned: Any) -> Any:
@@ -90,11 +90,11 @@ class _PerSample(Samples):
 class SelectedSamples(_PerSample):
     """ESAM's sharpness-sensitive data selection: the second gradient is that of the samples whose loss ε raised most.
 
-    Du et al., ICLR 2022. A forward pass at θ + ε, without gradients, gives the losses there; then the closure is
-    called for the chosen samples. Of several ranks each chooses among its own.
+    Du et al., ICLR 2022. A forward pass at θ + ε, without gradients, gives the losses there; then the closure is called
+    for the chosen samples. With several ranks, each rank chooses among its own samples.
 
     Args:
-        gamma: γ in (0, 1], the share that is chosen, of at least one sample; at 1 all are, without the forward pass.
+        gamma: γ in (0, 1], the share of chosen samples, at least one sample; 1 takes all, without that forward pass.
 
     Raises:
         ValueError: γ is out of its range.
@@ -110,7 +110,7 @@ class SelectedSamples(_PerSample):
     def subset(self, before: Tensor, after: Tensor) -> Tensor:
         """The places of the chosen samples, int64 of shape [γB], from their losses at θ and at θ + ε, of shape [B].
 
-        For the two-step shape, where the second backward is the caller's. Nothing waits for the device.
+        For the two-step shape, where the caller makes the second backward. Nothing waits for the device.
         """
         count = max(1, math.ceil(self.gamma * len(before) - 1e-9))  # 0.07 * 100 is above 7 in float64
         return torch.topk((after - before).detach(), count).indices
@@ -131,22 +131,22 @@ class SelectedSamples(_PerSample):
 
 
 def output_norms(losses: Tensor, outputs: Tensor) -> Tensor:
-    """‖∂ℓ_i/∂z_i‖, the norm of each sample's gradient in the network's outputs z (logits): of shape [B]."""
+    """‖∂ℓ_i/∂z_i‖, the norm of the gradient of each sample's loss in the network's outputs z (logits): shape [B]."""
     gradients = torch.autograd.grad(losses.sum(), outputs, retain_graph=True)[0]
     return gradients.detach().reshape(len(losses), -1).norm(dim=1)
 
 
 class WeightedSamples(_PerSample):
-    """δ-SAM: samples are weighted in the ascent gradient, so that one ε approximates those of the samples.
+    """δ-SAM: the ascent gradient weights the samples, so that one ε approximates one ε for each sample.
 
-    Zhou et al., 2021 (arXiv 2112.08772). Perturbing each sample by itself means ε_i = ρ g_i/‖g_i‖; their mean is along
-    Σ w_i g_i with w_i ∝ 1/‖g_i‖. How the norms are estimated without a backward pass a sample, and the power that they
-    are raised to, are open here: by default from the gradient in the outputs, for which the closure returns
-    ``(losses, outputs)``. The second pass counts every sample alike. Of several ranks each gives its own
-    weights that sum up to one.
+    Zhou et al., 2021 (arXiv 2112.08772). A perturbation for each sample is ε_i = ρ g_i/‖g_i‖; the mean of these is
+    along Σ w_i g_i with w_i ∝ 1/‖g_i‖. How to estimate the norms without one backward pass a sample, and their power,
+    are arguments here. By default the norms come from the gradient in the outputs, for which the closure returns
+    ``(losses, outputs)``. The second pass counts every sample alike. With several ranks, the weights of each rank sum
+    up to one.
 
     Args:
-        power: w_i ∝ ‖g_i‖^power; 0 weights all alike.
+        power: w_i ∝ ‖g_i‖^power; 0 gives all samples the same weight.
         norms: takes what the closure returned (``*returned``) and gives the norms, of shape [B].
 
     Raises:
@@ -160,10 +160,10 @@ class WeightedSamples(_PerSample):
         self.first_is_whole = not self.power
 
     def weights(self, *returned: Any) -> Tensor:
-        """w_i, which sum to one, from what the closure returned: of shape [B], without a graph.
+        """The weights w_i, which sum to one, from what the closure returned: of shape [B], without a graph.
 
         For the two-step shape: ``(opt.samples.weights(losses, outputs) * losses).sum().backward()``. A sample whose
-        norm is zero has no gradient, and weight zero where the power is negative.
+        norm is zero has no gradient; if the power is negative, its weight is zero.
         """
         if not self.power:
             return torch.full_like(returned[0].detach(), 1 / len(returned[0]))

@@ -1,4 +1,4 @@
-"""Whether to perturb at a step: the schedule part of a method."""
+"""Which steps perturb: the schedule part of a method."""
 
 import math
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from lets_kernels.parts.passes import FirstPass
 
 @dataclass
 class Moment:
-    """What a schedule may ask when it decides about a step."""
+    """What a schedule can use when it decides whether a step perturbs."""
 
     step: int  # from 0
     random: Randomness
-    first: FirstPass | None  # None while there is no first gradient yet
+    first: FirstPass | None  # None if there is no first gradient yet
 
     def uniform(self) -> float:
-        """A random number in [0, 1): the same on all ranks, and when the step is taken again."""
+        """A random number in [0, 1): the same on all ranks, and again the same if the step is taken again."""
         return self.random.uniform(self.step, 0)
 
     def squared_norm(self) -> float:
@@ -28,25 +28,25 @@ class Moment:
 
 
 class Schedule(Part):
-    """Base class. A schedule is asked once a step, before the weights are perturbed; if it looks at the gradient, once
-    more for a step that was given up and is begun again, with another one.
+    """Base class. A schedule is asked once a step, before the weights are perturbed. If it looks at the gradient, it is
+    asked again for a step that was given up and is begun again, since the gradient is a new one.
 
     A subclass has ``perturbs``, or ``decide`` if it needs more than the step's number.
     """
 
-    #: True if every step gets the same answer, so that a step can be captured in a CUDA graph and replayed.
+    #: True if the answer is the same for every step, so that a step can be captured in a CUDA graph and replayed.
     capturable = False
-    #: True if it draws random numbers.
+    #: True if the schedule draws random numbers.
     draws = False
-    #: True if it decides by the first gradient, which must then be one at θ, and the same on all ranks.
+    #: True if the first gradient decides; it must then be taken at θ, and be the same on all ranks.
     looks_at_gradient = False
 
     def perturbs(self, step: int) -> bool:
-        """True if step number ``step`` (from 0) perturbs; else it steps along the first gradient."""
+        """True if step number ``step`` (from 0) perturbs; otherwise the step is along the first gradient."""
         raise NotImplementedError
 
     def decide(self, moment: Moment) -> bool:
-        """As :meth:`perturbs`, with more to go by."""
+        """Like :meth:`perturbs`, with the gradient and random numbers in ``moment``."""
         return self.perturbs(moment.step)
 
 
@@ -82,17 +82,17 @@ SHAPES = ("constant", "linear", "trigonometric")
 class Bernoulli(Schedule):
     """A step perturbs with probability p: RST, randomised sharpness-aware training (Zhao et al., 2022).
 
-    All ranks decide alike, and a resumed run as one that was never interrupted.
+    All ranks decide alike, and resumed training decides as if it had never been interrupted.
 
     Args:
-        p: the probability, of the first step.
-        end, steps: with another ``shape`` than ``"constant"`` the probability goes from ``p`` to ``end`` in ``steps``
-            steps, and stays there.
-        shape: ``"constant"``, ``"linear"``, or ``"trigonometric"``: along half a cosine. Which
-            bounds the paper's schedules have is open here.
+        p: the probability at the first step.
+        end, steps: if ``shape`` is not ``"constant"``, the probability goes from ``p`` to ``end`` in ``steps`` steps,
+            and stays there.
+        shape: ``"constant"``, ``"linear"``, or ``"trigonometric"`` (along half a cosine). The bounds of the paper's
+            schedules are arguments here: ``p`` and ``end``.
 
     Raises:
-        ValueError: a probability outside [0, 1], or arguments that do not go with the shape.
+        ValueError: a probability outside [0, 1], or arguments that contradict the shape.
     """
 
     draws = True
@@ -124,12 +124,12 @@ class Bernoulli(Schedule):
 
 
 class NormThreshold(Schedule):
-    """Perturb where the gradient is large: AE-SAM (Jiang et al., ICLR 2023).
+    """Perturb if the gradient is large: AE-SAM (Jiang et al., ICLR 2023).
 
     μ ← δμ + (1 − δ)‖g‖² and σ² ← δσ² + (1 − δ)(‖g‖² − μ)², from zero; the step perturbs if ‖g‖² ≥ μ + cσ, where
-    c = (t/T)λ₁ + (1 − t/T)λ₂. The decision is the host's, so each step waits once for the norm; the paper leaves open
-    whether μ and σ hold the present gradient: here they do. A gradient that is not finite is not counted; one whose
-    step is given up or skipped later is.
+    c = (t/T)λ₁ + (1 − t/T)λ₂. The host decides, so each step waits once for the norm. The paper leaves open whether μ
+    and σ include the present gradient: here they do. They leave out a gradient that is not finite. They include a
+    finite gradient also if its step is given up or skipped later.
 
     Args:
         steps: T, the number of steps after which c stays at λ₁.

@@ -1,1 +1,1 @@
-"""The flattened parameter space: buckets, runs, this rank's parts of them, and the few scalars that cross ranks."""
+"""The flattened parameter space: buckets, runs, this rank's parts of parameters, and the scalars that cross ranks."""

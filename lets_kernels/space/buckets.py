@@ -1,8 +1,9 @@
 """Buckets of parameters, their runs, and the tables that the ops read.
 
 Parameters of one group, device and dtype form a bucket: an index space in which parameter i owns
-``[start_i, start_i + numel_i)``, starts padded to 16 elements. State that the package owns (saved weights, filter
-norms) is one flat buffer a bucket. The parameters stay where they lie unless ``flatten`` moves them into one buffer.
+``[start_i, start_i + numel_i)``, with starts padded to 16 elements. State that the package owns (saved weights, filter
+norms) is one flat buffer for each bucket. The parameters stay where they are unless ``flatten`` moves them into one
+buffer.
 """
 
 import operator
@@ -44,16 +45,16 @@ Geometry = Callable[[Tensor, str | None, dict[str, Any]], tuple[int, int]]
 class Runs:
     """The parameters of a bucket that take part in one pass, with their gradients, in the order of the bucket.
 
-    ``params`` and ``grads`` are dense and agree in strides and dtype, run by run; where the user's do not, they are
-    copies, and ``write_back`` brings the weights home.
+    ``params`` and ``grads`` are dense, and agree in strides and dtype for each run. If the user's tensors do not, these
+    are copies, and ``write_back`` writes the weights back into the parameters.
     """
 
     bucket: "Bucket"
     indices: tuple[int, ...]
     params: list[Tensor]
     grads: list[Tensor]
-    copies: list[tuple[int, Tensor]] = field(default_factory=list)  # which parameter, and the dense copy of it
-    squares: Tensor | None = None  # Σ g², where an op that read these gradients has found it already: 0-d float64
+    copies: list[tuple[int, Tensor]] = field(default_factory=list)  # index of a parameter, and its dense copy
+    squares: Tensor | None = None  # Σ g², if an op has computed it already: 0-d float64
     _packed: tuple[list[Tensor], list[Tensor]] | None = None
 
     @property
@@ -62,37 +63,37 @@ class Runs:
 
     @property
     def weights(self) -> list[Tensor]:
-        """What the ops take for the parameters: one tensor a run, or the one buffer that holds them all."""
+        """The ops' argument for the parameters: one tensor for each run, or the one buffer that holds all of them."""
         b = self.bucket
         if b.flat is not None and not self.copies:
             return [b.flat]
         return b.pack(self.params)
 
     def pack(self, tensors: list[Tensor]) -> list[Tensor]:
-        """As :meth:`Bucket.pack`, once for several ops in a row on the same list; ``forget`` ends the row."""
+        """Like :meth:`Bucket.pack`, but packs a list once for several ops, until ``forget`` is called."""
         if self._packed is None or self._packed[0] is not tensors:
             self._packed = tensors, self.bucket.pack(tensors)
         return self._packed[1]
 
     def forget(self) -> None:
-        """Before other code runs, which may move the tensors."""
+        """Drop the packed lists. Called before other code runs, which may move the tensors."""
         self._packed = None
 
     def only(self, places: list[int]) -> "Runs":
-        """Some of these runs, by their places among them."""
+        """Some of these runs, by their places in this object."""
         params = [self.params[j] for j in places]
         indices, grads = tuple(self.indices[j] for j in places), [self.grads[j] for j in places if self.grads]
         copies = [pair for pair in self.copies if pair[0] in indices]
         return Runs(self.bucket, indices, params, grads, copies)
 
     def return_gradients(self) -> None:
-        """Make these gradients those of the parameters, for a step along them."""
+        """Put these gradients into the parameters' ``grad``, for a step along them."""
         for i, g in zip(self.indices, self.grads, strict=True):
             p = self.bucket.params[i]
             p.grad = whole_gradient(g, p)
 
     def write_back(self) -> None:
-        """After an op wrote the weights: copies go home, and autograd learns that the parameters have changed."""
+        """After an op wrote the weights: write copies back, and tell autograd that the parameters have changed."""
         b = self.bucket
         memory = b.memory if self.copies else []
         for i, copy in self.copies:
@@ -115,13 +116,13 @@ class Bucket:
         flatten: bool,
     ) -> None:
         refuse_while_capturing("the tables of the parameters")
-        #: The user's parameters; the kernels see local parts and real pairs of them, see :attr:`memory`.
+        #: The user's parameters. The kernels see their local parts, complex numbers as real pairs: see :attr:`memory`.
         self.params = list(params)
         self.spread, self.parts, self.part = any(map(is_spread, params)), parts(params[0]), part_of(params[0])
         self.apart = any(map(is_apart, params))
         memory = self.memory
         self.index, self.group = index, group
-        #: Where the parameters stand in their group.
+        #: The places of the parameters in their group.
         self.places = list(range(len(self.params)))
         self.dtype, self.device = memory[0].dtype, memory[0].device
         self.backend, self.ops = ops.choose(backend, self.device)
@@ -130,14 +131,14 @@ class Bucket:
         self.dirty = torch.zeros((), dtype=torch.int64, device=self.device)
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._scalar: tuple[float, Tensor] | None = None
-        #: The optimizer's state tensors of these parameters, as those who keep them found them (base/state.py).
+        #: The base optimizer's state tensors of these parameters, as base/state.py found them last.
         self.found_state: dict[str, tuple[tuple[int, ...], list[Tensor | None], list[Tensor]]] = {}
-        #: Flat buffers of the parts' own state, and the views of them that the state holds (passes.py).
+        #: Flat buffers of the parts' own state, and the views of the buffers that the state holds (passes.py).
         self.flats: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
         rows: list[tuple[int, ...]] = []
         self.size = self.filters = 0
-        #: Where the norms of a parameter's filters stand, by its index; and those whose elements other ranks hold.
+        #: The places of the norms of a parameter's filters, by its index; and those whose elements are on other ranks.
         self._filters_of: dict[int, slice] = {}
         self._elsewhere: list[slice] = []
         for p, part, name in zip(params, memory, names, strict=True):
@@ -146,7 +147,7 @@ class Bucket:
             if length > 0:
                 first, self.filters = self.filters, self.filters + count
                 self._filters_of[len(rows)] = slice(first, self.filters)
-                if not part.numel():  # nothing here for the ops to read, but the rank still takes part in the sums
+                if not part.numel():  # the ops have nothing to read here, but the rank still takes part in the sums
                     self._elsewhere.append(self._filters_of[len(rows)])
                     length, count, first = ELEMENT_WISE, 0, 0
             rows.append((self.size, part.numel(), length, count, first))
@@ -156,7 +157,7 @@ class Bucket:
         self.scaled = any(row[2] != UNSCALED for row in rows)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.filter_norms = torch.empty(self.filters, dtype=wide, device=self.device) if self.filters else None
-        #: Filters that several ranks hold together: the group of those ranks, and where the norms stand.
+        #: Filters that several ranks hold together: the group of these ranks, and the places of the norms.
         self._split_filters: dict[dist.ProcessGroup, list[slice]] = {}
 
         self._all = tuple(range(len(self.params)))
@@ -171,7 +172,7 @@ class Bucket:
         self.numels = [p.numel() for p in memory]
         self._fake = is_fake(memory[0])
         self._addresses = addresses(memory)
-        #: A parameter has been given other memory since somebody looked whether it shares that with another.
+        #: True if a parameter got other memory since the last check for shared memory.
         self.moved = False
 
     def _flatten(self) -> None:
@@ -182,7 +183,7 @@ class Bucket:
 
     @property
     def memory(self) -> list[Tensor]:
-        """The parameters where they lie on this rank; looked up anew, since sharding may move them."""
+        """The memory of the parameters on this rank; looked up anew each time, since sharding may move it."""
         return [local(p) for p in self.params] if self.apart else self.params
 
     def split_filters(self, filter_dim: Callable[[Tensor], int]) -> None:
@@ -192,7 +193,7 @@ class Bucket:
                 self._split_filters.setdefault(group, []).append(place)
 
     def join_filters(self) -> None:
-        """Make norms of parts of filters those of whole filters: one all-reduce a group of ranks, if there are any."""
+        """Turn norms of parts of filters into norms of whole filters: one all-reduce for each group of ranks."""
         norms = self.filter_norms
         for place in self._elsewhere:
             assert norms is not None
@@ -213,19 +214,19 @@ class Bucket:
         return self._saved
 
     def pack(self, tensors: list[Tensor]) -> list[Tensor]:
-        """A list as the backend takes it at the least cost, for use before any tensor of it can be moved."""
+        """The list in the backend's cheapest form, to be used before any of its tensors can be moved."""
         return self.ops.pack(tensors, self.dirty)
 
     def table(self, indices: tuple[int, ...]) -> Tensor:
         """The run table of these parameters; made once for every set."""
-        if len(self._tables) > _TABLES:  # sets that change from step to step: layer drop, experts
+        if len(self._tables) > _TABLES:  # many sets: they change from step to step with layer drop or experts
             self._tables.clear()
         if indices not in self._tables:
             self._tables[indices] = self._rows[list(indices)].contiguous()
         return self._tables[indices]
 
     def unscaled_table(self, indices: tuple[int, ...]) -> Tensor:
-        """As :meth:`table`, with T = 1 everywhere."""
+        """Like :meth:`table`, with T = 1 everywhere."""
         key = (UNSCALED, *indices)
         if key not in self._tables:
             table = self.table(indices).clone()
@@ -234,10 +235,10 @@ class Bucket:
         return self._tables[key]
 
     def scalar(self, value: float | Tensor) -> Tensor:
-        """A number as the ops take it: 0-d float64 on the bucket's device, made anew only where it has changed.
+        """A number in the form that the ops take: 0-d float64 on the bucket's device, made anew only if it has changed.
 
-        In a captured step it is made by the graph: neither may the graph read what a later step replaces, nor a later
-        step find what only a replay fills.
+        In a captured step the graph makes the number: the graph must not read a tensor that a later step replaces, and
+        a later step must not use a tensor that only a replay fills.
         """
         if isinstance(value, Tensor):
             return value.to(self.device, torch.float64)
@@ -257,7 +258,7 @@ class Bucket:
         ):
             return False
         found = self._addresses if self._fake else list(map(Tensor.data_ptr, memory))
-        if found != self._addresses:  # nothing else tells of another device
+        if found != self._addresses:  # only the address shows a change of device
             if self.flat is not None or {p.get_device() for p in memory} != {self._device_index}:
                 return False
             if any(map(Tensor.is_neg, memory)):  # p.data = x.conj().imag
@@ -269,19 +270,19 @@ class Bucket:
         """The runs of the parameters that have a gradient.
 
         Args:
-            own: the gradients are kept beyond the next backward: those that lie in memory which that may write again,
-                as views of the buckets of DistributedDataParallel do, are copied.
-            whole: a gradient that is not there stands for zero.
-            current: somebody has just looked where the parameters lie.
+            own: the gradients are kept beyond the next backward. A gradient in memory that the next backward may write
+                again, such as a view of a DistributedDataParallel bucket, is copied.
+            whole: a missing gradient counts as zero.
+            current: the caller has just checked where the parameters lie.
 
         Raises:
             TypeError: a sparse gradient.
-            RuntimeError: a parameter lies otherwise than when the tables were made.
+            RuntimeError: a parameter has another layout or memory than when the tables were made.
         """
         if not current:
             self.refuse_what_moved()
         runs = self._gather(whole)
-        # What is written to a DTensor does not count as a version of its part, so nobody would notice.
+        # A write to a DTensor does not change the version of its part, so it would not be noticed.
         if own and (self.spread or any(map(is_lent, runs.grads))):
             runs.grads = [g.clone() if self.spread or is_lent(g) else g for g in runs.grads]
         return runs
@@ -305,7 +306,7 @@ class Bucket:
         return self._gather_some(memory, grads)
 
     def _gather_some(self, memory: list[Tensor], grads: list[Tensor | None]) -> Runs:
-        """As :meth:`gather`, where some gradients are missing or something has to be copied to lie dense."""
+        """Like :meth:`gather`, if some gradients are missing or a tensor has to be copied to be dense."""
         runs = Runs(self, (), [], [])
         indices = []
         for i, (p, g) in enumerate(zip(memory, grads, strict=True)):
@@ -321,7 +322,7 @@ class Bucket:
             if not is_dense(p):
                 weights = p.detach().clone(memory_format=torch.contiguous_format)
                 runs.copies.append((i, weights))
-            # Kernels read memory, where a lazily negated tensor has the numbers with the other sign.
+            # Kernels read memory, and the memory of a lazily negated tensor holds the numbers with the other sign.
             if g.stride() != weights.stride() or g.dtype is not self.dtype or g.is_neg():
                 g = torch.empty_like(weights, memory_format=torch.preserve_format).copy_(g.detach())
             runs.params.append(weights)
@@ -342,7 +343,7 @@ class Bucket:
         return runs
 
     def views(self, flat: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
-        """The parameters' stretches of a flat buffer, each in the shape and the order of memory of its parameter."""
+        """The runs' stretches of a flat buffer, each with the shape and the memory layout of its parameter."""
         memory, starts = self.memory, self._rows[:, 0].tolist()
         found = []
         for i in self._all if indices is None else indices:
@@ -352,7 +353,7 @@ class Bucket:
         return found
 
     def refuse_what_moved(self) -> None:
-        """Before anything is read or written by these tables.
+        """Check the parameters, before anything is read or written with these tables.
 
         Raises:
             RuntimeError: a parameter was re-typed, moved, resized or re-strided (or, where flattened, re-pointed).
@@ -376,15 +377,15 @@ class Bucket:
     def restore(self, runs: Runs) -> None:
         """Bring back the saved weights of these runs, if they are perturbed. Bit-exact; waits for nothing.
 
-        Parameters are followed to where they lie by now, and weights are rounded to the dtype that they have there.
+        Writes to the parameters' present memory, and rounds the weights to the present dtype.
 
         Raises:
-            RuntimeError: a parameter has another shape by now; it is not written, the others are.
+            RuntimeError: a parameter has another shape by now. It is not written, but the other parameters are.
         """
         if not self.is_current():
             self._restore_what_moved(runs)
             return
-        if self.apart:  # views of what the parameters were
+        if self.apart:  # the runs hold views of the parameters' former memory
             memory, copies = self.memory, dict(runs.copies)
             runs.params = [copies.get(i, memory[i]) for i in runs.indices]
         self.ops.restore_(runs.weights, self.saved, self.dirty, runs.table)

@@ -1,4 +1,4 @@
-"""The few scalars that cross ranks, so that all of them take the same step to the bit."""
+"""The few scalars that cross ranks, so that all ranks take the same step to the bit."""
 
 import sys
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ ALONE = "alone"
 
 
 def check_whole(name: str) -> None:
-    """Refuse to be built by ZeroRedundancyOptimizer, which gives each rank a part of the parameters: ``TypeError``.
+    """``TypeError`` if ZeroRedundancyOptimizer builds the optimizer: it would give each rank a part of the parameters.
 
-    Norms, perturbations and passes are of all parameters, and nothing tells a part from a whole network.
+    Norms, perturbations and passes need all parameters, and nothing shows that a part is not the whole network.
     """
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = sys._getframe(1) if zero is not None else None
@@ -31,15 +31,15 @@ def check_whole(name: str) -> None:
 
 
 class Replicas:
-    """The ranks that train one model together, and the mean of a scalar over them.
+    """The ranks that train one model together, and means of scalars over these ranks.
 
-    Under DistributedDataParallel they hold the same weights and the same (already reduced) gradients. Their sums may
-    still differ in the last bit, since summation order depends on the machine; the means are the same everywhere, and a
-    value that is not finite on one rank is not finite on any. Of DTensors each rank holds a part
-    (:mod:`lets_kernels.space.shards`).
+    Under DistributedDataParallel the ranks hold the same weights and the same (already reduced) gradients. Their sums
+    may still differ in the last bit, since the order of summation depends on the machine. The means are the same on
+    every rank; if a value is not finite on one rank, the mean is not finite on any rank. Each rank holds a part of a
+    DTensor (:mod:`lets_kernels.space.shards`).
 
     Args:
-        group: a process group; ``"alone"``, where nothing is sent; or None, to look for it: see :meth:`find`.
+        group: a process group; ``"alone"``, which sends nothing; or None, to look for a group: see :meth:`find`.
     """
 
     def __init__(self, group: "dist.ProcessGroup | str | None" = None) -> None:
@@ -47,13 +47,13 @@ class Replicas:
             raise ValueError(f"process_group must be a process group, {ALONE!r} or None, not {group!r}")
         self.asked = group
         self.groups: list[dist.ProcessGroup | None] = []
-        #: Several ranks are there, and nothing says whether they train one model together.
+        #: True if there are several ranks, and nothing says whether they train one model together.
         self.unclear = False
         if group is not None:
             self.find(None, [])
 
     def __deepcopy__(self, memo: object) -> "Replicas":
-        return self  # a process group is this process's own
+        return self  # a process group belongs to this process, and cannot be copied
 
     def __reduce__(self) -> str | tuple[type["Replicas"], tuple[Any]]:
         if self.asked is not None and not isinstance(self.asked, str):
@@ -61,7 +61,7 @@ class Replicas:
         return Replicas, (self.asked,)
 
     def any(self, flag: bool, home: torch.device) -> bool:
-        """Is it true on any rank? Waits for the others, and for the device."""
+        """True if ``flag`` is True on any rank. Waits for the other ranks, and for the device."""
         if not self.groups:
             return flag
         found = torch.full((), float(flag), device=home)
@@ -70,7 +70,7 @@ class Replicas:
         return bool(found > 0)
 
     def find(self, model: torch.nn.Module | None, params: Sequence[Tensor]) -> None:
-        """Take the group that was given; else that of DTensors' mesh; else that of a DistributedDataParallel model."""
+        """Take the given group; or the group of the DTensors' mesh; or the group of a DistributedDataParallel model."""
         self.unclear = False
         if self.asked is not None:
             self.groups = [] if isinstance(self.asked, str) else [self.asked]
@@ -88,11 +88,11 @@ class Replicas:
 
     @property
     def rank(self) -> int:
-        """This rank's place among them; 0 is the one whose radius is taken over."""
+        """This rank's place in the group; all ranks take over the radius of rank 0."""
         return max((dist.get_rank(group) for group in self.groups), default=0)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over ranks of a float64 tensor; one all-reduce (one a mesh dimension, where no group has all)."""
+        """The mean of a float64 tensor over ranks: one all-reduce, or one a mesh dimension if no group has all."""
         if not self.groups:
             return values
         reduced, count = values.detach().clone(), 1

@@ -56,7 +56,7 @@ class ParameterSpace:
 
     @staticmethod
     def _check_apart(groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse parameters that share memory, ``ValueError``."""
+        """``ValueError`` for parameters that share memory."""
         check_apart(
             (f"parameter {place} of param_groups[{index}]", local(p))
             for index, group in enumerate(groups)
@@ -65,7 +65,7 @@ class ParameterSpace:
         )
 
     def look_again(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse parameters that have come to share memory, ``ValueError``; nearly free where none has moved."""
+        """``ValueError`` for parameters that share memory by now; nearly free if no parameter has moved."""
         for moved in self.buckets:
             if moved.moved:
                 self._check_apart(groups)
@@ -74,10 +74,10 @@ class ParameterSpace:
                 return
 
     def is_current(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """False where the buckets must be made again.
+        """False if the buckets must be made again.
 
         Raises:
-            ValueError: parameters have come to share memory.
+            ValueError: parameters share memory by now.
         """
         if self._key != self._signature(groups):
             return False

@@ -1,4 +1,4 @@
-"""Where tensors lie in memory, and what no method can perturb."""
+"""Where tensors lie in memory, and which parameters no method can perturb."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,26 +13,26 @@ from lets_kernels.space.shards import check_spread, is_spread, local
 
 
 def is_lent(grad: Tensor) -> bool:
-    """True for a gradient in memory that has another owner, who may write there: autograd's own are no views."""
+    """True for a gradient in memory of another owner, who may write there: a view. Autograd itself makes no views."""
     return grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
 
 
 def check_parameter(p: Tensor, where: str) -> None:
-    """Refuse what no method can perturb; what is frozen (``requires_grad=False``) nobody does.
+    """Refuse a parameter that no method can perturb. Frozen parameters (``requires_grad=False``) are never perturbed.
 
     Raises:
-        TypeError: the dtype has no gradient, or no kernels (8-bit, complex32); the class keeps its numbers in other
-            tensors than itself; the message names the way out.
-        ValueError: elements share memory (an expanded tensor), or their memory does not say what they are.
+        TypeError: the dtype has no gradient or no kernels (8-bit, complex32), or the class keeps its numbers in tensors
+            other than itself. The message names the way out.
+        ValueError: elements share memory (an expanded tensor), or memory holds other values (lazily negated).
     """
     if not p.requires_grad:
         return
     found = _keeps_elsewhere(p)
     if found is not None:
         raise TypeError(
-            f"{where}: a parameter of class {found.__module__}.{found.__qualname__} cannot be perturbed: it dispatches "
-            "what is done to it by itself (__torch_dispatch__), so its numbers need not lie in its memory. Keep it out "
-            "of the groups, train the tensors in it as parameters, or dequantise it (p.dequantize())"
+            f"{where}: a parameter of class {found.__module__}.{found.__qualname__} cannot be perturbed: the class "
+            "dispatches operations by itself (__torch_dispatch__), so its numbers need not lie in its memory. Keep it "
+            "out of the groups, train the tensors in it as parameters, or dequantise it (p.dequantize())"
         )
     if p.is_nested:
         raise TypeError(f"{where}: a nested parameter cannot be perturbed; make a parameter of each tensor in it")
@@ -52,7 +52,7 @@ def check_parameter(p: Tensor, where: str) -> None:
 
 
 def _keeps_elsewhere(p: Tensor) -> type | None:
-    """The class, of the parameter or of this rank's part of it, that is known by its own dispatch alone."""
+    """The class of the parameter, or of this rank's part of it, if only the class's own dispatch knows its numbers."""
     for t in (p, local(p)) if is_spread(p) else (p,):
         kind = type(t)
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not (is_spread(t) or is_fake(t)):
@@ -61,26 +61,26 @@ def _keeps_elsewhere(p: Tensor) -> type | None:
 
 
 def is_fake(t: Tensor) -> bool:
-    """True for a tensor of torch's tracers, which has a shape and no memory."""
+    """True for a tensor of torch's tracers, which has a shape but no memory."""
     fakes = sys.modules.get("torch._subclasses.fake_tensor")
     return fakes is not None and isinstance(t, fakes.FakeTensor)
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Where tensors of one kind begin in memory; zeros for those that have none (meta and fake tensors)."""
+    """The addresses of tensors of one kind; zero for a tensor without memory (meta and fake tensors)."""
     if tensors and is_fake(tensors[0]):
         return [0] * len(tensors)
     return list(map(Tensor.data_ptr, tensors))
 
 
 def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse tensors that share memory: what moves one would move the other once more.
+    """Refuse tensors that share memory: a step would move the shared elements twice.
 
     Args:
-        named: what each is called, and the tensor.
+        named: pairs of a name and a tensor.
 
     Raises:
-        ValueError: the same tensor twice, or elements of two tensors lie in one place; the message names both.
+        ValueError: a tensor is there twice, or two tensors share elements. The message names both.
     """
     places = []
     for name, t in named:
@@ -89,7 +89,7 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
             last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
             places.append(_Place(str(t.device), begin, begin + (last + 1) * t.element_size(), name, t))
     places.sort(key=lambda place: (place.device, place.begin))
-    stretch: list[_Place] = []  # those that reach into each other
+    stretch: list[_Place] = []  # places that overlap
     end = 0
     for place in places:
         if stretch and place.device == stretch[0].device and place.begin < end:
@@ -105,7 +105,7 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
 
 @dataclass
 class _Place:
-    """Where a tensor lies: from its first byte to the one behind its last, perhaps with holes in between."""
+    """The place of a tensor: from its first byte to the byte after its last, perhaps with holes in between."""
 
     device: str
     begin: int
@@ -114,7 +114,7 @@ class _Place:
     tensor: Tensor
 
     def of(self, memory: Tensor, start: int) -> Tensor:
-        """Its own bytes in a map of the bytes from ``start`` on."""
+        """The tensor's own bytes in a map of the bytes from ``start`` on."""
         t, size = self.tensor, self.tensor.element_size()
         return memory.as_strided((*t.shape, size), (*(s * size for s in t.stride()), 1), self.begin - start)
 
@@ -141,7 +141,7 @@ def _shared(a: _Place, b: _Place) -> ValueError:
 
 
 def refuse_while_capturing(what: str) -> None:
-    """``RuntimeError`` for memory that a graph would make anew, with what it holds, at every replay."""
+    """``RuntimeError`` while a graph is captured: the graph would make this memory, and its values, at every replay."""
     if capturing():
         raise RuntimeError(
             f"{what} would be made inside the CUDA graph that is being captured: take a step or two in the same way "

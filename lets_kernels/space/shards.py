@@ -1,11 +1,11 @@
-"""The real numbers in memory that kernels work on, where they are not the parameter itself.
+"""The real numbers in memory that kernels work on, if they are not the parameter itself.
 
-A complex parameter is pairs of real numbers, here as in torch's optimizers. Of a parameter that is spread over ranks
-(``torch.distributed.tensor.DTensor``) this rank holds a part.
+A complex parameter is treated as pairs of real numbers, as in torch's optimizers. If a parameter is spread over ranks
+(``torch.distributed.tensor.DTensor``), this rank holds a part of it.
 
-Kernels work on local shards. A sum over elements becomes global by one rule, whatever the mesh: each rank's share
-counts once for every part that the tensor is cut into, and the mean over all ranks is taken. A replicated tensor is
-cut into one part, so that the copies do not count twice.
+Kernels work on local shards. One rule makes a sum over elements global, for any mesh: each rank's share is multiplied
+by the number of parts into which the tensor is cut, and the mean over all ranks is taken. A replicated tensor is cut
+into one part, so its copies do not count twice.
 """
 
 import math
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-#: In the place of the dimension along which filters lie: there is one, the whole tensor.
+#: Stands for the dimension along which filters lie if the whole tensor is one filter.
 WHOLE = -1
 
 
 def is_spread(t: Tensor) -> bool:
-    """True for a DTensor. Where nobody has imported them there are none, and importing them takes long."""
+    """True for a DTensor. Does not import DTensor, which takes long: if it is not imported, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def is_apart(t: Tensor) -> bool:
-    """True for a tensor that is not itself what kernels can take."""
+    """True for a tensor that kernels cannot take as it is."""
     return t.is_complex() or is_spread(t)
 
 
 def local(t: Tensor) -> Tensor:
-    """The memory itself, outside of autograd: this rank's part, complex numbers as pairs along a last dimension of 2.
+    """The memory of a tensor, outside of autograd: this rank's part, complex numbers as pairs in a last dimension of 2.
 
-    A tensor that is neither spread nor complex is its own memory.
+    A tensor that is neither spread nor complex is returned as it is.
     """
     part = t
     if is_spread(t):
@@ -49,19 +49,19 @@ def local(t: Tensor) -> Tensor:
 
 
 def elements(t: Tensor) -> int:
-    """How many real numbers a tensor holds, over all ranks."""
+    """The number of real numbers in a tensor, over all ranks."""
     return t.numel() * (2 if t.is_complex() else 1)
 
 
 def version(t: Tensor) -> tuple[int, int]:
-    """What a write in place changes. Of a DTensor it may count on the whole (``zero_()``) or the part (FSDP adds)."""
-    if type(t) is Tensor:  # as most gradients are, and there are many
+    """Changes with every write in place. A DTensor counts it on the whole (``zero_()``) or on the part (FSDP adds)."""
+    if type(t) is Tensor:  # a fast path: most gradients are plain tensors
         return t._version, 0
     return t._version, local(t)._version if is_spread(t) else 0
 
 
 def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
-    """This rank's part of a gradient, cut as its parameter is; a partial sum is reduced first."""
+    """This rank's part of a gradient, cut like its parameter; a partial sum is reduced first."""
     if not is_spread(grad):
         return local(grad)
     spread: DTensor = grad  # type: ignore[assignment]
@@ -73,14 +73,14 @@ def local_gradient(grad: Tensor, p: Tensor) -> Tensor:
 
 
 def whole_gradient(part: Tensor, p: Tensor) -> Tensor:
-    """The gradient that a parameter takes, of which ``part`` is this rank's."""
+    """The gradient to assign to a parameter; ``part`` is this rank's part of it."""
     return spread_as(torch.view_as_complex(part) if p.is_complex() else part, p)
 
 
 def spread_as(part: Tensor, p: Tensor) -> Tensor:
-    """A tensor cut as the parameter is, of which ``part`` is this rank's; it may have a last dimension more, of pairs.
+    """A tensor cut like the parameter, from this rank's ``part``, which may have one more dimension, of pairs.
 
-    The memory is that of ``part``, which itself it is where the parameter is not spread.
+    It shares the memory of ``part``. If the parameter is not spread, it is ``part`` itself.
     """
     if not is_spread(p):
         return part
@@ -100,22 +100,22 @@ def check_spread(p: Tensor, where: str) -> None:
 
 
 def cuts(p: Any) -> tuple[int, ...]:
-    """The dimensions of the mesh along which a parameter is cut; none if every rank holds all of it."""
+    """The mesh dimensions along which a parameter is cut; empty if every rank holds the whole parameter."""
     return tuple(i for i, placed in enumerate(p.placements) if not placed.is_replicate()) if is_spread(p) else ()
 
 
 def parts(p: Any) -> int:
-    """Into how many parts the elements of a parameter are cut; 1 if every rank holds all of them."""
+    """The number of parts into which a parameter is cut; 1 if every rank holds the whole parameter."""
     return math.prod(p.device_mesh.size(i) for i in cuts(p))
 
 
 def mesh_of(p: Tensor) -> Any:
-    """The mesh of ranks over which a parameter is spread; None for one that is not."""
+    """The mesh of ranks over which a parameter is spread; None for a parameter that is not spread."""
     return p.device_mesh if is_spread(p) else None  # type: ignore[attr-defined]
 
 
 def part_of(p: Tensor) -> int:
-    """Which of its ``parts`` this rank holds; ranks that hold the same one have the same number."""
+    """The number of the part that this rank holds; ranks that hold the same part have the same number."""
     index = 0
     for i in cuts(p):
         index = index * p.device_mesh.size(i) + p.device_mesh.get_local_rank(i)  # type: ignore[attr-defined]
@@ -123,9 +123,9 @@ def part_of(p: Tensor) -> int:
 
 
 def filter_groups(p: Tensor, dim: int) -> tuple["dist.ProcessGroup", ...]:
-    """The groups of ranks whose parts make up one filter, for filters along ``dim``: those that cut another one.
+    """The groups of ranks whose parts make up one filter along ``dim``: groups that cut another dimension.
 
-    ``WHOLE``: the parameter is one filter, whichever way it is cut.
+    For ``WHOLE`` the parameter is one filter, in whatever way it is cut.
     """
     if not is_spread(p):
         return ()
@@ -135,9 +135,9 @@ def filter_groups(p: Tensor, dim: int) -> tuple["dist.ProcessGroup", ...]:
 
 
 def groups_of(params: Iterable[Tensor]) -> list["dist.ProcessGroup | None"] | None:
-    """The groups over which a sum becomes that of the whole mesh, one after the other; None without DTensors.
+    """The groups over which to sum, one after the other, for a sum over the whole mesh; None without DTensors.
 
-    ``[None]`` is the default group: a mesh over all ranks takes one collective, a smaller one takes one a dimension.
+    ``[None]`` means the default group: a mesh over all ranks needs one collective, a smaller mesh one a dimension.
 
     Raises:
         ValueError: the meshes do not cover the same ranks.

@@ -1,1 +1,1 @@
-"""One step from its first gradients to the base optimizer's, what it needs to be set, and what outlives it."""
+"""One step, from its first gradients to the base optimizer's step; the settings it needs, and what is kept after it."""

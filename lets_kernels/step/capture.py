@@ -5,10 +5,10 @@ from lets_kernels.step.workspace import Workspace
 
 
 def check_capture(w: Workspace) -> bool:
-    """True if the step that begins goes into a CUDA graph, which then may use the buckets as long as it lives.
+    """True if the step that begins goes into a CUDA graph. The buckets are then kept for the graph.
 
     Raises:
-        RuntimeError: the host decides in this step what a replay could not decide again.
+        RuntimeError: the host decides something in this step that a replay could not decide again.
     """
     if not capturing():
         return False
@@ -28,7 +28,7 @@ def check_capture(w: Workspace) -> bool:
 
 
 def check_same_graph(captured: bool, now: str, before: str) -> None:
-    """``RuntimeError`` where one of two parts of a step is captured and the other is not: replays would come apart."""
+    """``RuntimeError`` if one part of a step is captured and another is not: a replay would repeat only one of them."""
     if captured != capturing():
         inside, outside = (before, now) if captured else (now, before)
         raise RuntimeError(f"{inside} in a CUDA graph needs {outside} in a graph too: capture both or neither")

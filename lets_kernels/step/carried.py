@@ -1,8 +1,8 @@
-"""The optimizer's own numbers inside its first param group, for tools that keep nothing else of a saved state.
+"""The optimizer's own numbers inside its first param group, for tools that save param groups but no extra entries.
 
-``torch.distributed.checkpoint.state_dict`` takes "state" and "param_groups" out of a ``state_dict()`` and drops what
-lies beside them. What it loads it writes into the state of an optimizer that exists, key by key, so the numbers stand
-in one flat dict whose keys depend on how the optimizer was built, and not on how far it has come.
+``torch.distributed.checkpoint.state_dict`` takes "state" and "param_groups" out of a ``state_dict()`` and drops every
+other entry. It loads key by key, into the state of an optimizer that exists. So the numbers stand in one flat dict,
+whose keys depend on how the optimizer was built and not on how many steps it has taken.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-#: The step that waits for its gradient: as large as the parameters, and cut as this rank's parameters are.
+#: The step that waits for its gradient: as large as the parameters, and sharded like this rank's parameters.
 _WAITING = "pending"
-#: For how many parameters something is kept. States of before that was counted lack it.
+#: For how many parameters something is kept. States saved by versions that did not count this lack the entry.
 KEPT = "kept"
-#: Options of an optimizer, which differ from one torch to the next.
+#: Options of an optimizer, which differ between versions of torch.
 _OPTIONS = ".param_groups."
 
 
@@ -42,12 +42,12 @@ def numbers(entry: Any, path: str = "") -> dict[str, Any]:
 
 
 def filled(entry: dict[str, Any], carried: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry with the carried numbers in the place of its own, and no step that waits.
+    """The entry with the carried numbers in the place of its own, and without a waiting step.
 
-    Without ``KEPT`` where they have none of it.
+    If the carried numbers have no ``KEPT``, the entry has none either.
 
     Raises:
-        ValueError: numbers are missing, or there are others than this optimizer has.
+        ValueError: numbers are missing, or there are numbers that this optimizer does not have.
     """
     if not isinstance(carried, Mapping):
         raise ValueError(f"the numbers that param_groups[0] carries are a {type(carried).__name__}, not a dict")

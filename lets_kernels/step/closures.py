@@ -1,4 +1,4 @@
-"""``step(closure)``: the passes that a closure makes, and what it is seen to do to gradients."""
+"""``step(closure)``: the passes that a closure makes, and how the step sees whether the closure zeroes gradients."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +23,7 @@ def closure_step(e: Engine, closure: Closure, scaler: Scaler | None, said: bool 
     """:meth:`SAM.step` over one closure.
 
     Returns:
-        What the closure returned for the first pass; None if the caller made that.
+        What the closure returned for the first pass; None if the caller made the first pass.
     """
     begun = e.work.setting.network.passed or e.now.started
     guess = e.now.convention.look(e.work, closure, said, begun, e.has_new_gradients)
@@ -39,14 +39,14 @@ def closure_step(e: Engine, closure: Closure, scaler: Scaler | None, said: bool 
         e.restore()
         e.forget_pass()
         e.work.scaling.give_up()
-        e.mark_gradients()  # of a pass that failed: no step may start from them
+        e.mark_gradients()  # a failed pass made them: no step may start from them
         e.work.setting.network.statistics.keep()
         raise
     return loss
 
 
 def _by_closure(e: Engine, closure: Closure, scaler: Scaler | None) -> Any:
-    """Every pass is the closure's."""
+    """The closure makes every pass."""
     e.work.drop_gradients()
     if not e.work.setting.direction.needs_gradient:
         return _second_pass(e, closure, scaler, None, [])[1]
@@ -60,11 +60,11 @@ def _from_first(e: Engine, closure: Closure, scaler: Scaler | None, loss: Any) -
 
 
 def _by_caller(e: Engine, closure: Closure, scaler: Scaler | None, guess: Guess) -> Any:
-    """The first pass is the caller's, unless the closure is seen to zero: then it makes every one."""
+    """The caller has made the first pass. If the closure is then seen to zero, it makes every pass instead."""
     if scaler is not None:
         try:
             e.work.scaling.unscale(scaler, e.work.groups)
-        except AssertionError:  # it has not scaled anything yet, so these gradients were not made for this step
+        except AssertionError:  # the scaler has not scaled anything yet, so these gradients were not made for this step
             if guess is not Guess.LIKELY_CALLER:
                 raise
             e.work.scaling.give_up()
@@ -84,10 +84,10 @@ def _by_caller(e: Engine, closure: Closure, scaler: Scaler | None, guess: Guess)
 
 
 def _by_either(e: Engine, closure: Closure, scaler: Scaler | None) -> Any:
-    """The closure is called as for the first pass; if it does not zero what is there, that was the caller's."""
-    e.work.tables.agreed()  # who takes part
+    """The closure is called as if for the first pass. If it does not zero the gradients, the caller made that pass."""
+    e.work.tables.agreed()  # finds the ranks that take part
     watch = Watch(e, _with_gradients(e))
-    e.work.setting.network.statistics.hold()  # perhaps it is one pass too many
+    e.work.setting.network.statistics.hold()  # this call may be one pass too many
     try:
         loss = _first_pass(e, closure, scaler)
     finally:
@@ -103,7 +103,7 @@ def _by_either(e: Engine, closure: Closure, scaler: Scaler | None) -> Any:
 
 
 def _begin_again(e: Engine, scaler: Scaler | None) -> None:
-    """A pass was made that belongs to no step."""
+    """Begin the step again, after a pass that belongs to no step."""
     e.restore()
     e.work.setting.network.statistics.release()
     e.forget_pass()
@@ -126,10 +126,10 @@ def _first_pass(e: Engine, closure: Closure, scaler: Scaler | None) -> Any:
 def _second_pass(
     e: Engine, closure: Closure, scaler: Scaler | None, loss: Any, watched: Sequence[Tensor]
 ) -> tuple[bool | None, Any]:
-    """From the first gradients, which are there, to the second.
+    """The way from the first gradients to the second ones.
 
     Returns:
-        If the closure was seen to zero the gradients of ``watched``, None if nobody saw it; and what it returned.
+        Whether the closure zeroed the gradients of ``watched`` (None if they were not watched); and what it returned.
     """
     zeroed, returned = None, None
     if e.begin(zero_grad=True, loss=loss_in(e.work.setting.samples.loss(loss))):
@@ -146,16 +146,16 @@ def _second_pass(
 
 
 def _with_gradients(e: Engine) -> list[Tensor]:
-    """The parameters that have one; nobody watches what goes into a CUDA graph, which could not decide again."""
+    """The parameters with a gradient; none in a captured step, which is not watched: a replay cannot decide again."""
     if capturing():
         return []
     return [p for group in e.work.groups for p in group["params"] if p.requires_grad and p.grad is not None]
 
 
 class Watch:
-    """Zeros in the place of gradients, by which a closure is seen to zero: it drops them, or writes zeros over them.
+    """Zeros in the place of gradients, to see whether a closure zeroes: it then drops them, or writes zeros over them.
 
-    They are -0, to which any gradient can be added and stays what it is, and are looked at when backward comes to them.
+    The zeros are -0: a gradient added to -0 keeps every bit. They are looked at when backward reaches each of them.
     """
 
     def __init__(self, e: Engine, params: Sequence[Tensor]) -> None:
@@ -173,7 +173,7 @@ class Watch:
             self._hooks.append(p.register_hook(partial(self._reach, i)))
 
     def _reach(self, i: int, _: Tensor) -> None:
-        """Backward has come to the i-th: was it dropped, or written to, before?"""
+        """Backward has reached the i-th parameter: was its zero dropped, or written to, before?"""
         if not self._reached[i]:
             self._reached[i] = True
             self._zeroed = self._zeroed or self._is_another(i)
@@ -182,17 +182,17 @@ class Watch:
         (p, _), zero = self._before[i], self._zeros[i]
         if p.grad is not zero or version(zero) != self._versions[i]:
             return True
-        # What goes by grad.data shows in the sign of zero alone; nobody waits for a device to look at that.
+        # A write through grad.data shows only in the sign of zero, which is not read where that waits for a device.
         seen = zero.numel() and zero.device.type == "cpu" and not is_spread(zero) and not zero.is_complex()
         return bool(seen and not torch.signbit(zero.flatten()[0]))
 
     @property
     def gradients(self) -> list[Tensor]:
-        """Those that were there before."""
+        """The gradients that were there before the zeros."""
         return [grad for _, grad in self._before if grad is not None]
 
     def ends(self) -> None:
-        """The closure has been called, or has failed. What it did not touch is None again."""
+        """The closure has been called, or has failed. A gradient that it did not touch is None again."""
         for hook in self._hooks:
             hook.remove()
         for i, (p, _) in enumerate(self._before):
@@ -202,21 +202,21 @@ class Watch:
                 p.grad = None
 
     def _holds_gradient(self, i: int) -> bool:
-        """Somebody has written one without a backward of the parameter's own: FSDP and DDP do. Scaled, it is zero."""
+        """True if FSDP or DDP wrote a gradient without the parameter's own backward. A zero that is scaled is none."""
         zero = self._zeros[i]
         return version(zero) != self._versions[i] and (is_spread(zero) or bool(zero.any()))
 
     def saw_zeroing(self) -> bool:
-        """Did the closure zero? On every rank that takes part, if on any."""
+        """Did the closure zero gradients? If it did on one rank, the answer is True on every rank that takes part."""
         zeroed = self._zeroed or self._engine.now.zeroed != self._calls
         replicas = self._engine.work.setting.replicas
-        if not replicas.groups:  # DDP puts others there at any time
-            # Backward does so only where it makes a graph of itself.
+        if not replicas.groups:  # DDP may put other gradients there at any time
+            # Backward itself replaces a gradient only with create_graph=True.
             zeroed = zeroed or any(g is None or not g.requires_grad for g in self._replaced)
         return replicas.any(zeroed, self._engine.work.progress.home)
 
     def give_back(self) -> None:
-        """The gradients that were there before."""
+        """Put back the gradients that were there before."""
         for p, grad in self._before:
             p.grad = grad
 

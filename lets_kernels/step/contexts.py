@@ -1,8 +1,8 @@
 """``with opt.first_pass():`` and ``with opt.perturbed():``.
 
-They are classes and not generators: around a generator's code runs ``contextlib``'s, and an interrupt there would leave
-the weights moved until the generator is collected, which may be in the middle of a later step. For the same reason what
-is untraced, and so has torch's code around it, is called within the ``try``.
+They are classes and not generators. ``contextlib`` runs its own code around a generator's; an interrupt in that code
+would leave the weights moved until the generator is collected, perhaps in the middle of a later step. An untraced
+function has torch's code around it, so it is called within the ``try``, for the same reason.
 """
 
 from contextlib import AbstractContextManager
@@ -17,7 +17,7 @@ from lets_kernels.step.tracing import untraced
 
 
 class FirstPassContext:
-    """Around the first pass, at weights that are moved for it where the direction wants that."""
+    """Around the first pass. The weights are moved for it if the direction starts elsewhere than at θ."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -69,7 +69,7 @@ def _leave_first(e: Engine, network: AbstractContextManager[None], *raised: Any)
 
 
 class PerturbedContext:
-    """Perturbed inside, restored outside, also where an interrupt comes while the weights are moved or moved back."""
+    """Weights perturbed inside, restored outside, also if an interrupt comes while the weights move in or out."""
 
     def __init__(self, engine: Engine, loss: Any) -> None:
         self._engine, self._loss = engine, loss
@@ -106,6 +106,6 @@ def _leave_perturbed(e: Engine, failed: bool) -> None:
         e.restore()
         return
     step = e.now.step
-    if step is not None:  # else given up inside, by restore()
+    if step is not None:  # None if restore() was called inside, which gives the step up
         step.restore()
         step.in_context = False

@@ -1,4 +1,4 @@
-"""Who makes the first gradient of ``step(closure)``: told by what the closure does to gradients."""
+"""Who makes the first gradient of ``step(closure)``. What the closure does to gradients shows it."""
 
 import enum
 import sys
@@ -24,7 +24,7 @@ _LAYERS = 16
 
 
 class ClosureWarning(UserWarning):
-    """``step(closure)`` found gradients, and its closures do not tell whether they are the first of the step."""
+    """``step(closure)`` found gradients, and nothing shows whether they are the first gradients of the step."""
 
 
 class Guess(enum.Enum):
@@ -32,45 +32,45 @@ class Guess(enum.Enum):
 
     CLOSURE = enum.auto()
     CALLER = enum.auto()
-    #: As far as is known: the closure did not zero before. It is watched whether it still does not.
+    #: The caller, as far as is known: the closure did not zero before. The step watches whether it does now.
     KNOWN_CALLER = enum.auto()
-    #: It looks so. If the closure then zeroes, the step is taken once more, from its beginning.
+    #: Probably the caller. If the closure then zeroes, the step is taken once more, from its beginning.
     LIKELY_CALLER = enum.auto()
-    #: The closure is called first, at the weights, and what it does decides.
+    #: Not known. The closure is called first, at θ, and what it does decides.
     OPEN = enum.auto()
 
 
 class Convention:
     """Who makes the first gradient of a step: the closure, or its caller in a backward before ``step(closure)``.
 
-    A closure that zeroes gradients makes all of them, whatever lies there. Of one that does not, gradients that are new
-    since the last step are the caller's, unless closures have begun earlier steps. Whether closures zero is not guessed
-    from gradients: it is seen, by zeros in the place of gradients.
+    A closure that zeroes gradients makes all of them, whatever was there before. With a closure that does not zero, the
+    caller made the gradients that are new since the last step, unless closures have begun earlier steps. Whether a
+    closure zeroes is not guessed from gradients: zeros in the place of gradients show it.
     """
 
     def __init__(self) -> None:
-        #: Closures, by their code, that were seen to zero (True), or were not (False).
+        #: Closures, by their code: True if the closure was seen to zero, False if it was seen not to.
         self._zeroing: dict[object, bool] = {}
-        #: Whether the caller began the last step, where anything showed it.
+        #: Whether the caller began the last step; None if nothing has shown it.
         self._caller: bool | None = None
-        #: Closures make every gradient, and nobody asks any more: they zero, or it was said that they do not.
+        #: Closures make every gradient, and no step asks any more: they zero, or a warning has said that they do not.
         self.settled = False
 
     def look(
         self, w: Workspace, closure: Closure, said: bool | None, begun: bool, are_new: Callable[[], bool]
     ) -> Guess:
-        """Whose is the first gradient?
+        """Who makes the first gradient?
 
         Args:
             w: what the step works with.
-            closure: that of the step.
+            closure: the closure of the step.
             said: what ``first_backward=`` says.
-            begun: a first pass was made in its context.
+            begun: a first pass was made inside ``first_pass()``.
             are_new: are there gradients that no step has used?
 
         Raises:
-            RuntimeError: it was said that it is the caller's, and there is no new gradient.
-            ValueError: it was said that it is, and the method has no use for it.
+            RuntimeError: ``first_backward=True``, and there is no new gradient.
+            ValueError: ``first_backward=True``, and the method has no use for the caller's gradient.
         """
         if said:
             _check_said(w, are_new)
@@ -79,7 +79,7 @@ class Convention:
             return Guess.CALLER if said else Guess.CLOSURE
         if self._caller is not False and begun:  # with opt.first_pass(): was around it
             return Guess.CALLER
-        if setting.direction.starts or not are_new():  # a first pass that starts elsewhere is in that context
+        if setting.direction.starts or not are_new():  # a first pass that starts elsewhere is made inside first_pass()
             return Guess.CLOSURE
         zeroing = self._zeroing.get(_code(closure))
         if zeroing:
@@ -88,15 +88,15 @@ class Convention:
             return Guess.OPEN
         if not self.are_callers(w.gradients()):
             return Guess.CLOSURE
-        if zeroing is False:  # ranks would have to look at the same, and to agree
+        if zeroing is False:  # ranks would have to look at the same gradients, and to agree
             return Guess.CALLER if setting.replicas.groups else Guess.KNOWN_CALLER
-        # What a step does between its passes cannot always be undone; then the closure is asked first.
+        # A step cannot always undo what it does between its passes. Where it cannot, the closure is called first.
         waits = setting.learning is not None and setting.learning.waits
         undone = setting.schedule.capturable and not (setting.direction.remembers or waits)
         return Guess.LIKELY_CALLER if undone else Guess.OPEN
 
     def are_callers(self, gradients: Sequence[Tensor]) -> bool:
-        """Are new gradients, before a closure that does not zero, the caller's? Where they are nobody's, it is said."""
+        """Did the caller make these new gradients? The closure does not zero. Warns if they are dropped instead."""
         if self._caller:
             return True
         nothing = _are_nothing(gradients)
@@ -107,13 +107,13 @@ class Convention:
         return self._caller is None and not nothing
 
     def saw(self, closure: Closure, zeroes: bool) -> None:
-        """What this closure has done to zeros in the place of gradients."""
+        """Remember whether this closure zeroed the zeros in the place of gradients."""
         if len(self._zeroing) >= _CODES:
             self._zeroing.clear()
         self._zeroing[_code(closure)] = zeroes
 
     def began(self, by_caller: bool, closure: Closure) -> None:
-        """A step was taken whose first gradient was made so."""
+        """A step was taken; ``by_caller`` says who made its first gradient."""
         self._caller = by_caller
         if not by_caller and not self.settled:
             zeroing = self._zeroing.get(_code(closure))
@@ -123,7 +123,7 @@ class Convention:
 def _warn_of_gradients() -> None:
     warnings.warn(
         "there are new gradients before step(closure), and the closure does not zero gradients. It made the first "
-        "gradient of the steps before, so those that lie there were dropped, and it makes this one's too. Say which is "
+        "gradient of the steps before, so it makes this step's too, and the new gradients were dropped. Say what is "
         "meant: step(closure, first_backward=True) takes them for the first gradient, first_backward=False drops them. "
         "A closure that begins with optimizer.zero_grad() needs neither",
         ClosureWarning,
@@ -158,7 +158,7 @@ def _check_said(w: Workspace, are_new: Callable[[], bool]) -> None:
 
 
 def _code(closure: Closure) -> object:
-    """What closures that are made anew for every step have in common."""
+    """The closure's code, which stays the same if the closure is made anew for every step."""
     function: Any = closure
     for _ in range(_LAYERS):
         inner = next((found for name in _INNER if (found := getattr(function, name, None)) is not None), None)
@@ -169,9 +169,9 @@ def _code(closure: Closure) -> object:
 
 
 def _mentions_zeroing(closure: Closure) -> bool:
-    """True if ``zero_grad`` stands in the closure's code, or in functions that it calls by name.
+    """True if the closure's code names ``zero_grad``, or if a function that it calls by name does.
 
-    A guess that saves a pass: what the closure is seen to do decides.
+    This guess may save a pass. What the closure is seen to do decides.
     """
     seen: set[CodeType] = set()
 
@@ -191,7 +191,7 @@ def _mentions_zeroing(closure: Closure) -> bool:
         for cell in function.__closure__ or ():
             try:
                 called.append(cell.cell_contents)
-            except ValueError:  # not filled yet
+            except ValueError:  # the cell is not filled yet
                 continue
         return depth > 0 and any(search(f, depth - 1) for f in called if isinstance(f, (FunctionType, partial)))
 
@@ -208,8 +208,8 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 def _are_nothing(gradients: Sequence[Tensor]) -> bool:
     """True for zeros that ``zero_grad(set_to_none=False)`` has left.
 
-    Values are looked at only where the gradients have been written to since backward made them. That is asked where
-    the first steps are in doubt, so later ones do not wait for it.
+    The values are read only if the gradients were written to after backward made them. Only the first steps, whose
+    convention is in doubt, ask this, so later steps do not wait for it.
     """
     if capturing() or any(is_spread(g) or g.layout is not torch.strided for g in gradients):
         return False  # a part of a gradient tells nothing of the others

@@ -1,4 +1,4 @@
-"""The life of a step: how it is begun, finished, given up and healed. SAM is its public face."""
+"""The life of a step: how a step is begun, finished, given up and healed. SAM is the public face of the engine."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -26,13 +26,13 @@ from lets_kernels.step.tracing import untraced
 from lets_kernels.step.workspace import Tables, Workspace, given_up
 
 _SEEN = "_lets_kernels_seen"
-#: Steps from which a radius could have learned, after which it is said that it did not.
+#: A warning comes after so many steps from which a radius could have learned and did not.
 _MISSED = 10
 
 
 @dataclass
 class Now:
-    """What goes on: everything that a copy of the optimizer, or one that has loaded a state, begins anew."""
+    """What goes on now. A copy of the optimizer begins all of this anew; so does an optimizer that loads a state."""
 
     #: A step has been begun: its weights may be perturbed.
     step: Step | None = None
@@ -40,18 +40,18 @@ class Now:
     start: Start | None = None
     #: A first pass was made at weights that had been moved for it.
     started: bool = False
-    #: The radius waits for closures to learn from the last step; the lesson, if that step has one.
+    #: The radius waits for the closures with which it learns from the last step; and the lesson, if that step has one.
     radius_waits: bool = False
     lesson: Trial | None = None
-    #: Steps from which a radius could have learned and did not; None once it has.
+    #: Steps from which the radius could have learned and did not; None once it has learned from a step.
     missed: int | None = 0
-    #: What the schedule said of a step, and of which: as a rule it is asked once.
+    #: A step's number, and what the schedule said of that step: the schedule is usually asked once a step.
     decision: tuple[int, bool] | None = None
-    #: Who makes first gradients: the closure or its caller.
+    #: Who makes the first gradients: the closure, or the caller of ``step``.
     convention: Convention = field(default_factory=Convention)
     #: Calls of ``zero_grad``.
     zeroed: int = 0
-    #: What the last step saw.
+    #: What the last step measured, for ``metrics()``.
     seen: dict[str, Tensor] = field(default_factory=dict)
     #: Whether the last step was fused with the restore, and if not, why.
     fused: bool = False
@@ -59,14 +59,14 @@ class Now:
 
 
 class Engine:
-    """What an optimizer works with, what goes on now, and the transitions between one and the other."""
+    """What an optimizer works with (``work``), what goes on now (``now``), and how a step changes both."""
 
     def __init__(self, setting: Setting, base: torch.optim.Optimizer, progress: Progress) -> None:
         self.work = Workspace(setting, base, progress, Tables(setting, base, progress, Publication(self)))
         self.now = Now()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: without what goes on, and without the tables, which are of this memory."""
+        """For pickle and deepcopy: leaves out what goes on now, and the tables, which describe this memory."""
         w = self.work
         return {"setting": w.setting, "base": w.base, "progress": w.progress}
 
@@ -81,12 +81,12 @@ class Engine:
     # ---- refusals ----------------------------------------------------------------------------------------------------
 
     def refuse_while_perturbed(self, what: str) -> None:
-        """``RuntimeError`` while the weights are not the user's."""
+        """``RuntimeError`` while the weights are not at θ."""
         step = self.now.step
         if self.now.start is not None:
             raise RuntimeError(
-                f"{what} while the weights are beside themselves for the first pass: leave `with opt.first_pass():` "
-                "first, or call restore() to give the pass up"
+                f"{what} while the weights are moved away from theta for the first pass: leave "
+                "`with opt.first_pass():` first, or call restore() to give the pass up"
             )
         if step is not None and step.is_perturbed:
             raise RuntimeError(
@@ -117,14 +117,14 @@ class Engine:
     # ---- gradients: which are new, which the last step has seen ------------------------------------------------------
 
     def _marked(self) -> list[Tensor]:
-        """The gradients that are marked; the first stands for all where closures make every one, as is seldom asked."""
+        """The gradients that carry a mark: all, or only the first if closures make every gradient and few steps ask."""
         if not self.now.convention.settled:
             return self.work.gradients()
         each = (p.grad for group in self.work.groups for p in group["params"] if p.requires_grad)
         return list(islice((g for g in each if g is not None), 1))
 
     def mark_gradients(self) -> None:
-        """Remember that these gradients, in this version, have been used; a later backward makes others."""
+        """Remember that the present gradients have been used, each in its version; a later backward makes new ones."""
         for g in self._marked():
             setattr(g, _SEEN, version(g))
 
@@ -138,7 +138,7 @@ class Engine:
             self.forget_pass()
 
     def forget_pass(self) -> None:
-        """The gradients of a pass that was made for a step are dropped without it."""
+        """The gradients of a pass are dropped, and the step for which they were made is not taken."""
         self.work.setting.network.forget_pass()
         self.now.started = False
         if self.work.scaling.first_only:
@@ -149,24 +149,24 @@ class Engine:
     def _decide(self, first: FirstPass | None) -> bool:
         """Whether the present step perturbs."""
         known, schedule, progress = self.now.decision, self.work.setting.schedule, self.work.progress
-        # A schedule that looks at the gradient is asked once a first pass: a step that is begun again has another one.
+        # A schedule that looks at the gradient is asked once a first pass. A step that is begun again has a new one.
         if known is None or known[0] != progress.step or schedule.looks_at_gradient:
             known = progress.step, schedule.decide(Moment(progress.step, progress.random, first))
             self.now.decision = known
         return known[1]
 
     def begin_start(self) -> None:
-        """Move the weights to where the first pass is made, for directions that want it."""
+        """Move the weights away from θ for the first pass, if the direction starts elsewhere."""
         self.now.started = False
         if self.work.setting.direction.starts:
-            self.work.tables.agreed()  # the schedule may draw
+            self.work.tables.agreed()  # the schedule may draw random numbers
             if self._decide(None):
                 self._forget_lesson()
                 self.now.start = start = Start(self.work)
                 start.move()
 
     def end_start(self, failed: bool) -> None:
-        """Bring them back."""
+        """Bring the weights back from the first pass."""
         start = self.now.start
         if start is not None:
             if failed:
@@ -191,7 +191,7 @@ class Engine:
             w.scaling.give_up()
             raise
         try:
-            # Left in their place they would be unscaled twice, if no second pass replaces them.
+            # Gradients left in their place would be unscaled twice, if no second pass replaces them.
             unscaled = w.scaling.first_only and not step.perturbs
             if zero_grad:
                 now.zeroed += 1
@@ -206,9 +206,9 @@ class Engine:
         return step.perturbs or not w.setting.direction.needs_gradient
 
     def _forget_lesson(self) -> None:
-        """The next step begins, and writes where the last one left what the radius would learn from.
+        """The next step begins, and overwrites what the radius would have learned from the last one.
 
-        Say it once if steps pass by from which it does not learn, since nobody calls what it learns from.
+        Warns once if the radius misses steps because nobody calls ``radius_step``.
         """
         now = self.now
         missed, now.lesson, now.radius_waits = now.lesson is not None, None, False
@@ -265,20 +265,20 @@ class Engine:
             self.mark_gradients()
 
     def _refuses_to_finish(self, step: Step) -> RuntimeError | None:
-        """What stands against the second part of a step that may still be taken otherwise, or None."""
+        """The error if the second half was called in a wrong way, and the step can still be taken in a right one."""
         try:
             check_same_graph(step.captured, "second_step()", "first_step()")
         except RuntimeError as error:
             return error
         if self.work.scaling.first_only and step.overflow is None:
             return RuntimeError(
-                "the first gradients were unscaled by unscale_first(), these are still scaled: take the step with "
+                "unscale_first() unscaled the first gradients, the second ones are still scaled: take the step with "
                 "scaler.step(opt), which unscales them too (unless scaler.unscale_(opt) has done so)"
             )
         return None
 
     def finish_begun(self, scale: Tensor | None, overflow: Tensor | None) -> bool:
-        """``step()``: finish what was begun; under a scaler with the scale and the overflow that it hands over.
+        """``step()``: finish the step that was begun; a gradient scaler hands over its scale and its overflow flag.
 
         Returns:
             True if a step was taken.
@@ -291,8 +291,8 @@ class Engine:
             self.restore()
             raise RuntimeError(
                 "scaler.step(opt) without opt.unscale_first(scaler): the first gradients are still scaled, and the "
-                "scaler would not hear of their overflow; call it between the first backward and first_step() or "
-                "perturbed(). The weights were restored, the step is given up"
+                "scaler would not hear of their overflow; call opt.unscale_first(scaler) between the first backward "
+                "and first_step() or perturbed(). The weights were restored, the step is given up"
             )
         if scale is not None:
             unscale_by(self.work.gradients(), scale)
@@ -301,7 +301,7 @@ class Engine:
         return True
 
     def _step_alone(self) -> None:
-        """``step()`` with nothing begun: what checkpointing tools call, with zero gradients or lr = 0."""
+        """``step()`` when no step was begun: checkpointing tools call it so, with zero gradients or with lr = 0."""
         w = self.work
         self.refuse_another_step("step()")
         grads = [p.grad for p in w.params() if p.grad is not None]

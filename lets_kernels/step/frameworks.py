@@ -1,4 +1,4 @@
-"""What training frameworks put around an optimizer and into its closures. None of them is imported here."""
+"""What training frameworks put around an optimizer and into its closures. No framework is imported here."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,22 +10,22 @@ _LIGHTNING = ("lightning", "pytorch_lightning")
 
 
 def stand_aside(proxy: type, ours: type) -> None:
-    """Let a proxy that inherits from us, only to look like us, hand everything on to the optimizer it stands for.
+    """Let a proxy hand everything on to its optimizer, if it inherits from our class only to pass ``isinstance``.
 
-    Lightning and Fabric make such classes. Our methods would otherwise run on the proxy itself, and what a step leaves
-    behind would stay there. A class that merely inherits from us is left alone.
+    Lightning and Fabric make such classes. Without this our methods would run on the proxy itself, and what a step
+    leaves behind would stay in the proxy. A class that inherits from ours for any other purpose is left alone.
     """
     front = proxy.__bases__[0]
     if not hasattr(front, "__getattr__"):
         return
     for cls in (c for c in proxy.__mro__[1:] if issubclass(c, ours)):
         for name in vars(cls):
-            if not name.startswith("__") and not hasattr(front, name):  # one of us, as `front`, has them all
+            if not name.startswith("__") and not hasattr(front, name):  # if `front` is ours, it has every name
                 setattr(proxy, name, property(methodcaller("__getattr__", name)))
 
 
 def unwrap(closure: Any) -> Any:
-    """The closure that ``step`` was meant to get: Lightning's optimizer passes one even where it was given none.
+    """The closure that ``step`` was meant to get: Lightning's optimizer passes a closure even if it was given none.
 
     Raises:
         RuntimeError: the closure of Lightning's automatic optimisation, while it accumulates gradients.

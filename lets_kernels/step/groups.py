@@ -1,4 +1,4 @@
-"""The param groups, which ours and the base optimizer share: one optimizer, not two."""
+"""The param groups, which our optimizer and the base optimizer share: they are one optimizer, not two."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,10 +29,10 @@ def base_on(
     keys: Mapping[str, Any],
     direction: Direction,
 ) -> torch.optim.Optimizer:
-    """The base optimizer on these groups, which have our ``keys``: built, or taken as it is and given them.
+    """The base optimizer on these groups: built from its class, or the given instance. Its groups get our ``keys``.
 
     Raises:
-        ValueError: it has options that cannot be, or was built on other parameters.
+        ValueError: it has options that no step can follow, or it was built on other parameters.
     """
     if not any(group["params"] for group in groups):
         raise ValueError("no parameters: every group is empty")
@@ -50,7 +50,7 @@ def base_on(
 
 
 def check_options(groups: Sequence[dict[str, Any]]) -> None:
-    """``ValueError`` for options of a base optimizer that contradict what a step is."""
+    """``ValueError`` for options of a base optimizer that contradict a step of this package."""
     if any(group.get("maximize") for group in groups):
         raise ValueError("maximize=True: sharpness is of a loss that is minimised; minimise the negative instead")
     if any(group.get("differentiable") for group in groups):
@@ -60,7 +60,7 @@ def check_options(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def check_groups(groups: Sequence[dict[str, Any]], direction: Direction) -> None:
-    """Refuse bad options of ours, and parameters that no method can perturb, before anything is built on them."""
+    """Refuse bad values of our group options, and parameters that no method can perturb, before anything is built."""
     for index, group in enumerate(groups):
         check_rho(group["rho"])
         check_xi(group.get("xi", 0.0))
@@ -71,7 +71,7 @@ def check_groups(groups: Sequence[dict[str, Any]], direction: Direction) -> None
 
 
 def _check_names(base: torch.optim.Optimizer, keys: Mapping[str, Any]) -> None:
-    """``ValueError`` if the base optimizer calls an option of its own as a group calls ours (Adadelta's rho)."""
+    """``ValueError`` if an option of the base optimizer has the name of one of our group options (Adadelta's rho)."""
     shared = sorted(keys.keys() & base.defaults.keys())
     if shared:
         raise ValueError(

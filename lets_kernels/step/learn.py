@@ -1,4 +1,4 @@
-"""The passes from which a radius learns, at the weights that a step has left."""
+"""The passes from which a radius learns, at the weights that a step has reached."""
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def learn(e: Engine, train_closure: Closure | None, val_closure: Closure | None,
     if not now.radius_waits:
         raise RuntimeError(
             "radius_step() comes after second_step(), once a step, and before the next first_step() or perturbed(), "
-            "which write where the last step has left what the radius learns from"
+            "which overwrite what the radius learns from"
         )
     trial, now.lesson, now.radius_waits, now.missed = now.lesson, None, False, None
     if trial is None:  # a step that the radius does not learn from
@@ -37,10 +37,10 @@ def learn(e: Engine, train_closure: Closure | None, val_closure: Closure | None,
             "the gradients of the perturbed pass were changed in place before radius_step(); zero them with "
             "set_to_none=True"
         )
-    buckets = trial.buckets  # those of the step, whatever has been frozen since
+    buckets = trial.buckets  # the step's own buckets, even if parameters have been frozen since
     kept = [(p, p.grad) for b in buckets for p in b.params]
     train: Observed | None = None
-    w.setting.network.statistics.hold()  # these passes are not among those at θ that count
+    w.setting.network.statistics.hold()  # running statistics do not count these passes
     try:
         if radius.needs_train_closure:
             assert train_closure is not None

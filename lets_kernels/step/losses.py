@@ -12,7 +12,7 @@ def as_scalar(loss: Any) -> Tensor | None:
     """A loss as a 0-d float64 tensor without a graph; None stays None.
 
     Raises:
-        ValueError: it is no number.
+        ValueError: the loss is no number.
     """
     found = None if loss is None else loss_in(loss)
     if found is None and loss is not None:
@@ -21,9 +21,10 @@ def as_scalar(loss: Any) -> Tensor | None:
 
 
 def loss_in(returned: Any) -> Tensor | None:
-    """The loss in what a closure returned, as a 0-d float64 tensor without a graph; None where there is none to see.
+    """The loss in what a closure returned, as a 0-d float64 tensor without a graph; None if no loss is found there.
 
-    A number, a tensor with one element, or such a one under ``"loss"`` in a mapping or first in a tuple or list.
+    The loss is a number or a tensor with one element: alone, under ``"loss"`` in a mapping, or first in a tuple or
+    list.
     """
     if isinstance(returned, Mapping):
         returned = returned.get("loss")
@@ -41,7 +42,7 @@ def loss_in(returned: Any) -> Tensor | None:
 
 
 def as_loss(returned: Any, name: str) -> Tensor:
-    """As :func:`loss_in`; ``ValueError`` where there is none."""
+    """Like :func:`loss_in`, but ``ValueError`` if there is no loss."""
     found = loss_in(returned)
     if found is None:
         raise ValueError(

@@ -17,8 +17,8 @@ from lets_kernels.step.setting import Setting
 def micro_step(e: Engine, closures: Sequence[Closure], scaler: Scaler | None) -> list[Any]:
     """:meth:`SAM.step` over a list of closures; the base optimizer steps along the mean of their gradients.
 
-    As a rank of its own would for every closure (``sync_perturbation=False``), so with m micro-batches this is the
-    m-sharpness of Foret et al. (ICLR 2021, §4.1). One buffer of gradients more than a step with one closure.
+    Each closure is treated like a rank of its own under ``sync_perturbation=False``, so with m micro-batches this is
+    the m-sharpness of Foret et al. (ICLR 2021, §4.1). Needs one buffer of gradients more than a step with one closure.
     """
     if not closures:
         raise ValueError("step([]): no closures, no gradients")
@@ -55,7 +55,7 @@ def micro_step(e: Engine, closures: Sequence[Closure], scaler: Scaler | None) ->
 
 
 def _check(s: Setting) -> None:
-    """``ValueError`` where a step cannot go over micro-batches that are perturbed one by one."""
+    """``ValueError`` if the method cannot perturb along each micro-batch's own gradient."""
     reason = None
     if s.radius.moves or s.descent.holds_first:
         what = type(s.radius if s.radius.moves else s.descent).__name__
@@ -84,4 +84,4 @@ def _add(sums: dict[Tensor, Tensor], e: Engine) -> None:
         if p in sums:
             sums[p] += p.grad
         else:
-            sums[p] = p.grad.detach().clone()  # the memory may be that of the next pass too
+            sums[p] = p.grad.detach().clone()  # the next pass may use the same memory

@@ -1,7 +1,7 @@
 """How much of a perturbation is left once 16-bit weights have rounded it.
 
-A weight in bfloat16 has 8 bits: it moves only if its ε is at least half of their last one. With many parameters ε is
-small in each, and most of them stay where they are. What remains is measured against ε in float64.
+A weight in bfloat16 has 8 significant bits: it moves only if its ε is at least half of the last bit. With many
+parameters each element of ε is small, and most weights do not move. What remains is measured against ε in float64.
 """
 
 import warnings
@@ -24,7 +24,7 @@ class PrecisionWarning(UserWarning):
 
 
 def warn_of_narrow(buckets: Sequence[Bucket]) -> bool:
-    """Say, where weights have 16 bits, what that means, where to look and what to do; True if some have."""
+    """Warn if weights have 16 bits: what that means, where to look, what to do. True if some weights have 16 bits."""
     found = sorted({str(b.dtype) for b in buckets if b.dtype in NARROW})
     if found:
         warnings.warn(
@@ -42,7 +42,8 @@ def measure(ascents: Sequence[Ascent], total: Tensor, rho: Sequence[Tensor]) -> 
 
     ``perturbation_cosine`` between the perturbation and ε, ``perturbation_length`` the ratio of their lengths, and
     ``perturbed_fraction`` the share of weights that moved; NaN where ε is zero. One parameter at a time is computed in
-    float64. Empty without such weights. Of what this rank holds: ranks need not agree on when to look.
+    float64. Empty if no weight has 16 bits. Measures only what this rank holds, so ranks need not agree when to
+    measure.
     """
     narrow = [a for a in ascents if a.bucket.dtype in NARROW]
     if not narrow:
@@ -61,7 +62,7 @@ def measure(ascents: Sequence[Ascent], total: Tensor, rho: Sequence[Tensor]) -> 
 
 
 def _sums(a: Ascent, total: Tensor, rho: Tensor) -> Tensor:
-    """⟨δ, ε⟩, ‖δ‖², ‖ε‖², the number of weights that moved, and of all, for the perturbation δ of one bucket."""
+    """⟨δ, ε⟩, ‖δ‖², ‖ε‖², the number of moved weights and of all weights, for the perturbation δ of one bucket."""
     b, runs = a.bucket, a.runs
     out = torch.zeros(5, dtype=torch.float64, device=b.device)
     rows = zip(a.table.tolist(), runs.params, a.vectors, strict=True)

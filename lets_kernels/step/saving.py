@@ -1,4 +1,4 @@
-"""Saving and loading: everything that training goes on from, checked before it is taken over."""
+"""Saving and loading everything that training needs to go on. A state is checked before anything is loaded."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,13 +15,13 @@ from lets_kernels.step import carried
 from lets_kernels.step.engine import Engine
 from lets_kernels.step.workspace import Workspace
 
-#: Where the state of ours stands in a saved state, and once more in its first group.
+#: The key of our own state in a saved state, and once more in the first group of it.
 KEY = "lets_kernels"
 _PARTS = ("direction", "schedule", "descent")
 
 
 def saved(e: Engine) -> dict[str, Any]:
-    """The base optimizer's state and groups, and ours beside them and in the first group."""
+    """The base optimizer's state and groups, with our own state as a further entry and inside the first group."""
     w = e.work
     e.refuse_while_perturbed("state_dict()")
     w.tables.take_in_new_groups()
@@ -34,10 +34,10 @@ def saved(e: Engine) -> dict[str, Any]:
 
 
 def own_state(w: Workspace) -> dict[str, Any]:
-    """Ours."""
+    """Our own state: radius, parts and counters."""
     parts = {name: getattr(w.setting, name).state_dict() for name in (*_PARTS, "radius")}
     own = {**parts, **w.progress.state_dict()}
-    if w.setting.held:  # else as ever
+    if w.setting.held:  # without held tensors the entry is left out
         held = [w.progress.held.state.get(p, {}) for p in w.params()]
         own[carried.KEPT] = {name: sum(name in each for each in held) for name in w.setting.held}
     return own
@@ -46,7 +46,7 @@ def own_state(w: Workspace) -> dict[str, Any]:
 def _check_own(w: Workspace, own: Any, groups: Sequence[dict[str, Any]]) -> None:
     """Refuse a damaged entry of a saved state, before anything of the state is loaded."""
     present = own_state(w)
-    if isinstance(own, Mapping) and carried.KEPT not in own:  # saved before it was counted
+    if isinstance(own, Mapping) and carried.KEPT not in own:  # saved by a version that did not count
         present.pop(carried.KEPT, None)
     check_keys(own, present, f"state[{KEY!r}]")
     if carried.KEPT in present:
@@ -63,7 +63,7 @@ def _check_own(w: Workspace, own: Any, groups: Sequence[dict[str, Any]]) -> None
 
 
 def _check_layout(state_dict: Any) -> None:
-    """A state of the layout in which torch's optimizers save theirs."""
+    """The state has the layout of the states that torch's optimizers save."""
     what = "state_dict"
     expect(isinstance(state_dict, Mapping), what, f"is a {type(state_dict).__name__}, not a dict")
     for name, kind, known in (("state", Mapping, "a dict"), ("param_groups", (list, tuple), "a list")):
@@ -77,7 +77,7 @@ def _check_layout(state_dict: Any) -> None:
 
 
 def _check_held(held: Mapping[Any, Mapping[str, Any]], params: Sequence[Tensor], names: Iterable[str]) -> None:
-    """What parts keep for parameters: tensors of their sizes, under names that these parts have."""
+    """The held tensors have the sizes of their parameters, and names that the parts of this optimizer know."""
     names = set(names)
     for key, own in held.items():
         if not isinstance(key, int) or not 0 <= key < len(params):
@@ -91,10 +91,10 @@ def _check_held(held: Mapping[Any, Mapping[str, Any]], params: Sequence[Tensor],
 def _check_kept(
     held: Mapping[Any, Mapping[str, Any]], names: Iterable[str], kept: Mapping[str, int] | None, begun: bool, what: str
 ) -> None:
-    """What a part keeps is there: a state that lost it on its way would go on wrongly, in silence.
+    """The held tensors are all there: a state that has lost some would go on wrongly, without an error.
 
-    ``kept`` has the number of parameters for which it kept each name when the state was saved. None for states of
-    before that was counted: then there must be one of each if the part had begun.
+    ``kept`` says for how many parameters each name was held when the state was saved. It is None for states saved by
+    versions that did not count this: then each name must be there at least once if the part had begun.
     """
     for name in names:
         count = int(begun) if kept is None else kept[name]
@@ -122,7 +122,7 @@ def load(e: Engine, state_dict: dict[str, Any]) -> None:
     before = [{name: group[name] for name in setting.group_keys} for group in w.groups]
     rest = {name: value for name, value in state_dict.items() if name != KEY}
     rest["state"], held = Held.take_from(state_dict["state"])
-    # As torch's own: what a state is of is told by its groups, where tools put names in the place of numbers.
+    # As in torch: the groups say which parameter a state belongs to; some tools put names there instead of numbers.
     places = {key: i for i, key in enumerate(key for group in groups for key in group["params"])}
     held = {places.get(key, f"{key}"): own_tensors for key, own_tensors in held.items()}
     params = w.params()
@@ -142,7 +142,7 @@ def load(e: Engine, state_dict: dict[str, Any]) -> None:
             if own is None or name not in group:
                 group[name] = value
     e.begin_anew()
-    e.mark_gradients()  # they are from before the load
+    e.mark_gradients()  # the present gradients were made before the load
     if own is not None:
         held_by.load(held, params)
         w.progress.load_state_dict(own)

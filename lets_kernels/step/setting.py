@@ -1,4 +1,4 @@
-"""What an optimizer was set to when it was built, and which parts go together."""
+"""The settings with which an optimizer was built, and which parts go together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from lets_kernels.space.distributed import ALONE, Replicas
 
 @dataclass(frozen=True)
 class Setting:
-    """The five parts of the method, and the options; nothing changes it."""
+    """The five parts of the method, and the options. Nothing changes them later."""
 
     direction: Direction
     schedule: Schedule
@@ -33,10 +33,10 @@ class Setting:
     flatten: bool
     check_finite: bool
     rho_warmup: int
-    #: The keys that groups have of ours, with what stands there where a group does not say.
+    #: The keys that we add to groups, each with its value for groups that do not set it.
     group_keys: Mapping[str, Any]
 
-    #: The radius, if it learns from gradients; and if it goes by the two gradients of a step.
+    #: The radius, if it is one that learns from gradients; and the radius, if it compares a step's two gradients.
     learning: LearnedRadius | None = field(init=False)
     comparing: AutoRadius | None = field(init=False)
 
@@ -54,7 +54,7 @@ class Setting:
         return tuple(sorted({*self.direction.held, *self.descent.held, *self.radius.held}))
 
     def rho_share(self, step: int) -> float:
-        """The share of the radius that step number ``step`` perturbs by: below 1 while ``rho_warmup`` lasts."""
+        """The share of the radius that step number ``step`` uses: below 1 while ``rho_warmup`` lasts."""
         return 1.0 if step >= self.rho_warmup else (step + 1) / self.rho_warmup
 
     def check(self) -> None:
@@ -85,11 +85,11 @@ class Setting:
             )
         if direction.starts and schedule.looks_at_gradient:
             raise ValueError(
-                f"{names[schedule]} decides by the gradient at the weights, and that of {names[direction]} is taken "
-                "beside them: take another schedule"
+                f"{names[schedule]} decides by the gradient at theta, and {names[direction]} takes the first one at "
+                "moved weights: take another schedule"
             )
         if not synced and self.replicas.asked == ALONE:
-            raise ValueError("sync_perturbation=False: a step that one rank skips all must skip; leave 'alone' out")
+            raise ValueError("sync_perturbation=False: if one rank skips a step, all must skip it; leave 'alone' out")
         if not synced and not schedule.capturable:
             raise ValueError(
                 f"sync_perturbation=False with {names[schedule]}: a step that does not perturb would go along each "
@@ -98,7 +98,7 @@ class Setting:
         if not synced and direction.remembers:
             raise ValueError(
                 f"sync_perturbation=False with {names[direction]}: it would keep an average or a mask of each rank's "
-                "own first gradients, of which replicas must hold the same, and a saved state can hold but one; leave "
+                "own first gradients, but replicas must hold the same one, and a saved state can hold only one; leave "
                 "it out"
             )
         if not synced and descent.holds_first:

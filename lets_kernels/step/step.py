@@ -1,4 +1,4 @@
-"""One step: from the first gradients to the base optimizer's step, and where the first pass is made, if beside θ."""
+"""One step, from the first gradients to the base optimizer's step; and the start of a first pass that is not at θ."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -22,12 +22,12 @@ from lets_kernels.step.workspace import Workspace, given_up
 
 
 class Start:
-    """The weights at θ + δ, for the first pass; ``restore`` is right, and harmless, at any point."""
+    """The weights at θ + δ, for the first pass. ``restore`` may be called at any time and does no harm."""
 
     def __init__(self, work: Workspace) -> None:
         self._work = work
         self._runs = [b.all_runs() for b in work.tables.current().buckets]
-        #: The weights are on their way there or back.
+        #: The weights are moving, to θ + δ or back.
         self.torn = self.given_up = False
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class Step:
 
     The constructor takes the first gradients. ``prepare`` finds the perturbation and touches no weight; ``perturb``
     moves the weights, ``restore`` brings them back, ``descend`` restores and lets the base optimizer step. The ops keep
-    a flag beside each bucket that says whether it is perturbed, so ``restore`` is right, and harmless, at any point.
+    a flag for each bucket that says whether it is perturbed, so ``restore`` may be called at any time and does no harm.
     """
 
     perturbs: bool
@@ -74,15 +74,15 @@ class Step:
         self.perturbed_loss: Tensor | None = None
         self.lesson: Trial | None = None
         self.is_perturbed = self.torn = self.in_context = self.returned = False
-        self.given_up = False  # by restore(), perhaps of a signal handler within one of the methods here
-        #: Passes that this step has gone along so far.
+        self.given_up = False  # restore() sets this, perhaps called by a signal handler within one of the methods here
+        #: How many passes this step has made so far.
         self.passes = int(setting.direction.needs_gradient)
         self.captured = check_capture(work)
         self._learns = setting.learning is not None and setting.learning.due(progress.perturbed_steps)
-        #: The first gradients are asked for after the second pass.
+        #: The first gradients are needed after the second pass.
         self._holds = self._learns or setting.descent.holds_first or setting.comparing is not None
         self.buckets = work.tables.agreed().buckets
-        #: From time to time: how much of the perturbation is left in weights that round.
+        #: How much of the perturbation is left in weights that round; measured from time to time.
         tables = work.tables
         self._measures = tables.narrow and not (self.captured or (tables.precision and progress.step % INTERVAL))
         self.first = self._gather() if setting.direction.needs_gradient else [b.all_runs() for b in self.buckets]
@@ -95,7 +95,7 @@ class Step:
         setting = self.work.setting
         network, learning = setting.network, setting.learning
         network.check_first_pass()
-        # What one rank's own pass does not reach has gradient zero in the mean over ranks that the radius learns from.
+        # A parameter that one rank's own pass does not reach counts as zero in the mean from which the radius learns.
         whole, own = self._learns and not network.sync_perturbation, self._holds and not self._keep
         first, found = [], False
         for b in self.buckets:
@@ -105,7 +105,7 @@ class Step:
             network.check_parameters([p for b in self.buckets for p in b.params])
         if learning is not None and learning.waits and learning.needs_train_loss and self.loss is None:
             raise RuntimeError(
-                "the radius learns from the last step and this one's first loss: pass it, first_step(loss=loss), "
+                "the radius learns from the last step and from this step's first loss: pass it, first_step(loss=loss), "
                 "or let step(closure, val_closure) call the closure for the first gradient too"
             )
         return first
@@ -114,11 +114,11 @@ class Step:
         """Let a radius that has waited learn, and find the perturbation of a step that perturbs.
 
         Args:
-            decide: whether it does.
+            decide: says whether this step perturbs.
             started: the first pass was made at weights that had been moved for it.
 
         Raises:
-            RuntimeError: the direction needs such a pass, and this was none.
+            RuntimeError: the direction needs a first pass at moved weights, and this one was not.
         """
         setting, progress = self.work.setting, self.work.progress
         direction, radius = setting.direction, setting.radius
@@ -130,15 +130,15 @@ class Step:
         self.perturbs = decide(first)
         if direction.starts and self.perturbs and not started:
             raise RuntimeError(
-                f"{type(direction).__name__} takes the first gradients beside the weights: put the first forward and "
-                "backward into `with opt.first_pass():`, or let step(closure) call the closure for both"
+                f"{type(direction).__name__} takes the first gradients at moved weights: put the first forward and "
+                "backward into `with opt.first_pass():`, or let step(closure) call the closure for both passes"
             )
         if self._keep and self.perturbs and self._holds:
             for each in self.first:
                 each.grads = [g.clone() for g in each.grads]
-        #: On a step that does not perturb: the gradients that are there now. Those of a second pass are others.
+        #: On a step that does not perturb: the present gradients. A second pass would make new ones.
         self._unperturbed = [] if self.perturbs else [(id(g), version(g)) for g in self.work.gradients()]
-        #: How far the weights have moved, for a radius that goes by that; a direction may write where they stood.
+        #: How far the weights have moved, for a radius that needs it; the direction may overwrite where they stood.
         self._moved: Tensor | None = None
         if self.perturbs and setting.comparing is not None:
             self._moved = displacements(runs, progress.held, len(setting.comparing.memory), first.home)
@@ -149,8 +149,8 @@ class Step:
         else:
             found = Perturbation([], torch.ones((), dtype=torch.float64, device=first.home))
         self.perturbation, self.total = found, found.total
-        #: Of every first pass that this step goes along; several where micro-batches are perturbed one by one. Not
-        #: finite where one of its gradients is not.
+        #: The total of every first pass of this step: several over micro-batches. A total is not finite if one of the
+        #: gradients of its pass is not.
         self.totals = [found.total]
         share = setting.rho_share(progress.step) if setting.rho_warmup else 1.0
         self.rho = []
@@ -184,13 +184,13 @@ class Step:
         if self._measures:
             self.work.tables.precision = measure(ascents, self.total, self.rho)
         self.torn = False
-        if self.given_up:  # and so some of the buckets, or of their parameters, were perturbed after they were restored
+        if self.given_up:  # so some of the buckets, or of their parameters, were perturbed after they had been restored
             self.is_perturbed = True
             for a in ascents:
-                a.bucket.dirty.fill_(1)  # all of them are saved
+                a.bucket.dirty.fill_(1)  # every bucket is saved
             self.restore()
             raise given_up()
-        if not self._holds:  # nothing parameter-sized but the saved weights lives through the second pass
+        if not self._holds:  # only the saved weights, no other parameter-sized buffer, live through the second pass
             for a in ascents:
                 a.vectors = a.runs.grads = []
             for runs in self.first:
@@ -206,7 +206,7 @@ class Step:
         for a in self.perturbation.ascents if self.is_perturbed else ():
             try:
                 a.bucket.restore(a.runs)
-            except RuntimeError as error:  # a parameter that was resized: the others come home all the same
+            except RuntimeError as error:  # a parameter was resized: the other parameters are restored all the same
                 refused = error
         if refused is not None:
             raise refused
@@ -214,7 +214,7 @@ class Step:
         self.is_perturbed = self.torn = False
 
     def find_second_pass(self) -> None:
-        """Count the second pass, if there was one; on a step that does not perturb it may be left out."""
+        """Count the second pass, if there was one. On a step that does not perturb, the caller may leave it out."""
         if self.returned:
             return
         present = self.work.has_gradient()
@@ -226,18 +226,18 @@ class Step:
             self.passes += 1
 
     def return_gradients(self) -> None:
-        """Give back the first gradients that were taken, for a step along them: there is no second pass."""
+        """Put the first gradients back into the parameters, for a step along them without a second pass."""
         self.returned = True
         for runs in self.first:
             runs.return_gradients()
 
     def goes_along(self, totals: list[Tensor], passes: int, loss: Tensor | None, perturbed_loss: Tensor | None) -> None:
-        """What stands in the gradients is the mean of several steps' second ones: their totals, passes and losses."""
+        """The gradients are now the mean of several steps' second gradients; the arguments are those steps' numbers."""
         self.totals, self.passes, self.returned = totals, passes, True  # no pass is left to be counted
         self.loss, self.perturbed_loss = loss, perturbed_loss
 
     def descend(self) -> tuple[bool, str]:
-        """Restore, and step along the second gradients: was it fused, and if not, why."""
+        """Restore the weights and step along the second gradients. Returns whether it was fused, and if not, why."""
         w, setting = self.work, self.work.setting
         setting.network.weights_move()
         second = [b.gather(own=self._learns) for b in self.buckets]
@@ -283,11 +283,11 @@ class Step:
         return reason is None, reason or ""
 
     def _take(self, second: list[Runs], steps: list[tuple[Runs, Callable[[Tensor], None]]]) -> None:
-        """The fused steps, which restore what they step."""
-        for a in self.perturbation.ascents:  # where the passes have different gradients
+        """Take the fused steps, which also restore the weights that they step."""
+        for a in self.perturbation.ascents:  # where the two passes reach different parameters
             if self.is_perturbed and second[a.runs.bucket.index].indices != a.runs.indices:
                 a.bucket.restore(a.runs)
-        self.torn = True  # an interrupt between buckets ends the step: none is stepped twice
+        self.torn = True  # an interrupt between buckets ends the step, so that no bucket is stepped twice
         for runs, take in steps:
             take(self.gate.to(runs.bucket.device))
             runs.write_back()
@@ -295,7 +295,7 @@ class Step:
         self.is_perturbed = self.torn = False
 
     def _products(self, passed: SecondPass) -> Tensor | None:
-        """The products that the radius goes by, and its memory as the first rank has it."""
+        """The products from which the radius moves, after its memory was set to the first rank's."""
         radius = self.work.setting.comparing
         if self._moved is None or radius is None:
             return None
@@ -305,19 +305,19 @@ class Step:
         return products
 
     def _close_gate(self, active: list[Runs], squared_norm: Tensor | None) -> None:
-        """0 where a gradient is not finite, of any pass and on any rank; counted, and never read here.
+        """Set the gate to 0 if a gradient of any pass, on any rank, is not finite. The skip is counted, not read here.
 
-        ``squared_norm``: ‖ĝ‖² over all ranks, where the descent has it already.
+        ``squared_norm``: ‖ĝ‖² over all ranks, if the descent has computed it already.
         """
         w, setting, home = self.work, self.work.setting, self.work.progress.skipped.device
-        reads = setting.check_finite or w.scaling.every_pass  # else nobody asks, or a gradient scaler has read them
+        reads = setting.check_finite or w.scaling.every_pass  # else not needed, or a gradient scaler has read them
         flags: list[Tensor] = []
         if reads or self.overflow is not None:
             sums = [squared(r) for r in active] if reads and squared_norm is None else []
             if self.overflow is not None:
                 overflow = self.overflow.to(self.total.device, torch.float64).reshape(())
                 sums.append(torch.where(overflow != 0, torch.inf, torch.zeros_like(overflow)))
-            alone = [] if setting.network.sync_perturbation else self.totals  # no rank has heard of the others' yet
+            alone = [] if setting.network.sync_perturbation else self.totals  # no rank knows the others' totals yet
             known = [] if squared_norm is None or not reads else [squared_norm]
             sent = [add_up(sums, home), *alone]
             means = sent[:0] if known and self.overflow is None and not alone else setting.replicas.means(sent)
@@ -356,7 +356,7 @@ class Step:
     def metrics(self) -> dict[str, Tensor]:
         """For :meth:`SAM.metrics`."""
         setting, q = self.work.setting, self.work.setting.direction.q
-        if len(self.totals) > 1 or self.totals[0] is not self.total:  # of several passes, or means over ranks
+        if len(self.totals) > 1 or self.totals[0] is not self.total:  # totals of several passes, or means over ranks
             norm = torch.stack(self.totals).mean().pow(1 / q)
         else:
             norm = self.total.pow(1 / q) if self.perturbation.norm is None else self.perturbation.norm

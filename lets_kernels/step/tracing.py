@@ -2,5 +2,5 @@
 
 from torch._compile import _disable_dynamo  # what torch's own optimizers use; imports the compiler at the first call
 
-#: For what changes state that a trace does not see: under torch.compile it runs as plain Python, between two graphs.
+#: For functions that change state which a trace does not see: torch.compile runs them as plain Python between graphs.
 untraced = _disable_dynamo

@@ -1,6 +1,6 @@
-"""What every step works with: what was set, the base optimizer, what is kept from step to step, and the tables.
+"""What every step works with: the settings, the base optimizer, what is kept from step to step, and the tables.
 
-The tables of the parameters are built anew where groups or parameters have changed, and what hangs on them.
+The tables of the parameters are built anew when groups or parameters have changed, with all that depends on them.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,23 +29,23 @@ class Tables:
         self, setting: Setting, base: torch.optim.Optimizer, progress: Progress, publication: Publication
     ) -> None:
         self._setting, self._base, self._progress, self._publication = setting, base, progress, publication
-        #: As they were built last; see :meth:`current`.
+        #: The buckets as they were built last; see :meth:`current`.
         self.space: ParameterSpace | None = None
-        #: What was measured last of a perturbation of 16-bit weights; nothing of these tables yet.
+        #: The last measurement of a perturbation of 16-bit weights; empty until these tables have one.
         self.precision: dict[str, Tensor] = {}
         #: Some of the parameters have 16 bits.
         self.narrow = False
-        #: What captured CUDA graphs read and write; replays must find it, whatever has replaced it here.
+        #: What captured CUDA graphs read and write. Replays still need it after something has replaced it here.
         self.captured: list[Any] = []
 
     def current(self) -> ParameterSpace:
-        """The buckets, built anew where the groups or the parameters have changed."""
+        """The buckets, built anew if the groups or the parameters have changed."""
         if self.space is None or not self.space.is_current(self._base.param_groups):
             setting = self._setting
             self.take_in_new_groups()
             self.forget_replaced()
             setting.network.bind()
-            setting.network.weights_move()  # parameters are found, and stand in their modules, in one piece a rank
+            setting.network.weights_move()  # then each rank's modules hold its own shards of the parameters
             setting.direction.bind(setting.model)
             self._publication.cover(setting.model)
             space = ParameterSpace(
@@ -63,13 +63,13 @@ class Tables:
         return self.space
 
     def agreed(self) -> ParameterSpace:
-        """As :meth:`current`, where all ranks come by: they agree on the seed before anything is drawn."""
+        """Like :meth:`current`, for places that all ranks reach: they agree on the seed before anything is drawn."""
         space = self.current()
         self._progress.random.agree(self._setting.replicas)
         return space
 
     def take_in_new_groups(self) -> None:
-        """Groups that were added to the base optimizer get what they lack."""
+        """Give groups that were added to the base optimizer the keys that they lack."""
         groups, keys = self._base.param_groups, self._setting.group_keys
         if any(name not in group for group in groups for name in keys):
             self._setting.direction.check_base(Look.at(self._base))
@@ -79,14 +79,14 @@ class Tables:
             self._setting.radius.bind(groups, self._progress.home)
 
     def forget_replaced(self) -> None:
-        """Drop what is kept for parameters in whose places others stand by now, and which are in no group any more.
+        """Drop what is kept for parameters that were replaced in their groups, and are in no group any more.
 
-        That of a parameter that was taken out, so that its group is of another length, stays, as in torch.
+        If a parameter was taken out, so that its group is shorter now, what is kept for it stays, as in torch.
         """
         groups = [list(group["params"]) for group in self._base.param_groups]
         present = {id(p) for group in groups for p in group}
         placed = self._progress.placed
-        known = placed if len(placed) <= len(groups) else ()  # else a group was taken out
+        known = placed if len(placed) <= len(groups) else ()  # fewer groups: one was taken out
         for before, now in zip(known, groups, strict=False):
             for p in before if len(before) == len(now) else ():
                 if id(p) not in present:
@@ -97,7 +97,7 @@ class Tables:
     def keep_for_graphs(self) -> None:
         """Keep what the CUDA graph that is being captured refers to, as long as this optimizer lives.
 
-        Later steps may replace it here (``load_state_dict`` does), but not in the graph.
+        Later steps may replace the tensors here (``load_state_dict`` does), but not in the graph.
         """
         state = [t for entry in self._base.state.values() for t in entry.values() if isinstance(t, Tensor)]
         radii = [g["rho"] for g in self._base.param_groups if isinstance(g["rho"], Tensor)]
@@ -105,7 +105,7 @@ class Tables:
         self.captured.append((self.current(), state, radii, held))
 
     def _check_ranks(self, space: ParameterSpace) -> None:
-        """Find the ranks that take part, and refuse what would go wrong among them in silence."""
+        """Find the ranks that take part, and refuse settings that would go wrong among them without an error."""
         setting, random = self._setting, self._progress.random
         if setting.model is None and any(b.spread for b in space.buckets):
             raise ValueError(
@@ -127,7 +127,7 @@ class Tables:
             )
 
     def _move_scalars(self, buckets: list[Bucket]) -> None:
-        """What is counted and learned lies beside the first parameters, also where those have been moved."""
+        """Move counters and radii to the device of the first parameters."""
         progress = self._progress
         if buckets and buckets[0].device != progress.home:
             progress.to(buckets[0].device)
@@ -137,7 +137,7 @@ class Tables:
 
 @dataclass(eq=False)
 class Workspace:
-    """Nothing here tells whether a step has begun; ``Now`` does."""
+    """What every step works with. Whether a step has begun is not kept here but in ``Now``."""
 
     setting: Setting
     base: torch.optim.Optimizer  # whose groups and state are the optimizer's
@@ -150,16 +150,16 @@ class Workspace:
         return self.base.param_groups
 
     def params(self) -> list[Tensor]:
-        """In the order in which a saved state numbers them."""
+        """The parameters, in the order in which a saved state numbers them."""
         return [p for group in self.base.param_groups for p in group["params"]]
 
     def gradients(self) -> list[Tensor]:
-        """Those that are there."""
+        """The gradients of the parameters that have one."""
         grads = [p.grad for group in self.base.param_groups for p in group["params"] if p.requires_grad]
         return [g for g in grads if g is not None]
 
     def has_gradient(self) -> bool:
-        """True if there is one."""
+        """True if a parameter has a gradient."""
         for group in self.base.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p.requires_grad:
@@ -172,11 +172,11 @@ class Workspace:
                 p.grad = None
 
     def first_pass(self, runs: list[Runs], keeps: bool = False, synced: bool = True) -> FirstPass:
-        """What a direction sees.
+        """The first pass as a direction sees it.
 
         Args:
-            runs: of the buckets that take part.
-            keeps: the vectors of the perturbation are asked for after it.
+            runs: the runs of the buckets that take part.
+            keeps: the vectors of the perturbation are needed after it.
             synced: False for the gradients of this rank alone.
         """
         progress = self.progress
@@ -193,11 +193,11 @@ class Workspace:
         )
 
     def a_pass(self, scaler: Scaler | None) -> Pass:
-        """How a closure makes one."""
+        """How a closure makes a pass."""
         return Pass(lambda closure: self.call(closure, scaler), self.drop_gradients, scaler)
 
     def call(self, closure: Callable[..., Any], scaler: Scaler | None = None) -> Any:
-        """A pass by a closure, with gradients enabled and unscaled afterwards; what the closure returned."""
+        """Let a closure make a pass, with gradients enabled and then unscaled. Returns what the closure returned."""
         with torch.enable_grad():
             loss = closure()
         if scaler is not None:
@@ -206,7 +206,7 @@ class Workspace:
 
 
 def given_up() -> RuntimeError:
-    """For a step that somebody else has ended."""
+    """The error for a step that ``restore()`` has ended from outside."""
     return RuntimeError(
         "restore() was called in the middle of this step, by a signal handler perhaps: the step is given up, and the "
         "weights are those from before it"

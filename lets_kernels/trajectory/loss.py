@@ -1,4 +1,4 @@
-"""The trajectory loss, and what the two terms that are made of it share."""
+"""The trajectory loss, and what the two terms built from it, SAF and MESA, share."""
 
 import math
 
@@ -14,15 +14,15 @@ def trajectory_loss(
 ) -> Tensor:
     """(1/B) Σ KL(softmax(y_past/τ) ‖ softmax(y/τ)), in log space; gradients go through y only.
 
-    Du et al., NeurIPS 2022, the trajectory loss, without its coefficient λ. Computed in float32, or in float64 where
-    the outputs have it. An output that is -inf is a class of probability zero; no finite output gives NaN.
+    Du et al., NeurIPS 2022, the trajectory loss, without its coefficient λ. Computed in float32, or in float64 if the
+    outputs are float64. An output of -inf means a class of probability zero; no finite output gives NaN.
 
     Args:
         outputs: y, the logits now: [B, classes].
-        past: y_past, the logits they are compared with; what is added to all of a sample's does not matter.
+        past: y_past, the logits to compare with. Adding a constant to all logits of a sample changes nothing.
         temperature: τ > 0.
-        seen: bool [B]; samples that are False count as zero. Default: all are True. B stays the whole batch.
-        rescale: multiply by τ², as the authors' code does and the printed equation does not: gradients then keep their
+        seen: bool [B]; samples with False count as zero. Default: all are True. B stays the size of the whole batch.
+        rescale: multiply by τ², as the authors' code does; the printed equation does not. Gradients then keep their
             size as τ grows.
 
     Returns:
@@ -30,7 +30,7 @@ def trajectory_loss(
     """
     dtype = precision(outputs)
     past = past.detach().to(dtype)
-    if seen is not None:  # before the softmax: what was never recorded may be anything
+    if seen is not None:  # before the softmax, since unrecorded values may be anything
         past = torch.where(seen[:, None], past, torch.zeros_like(past))
     log_past, log_now = (_log_softmax(y, temperature) for y in (past, outputs.to(dtype)))
     terms = functional.kl_div(log_now, log_past, reduction="none", log_target=True).sum(1)
@@ -41,17 +41,17 @@ def trajectory_loss(
 
 
 def centred(outputs: Tensor) -> Tensor:
-    """y - max(y): the same distribution, and no value overflows upwards."""
+    """y - max(y), which has the same distribution and cannot overflow upwards."""
     return outputs - outputs.detach().amax(1, keepdim=True)
 
 
 def _log_softmax(outputs: Tensor, temperature: float) -> Tensor:
-    """Its lowest value is finite: -inf times a probability of zero would be NaN."""
+    """log softmax with finite lowest values, since -inf times a probability of zero would be NaN."""
     return functional.log_softmax(centred(outputs) / temperature, 1).clamp(min=torch.finfo(outputs.dtype).min)
 
 
 def precision(outputs: Tensor) -> torch.dtype:
-    """What the term is computed in."""
+    """The dtype in which the term is computed."""
     return torch.float64 if outputs.dtype == torch.float64 else torch.float32
 
 
@@ -68,7 +68,7 @@ class Term:
         self._epoch: int | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Say at its start which epoch it is, from 0; as for a ``DistributedSampler``."""
+        """Set the number of the epoch, from 0, when it begins; as for a ``DistributedSampler``."""
         if epoch < 0:
             raise ValueError(f"epochs are counted from 0, not {epoch}")
         self._epoch = int(epoch)
@@ -77,7 +77,7 @@ class Term:
     def epoch(self) -> int:
         """The epoch that was set."""
         if self._epoch is None:
-            raise RuntimeError(f"{type(self).__name__} goes by epochs: call set_epoch(epoch) at the start of each")
+            raise RuntimeError(f"{type(self).__name__} goes by epochs: call set_epoch(epoch) at the start of an epoch")
         return self._epoch
 
     def _loss(self, outputs: Tensor, past: Tensor, seen: Tensor | None = None) -> Tensor:

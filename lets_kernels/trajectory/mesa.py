@@ -11,26 +11,26 @@ from lets_kernels.trajectory.loss import Term
 
 
 class MESA(Term):
-    """SAF without records: the outputs compared with are those of a moving average of the model.
+    """SAF without records: compares the outputs with those of a moving average of the model.
 
     Du et al., NeurIPS 2022 (memory-efficient SAF): y_past are the outputs of weights averaged over the steps, by
-    ``torch.optim.swa_utils``. Memory: one copy of the model. Time: one forward pass more a step, without gradients;
-    still one gradient a step. ::
+    ``torch.optim.swa_utils``. Memory: one copy of the model. Time: one more forward pass a step, without gradients;
+    there is still one gradient a step. ::
 
         mesa = lets_kernels.MESA(model)
         ...
             outputs = model(inputs)
             loss = cross_entropy(outputs, targets) + mesa(outputs, inputs)
             ...                                        # backward, and the optimizer's step
-            mesa.update(model)                         # at the weights after it, never at perturbed ones
+            mesa.update(model)                         # at the weights after the step, never at perturbed weights
 
     The defaults are those of the authors' code and README (λ 0.3 or 0.8 there). The paper leaves open what
-    normalisation does in the averaged model: it runs in evaluation mode here, with running statistics that are
-    averaged alike.
+    normalisation layers do in the averaged model: here the model runs in evaluation mode, and its running statistics
+    are averaged too.
 
     Args:
-        model: what is averaged; without the wrapper of DistributedDataParallel, and not sharded.
-        decay: of the average, in [0, 1).
+        model: the model to average, without the wrapper of DistributedDataParallel, and not sharded.
+        decay: the decay of the average, in [0, 1).
         start: the first epoch (from 0) whose loss has the term.
         weight: λ ≥ 0.
         temperature: τ > 0.
@@ -62,8 +62,8 @@ class MESA(Term):
 
         Args:
             outputs: the logits, [B, classes], of the pass whose gradient is taken.
-            *inputs: what the model was called with for them.
-            **options: the same, by name.
+            *inputs: the arguments with which the model was called for these outputs.
+            **options: its arguments by name.
 
         Returns:
             A scalar; a constant zero before ``start``, without a forward pass.
@@ -80,25 +80,25 @@ class MESA(Term):
             found = list(past.shape) if isinstance(past, Tensor) else type(past).__name__
             raise ValueError(
                 f"outputs must be logits of shape [B, classes], the model's own for these inputs, but they are "
-                f"{list(outputs.shape)} and the averaged model gives {found}: call mesa(outputs, ...) with what "
-                "model(...) got; for other shapes, give both to trajectory_loss"
+                f"{list(outputs.shape)} and the averaged model gives {found}: call mesa(outputs, ...) with the "
+                "arguments of model(...); for other shapes, give both outputs to trajectory_loss"
             )
         return self._loss(outputs, past)
 
     def update(self, model: torch.nn.Module) -> None:
-        """Take the model into the average; after each step."""
+        """Add the model to the average; call it after each step."""
         self.average.update_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and the epoch; the tensors are this object's, as a module's are."""
+        """The average and the epoch. The tensors are not copies, as in a module's state."""
         return {"epoch": self._epoch, "average": self.average.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was saved.
+        """Go on from a saved state.
 
         Raises:
-            ValueError: it is no state of a MESA.
-            RuntimeError: it is of another model (torch's).
+            ValueError: the state is no state of a MESA.
+            RuntimeError: the state is of another model (torch raises this).
         """
         if "average" not in state:
             raise ValueError("this is no state of a MESA: it has no 'average'; load what mesa.state_dict() gave")

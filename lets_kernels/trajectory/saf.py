@@ -1,4 +1,4 @@
-"""SAF (Du et al., NeurIPS 2022), and the records it keeps."""
+"""SAF (Du et al., NeurIPS 2022), and its records of outputs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from lets_kernels.trajectory.loss import Term, centred, precision
 
 
 def _pinned(records: torch.device, outputs: torch.device) -> bool:
-    """Whether copies between the two go through pinned memory."""
+    """True if copies between the two devices go through pinned memory."""
     return records.type == "cpu" and outputs.type == "cuda"
 
 
@@ -29,17 +29,18 @@ class SAF(Term):
                 loss = cross_entropy(outputs, targets) + saf(outputs, index)
 
     Memory: ``nbytes`` = E · samples · (classes · itemsize + 4), allocated here and never more; for 1.28 million images
-    of 1000 classes in float16 and E = 3 that is 7.7 GB, which is why it is on the CPU by default. Then outputs of a GPU
-    pass through pinned memory, a batch each way, and no step waits for the copy of its own outputs; indices should
-    be on the CPU, where a loader leaves them. Time: two copies of [B, classes] a step.
+    of 1000 classes in float16 and E = 3 this is 7.7 GB, so the records are on the CPU by default. Outputs of a GPU then
+    pass through pinned memory, one batch in each direction, and no step waits for the copy of its own outputs. Indices
+    should be on the CPU, where a loader leaves them. Time: two copies of [B, classes] a step.
 
-    λ, E, τ and ``start`` are the defaults of the authors' code (E 2 or 3). The paper leaves open what becomes of
-    samples that have no record, such as those that a last batch dropped: here they count as zero. So does the second
-    visit to a sample in an epoch, which finds its record overwritten, and a sample that another rank met E epochs ago:
-    each rank has its own records, so its sampler should shuffle within its own share of the data set. Outputs with NaN
-    or +infinity among them are not recorded.
+    λ, E, τ and ``start`` are the defaults of the authors' code (E 2 or 3). The paper leaves open what to do with
+    samples without a record, such as samples of a dropped last batch: here they count as zero. The second visit to a
+    sample in one epoch also counts as zero, since its record has been overwritten. So does a sample that another rank
+    had E epochs ago: each rank has its own records, so its sampler should shuffle within its own share of the data set.
+    The outputs of a sample are not recorded if there is NaN or +infinity among them.
 
-    What is recorded is y - max(y): the same distribution, and in float16 the likely classes are the exact ones.
+    The records hold y - max(y): the same distribution, and in float16 the most accurate values are those of likely
+    classes.
 
     Args:
         samples: N, the size of the data set; indices are 0 ... N-1.
@@ -48,8 +49,8 @@ class SAF(Term):
         start: the first epoch (from 0) whose loss has the term. Recording begins E epochs before.
         weight: λ ≥ 0.
         temperature: τ > 0.
-        dtype: of the records. float16 errs by at most 2⁻¹¹ of a class's distance from the likeliest one.
-        device: of the records.
+        dtype: the dtype of the records. The error of float16 is at most 2⁻¹¹ of a class's distance from the likeliest.
+        device: the device of the records.
         rescale: see :func:`trajectory_loss`.
 
     Raises:
@@ -90,16 +91,16 @@ class SAF(Term):
 
         Args:
             outputs: the logits, [B, classes], of the pass whose gradient is taken.
-            index: int64 [B], which samples of the data set they are.
-            record: False leaves the records as they are: for another pass over a batch (a closure that is called
+            index: int64 [B], the places of these samples in the data set.
+            record: False does not change the records. Use it for a second pass over a batch (a closure that is called
                 twice), and for outputs at perturbed weights.
 
         Returns:
-            A scalar; a constant zero before there can be records.
+            A scalar; a constant zero while there can be no records yet.
 
         Raises:
             RuntimeError: no epoch was set.
-            ValueError: shapes that do not fit, or an index beyond the data set (looked at on the CPU only).
+            ValueError: shapes do not fit, or an index is beyond the data set (checked only if it is on the CPU).
         """
         epoch, index = self.epoch, self._checked(outputs, index)
         self._settle()
@@ -116,7 +117,7 @@ class SAF(Term):
         if outputs.dim() != 2 or outputs.shape[1] != classes:
             raise ValueError(
                 f"outputs must be logits of shape [B, {classes}], not {list(outputs.shape)}: build SAF with "
-                "classes= their width, and flatten other dimensions into the first, as samples of their own"
+                "classes=<the last dimension>, and flatten other dimensions into the first, as separate samples"
             )
         if index.dtype != torch.int64 or index.shape != outputs.shape[:1]:
             raise ValueError(
@@ -127,13 +128,13 @@ class SAF(Term):
             low, high = (int(x) for x in index.aminmax())
             if low < 0 or high >= samples:
                 raise ValueError(
-                    f"an index is {low if low < 0 else high}, but SAF was built for samples={samples}: give it the "
-                    "size of the whole data set, and indices into that"
+                    f"an index is {low if low < 0 else high}, but SAF was built for samples={samples}: give SAF the "
+                    "size of the whole data set, and indices into the whole data set"
                 )
         return index.to(self._records.device)
 
     def _read(self, place: int, epoch: int, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The records of that epoch, and which samples have one."""
+        """The records of an epoch, and which samples have a record."""
         records = self._records[place]
         seen = self._recorded_at[place].index_select(0, index) == epoch
         if not _pinned(records.device, device):
@@ -156,12 +157,12 @@ class SAF(Term):
         self._arriving = event, epoch, index.clone(), staged
 
     def _write(self, epoch: int, index: Tensor, kept: Tensor) -> None:
-        at = torch.where(kept.isnan().any(1), -1, epoch).to(torch.int32)  # NaN: of outputs that were not finite
+        at = torch.where(kept.isnan().any(1), -1, epoch).to(torch.int32)  # NaN marks outputs that were not finite
         self._records[epoch % self.epochs].index_copy_(0, index, kept)
         self._recorded_at[epoch % self.epochs].index_copy_(0, index, at)
 
     def _settle(self) -> None:
-        """Put away the outputs of the step before, which a GPU has sent meanwhile."""
+        """Store the outputs of the step before, which a GPU has sent meanwhile."""
         if self._arriving is not None:
             event, epoch, index, staged = self._arriving
             self._arriving = None
@@ -169,15 +170,15 @@ class SAF(Term):
             self._write(epoch, index, staged)
 
     def state_dict(self) -> dict[str, Any]:
-        """Records and epoch, at any time within one; the tensors are this object's, as a module's are."""
+        """Records and epoch, at any time within an epoch. The tensors are not copies, as in a module's state."""
         self._settle()
         return {"epoch": self._epoch, "records": self._records, "recorded_at": self._recorded_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was saved; dtype and device stay as they are here.
+        """Go on from a saved state; dtype and device of the records do not change.
 
         Raises:
-            ValueError: the state is of another data set, of another E, or none at all. Nothing is loaded then.
+            ValueError: the state is no state of a SAF, or has another data set or another E. Nothing has been loaded.
         """
         for name, own in (("records", self._records), ("recorded_at", self._recorded_at)):
             saved = state.get(name)
@@ -185,7 +186,7 @@ class SAF(Term):
                 found = list(saved.shape) if isinstance(saved, Tensor) else "missing"
                 raise ValueError(
                     f"this is no state of such a SAF: {name!r} must have the shape {list(own.shape)}, but is {found}; "
-                    "build SAF with the epochs, samples and classes of the run that saved it"
+                    "build SAF with the epochs, samples and classes of the SAF that saved it"
                 )
         self._arriving = None
         self._epoch = state.get("epoch")

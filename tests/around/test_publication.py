@@ -22,7 +22,7 @@ from support.family import ALWAYS, BESIDE, ONE_EACH
 from support.given_gradients import weights
 from support.guard_bands import same_bits
 
-STARTED = r"while the weights are beside themselves.*first_pass\(\).*restore\(\)"
+STARTED = r"while the weights are moved away from theta for the first pass.*first_pass\(\).*restore\(\)"
 REFUSED = r"while the weights are perturbed: .*second_step\(\).*restore\(\)"
 
 
@@ -97,7 +97,7 @@ def test_a_perturbed_model_is_not_published(how):
 
 
 @pytest.mark.parametrize("how", PUBLISHERS)
-def test_a_model_beside_itself_for_a_first_pass_is_not_published(how):
+def test_a_model_moved_for_a_first_pass_is_not_published(how):
     """R-SAM's start is no weight of anybody's, from the first step on; on the way out all is well again."""
     model, publish = net(), PUBLISHERS[how]
     opt = family.build("rsam", model)

@@ -43,7 +43,7 @@ def test_figures_are_those_of_the_results():
     assert f"{mutants['killed']} of {mutants['total']} mutations" in PAGE
     ran = json.loads((TESTS / "results" / "sequences.json").read_text())["files"]
     rows, calls = (ran[file]["examples"] for file in ("test_sequences.py", "test_random_calls.py"))
-    assert f"{rows:,} random rows of 40 moves for each of 14 methods, {calls:,} calls of every op" in PAGE
+    assert f"{rows:,} random sequences of 40 moves for each of 14 methods, {calls:,} calls of every op" in PAGE
 
 
 # ---- the recipes: their surroundings are from here, and the blocks from the page -------------------------------------

@@ -384,7 +384,7 @@ def test_where_the_two_gradients_differ_in_more_than_the_perturbation_a_warning_
 def test_what_it_does_not_go_with_is_refused():
     toy = Toy()
     for build, match in (
-        (lambda: lk.RandomSAM(toy.params, SGD, rho="auto", lr=0.1), "this direction takes one: give it a number"),
+        (lambda: lk.RandomSAM(toy.params, SGD, rho="auto", lr=0.1), "this direction takes one: give rho a number"),
         (lambda: lk.SAM(toy.params, SGD, rho="auto", rho_warmup=5, lr=0.1), "begins small by itself"),
         (lambda: lk.SAM(toy.params, SGD, lk.AutoRadius(), rho_warmup=5, lr=0.1), "begins small by itself"),
         (lambda: lk.SAM([{"params": toy.params, "rho": 0.1}], SGD, rho="auto", lr=0.1), "a group has its own rho"),

@@ -147,7 +147,7 @@ def _radius(rho):
 
 
 def _row(method, rho, accuracy, gradients):
-    return report.Row(
+    return report.Summary(
         method=method,
         label=ALL[method].label,
         seeds=1,
@@ -178,7 +178,7 @@ def test_what_was_seen_is_said_of_each_method_that_ran_from_several_radii(demo):
         "docs/radius.md says how each radius works, and which is for whom."
     )
     _, _, result, printed = demo
-    rows = [report.Row(**row) for row in result["summary"]]
+    rows = [report.Summary(**row) for row in result["summary"]]
     assert report.findings(rows).startswith("LETS-SAM ends between ")
     assert report.findings(rows) in " ".join(printed.split())
 

@@ -53,7 +53,7 @@ def test_state_that_was_retyped_through_data_is_not_handed_to_the_kernels(backen
     buffer.data = buffer.data.to(torch.bfloat16)
     one_step(opt, params)
     assert not opt.fused
-    assert opt.fused_reason == "the state lies otherwise in memory than the parameters"
+    assert opt.fused_reason == "the state has another memory layout than the parameters"
     assert all(bool((home[16:] == 7).all()) for home in homes)
 
 

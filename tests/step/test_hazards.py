@@ -225,7 +225,7 @@ def test_a_changing_set_of_gradients_does_not_pile_up_tables():
         (
             lambda p: lk.SAM([{"params": p, "rho": 0.7}], SGD, lk.ScheduledRadius.linear(0.1, 0.2, 3), lr=0.1),
             ValueError,
-            "that of all groups",
+            "the same for all groups",
         ),
     ],
     ids=["maximize", "lbfgs", "lbfgs-for-nu", "empty-group", "rho-true", "scheduled-and-own"],

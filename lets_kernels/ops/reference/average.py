@@ -1,4 +1,4 @@
-"""Moving averages of gradients, and what a perturbation makes of them."""
+"""Moving averages of gradients, and the vectors that perturbations make from them."""
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ def average_(
 ) -> Tensor:  # fmt: skip
     """m <- decay m + (1 - decay) x, then v = a x + b m; Σ v², of v as it is stored.
 
-    Where ``updates`` is zero the average begins: m and v are x. Where the gate is closed m stays as it is, and v is
-    made of that; else ``updates`` counts one more. ``out`` takes v, unless it is empty. ``updates`` is 0-d int64, the
-    gate 0-d float64; returns a 0-d float64 tensor. With a = 1 and b = -σ v is the direction
-    of Friendly SAM (Li et al., 2024), with a = 0 and b = 1 that of VaSSO (Li & Giannakis, 2023).
+    If ``updates`` is zero, the average begins: m and v are x. If the gate is closed, m does not change, and v is
+    computed from that m; otherwise ``updates`` is increased by one. v is written to ``out``, unless ``out`` is empty.
+    ``updates`` is 0-d int64, the gate 0-d float64; returns a 0-d float64 tensor. With a = 1 and b = -σ, v is the
+    direction of Friendly SAM (Li et al., 2024); with a = 0 and b = 1, the direction of VaSSO (Li & Giannakis, 2023).
     """
     begins, go = updates == 0, gate != 0
     total = torch.zeros((), dtype=torch.float64, device=updates.device)
@@ -38,8 +38,8 @@ def posterior_ascent_(
 ) -> None:
     """out <- g/s, then s <- β₂ s + (1 - β₂)(√s |g| + damping) (Möllenhoff & Khan, 2023).
 
-    s are the precisions, positive; where the gate (0-d float64) is closed they stay, and ``out`` is written all the
-    same. ``damping`` is what is added to the square root of the curvature, in the units of s.
+    s are the precisions, positive. If the gate (0-d float64) is closed, s does not change, but ``out`` is written.
+    ``damping`` is added to the square root of the curvature, in the units of s.
     """
     go = gate != 0
     for to, s, g in zip(runs(out, table), runs(precisions, table), runs(grads, table), strict=True):

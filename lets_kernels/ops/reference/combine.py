@@ -16,7 +16,7 @@ def dots(x: Tensors, y: Tensors, table: Tensor) -> Tensor:
 
 
 def displacement_dots(grads: Tensors, params: Tensors, saved: Tensor, table: Tensor) -> Tensor:
-    """g·g, g·Δ and Δ·Δ over all runs, where Δ = θ - saved is what the last step has moved: float64, of shape [3]."""
+    """g·g, g·Δ and Δ·Δ over all runs, where Δ = θ - saved is the move of the last step: float64, of shape [3]."""
     pairs = zip(runs(params, table), runs([saved], table), strict=True)
     return _products(runs(grads, table), (wide(theta) - wide(old) for theta, old in pairs), saved.device)
 
@@ -31,7 +31,7 @@ def _products(xs: Iterable[Tensor], ys: Iterable[Tensor], device: torch.device |
 
 
 def combine_(out: Tensors, x: Tensors, y: Tensors, table: Tensor, coefficients: Tensor, gate: Tensor) -> None:
-    """out <- a x + b y, where the gate is open (0-d float64, not 0); ``out`` may be x or y itself.
+    """out <- a x + b y, if the gate is open (0-d float64, not 0); ``out`` may be x or y itself.
 
     ``coefficients`` holds a and b, float64 of shape [2], rounded to the arithmetic type.
     """

@@ -1,8 +1,8 @@
-"""Masks: of the elements that a perturbation moves, kept or drawn, and the selection of those with the highest keys.
+"""Masks of the elements that a perturbation moves, kept or drawn; and the selection of elements with the highest keys.
 
-A mask is a flat uint8 buffer of the bucket, 1 where an element takes part. The **key** of an element is a number of 63
-bits: those of |v| as float32, and below them a random word, which decides between equal values; without vectors it is
-the word alone, moved up by 31 bits.
+A mask is a flat uint8 buffer of the bucket, 1 for an element that takes part. The **key** of an element is a number of
+63 bits: the bits of |v| as float32, and below them a random word, which decides between equal values. Without vectors
+the key is the word alone, shifted up by 31 bits.
 """
 
 import torch
@@ -17,13 +17,13 @@ __all__ = ["count_above", "masked_", "select_"]
 def masked_(
     out: Tensors, vectors: Tensors, mask: Tensor | None, table: Tensor, random: Tensor, stream: int, share: float
 ) -> Tensor:
-    """out <- v where the mask is set, else 0 (Mi et al., 2022); Σ v² of all elements, 0-d float64.
+    """out <- v where the mask is set, otherwise 0 (Mi et al., 2022). Returns Σ v² of all elements, 0-d float64.
 
-    Without a mask each element is kept with probability ``share`` (the word is below share · 2^32) and divided by it
-    (Du et al., 2022). ``random`` holds seed and count, int64 of shape [2].
+    Without a mask each element is kept with probability ``share`` (if its word is below share · 2^32) and divided by
+    ``share`` (Du et al., 2022). ``random`` holds seed and count, int64 of shape [2].
 
     Raises:
-        RuntimeError: no mask, and a share that is not above 0 and at most 1 (compiled and Triton backends).
+        RuntimeError: there is no mask, and the share is not in (0, 1] (compiled and Triton backends).
     """
     total = torch.zeros((), dtype=torch.float64, device=random.device)
     masks = [None] * len(table) if mask is None else runs([mask], table)
@@ -42,7 +42,7 @@ def masked_(
 def _above(
     vectors: Tensors, mask: Tensor, table: Tensor, threshold: Tensor, random: Tensor, stream: int, member: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """The mask of each run, and where its elements have keys above the threshold and a mask of ``member``."""
+    """For each run its mask, and which elements have keys above the threshold and the mask ``member``."""
     found = []
     vs = runs(vectors, table) if len(vectors) else [None] * len(table)
     for v, own, (start, numel, *_) in zip(vs, runs([mask], table), table.tolist(), strict=True):
@@ -56,12 +56,12 @@ def _above(
 def count_above(
     vectors: Tensors, mask: Tensor, table: Tensor, threshold: Tensor, random: Tensor, stream: int, member: int
 ) -> Tensor:
-    """How many elements, of those whose mask is ``member`` (-1: of all), have keys above the threshold: 0-d float64.
+    """The number of elements with mask ``member`` (-1: any mask) and a key above the threshold: 0-d float64.
 
-    ``threshold`` is 0-d int64, in the units of keys; without ``vectors`` keys are of words alone.
+    ``threshold`` is 0-d int64, in the units of keys. Without ``vectors`` the keys are made of words alone.
 
     Raises:
-        RuntimeError: ``member`` is not of -1 to 255 (compiled and Triton backends).
+        RuntimeError: ``member`` is not in -1 to 255 (compiled and Triton backends).
     """
     total = torch.zeros((), dtype=torch.float64, device=mask.device)
     for _, above in _above(vectors, mask, table, threshold, random, stream, member):
@@ -73,6 +73,6 @@ def select_(
     mask: Tensor, vectors: Tensors, table: Tensor, threshold: Tensor, random: Tensor, stream: int, member: int,
     value: int,
 ) -> None:  # fmt: skip
-    """Set the mask to ``value``, of 0 to 255, for the elements that :func:`count_above` counts."""
+    """Set the mask to ``value``, from 0 to 255, for the elements that :func:`count_above` counts."""
     for own, above in _above(vectors, mask, table, threshold, random, stream, member):
         own.masked_fill_(above, value)

@@ -1,9 +1,9 @@
-"""Random numbers that are computed where they are used, from a counter: Philox 4x32-10 (Salmon et al., SC 2011).
+"""Random numbers that are computed from a counter wherever they are used: Philox 4x32-10 (Salmon et al., SC 2011).
 
 Element e of a run has the position ``start + e`` in its bucket. Positions 4k to 4k + 3 share one call of Philox, with
 counter (k mod 2^32, k div 2^32, count, stream) and key (seed mod 2^32, seed div 2^32); ``random`` holds seed and count.
-The normal numbers are float32 by Box and Muller, in operations that round in one way only, so they have the same bits
-everywhere.
+The normal numbers are float32, computed by Box and Muller with operations whose rounding is fixed, so they have the
+same bits everywhere.
 """
 
 import torch
@@ -67,14 +67,14 @@ def noise_(
     out: Tensors, vectors: Tensors, precisions: Tensors, table: Tensor, filter_norms: Tensor | None, random: Tensor,
     stream: int, a: float, std: float,
 ) -> Tensor:  # fmt: skip
-    """out <- a v + std S n with n standard normal; Σ out², of what is stored.
+    """out <- a v + std S n with n standard normal. Returns Σ out², of the stored values.
 
-    S is the norm of the element's filter where its run has filters, 1/√s where precisions s are given, else 1. No
-    ``vectors`` stand for zero. ``random`` holds seed and count; n is what :func:`normals` has for the element's
-    position in its bucket and the stream, the same for every backend. Returns a 0-d float64 tensor.
+    S is the norm of the element's filter if its run has filters, 1/√s if precisions s are given, and otherwise 1.
+    Without ``vectors`` v is zero. ``random`` holds seed and count. n is the number of :func:`normals` for the element's
+    position in its bucket and for the stream, the same in every backend. Returns a 0-d float64 tensor.
 
     Raises:
-        RuntimeError: a table with filters, and neither their norms nor precisions (compiled and Triton backends).
+        RuntimeError: a table has filters, but neither norms nor precisions are given (compiled and Triton backends).
     """
     total = torch.zeros((), dtype=torch.float64, device=random.device)
     vs = runs(vectors, table) if len(vectors) else [None] * len(table)

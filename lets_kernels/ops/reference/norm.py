@@ -1,4 +1,4 @@
-"""Norms, and whether they are finite."""
+"""Norms, and the check that numbers are finite."""
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ def grad_norm(
 ) -> Tensor:
     """Σ |Tv|^q over all elements (Foret et al., 2021, Eq. 2; Kwon et al., 2021, §3): the q-th power of the norm of Tv.
 
-    T is as the run table says, with xi = ξ (η of the Fisher information). ``params`` may be empty where no T is |θ| +
-    ξ, ``filter_norms`` None where there are no filters. Returns a 0-d float64 tensor; a NaN or infinity in v shows in
-    it.
+    The run table determines T, with xi = ξ (η of the Fisher information). ``params`` may be empty if no T is |θ| + ξ,
+    and ``filter_norms`` may be None if there are no filters. Returns a 0-d float64 tensor, which is not finite if an
+    element of v is not.
 
     Raises:
-        RuntimeError: q below 1 (compiled and Triton backends), or lists that do not fit the table.
+        RuntimeError: q is below 1 (compiled and Triton backends), or the lists do not fit the table.
     """
     thetas = runs(params, table) if len(params) else [None] * len(table)
     total = torch.zeros((), dtype=torch.float64, device=vectors[0].device if len(vectors) else None)
@@ -32,8 +32,8 @@ def filter_norms(params: Tensors, table: Tensor, out: Tensor) -> None:
     """out <- ‖c‖, the Euclidean norm of every filter c of θ (LETS: Wang et al., 2024, Eq. 7), in the order of the run
     table.
 
-    ``out`` is flat, float32 (float64 for float64 parameters), one number a filter, in the units of the weights; of runs
-    without filters nothing is written. The sum of squares is taken in float64.
+    ``out`` is flat, float32 (float64 for float64 parameters), one number a filter, in the units of the weights. Nothing
+    is written for runs without filters. The sum of squares is taken in float64.
     """
     for theta, (_, _, length, count, start) in zip(runs(params, table), table.tolist(), strict=True):
         if length > 0:
@@ -42,7 +42,7 @@ def filter_norms(params: Tensors, table: Tensor, out: Tensor) -> None:
 
 
 def all_finite_(values: Tensors, skipped: Tensor) -> Tensor:
-    """1 if all values are finite, else 0, and then ``skipped`` counts one more: a gate, without asking the host.
+    """1 if all values are finite; otherwise 0, and ``skipped`` is increased by one. A gate that no host reads.
 
     ``values`` are any number of 0-d float64 tensors, ``skipped`` is 0-d int64. Returns a 0-d float64 tensor.
     """
@@ -52,7 +52,7 @@ def all_finite_(values: Tensors, skipped: Tensor) -> Tensor:
 
 
 def largest(vectors: Tensors, table: Tensor) -> Tensor:
-    """max |v|, which is NaN where an element is: 0-d float64, 0 of no elements."""
+    """max |v|, NaN if an element is NaN, 0 without elements: 0-d float64."""
     highest = torch.zeros((), dtype=torch.float64, device=vectors[0].device if len(vectors) else None)
     for v in runs(vectors, table):
         if v.numel():
@@ -61,7 +61,7 @@ def largest(vectors: Tensors, table: Tensor) -> Tensor:
 
 
 def peaks_(out: Tensors, vectors: Tensors, table: Tensor, largest: Tensor) -> Tensor:
-    """sign(v) where |v| is the largest, else 0 (Foret et al., 2021, Eq. 2, as p goes to 1); how many there are."""
+    """out <- sign(v) where |v| is the largest, 0 elsewhere (Foret et al., 2021, Eq. 2, p → 1); returns their number."""
     count = torch.zeros((), dtype=torch.float64, device=largest.device)
     for to, v in zip(runs(out, table), runs(vectors, table), strict=True):
         peak = v.double().abs() == largest

@@ -14,11 +14,11 @@ def perturb_(
 ) -> None:  # fmt: skip
     """θ <- θ + ρ T sign(Tv)|Tv|^(q-1) / total^(1/p) with 1/p + 1/q = 1 (Foret et al., 2021, Eq. 2; LETS Eq. 7).
 
-    ``total`` is Σ |Tv|^q as :func:`grad_norm` has it, over all buckets and ranks, and ``rho`` the radius ‖T⁻¹ε‖_p (in
-    the units of the weights where T = 1): both 0-d float64. ``saved``, one flat buffer, takes the weights as they were,
-    bit for bit, and ``dirty`` becomes 1. Without ``vectors`` v stands in ``saved``, and is exchanged for the weights.
+    ``total`` is Σ |Tv|^q from :func:`grad_norm`, over all buckets and ranks, and ``rho`` the radius ‖T⁻¹ε‖_p (in the
+    units of the weights if T = 1): both 0-d float64. The weights are saved bit for bit in ``saved``, one flat buffer,
+    and ``dirty`` becomes 1. Without ``vectors``, v stands in ``saved``, and the weights overwrite it.
 
-    Where the total is zero or not finite, or the perturbation's length overflows or vanishes, the weights stay.
+    If the total is zero or not finite, or the perturbation's length overflows or vanishes, the weights do not change.
     """
     thetas, swapped = runs(params, table), not len(vectors)
     directions = [v.clone() for v in runs([saved], table)] if swapped else runs(vectors, table)
@@ -26,7 +26,7 @@ def perturb_(
         old.copy_(theta)
     dirty.fill_(1)
     usable = torch.isfinite(total) & (total > 0)
-    # For q other than 2 and 1 the norm divides before the power is taken, which could underflow.
+    # For q other than 2 and 1, divide by the norm before taking the power, which could underflow.
     length = rho / total.sqrt() if q == 2 else rho
     shrink = total.pow(-1 / q) if q not in (1, 2) else torch.ones_like(total)
     for theta, v, row in zip(thetas, directions, table.tolist(), strict=True):
@@ -39,7 +39,7 @@ def perturb_(
 
 
 def restore_(params: Tensors, saved: Tensor, dirty: Tensor, table: Tensor) -> None:
-    """θ <- saved where ``dirty`` is not 0, bit for bit; then ``dirty`` is 0. :func:`perturb_` leaves both so."""
+    """θ <- saved if ``dirty`` is not 0, bit for bit; then ``dirty`` is set to 0. :func:`perturb_` writes both."""
     for theta, old in zip(runs(params, table), runs([saved], table), strict=True):
         theta.copy_(torch.where(dirty != 0, old, theta))
     dirty.fill_(0)

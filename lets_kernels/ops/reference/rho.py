@@ -15,8 +15,8 @@ def rho_grad_diagonal(
     """(val - train)ᵀ H T sign(Tv)|Tv|^(q-1) with the curvature H = diag(ĝ²) (LETS: Wang et al., 2024).
 
     ``val`` and ``train`` are the gradients of the two losses after the step (no ``train``: zero), ``perturbed`` is ĝ
-    and ``vectors`` v. It is not yet divided by the norm of Tv, nor multiplied by the learning rate. Returns a 0-d
-    float64 tensor; all terms are products of float64.
+    and ``vectors`` v. The result is not yet divided by the norm of Tv, nor multiplied by the learning rate. Returns a
+    0-d float64 tensor; all terms are products in float64.
     """
     thetas = runs(params, table) if len(params) else [None] * len(table)
     units = []
@@ -31,15 +31,15 @@ def rho_grad_diagonal(
 def rho_grad_secant(val: Tensors, train: Tensors, perturbed: Tensors, first: Tensors, table: Tensor) -> Tensor:
     """(val - train)ᵀ (ĝ - g): as :func:`rho_grad_diagonal` with the curvature of the secant, H ε = ĝ - g.
 
-    ``first`` is g, the gradient at the weights before they were perturbed by ε, ``perturbed`` ĝ, that after. Without
-    ``train`` it stands for zero. Returns a 0-d float64 tensor, whose differences are taken in float64.
+    ``first`` is g, the gradient at θ, and ``perturbed`` is ĝ, the gradient at θ + ε. Without ``train`` the training
+    gradient is zero. Returns a 0-d float64 tensor; the differences are taken in float64.
     """
     pairs = zip(runs(perturbed, table), runs(first, table), strict=True)
     return _outer_product(val, train, [h.double() - g.double() for h, g in pairs], table)
 
 
 def _outer_product(val: Tensors, train: Tensors, inner: list[Tensor], table: Tensor) -> Tensor:
-    """(val - train)^T inner over all runs, in float64; no `train` stands for zero."""
+    """(val - train)^T inner over all runs, in float64; without `train`, train is zero."""
     trains = runs(train, table) if len(train) else [None] * len(table)
     total = torch.zeros((), dtype=torch.float64, device=val[0].device if len(val) else None)
     for a, b, x in zip(runs(val, table), trains, inner, strict=True):

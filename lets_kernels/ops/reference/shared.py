@@ -11,7 +11,7 @@ Tensors = Sequence[Tensor]  # one dense tensor a run, or one flat buffer
 
 
 def runs(tensors: Tensors, table: Tensor) -> list[Tensor]:
-    """One 1-d view a row of the table, in memory order, of a list of dense tensors or of one flat buffer."""
+    """One 1-d view for each row of the table, in memory order, from a list of dense tensors or from one flat buffer."""
     rows = table.tolist()
     if len(tensors) == 1 and (len(rows) != 1 or tensors[0].numel() != rows[0][1]):
         return [tensors[0][start : start + numel] for start, numel, *_ in rows]
@@ -19,16 +19,16 @@ def runs(tensors: Tensors, table: Tensor) -> list[Tensor]:
 
 
 def wide(x: Tensor) -> Tensor:
-    """The values in the arithmetic type: float64 stays, everything else is computed in float32."""
+    """The values in the arithmetic type: float64 for float64, float32 for every other dtype."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, correctly rounded, which torch's own on the CPU is not always."""
+    """The correctly rounded square root; torch's own square root on the CPU is not always correctly rounded."""
     r = x.double().sqrt()
     if x.dtype != torch.float64:
         return r.to(x.dtype)
-    # x - r^2 without rounding, by the halves of r (Dekker, 1971), says what r lacks.
+    # x - r^2 without rounding, by the halves of r (Dekker, 1971), is the error of r.
     shifted = r * 134217729.0
     high = shifted - (shifted - r)
     low = r - high
@@ -46,7 +46,7 @@ def scaling(
     if filter_length == FISHER:
         v = wide(vector)
         f = xi * (v * v)
-        far = root(torch.full_like(v, xi)).reciprocal() / v.abs()  # where f overflows, and so 1 + f = f
+        far = root(torch.full_like(v, xi)).reciprocal() / v.abs()  # for an f that overflows, so that 1 + f = f
         return torch.where(f - f == 0, root(1 + f).reciprocal(), far)
     if filter_length == UNSCALED:
         return 1.0
@@ -63,7 +63,7 @@ def dual(x: Tensor, q: float) -> Tensor:
 
 
 def filter_of(row: Sequence[int], device: torch.device) -> Tensor:
-    """Where in the filter norms the filter of each element of a run stands."""
+    """For each element of a run, the place of its filter in the filter norms."""
     _, numel, filter_length, filter_count, filter_start = row
     elements = torch.arange(numel, device=device)
     return filter_start + elements.div(filter_length, rounding_mode="floor") % filter_count

@@ -1,4 +1,4 @@
-"""Restore fused with the step of a base optimizer."""
+"""The restore fused with the step of a base optimizer."""
 
 import torch
 from torch import Tensor
@@ -14,13 +14,13 @@ def restore_sgd_(
 ) -> None:  # fmt: skip
     """A step of torch.optim.SGD with dampening 0, from the weights before they were perturbed.
 
-    g <- g + λ w (after -g where ``maximize``), m <- μ m + g, w <- w - lr (g + μ m where ``nesterov``, else m); w are
-    the saved weights where ``dirty`` is not 0, else θ (Sutskever et al., 2013, as torch has it). λ is ``weight_decay``,
-    μ ``momentum``; with μ = 0 ``momenta`` is empty, and the step is w - lr g. With lr = 0 not a bit of w changes. Where
-    the gate (0-d float64) is 0, θ <- w and m stays. In any case ``dirty`` is 0 afterwards.
+    g <- g + λ w (after -g with ``maximize``), m <- μ m + g, w <- w - lr (g + μ m with ``nesterov``, otherwise m). w are
+    the saved weights if ``dirty`` is not 0, otherwise θ (Sutskever et al., 2013, in torch's form). λ is
+    ``weight_decay``, μ ``momentum``; with μ = 0 ``momenta`` is empty, and the step is w - lr g. With lr = 0 no bit of w
+    changes. If the gate (0-d float64) is 0, θ <- w and m does not change. ``dirty`` is always 0 afterwards.
 
     Raises:
-        RuntimeError: momenta without a momentum, or a momentum without momenta (compiled and Triton backends).
+        RuntimeError: momenta are given without a momentum, or the reverse (compiled and Triton backends).
     """
     go, from_saved = gate != 0, dirty != 0
     buffers = runs(momenta, table) if momentum else [None] * len(table)
@@ -47,8 +47,8 @@ def restore_adamw_(
 
     m <- m + (1 - β₁)(g - m), v <- β₂ v + (1 - β₂) g², w <- w - lr/(1 - β₁ᵗ) m / (√v/√(1 - β₂ᵗ) + eps) (Kingma & Ba,
     2015, Algorithm 1), after g <- g + λ w, or w <- (1 - lr λ) w where decoupled (Loshchilov & Hutter, 2019, Algorithm
-    2). ``steps`` has one float32 count t a run, which is raised first. The weights it starts from, the gate and
-    ``dirty`` are those of :func:`restore_sgd_`; a closed gate leaves m, v and t as they are.
+    2). ``steps`` has one float32 count t a run, which is increased first. The weights w, the gate and ``dirty`` are as
+    in :func:`restore_sgd_`; a closed gate leaves m, v and t unchanged.
     """
     go, from_saved = gate != 0, dirty != 0
     lists = (params, grads, exp_avgs, exp_avg_sqs, [saved])

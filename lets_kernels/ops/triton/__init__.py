@@ -1,11 +1,11 @@
-"""Every op as Triton kernels: the fallback for GPUs without a built extension, and the portable path.
+"""Every op as Triton kernels: the portable backend, and the fallback for GPUs without a built extension.
 
 The functions, their arguments and their meaning are those of :mod:`lets_kernels.ops.reference`. Called from eager code
-they launch at once; under ``torch.compile`` they are the operators ``torch.ops.lets_kernels_triton.*``, whose fake
-kernels tell the shapes without running anything. With ``TRITON_INTERPRET=1`` set before the import, Triton's
+they launch at once. Under ``torch.compile`` they are the operators ``torch.ops.lets_kernels_triton.*``, with fake
+kernels that give the shapes without running anything. With ``TRITON_INTERPRET=1`` set before the import, Triton's
 interpreter runs them, on CPU tensors.
 
-Importing this module raises ``ImportError`` where Triton is missing or too old.
+Importing this module raises ``ImportError`` if Triton is missing or too old.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from lets_kernels.ops.triton.launch import Call, Packed  # noqa: E402
 
 
 def refuses() -> str | None:
-    """Why Triton cannot launch anything here, in words, or None: its driver is compiled at the first use, in C."""
+    """Why Triton cannot launch anything here, in words, or None. The first use compiles Triton's driver, in C."""
     try:
         _triton.runtime.driver.active.get_current_target()
     except Exception as error:
@@ -45,7 +45,7 @@ _library = torch.library.Library("lets_kernels_triton", "DEF")
 
 
 def _fake(op: Op) -> Callable[..., Tensor | None]:
-    """What an op returns: sums, on the device of the first tensor (of no runs: of the run table)."""
+    """The fake result of an op: sums, on the device of the first tensor (without runs: of the run table)."""
 
     def sums(*arguments: Any) -> Tensor:
         first = next(filter(torch.is_tensor, tree_leaves(arguments)))
@@ -55,7 +55,7 @@ def _fake(op: Op) -> Callable[..., Tensor | None]:
 
 
 def _registered(op: Op) -> Callable[..., Any]:
-    """The op: its launcher, or its operator while torch.compile traces."""
+    """The function of an op: calls its launcher, or its operator while torch.compile traces."""
     launcher: Callable[[Call], Any] = getattr(launchers, op.name)
     _library.define(op.schema)
     for key in ("CPU", "CUDA", "XPU"):
@@ -71,7 +71,7 @@ def _registered(op: Op) -> Callable[..., Any]:
 
 
 def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
-    """As :func:`lets_kernels.ops.native.pack`: the list with its addresses, read once for several ops."""
+    """Like :func:`lets_kernels.ops.native.pack`: the list with its addresses, read once for several ops."""
     return tensors if torch.compiler.is_compiling() else Packed(tensors)
 
 

@@ -57,7 +57,7 @@ def average_kernel(
 
 @kernel
 def updates_kernel(updates, gate):
-    """After all programs of average_kernel: one update more where the gate is open."""
+    """After all programs of average_kernel: increase ``updates`` by one if the gate is open."""
     if tl.load(gate) != 0:
         tl.store(updates, tl.load(updates) + 1)
 

@@ -24,9 +24,9 @@ __all__ = ["combine_", "displacement_dots", "dots"]
 
 @helper
 def _sum_products(slots, body: tl.constexpr, arguments, kinds, count, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """As :func:`sum_blocks`, for a body that returns two factors of double, 0 where masked: the sums of their products.
+    """Like :func:`sum_blocks`, for a body that returns two doubles, 0 where masked: the sums of their products.
 
-    Those of the first with itself, of both, and of the second with itself.
+    The sums are first · first, first · second, and second · second.
     """
     index, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     whole = count // BLOCK * BLOCK
@@ -78,7 +78,7 @@ def displacement_kernel(
 def _combine(
     out, x, y, a, b, DTYPE: tl.constexpr, C: tl.constexpr, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    # Each thread reads what it writes, so `out` may be x or y.
+    # Each thread reads the elements that it writes, so `out` may be x or y.
     value = a * load(x, at, count, MASKED, BLOCK).to(C) + b * load(y, at, count, MASKED, BLOCK).to(C)
     store(out, narrow(value, DTYPE), at, count, MASKED, BLOCK)
 

@@ -17,18 +17,18 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 _FISHER: tl.constexpr = tl.constexpr(FISHER)
 _ELEMENT_WISE: tl.constexpr = tl.constexpr(ELEMENT_WISE)
-_FAR: tl.constexpr = tl.constexpr(1 << 30)  # further than any chunk reaches
+_FAR: tl.constexpr = tl.constexpr(1 << 30)  # more elements than any chunk has
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """``triton.jit`` whose one binary serves every value and alignment of the arguments that are not constexpr."""
+    """``triton.jit`` with one binary for every value and alignment of the arguments that are not constexpr."""
     parameters = inspect.signature(function).parameters.items()
     runtime = [name for name, p in parameters if p.annotation is not tl.constexpr]
     return triton.jit(function, do_not_specialize=runtime)
 
 
 def helper(function: Callable[..., Any]) -> Any:
-    """``triton.jit`` for what kernels call. Interpreted, a plain function: patching the language costs 1 ms a call."""
+    """``triton.jit`` for helpers of kernels. Interpreted, a plain function, since patching costs 1 ms a call."""
     return function if INTERPRETED else triton.jit(function)
 
 
@@ -44,7 +44,7 @@ def chunk_at(chunks):
 
 @helper
 def typed(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """An address from a table as a pointer; aligned ones may be read and written 16 bytes at a time."""
+    """An address from a table as a pointer. An aligned pointer may be read and written 16 bytes at a time."""
     pointer = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -67,7 +67,7 @@ def load(pointer, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
 
 @helper
 def store(pointer, value, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Write what :func:`load` reads."""
+    """Write a block to the place where :func:`load` reads it."""
     lane = tl.arange(0, BLOCK)
     if MASKED:
         tl.store(pointer + at + lane, value, mask=lane < count - at)
@@ -77,7 +77,7 @@ def store(pointer, value, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
 
 @helper
 def narrow(x, DTYPE: tl.constexpr):
-    """To the storage type, to nearest, ties to even. The interpreter's own cast to bfloat16 cuts bits off."""
+    """Cast to the storage type, to nearest, ties to even. The interpreter's own cast to bfloat16 truncates."""
     if _INTERPRETED and DTYPE.is_bf16():
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -91,7 +91,7 @@ def narrow(x, DTYPE: tl.constexpr):
 @helper
 def power(x, y):
     """x^y for x >= 0 and y > 0, in the type of x."""
-    if _INTERPRETED:  # which has no device library: in double, where the detour costs no accuracy in float
+    if _INTERPRETED:  # the interpreter has no device library; double costs no accuracy in float
         wide = tl.exp2(y * tl.log2(tl.where(x > 0, x, 1.0).to(tl.float64)))
         result = tl.where(x > 0, wide, x.to(tl.float64)).to(x.dtype)
     else:
@@ -113,7 +113,7 @@ def divide(x, y, C: tl.constexpr):
 
 @helper
 def dual(x, q, POWER: tl.constexpr):
-    """sign(x) |x|^(q-1); ``POWER`` is q where it is 1 or 2, else 0."""
+    """sign(x) |x|^(q-1); ``POWER`` is q if q is 1 or 2, otherwise 0."""
     if POWER == 2:
         result = x
     else:
@@ -128,7 +128,7 @@ def dual(x, q, POWER: tl.constexpr):
 
 @helper
 def cyclic(position, period):
-    """A place in a cycle, in 32 bits: what lies less than ``_FAR`` ahead of it stands at the same places there."""
+    """A place in a cycle, in 32 bits. Places less than ``_FAR`` ahead of it keep their places in the cycle."""
     short = tl.minimum(period, _FAR)
     return (short - tl.minimum(period - position, short)).to(tl.int32), short.to(tl.int32)
 
@@ -150,7 +150,7 @@ def filters_of(scaling, at, BLOCK: tl.constexpr):
     """Which filter each element of the block at element ``at`` of a chunk belongs to."""
     _, inner, period, outer, cycle, _, far = scaling
     filter = outer + (at + inner + tl.arange(0, BLOCK)) // period
-    # `far` is not 0 only in cycles too long for 32 bits, and counts until the cycle ends.
+    # `far` is not 0 only in cycles too long for 32 bits; it counts down to the end of the cycle.
     return filter % cycle + tl.where(filter < cycle, far, 0)
 
 
@@ -158,7 +158,7 @@ def filters_of(scaling, at, BLOCK: tl.constexpr):
 def scale(scaling, theta, v, norms, xi, at, SCALED: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
     """T of the block at element ``at`` of a chunk; ``theta`` matters only where T = |theta| + xi.
 
-    SCALED: 1 where no run has filters, 2 where some have; 4 more where some are scaled by the Fisher information of v.
+    SCALED: 1 if no run has filters, 2 if some runs have; 4 more if T of some runs is that of the Fisher information.
     """
     length, start = scaling[0], scaling[5]
     t = tl.full([BLOCK], 1, C)
@@ -177,7 +177,7 @@ def scale(scaling, theta, v, norms, xi, at, SCALED: tl.constexpr, BLOCK: tl.cons
 
 @helper
 def theta_for(scaling, pointer, at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    """The weights where T needs them, zeros elsewhere."""
+    """The weights if T needs them, otherwise zeros."""
     theta = tl.full([BLOCK], 0.0, C)
     if scaling[0] == _ELEMENT_WISE:
         theta = load(pointer, at, count, MASKED, BLOCK).to(C)
@@ -189,9 +189,9 @@ def theta_for(scaling, pointer, at, count, MASKED: tl.constexpr, BLOCK: tl.const
 
 @helper
 def for_blocks(body: tl.constexpr, arguments, kinds, count, BLOCK: tl.constexpr):
-    """Call ``body`` for every block of a chunk, with its first element, the chunk's count, MASKED and BLOCK as well.
+    """Call ``body`` for every block of a chunk; passes also the block's first element, the count, MASKED and BLOCK.
 
-    ``kinds`` are those of its arguments that are constexpr.
+    ``kinds`` are the body's constexpr arguments.
     """
     whole = count // BLOCK * BLOCK
     for at in range(0, whole, BLOCK):
@@ -202,7 +202,7 @@ def for_blocks(body: tl.constexpr, arguments, kinds, count, BLOCK: tl.constexpr)
 
 @helper
 def sum_blocks(slots, body: tl.constexpr, arguments, kinds, count, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """As :func:`for_blocks`, for a body that returns a term of double for each element: their sum, in the slot."""
+    """Like :func:`for_blocks`, for a body that returns a double for each element: writes their sum to the slot."""
     whole = count // BLOCK * BLOCK
     total = tl.full([BLOCK], 0.0, tl.float64)
     for at in range(0, whole, BLOCK):
@@ -225,7 +225,7 @@ def copy_chunk(to, source, count, BLOCK: tl.constexpr):
 
 @helper
 def tree_sum(x, N: tl.constexpr, STAGES: tl.constexpr):
-    """The sum of N = 2^STAGES values, pair by pair: an order that no layout, alignment or device can change."""
+    """The sum of N = 2^STAGES values, pair by pair: the order is the same for any layout, alignment and device."""
     for stage in tl.static_range(STAGES):
         x = tl.sum(tl.reshape(x, [N >> (stage + 1), 2]), axis=1)
     return tl.sum(x, axis=0)
@@ -233,7 +233,7 @@ def tree_sum(x, N: tl.constexpr, STAGES: tl.constexpr):
 
 @kernel
 def add_slots(out, slots, count, N: tl.constexpr, STAGES: tl.constexpr):
-    """One program a sum: that of ``count`` slots, in their order."""
+    """One program for each sum: adds ``count`` slots, in their order."""
     index = tl.program_id(0).to(tl.int64)
     lane, first = tl.arange(0, N), slots + index * count
     total = tl.full([N], 0.0, tl.float64)

@@ -1,8 +1,8 @@
-"""From lists of tensors to launches: checks, tables on the device, and what they are remembered by.
+"""From lists of tensors to launches: checks, tables on the device, and the caches of the tables.
 
 A launch runs over **chunks**, stretches of one run of at most ``Plan.chunk`` elements, one program each. It reads three
 kinds of int64 tables on the device: the run table; the chunks as (run, first element, elements); and for every list
-argument the address of each run. All are made once and remembered, so a steady state uploads nothing.
+argument the address of each run. All are made once and remembered, so steps on the same tensors upload nothing.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ DTYPES = {
 }
 #: The launch configuration of every kernel: nothing is tuned at run time, and no multiply-add is fused.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
-MORE_WARPS = 8  # of the kernels whose loops ptxas unrolls so far that with 4 it would spill registers
+MORE_WARPS = 8  # for kernels whose loops ptxas unrolls so far that with 4 warps it would spill registers
 BLOCK_BYTES = 4096  # a block of each list: 32 bytes a thread, 16 with more warps
 CHUNK, MANY_CHUNKS = 8192, 32768
 SLOTS = 4096  # slots that are added at a time
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def recall(cache: dict[Any, T], key: Hashable, limit: int, make: Callable[[], T]) -> T:
-    """The entry of a cache, made where there is none; beyond ``limit`` the oldest one is forgotten."""
+    """The entry of a cache, made if it is missing; beyond ``limit`` entries the oldest entry is dropped."""
     found = cache.get(key)
     if found is None:
         found = cache[key] = make()
@@ -45,7 +45,7 @@ def recall(cache: dict[Any, T], key: Hashable, limit: int, make: Callable[[], T]
 
 
 class Packed(list[Tensor]):
-    """A list whose addresses have been read, and what they were found to be, for several ops in a row."""
+    """A list with its addresses, and the results of the checks on them, for several ops one after the other."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__(tensors)
@@ -58,14 +58,14 @@ def addresses_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def kinds_of(tensors: Sequence[Tensor]) -> Hashable:
-    """What is checked of the tensors at these addresses. Memory that was freed comes back as a tensor of another kind,
-    and a view begins where its base does.
+    """The properties of the tensors at these addresses that are checked. An address alone does not tell: freed memory
+    may hold a tensor of another kind, and a view may begin where its base begins.
     """
     return tuple((t.numel(), t.dtype, t.is_contiguous() or (t.shape, t.stride())) for t in tensors)
 
 
-# Tables that a captured graph reads. A graph holds addresses, not tensors, and nothing tells when it is gone; so these
-# are never freed, whatever the caches forget. They are small: 8 bytes a run and list.
+# Tables that a captured graph reads. A graph holds addresses, not tensors, and nothing shows when it is deleted, so
+# these tables are never freed, even if the caches drop them. They are small: 8 bytes a run and list.
 _captured: dict[int, "Resident"] = {}
 
 
@@ -82,7 +82,7 @@ class Resident:
         self.table = rows
         if device.type == "cpu":
             return
-        # The copy is asynchronous: its source must live until it is done, and lives as long as the table.
+        # The copy is asynchronous. Its source must live until the copy is done, so it lives as long as the table.
         self._pinned = rows.pin_memory()
         self.table = self._pinned.to(device, non_blocking=True)
         module = torch.get_device_module(device)
@@ -100,7 +100,7 @@ class Resident:
 
 
 def table_of(numbers: Sequence[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever torch.set_default_device says
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")  # even if torch.set_default_device says otherwise
 
 
 def has_memory(t: Tensor) -> bool:
@@ -114,7 +114,7 @@ def require(condition: bool, message: str) -> None:
 
 
 class Plan:
-    """What is known of one run table on one device."""
+    """Everything that launches need to know of one run table on one device."""
 
     def __init__(self, table: Tensor, device: torch.device) -> None:
         self.rows: list[list[int]] = table.tolist()
@@ -128,12 +128,12 @@ class Plan:
         self.end = max((start + numel for start, numel, *_ in self.rows), default=0)
         self.element_wise = any(row[2] == ELEMENT_WISE for row in self.rows)
         self.filters = max((row[4] + row[3] for row in self.rows if row[2] > 0), default=0)
-        #: ``SCALED`` of the kernels: 0 for T = 1 everywhere, 1 where T may be |theta| + xi, 2 where there are filters,
-        #: and 4 more where T may be that of the Fisher information.
+        #: ``SCALED`` of the kernels: 0 for T = 1 everywhere, 1 if T may be |theta| + xi, 2 if there are filters,
+        #: and 4 more if T may be that of the Fisher information.
         self.scaled = 2 if self.filters else int(self.element_wise)
         self.scaled += 4 * any(row[2] == FISHER for row in self.rows)
         self.runs = Resident(table.clone(), device)
-        # Small enough to fill a device with few parameters, large enough that the partial sums of many stay few.
+        # Small enough to fill a device with few parameters; large enough for few partial sums with many parameters.
         self.chunk = CHUNK
         while sum(self.numels) > self.chunk * MANY_CHUNKS:
             self.chunk *= 2
@@ -145,12 +145,12 @@ class Plan:
         left = (sizes[run] - begin).clamp_max(self.chunk)
         self.chunks = Resident(torch.stack((run, begin, left), dim=1).contiguous(), device)
         self.lists: dict[Hashable, tuple[Resident, bool]] = {}
-        self.items: dict[Hashable, tuple[int, Resident]] = {}  # of filters (norm.py)
+        self.items: dict[Hashable, tuple[int, Resident]] = {}  # filters of each launch (norm.py)
 
     def addresses(self, tensors: Sequence[Tensor], dtype: torch.dtype, what: str) -> tuple[Resident, bool]:
         """The address table of one list argument, and whether all addresses are multiples of 16.
 
-        What the list must be is checked when its addresses are first seen together with this run table.
+        The list is checked when its addresses are first seen together with this run table.
         """
         if isinstance(tensors, Packed) and (self, dtype) in tensors.found:
             return tensors.found[self, dtype]
@@ -199,7 +199,7 @@ class Call:
             "the run table must be a contiguous int64 CPU tensor of shape [n, 5]",
         )
         what = next(a.name for a in op.arguments if SCHEMA[a.kind] == "Tensor[]")
-        # Where the first list is empty, the device is that of another tensor.
+        # If the first list is empty, another tensor gives the device.
         others = (given[a.name] for a in op.arguments if a.kind not in ("Table", "FilterNorms"))
         anchor = given[what][0] if given[what] else next(filter(torch.is_tensor, others), None)
         self.dtype = given[what][0].dtype if given[what] else torch.float32
@@ -210,7 +210,7 @@ class Call:
             "Triton's interpreter (TRITON_INTERPRET=1) runs on CPU tensors, its compiled kernels on those of a GPU; "
             f"{what} is on {self.device}",
         )
-        # By content: whoever writes to a table gets another plan.
+        # Found by content: a table that was written to gets another plan.
         key = ctypes.string_at(table.data_ptr(), table.nbytes), self.device
         self.plan = plan = recall(_plans, key, PLANS, lambda: Plan(table, self.device))
         self._module = torch.get_device_module(self.device)
@@ -220,19 +220,19 @@ class Call:
         self.aligned = True
         fits = "xi" not in given or not plan.element_wise or bool(len(given["params"]))
         require(fits, "params must be given where T = |theta| + xi")
-        #: What kernels take, by name: the op's arguments, of lists the addresses of the runs, and what every op has.
+        #: The arguments of kernels, by name: the op's arguments (lists as addresses of runs), and those of every op.
         self.given: dict[str, Any] = {
             a.name: TAKEN[a.kind](self, x, a.name) if a.kind in TAKEN else x
             for a, x in zip(op.arguments, arguments, strict=True)
         }
         block = BLOCK_BYTES // self.dtype.itemsize
-        self.given["thetas"] = self.given.get("params")  # Triton has a use of its own for a parameter called params
+        self.given["thetas"] = self.given.get("params")  # Triton itself uses the parameter name params
         self.given |= {"chunks": self.use(plan.chunks), "runs": self.use(plan.runs), "SCALED": plan.scaled}
         self.given |= {"DTYPE": DTYPES[self.dtype], "C": DTYPES[self.wide], "ALIGNED": self.aligned}
         self.given |= {"BLOCK": block, "STAGES": block.bit_length() - 1}
         if "q" in given:
             require(given["q"] >= 1, f"q must be at least 1, not {given['q']}")
-            # 1 or 2 where q is, which have shorter formulas.
+            # 1 or 2 if q is 1 or 2, which have shorter formulas.
             self.given["POWER"] = int(given["q"]) if given["q"] in (1, 2) else 0
 
     def __getitem__(self, name: str) -> Any:
@@ -241,13 +241,13 @@ class Call:
     def use(self, resident: Resident) -> Tensor:
         """A table, for the launches of this call."""
         if self.capturing:
-            _captured[id(resident)] = resident  # uploaded before the capture, which began with a synchronisation
+            _captured[id(resident)] = resident  # the capture began with a synchronisation, after the upload
         elif self.stream is not None:
             resident.wait(self.stream)
         return resident.table
 
     def list(self, tensors: Sequence[Tensor], what: str) -> Tensor | None:
-        """The addresses of one list argument, on the device; None where there is no run."""
+        """The addresses of one list argument, on the device; None if there is no run."""
         if not self.plan.rows:
             return None
         require(bool(len(tensors)), f"{what}: no tensors for {len(self.plan.rows)} rows of the run table")
@@ -269,20 +269,20 @@ class Call:
         return self.use(recall(self.plan.lists, key, LISTS, read)[0])
 
     def scalar(self, t: Tensor, what: str, dtype: torch.dtype = torch.float64, count: int = 1) -> Tensor:
-        """A number that lives on the device, or a few side by side."""
+        """A number on the device, or a few of them in one tensor."""
         fits = t.numel() == count and t.is_contiguous() and t.dtype == dtype and t.device == self.device
         elements = ("one element", "two elements")[count - 1]
         require(fits and has_memory(t), f"{what} must be a {dtype} tensor with {elements} on {self.device}")
         return t
 
     def random(self, t: Tensor, what: str) -> Tensor:
-        """Seed and count, on the device, for runs that begin at positions with words of their own."""
+        """Seed and count, on the device. Checks that no two runs share words: starts are multiples of four."""
         fits = not any(start % 4 for start in self.plan.starts)
         require(fits, "run table: a random draw needs starts in multiples of four")
         return self.scalar(t, what, torch.int64, 2)
 
     def norms(self, t: Tensor | None, what: str) -> Tensor | None:
-        """The filter norms, where the run table has filters."""
+        """The filter norms, if the run table has filters."""
         if not self.plan.filters:
             return None
         require(t is not None, f"{what} must be given where the run table has filters")
@@ -292,7 +292,7 @@ class Call:
         return t
 
     def mask(self, t: Tensor | None, what: str) -> Tensor | None:
-        """The mask, addressed by the runs' starts; whether that is aligned counts for the whole call."""
+        """The mask, addressed by the runs' starts. Its alignment counts for the whole call."""
         if t is None:
             return None
         fits = t.device == self.device and t.is_contiguous() and t.numel() >= self.plan.end and t.dtype == torch.uint8
@@ -304,10 +304,10 @@ class Call:
         return t
 
     def launch(self, kernel: Any, programs: int | None = None, num_warps: int = 4, **more: Any) -> None:
-        """Run a kernel on the current stream, one program a chunk where it is not said how many.
+        """Run a kernel on the current stream, with ``programs`` programs, by default one for each chunk.
 
-        It takes what its parameters name: of ``more``, or of what is given. What is None is a pointer that it never
-        follows.
+        The kernel gets the arguments that its parameters name, from ``more`` or from ``given``. None becomes a pointer
+        that the kernel never follows.
         """
         programs = self.plan.count if programs is None else programs
         if programs == 0:
@@ -322,9 +322,10 @@ class Call:
             kernel[(programs,)](*arguments, **options)
 
     def sums(self, kernel: Any, shape: tuple[int, ...] = (), **more: Any) -> Tensor:
-        """As many sums as a tensor of this shape has elements: float64.
+        """Sums in a float64 tensor of this shape: one sum for each element.
 
-        Each is over all chunks, one slot each, added in their order; the slots of one stand side by side.
+        Each sum is over all chunks, with one slot for each chunk, added in their order. The slots of one sum are
+        contiguous.
         """
         count = self.plan.count
         if count == 0:
@@ -337,8 +338,8 @@ class Call:
         return out
 
 
-NO_RUNS = torch.empty(0, 5, dtype=torch.int64, device="cpu")  # the table of an op that has none
-#: How an argument of each kind is checked, and becomes what kernels take; what is not here is a number.
+NO_RUNS = torch.empty(0, 5, dtype=torch.int64, device="cpu")  # for ops without a table
+#: How an argument of each kind is checked and turned into a kernel's argument; all other kinds are numbers.
 TAKEN: dict[str, Callable[[Call, Any, str], Any]] = {
     "Tensors": Call.list,
     "MaybeTensors": lambda call, x, what: call.list(x, what) if len(x) else None,

@@ -1,4 +1,4 @@
-"""The launchers of all ops: what torch.compile does not see, and the operators stand for. Each takes one Call."""
+"""The launchers of all ops, each with one Call as argument. torch.compile sees the operators instead of these."""
 
 from lets_kernels.ops.triton.average import *
 from lets_kernels.ops.triton.combine import *

@@ -65,7 +65,7 @@ def _above(
     v, mask, draw, position, threshold, member, VECTORS: tl.constexpr, MEMBER: tl.constexpr,
     at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where the key of an element is above the threshold, and its mask the given one."""
+    """Which elements have a key above the threshold and the given mask."""
     key = words(draw, position + at, BLOCK)
     if VECTORS:
         magnitude = tl.abs(load(v, at, count, MASKED, BLOCK).to(tl.float32))
@@ -106,7 +106,7 @@ def _select(
     at, count, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     above = _above(v, mask, draw, position, threshold, member, VECTORS, MEMBER, at, count, MASKED, BLOCK)
-    # What is not selected is written as it was: a store of whole blocks is wide, one of single bytes is not.
+    # Elements that are not selected are written unchanged: a store of whole blocks is wide, of single bytes it is not.
     own = load(mask, at, count, MASKED, BLOCK)
     store(mask, tl.where(above, value, own), at, count, MASKED, BLOCK)
 
@@ -131,7 +131,7 @@ def masked_(call: Call) -> Tensor:
 
 
 def _kinds(call: Call) -> dict[str, Any]:
-    """Whether elements are ranked by vectors, and whether among all."""
+    """Whether vectors rank the elements, and whether all elements are ranked."""
     member = call["member"]
     require(-1 <= member <= 255, f"member must be a value of the mask, or -1 for all, not {member}")
     return {"VECTORS": call["vectors"] is not None, "MEMBER": member >= 0}

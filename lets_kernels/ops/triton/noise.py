@@ -1,4 +1,4 @@
-"""Noise. Reads v and s where they are given; writes out."""
+"""Noise. Reads v and s if they are given; writes out."""
 
 import triton.language as tl
 from torch import Tensor

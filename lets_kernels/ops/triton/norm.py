@@ -1,4 +1,4 @@
-"""Gradient norm, filter norms, and the flag that a step may happen. Reads v (and theta where T needs it)."""
+"""Gradient norm, filter norms, and the gate of a step. Reads v (and theta if T needs it)."""
 
 import torch
 import triton.language as tl
@@ -59,7 +59,7 @@ def long_filters_kernel(
     out, items, runs, thetas,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One filter a program, stretch by stretch; ALIGNED promises that every stretch begins at 16 bytes."""
+    """One filter a program, stretch by stretch; ALIGNED promises that all stretches begin at a multiple of 16 bytes."""
     item = items + 2 * tl.program_id(0).to(tl.int64)
     run, filter = tl.load(item), tl.load(item + 1)
     row = runs + 5 * run
@@ -83,7 +83,7 @@ def long_filters_kernel(
 def short_filters_kernel(
     out, items, runs, thetas, DTYPE: tl.constexpr, C: tl.constexpr, FILTERS: tl.constexpr, EACH: tl.constexpr
 ):
-    """FILTERS filters a program, EACH elements of every one of them at a time."""
+    """FILTERS filters a program, with EACH elements of every filter at a time."""
     item = items + 2 * tl.program_id(0).to(tl.int64)
     run, first = tl.load(item), tl.load(item + 1)
     row = runs + 5 * run
@@ -103,7 +103,7 @@ def short_filters_kernel(
 
 @kernel
 def finite_kernel(out, skipped, values, count, N: tl.constexpr):
-    """One program: 1.0 where all values are finite; else 0.0, and one more is skipped."""
+    """One program: 1.0 if all values are finite; otherwise 0.0, and ``skipped`` is increased by one."""
     lane = tl.arange(0, N)
     bad = tl.full([N], 0, tl.int64)
     for begin in range(0, count, N):
@@ -118,12 +118,12 @@ def grad_norm(call: Call) -> Tensor:
     return call.sums(norm_kernel)
 
 
-LONG = 256  # elements in a stretch, from which on a filter has a program of its own
+LONG = 256  # from this many elements in a stretch on, each filter has a program of its own
 FILTERS, EACH = 32, 32
 
 
 def _items(plan: Plan, long: bool) -> tuple[int, Resident]:
-    """(run, first filter) of every program."""
+    """The (run, first filter) of every program."""
     step = 1 if long else FILTERS
     items = [torch.empty(0, 2, dtype=torch.int64, device="cpu")]
     for i, (_, _, length, count, _) in enumerate(plan.rows):

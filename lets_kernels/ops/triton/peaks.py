@@ -9,7 +9,7 @@ from lets_kernels.ops.triton.device import chunk_at, elements, helper, kernel, l
 
 __all__ = ["largest", "peaks_"]
 
-# Magnitudes are compared by their bits, as integers: they have the same order, and a NaN is above everything.
+# Magnitudes are compared by their bits as integers, which have the same order and put NaN above everything.
 
 
 @kernel

@@ -30,7 +30,7 @@ def _ascend(
     stored = load(theta, at, count, MASKED, BLOCK)
     x = load(v, at, count, MASKED, BLOCK).to(C)
     weights = stored.to(C)
-    # Each thread reads what it writes, so v may be what stands in `saved`.
+    # Each thread reads the elements that it writes, so v may stand in `saved`.
     if SCALED:
         t = scale(scaling, weights, x, norms, xi, at, SCALED, BLOCK, C)
         x = t * x
@@ -57,7 +57,7 @@ def perturb_kernel(
     norm, radius = tl.load(total), tl.load(rho)
     usable = (norm > 0) & (norm - norm == 0)
     norm = tl.where(usable, norm, 1.0)
-    # For q other than 2 and 1 the norm divides before the power is taken, which could underflow.
+    # For q other than 2 and 1, divide by the norm before taking the power, which could underflow.
     shrink = tl.full([], 1.0, C)
     if POWER == 2:
         radius = radius / tl.sqrt(norm)
@@ -89,4 +89,4 @@ def perturb_(call: Call) -> None:
 
 def restore_(call: Call) -> None:
     call.launch(restore_kernel, num_warps=MORE_WARPS)
-    call["dirty"].zero_()  # a launch of its own: here no program reads it any more
+    call["dirty"].zero_()  # a separate launch: by then no program reads it any more

@@ -1,4 +1,4 @@
-"""Random numbers that are computed where they are used (csrc/random.h has the same on the CPU)."""
+"""Random numbers that are computed wherever they are used (csrc/random.h has the same for the CPU)."""
 
 import triton.language as tl
 
@@ -7,7 +7,7 @@ from lets_kernels.ops.triton.device import divide, helper, square_root
 
 @helper
 def draw_at(random, stream):
-    """Who draws: the halves of the optimizer's seed, the step's count, and which of its streams, in 32 bits each."""
+    """The source of a draw: the halves of the optimizer's seed, the step's count and the stream, in 32 bits each."""
     seed, count = tl.load(random), tl.load(random + 1)
     return seed.to(tl.uint32), (seed >> 32).to(tl.uint32), count.to(tl.uint32), stream.to(tl.uint32)
 
@@ -30,7 +30,7 @@ def _quads(draw, position, BLOCK: tl.constexpr):
 
 @helper
 def _in_order(first, second, third, fourth, BLOCK: tl.constexpr):
-    """One value a lane of those of all quads."""
+    """The values of all quads, one value a lane."""
     return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [BLOCK])
 
 

@@ -1,4 +1,4 @@
-"""The gradient in the radius (LETS). Reads four gradients (theta as well where T needs it); writes nothing."""
+"""The gradient in the radius (LETS). Reads four gradients (and theta if T needs it); writes nothing."""
 
 import triton.language as tl
 from torch import Tensor

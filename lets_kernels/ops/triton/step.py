@@ -28,7 +28,7 @@ __all__ = ["restore_adamw_", "restore_bsam_", "restore_lion_", "restore_sgd_"]
 
 @helper
 def _weights(dirty, thetas, saved, run, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where the weights are, where those that a step starts from, and whether these are others: the saved ones."""
+    """Pointers to the weights and to the weights that a step starts from, and whether the latter are the saved ones."""
     theta, old, perturbed = tl.load(thetas + run), tl.load(saved + run), tl.load(dirty) != 0
     start = tl.where(perturbed, old, theta)
     return typed(theta, DTYPE, ALIGNED) + begin, typed(start, DTYPE, ALIGNED) + begin, perturbed
@@ -50,7 +50,7 @@ def _sgd(
         average = momentum * old + step
         store(m, narrow(average, DTYPE), at, count, MASKED, BLOCK)
         step = step + momentum * average if NESTEROV else average
-    # Where lr is 0 not even the sign of a zero changes.
+    # If lr is 0, not even the sign of a zero changes.
     store(theta, narrow(tl.where(lr == 0, weights, weights - lr * step), DTYPE), at, count, MASKED, BLOCK)
 
 
@@ -108,7 +108,7 @@ def adam_kernel(
     if tl.load(gate) != 0:
         g, m = elements(grads, run, begin, DTYPE, ALIGNED), elements(exp_avgs, run, begin, DTYPE, ALIGNED)
         v = elements(exp_avg_sqs, run, begin, DTYPE, ALIGNED)
-        # The count of this very step: adam_counts_kernel writes it down when all programs have read the old one.
+        # The count of this step. adam_counts_kernel writes it after all programs have read the old count.
         step = (tl.load(typed(tl.load(steps + run), tl.float32, False)) + 1).to(tl.float64)
         one = tl.full([], 1.0, tl.float64)
         first, second = one * beta1, one * beta2
@@ -126,7 +126,7 @@ def adam_kernel(
 
 @kernel
 def adam_counts_kernel(dirty, gate, steps, rows, N: tl.constexpr):
-    """After all programs of adam_kernel: the steps are counted where the gate is open, and nothing is perturbed."""
+    """After all programs of adam_kernel: count the step if the gate is open, and set ``dirty`` to 0."""
     lane = tl.program_id(0) * N + tl.arange(0, N)
     if tl.load(gate) != 0:
         count = tl.load(steps + lane, mask=lane < rows, other=0).to(tl.pointer_type(tl.float32))
@@ -206,7 +206,7 @@ def restore_sgd_(call: Call) -> None:
     fits = call.plan.count == 0 or (call["momenta"] is not None) == moves
     require(fits, "momenta go with a momentum that is not zero")
     call.launch(sgd_kernel, MOMENTUM=moves, NESTEROV=call["nesterov"], MAXIMIZE=call["maximize"])
-    call["dirty"].zero_()  # a launch of its own: here no program reads it any more
+    call["dirty"].zero_()  # a separate launch: by then no program reads it any more
 
 
 def restore_adamw_(call: Call) -> None:

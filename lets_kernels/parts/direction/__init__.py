@@ -1,4 +1,4 @@
-"""Where to perturb: the direction part of a method."""
+"""In which direction to perturb: the direction part of a method."""
 
 from lets_kernels.parts.direction.average import Friendly, Smoothed
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi

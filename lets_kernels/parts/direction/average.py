@@ -10,11 +10,11 @@ from lets_kernels.parts.passes import FirstPass
 
 
 class _Averaged(Direction):
-    """Along a·g + b·m, where m is the moving average of the first gradients, this one included.
+    """Along a·g + b·m, where m is the moving average of the first gradients, including the present one.
 
-    A first pass whose gradient is not finite leaves the average as it was. One whose step is given up or skipped later
-    (an interrupt, a second gradient that is not finite) has been counted: it was a gradient like any other. The average
-    of a parameter that joins later begins at zero.
+    A first gradient that is not finite leaves the average as it was. A finite first gradient is counted even if its
+    step is given up or skipped later (an interrupt, a second gradient that is not finite). The average of a parameter
+    that joins later begins at zero.
     """
 
     held = ("average",)
@@ -22,7 +22,7 @@ class _Averaged(Direction):
 
     def __init__(self, decay: float, a: float, b: float) -> None:
         self._decay, self._a, self._b = decay, a, b
-        #: Gradients that the averages have seen; the first of them begins the averages.
+        #: The number of gradients in the averages; the first gradient begins the averages.
         self._updates = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def prepare(self, first: FirstPass) -> Perturbation:
@@ -33,14 +33,14 @@ class _Averaged(Direction):
         for runs in first.runs:
             b = runs.bucket
             averages = first.held.tensors(runs, "average")
-            # Where g has no weight of its own the average is the vector, and lies in memory already.
+            # If a is 0, the average itself is the vector, and is in memory already.
             room = first.room(runs) if self._a else []
             table, seen = b.unscaled_table(runs.indices), updates.to(b.device, copy=True)
             lists = (b.pack(averages), runs.pack(runs.grads), room)
             numbers = (self._decay, self._a, self._b)
             shares.append(b.parts * b.ops.average_(*lists, seen, table, gate.to(b.device), *numbers))
             ascents.append(Ascent.along(runs, room) if room else Ascent(runs, averages, 0.0, 2.0, scaled=False))
-        updates += finite  # in place: replays of a captured step go on from there
+        updates += finite  # in place, so that replays of a captured step go on counting
         return Perturbation(ascents, first.total(shares))
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,9 +77,9 @@ class Friendly(_Averaged):
     Args:
         sigma: σ ≥ 0; 0 is SAM.
         decay: λ in (0, 1).
-        update_first: the order of the paper's text, where d holds the m that g is part of. By default that of the
-            authors' code: d holds the m of the step before. In both the first step's d and m are g; the paper does not
-            say how m begins.
+        update_first: True for the order of the paper's text: d is computed with the new m, which includes g. False for
+            the order of the authors' code: d is computed with the m of the step before. In both orders d and m of the
+            first step are g; the paper does not say how m begins.
 
     Raises:
         ValueError: σ or λ is out of its range.

@@ -1,4 +1,4 @@
-"""Where to perturb: what every direction is.
+"""The base class of directions, and the perturbation that they make.
 
 A direction gives a perturbation of the form
 
@@ -6,11 +6,11 @@ A direction gives a perturbation of the form
 
 over *all* parameters together, where v is a vector (the gradient), T a diagonal scaling and the sum the dual norm of
 Foret et al. (ICLR 2021, Eq. 2). A gradient of exactly zero gives ε = 0. A new direction along something that lies in
-memory is a class with ``q``, ``defaults`` (the group keys it reads, with their defaults), ``geometry`` and ``ascent``;
-one that first has to make its vectors has ``prepare``, and writes them where the weights will be saved. One that goes
-by the base optimizer's state reads it in ``first.base``, and says in ``check_base`` what it can go with. One that is
-divided by no norm gives a ``total`` of 1, 0 for no gradient, NaN for one that is not finite, and says its ``norm``:
-:class:`~lets_kernels.Posterior` is one.
+memory is a class with ``q``, ``defaults`` (the group keys it reads, with their defaults), ``geometry`` and ``ascent``.
+A direction that first has to make its vectors has ``prepare``, and writes them where the weights will be saved. A
+direction that uses the base optimizer's state reads it in ``first.base``, and refuses unsuitable base optimizers in
+``check_base``. A direction that divides by no norm (such as :class:`~lets_kernels.Posterior`) gives a ``total`` of 1, 0
+without a gradient, or NaN for a gradient that is not finite, and sets ``norm``.
 """
 
 import math
@@ -36,7 +36,7 @@ def check_xi(xi: float) -> float:
     return not_negative(xi, "xi")
 
 
-#: Whose filters lie along the second dimension of the weights.
+#: The modules whose filters lie along the second dimension of the weights.
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 
 
@@ -47,30 +47,30 @@ def filters_along(p: Tensor, dim: int) -> tuple[int, int] | None:
         return 1, 1
     if p.shape[dim] == 0:
         return None
-    if p.numel() == 0:  # filters whose elements all lie on other ranks
+    if p.numel() == 0:  # all elements of the filters lie on other ranks
         return 1, p.shape[dim]
-    # In the memory of a dense tensor the index along a dimension is (offset / stride) mod size.
+    # In a dense tensor the index along a dimension is (offset / stride) mod size.
     stride = p.stride(dim) if is_dense(p) else math.prod(p.shape[dim + 1 :])
     return (p.numel(), 1) if p.shape[dim] == 1 else (stride, p.shape[dim])
 
 
 @dataclass
 class Ascent:
-    """The perturbation of one bucket: what to scale by T, and how.
+    """The perturbation of one bucket: its vectors, and how T scales them.
 
-    ``vectors`` go with ``runs``, tensor by tensor. There are none where they stand in the bucket's copy of the weights,
-    which ``perturb`` makes; they are then gone.
+    ``vectors`` has one tensor for each of ``runs``. It is empty if the vectors stand in the bucket's copy of the
+    weights; ``perturb`` makes that copy, and overwrites them.
     """
 
     runs: Runs
     vectors: list[Tensor]
     xi: float
     q: float
-    scaled: bool = True  # False: T = 1, whatever the table says
+    scaled: bool = True  # False means T = 1, whatever the table says
 
     @classmethod
     def along(cls, runs: Runs, flat: list[Tensor]) -> "Ascent":
-        """Along vectors in one flat buffer, T = 1: those of :meth:`FirstPass.room`."""
+        """The ascent along the vectors in the flat buffer of :meth:`FirstPass.room`, with T = 1."""
         in_saved = flat[0] is runs.bucket.saved
         return cls(runs, [] if in_saved else runs.bucket.views(flat[0], runs.indices), 0.0, 2.0, scaled=False)
 
@@ -91,7 +91,7 @@ class Ascent:
     def total(self, saved: bool = False) -> Tensor:
         """This bucket's share of Σ |Tv|^q, for the mean over ranks: 0-d float64.
 
-        ``saved``: T at the saved weights, not at the present ones.
+        ``saved``: takes T at the saved weights and not at the present ones.
         """
         b, r = self.runs.bucket, self.runs
         share = r.squares if self.vectors is r.grads and self.q == 2 and not (self.scaled and b.scaled) else None
@@ -109,7 +109,7 @@ class Ascent:
         r.write_back()
 
     def rho_grad(self, val: list[Tensor], train: list[Tensor], perturbed: list[Tensor]) -> Tensor:
-        """As :meth:`total`: Σ (val - train) · perturbed² · T sign(Tv)|Tv|^(q-1), T at the saved weights."""
+        """Like :meth:`total`, but Σ (val - train) · perturbed² · T sign(Tv)|Tv|^(q-1), with T at the saved weights."""
         b = self.bucket
         v, t, h, g = map(b.pack, (val, train, perturbed, self.vectors))
         share = b.ops.rho_grad_diagonal(v, t, h, g, self._weights(True), self.table, b.filter_norms, self.xi, self.q)
@@ -118,45 +118,45 @@ class Ascent:
 
 @dataclass
 class Perturbation:
-    """The perturbation of all buckets that take part: ε is ρ times their vectors over a power of ``total``."""
+    """The perturbation of all buckets that take part: ε is ρ times the scaled vectors, over a power of ``total``."""
 
     ascents: list[Ascent]
-    total: Tensor  # Σ |Tv|^q, over all parameters and ranks: 0-d float64. No weight moves where it is 0 or not finite
-    norm: Tensor | None = None  # the dual norm of Tv, where it is not total^(1/q)
+    total: Tensor  # Σ |Tv|^q over all parameters and ranks: 0-d float64. If it is 0 or not finite, no weight moves
+    norm: Tensor | None = None  # the dual norm of Tv, if it is not total^(1/q)
 
 
 class Direction(Part):
-    """Base class. By itself it is no direction: ``ascent`` or ``prepare`` must be given."""
+    """Base class. A subclass must define ``ascent`` or ``prepare``."""
 
-    #: The exponent of the norm that is divided by; p = q / (q - 1) is the norm whose ball the perturbation fills.
+    #: The exponent of the norm in the denominator. ε reaches the border of the ball of the norm p = q / (q - 1).
     q: float = 2.0
-    #: Keys that the direction reads from a param group, and what they are where the group does not say.
+    #: Keys that the direction reads from a param group, with their values for groups that do not set them.
     defaults: Mapping[str, Any] = MappingProxyType({})
 
-    #: False for a direction that is known without a gradient at θ: a step then has one pass, at the perturbed weights.
+    #: False if the direction needs no gradient at θ: a step then has one pass, at the perturbed weights.
     needs_gradient = True
-    #: True if the first gradients are taken beside θ, where ``start`` says.
+    #: True if the first gradients are taken at θ + δ, with δ from ``start``.
     starts = False
-    #: True if it draws random numbers.
+    #: True if the direction draws random numbers.
     draws = False
-    #: True if first gradients change what it keeps from step to step, wherever that stands.
+    #: True if first gradients change what the direction keeps from step to step, wherever it is kept.
     remembers = False
-    #: The ids of the weights of transposed convolutions in the model.
+    #: The ids of the weights of the model's transposed convolutions.
     _transposed: frozenset[int] = frozenset()
 
     def check_base(self, base: Look) -> None:
-        """Refuse a base optimizer that this direction cannot go with: ``ValueError``, whose message names the way out.
+        """Refuse a base optimizer that does not suit this direction: ``ValueError``, whose message names the way out.
 
-        Called when the optimizer is built, with the whole group when one is added, and with the groups of a state
-        before that is loaded. It goes by ``base.kind`` and ``base.groups``: of state there need be none yet.
+        Called when the optimizer is built; when a group is added, with the whole group; and before a state is loaded,
+        with the state's groups. It looks at ``base.kind`` and ``base.groups``, since there may be no state yet.
         """
 
     def not_capturable(self) -> str | None:
-        """Why a step cannot be captured in a CUDA graph, or None: what the host decides in it a replay would repeat."""
+        """Why a step cannot be captured in a CUDA graph, or None: a replay would repeat what the host has decided."""
         return None
 
     def bind(self, model: torch.nn.Module | None) -> None:
-        """Called before ``geometry`` whenever the tables are built, with what the optimizer got as ``model=``."""
+        """Called before ``geometry`` whenever the tables are built, with the optimizer's ``model=``."""
         modules = model.modules() if model is not None else ()
         self._transposed = frozenset(id(m.weight) for m in modules if isinstance(m, _TRANSPOSED))
 
@@ -165,10 +165,10 @@ class Direction(Part):
         return UNSCALED, 0
 
     def filter_dim(self, p: Tensor) -> int:
-        """The dimension along which the filters of a parameter lie, for parameters that ``geometry`` scales by them.
+        """The dimension along which the filters of a parameter lie, for parameters whose T has one number a filter.
 
-        The first; the second of transposed convolutions, which only the model can tell. ``shards.WHOLE`` for a
-        parameter that is a single filter.
+        It is the first dimension, or the second for transposed convolutions, which only the model can tell. It is
+        ``shards.WHOLE`` for a parameter that is a single filter.
         """
         return 1 if id(p) in self._transposed else 0
 
@@ -186,5 +186,5 @@ class Direction(Part):
         return Perturbation(ascents, first.total(shares))
 
     def start(self, runs: Runs, first: FirstPass) -> None:
-        """Write δ, by which the weights of a bucket move for the first pass, where ``first.room`` says."""
+        """Write δ into ``first.room``. The weights of the bucket move by δ for the first pass."""
         raise NotImplementedError

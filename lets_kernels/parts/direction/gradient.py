@@ -13,7 +13,7 @@ from lets_kernels.parts.part import not_negative
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.space.buckets import Runs
 
-#: Exponents from which |g|^q of a small or a large float32 may be no number any more, even in float64.
+#: From this exponent q on, |g|^q of a small or a large float32 may underflow or overflow even in float64.
 _HIGH = 6.0
 
 
@@ -22,8 +22,8 @@ class Gradient(Direction):
 
     Args:
         p: the norm in which the perturbation has length ρ, in [1, ∞]. 2 gives ε = ρ g/‖g‖, infinity ε = ρ sign(g). At 1
-            only the element with the largest gradient moves, by ρ; several that are equal share it, which is the limit
-            of the equation.
+            only the element with the largest |g| moves, by ρ. If several elements are the largest, they share ρ, which
+            is the limit of the equation.
 
     Raises:
         ValueError: p is not in [1, ∞].
@@ -39,10 +39,11 @@ class Gradient(Direction):
         return Ascent(runs, runs.grads, 0.0, self.q)
 
     def prepare(self, first: FirstPass) -> Perturbation:
-        """At p = 1, and near it, by the largest element: high powers of the others would underflow.
+        """At p = 1 and near it, uses the largest |g|, since high powers of smaller elements would underflow.
 
-        At 1 along signs where |g| is the largest of all; their number, squared, is the total, so ε = ρ sign / number.
-        Near 1 along g over its largest element, which gives the same ε as g.
+        At 1 the vectors are the signs of the elements with the largest |g|, zero elsewhere; the total is the square of
+        their number, so ε = ρ sign / number. Near 1 the vectors are g divided by the largest |g|, which gives the ε of
+        g.
         """
         if self.q < _HIGH and self.p != 1:
             return super().prepare(first)
@@ -69,16 +70,16 @@ class Gradient(Direction):
 class Adaptive(Direction):
     """ASAM: ε = ρ T²g/‖Tg‖ (Kwon et al., ICML 2021, §3), element-wise or filter-wise (LETS, 2024, Eq. 7).
 
-    A group whose ``adaptive`` is False is perturbed along the plain gradient; the norm is one over all groups.
+    A group with ``adaptive=False`` is perturbed along the plain gradient. There is one norm, over all groups.
 
     Args:
         xi: ξ in T = |θ| + ξ; the default for groups without their own ``xi``. At 0 a weight of zero never moves.
-        filterwise: T = ‖filter‖ + ξ for the filters of weights with three or more dimensions: the rows along the
-            first one, or along the second for transposed convolutions, which only ``model=`` can tell. Everything
-            else stays element-wise.
-        scale_bias: False leaves biases unscaled (T = 1), as the authors' code does: parameters without "weight" in
-            their name or, where the optimizer knows no names (pass ``model=`` or ``named_parameters()``), of at most
-            one dimension.
+        filterwise: T = ‖filter‖ + ξ for the filters of weights with three or more dimensions: the slices along the
+            first dimension, or along the second for transposed convolutions, which only ``model=`` can tell. All other
+            weights stay element-wise.
+        scale_bias: False leaves biases unscaled (T = 1), as the authors' code does. Biases are the parameters without
+            "weight" in their name. If the optimizer knows no names (pass ``model=`` or ``named_parameters()``), biases
+            are the parameters with at most one dimension.
 
     Raises:
         ValueError: ξ is negative or not finite.
@@ -107,8 +108,8 @@ class Adaptive(Direction):
 class Fisher(Direction):
     """Fisher SAM: ε = ρ F⁻¹g/√(gᵀF⁻¹g), with F⁻¹ = 1/(1 + η_F g²) (Kim et al., ICML 2022).
 
-    The Fisher information is taken as diagonal, and from the gradient of the batch. It is ASAM's form with
-    T = (1 + η_F g²)^(-1/2). LETS's ``direction="algorithm1"`` takes F from the gradient that it goes along.
+    The Fisher information F is diagonal, and computed from the gradient of the batch. ε has ASAM's form with
+    T = (1 + η_F g²)^(-1/2). LETS's ``direction="algorithm1"`` computes F from the gradient that it uses.
 
     Args:
         eta: η_F ≥ 0; 0 is SAM. The default is ours.

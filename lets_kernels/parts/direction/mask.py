@@ -1,4 +1,4 @@
-"""Along a part of the gradient's elements: ESAM's stochastic weights, and the masks of Sparse SAM."""
+"""Along some elements of the gradient only: ESAM's stochastic weights, and the masks of Sparse SAM."""
 
 import math
 from itertools import accumulate
@@ -16,19 +16,19 @@ from lets_kernels.space.shards import elements
 
 GRANULARITIES = ("element", "tensor")
 KINDS = ("fisher", "dynamic")
-#: A key that no element exceeds.
+#: The highest key that an element can have.
 _MOST = (1 << 63) - 1
 
 
 class Dropped(Direction):
-    """ESAM's stochastic weight perturbation: each parameter takes part with probability β, and ε is ρ g/‖g‖ over β.
+    """ESAM's stochastic weight perturbation: each weight takes part with probability β, and then ε = ρ g/(β ‖g‖).
 
-    Du et al., ICLR 2022. The norm is that of the whole gradient, so the mean of ε over the draws is SAM's.
-    State: none; what takes part is drawn where it is used.
+    Du et al., ICLR 2022. The norm is that of the whole gradient, so the mean of ε over the draws is SAM's. State: none;
+    the choice is drawn again wherever it is used.
 
     Args:
         beta: β in (0, 1]; 1 is SAM.
-        granularity: what is drawn: ``"element"`` by element, or whole tensors, ``"tensor"``, as public code does.
+        granularity: what is chosen: single elements, ``"element"``, or whole tensors, ``"tensor"``, as in public code.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -61,7 +61,7 @@ class Dropped(Direction):
 
     def _tensors(self, first: FirstPass) -> Perturbation:
         total, ascents = first.squared_norm, []
-        # By the places in the groups: the same on ranks that lack a gradient, and however tensors are spread.
+        # Numbered by places in the groups, which are the same on ranks that lack a gradient, and for spread tensors.
         offsets = list(accumulate((len(group["params"]) for group in first.groups), initial=0))
         draws = first.random.uniforms(first.step, offsets[-1] if self.beta < 1 else 0, DRAWS)
         for runs in first.runs:
@@ -77,26 +77,26 @@ class Dropped(Direction):
 class Masked(Direction):
     r"""Sparse SAM: ε = ρ (g/‖g‖) ⊙ mask, with the norm of the whole gradient (Mi et al., NeurIPS 2022).
 
-    The mask keeps a share 1 - s of all elements, exactly, over all tensors and ranks together; equal values are told
-    apart by random numbers. It is selected on the device, in 64 passes over the gradient with one copy of the mask,
-    before the first perturbation and then every ``interval`` steps. Such a step waits once for the device, to leave a
-    gradient that is not finite to the next one. What it has selected stays if it is given up.
-    Parameters without a gradient then take no part in the selection, and are not masked until the next one.
+    The mask keeps a share 1 - s of all elements, exactly, over all tensors and ranks together; random numbers decide
+    between equal values. The device selects the mask, in 64 passes over the gradient with one copy of the mask, before
+    the first perturbation and then every ``interval`` steps. Such a step waits once for the device; if its gradient is
+    not finite, the next step selects. A selected mask stays if the step is given up. Parameters without a gradient at
+    that time take no part in the selection, and are not masked until the next selection.
 
-    - ``"fisher"``: the elements with the largest Fisher information, Σ g² over n samples. A step knows the gradient of
-      its batch, whose square is taken; :meth:`SparseSAM.update_mask` takes n samples' gradients one by one, as the
-      paper does.
-    - ``"dynamic"``: random at first; then the kept elements with the smallest absolute gradient are dropped, and as
-      many others drawn to grow again. The share that is dropped falls along half a cosine from ``drop`` to zero.
+    - ``"fisher"``: keeps the elements with the largest Fisher information, Σ g² over n samples. A step uses the square
+      of its batch's gradient; :meth:`SparseSAM.update_mask` uses the gradients of n samples one by one, as the paper
+      does.
+    - ``"dynamic"``: random at first. Each later selection drops the kept elements with the smallest absolute gradient,
+      and draws as many other elements to grow again. The dropped share falls along half a cosine from ``drop`` to zero.
 
     State: the mask, one byte an element. Two gradients a step.
 
     Args:
         sparsity: s in [0, 1), the share that is not perturbed; 0 is SAM.
         kind: ``"fisher"`` or ``"dynamic"``.
-        interval: steps between two selections; None: only the first one, and what ``update_mask`` does. The paper
-            counts in epochs.
-        drop, steps: of ``"dynamic"``, which needs ``steps``.
+        interval: steps between two selections. None: only the first selection, and those of ``update_mask``. The paper
+            counts epochs.
+        drop, steps: the first dropped share and the length of training, for ``"dynamic"``, which needs ``steps``.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -125,7 +125,7 @@ class Masked(Direction):
             raise ValueError("kind='dynamic' needs steps, the length of training: its drop rate falls to zero")
         self.sparsity, self.kind, self.interval = float(sparsity), kind, interval
         self.drop, self.steps = share(drop, "drop"), steps
-        self._selected = 0  # how often
+        self._selected = 0  # how often a mask was selected
 
     def not_capturable(self) -> str | None:
         if self.sparsity and self.interval is not None:
@@ -153,7 +153,7 @@ class Masked(Direction):
         return not self._selected or (self.interval is not None and step % self.interval == 0)
 
     def select(self, first: FirstPass, vectors: list[list[Tensor]]) -> None:
-        """Make the mask anew, from one list of vectors for each of ``first.runs``."""
+        """Select the mask anew, by one list of vectors for each of ``first.runs``."""
         chosen = _Selection(first)
         size = sum(elements(runs.bucket.params[i]) for runs in first.runs for i in runs.indices)
         kept = max(1, round((1 - self.sparsity) * size))
@@ -177,14 +177,14 @@ class Masked(Direction):
         self._selected = int(state["selected"])
 
 
-# A bucket and, for its ops, the vectors, the mask, the run table, and what is drawn from.
+# A bucket and the arguments of its ops: the vectors, the mask, the run table, and the random numbers.
 _Arguments = tuple[Bucket, list[Tensor], Tensor, Tensor, tuple[Tensor, int]]
 
 
 class _Selection:
-    """Of the elements with one value of the mask, those with the highest keys, counted over all buckets and ranks.
+    """Selects elements with the highest keys among those with one value of the mask, over all buckets and ranks.
 
-    It marks elements in copies: an interrupt must leave no marks in a mask that is used, saved or selected from again.
+    It marks elements in copies of the masks: an interrupt must leave no marks in a mask that is used or saved later.
     """
 
     def __init__(self, first: FirstPass) -> None:
@@ -193,13 +193,13 @@ class _Selection:
         self._masks = [mask.clone() for mask in self._own]
 
     def _threshold(self, each: list[_Arguments], count: int | None, member: int) -> Tensor:
-        """The lowest threshold with at most ``count`` elements above it, by halving: 0-d int64. Without a count, -1."""
+        """The lowest threshold with at most ``count`` elements above, by bisection: 0-d int64. -1 without a count."""
         low = torch.full((), -1, dtype=torch.int64, device=self._first.home)
         if count is None:
             return low
         high = torch.full_like(low, _MOST)
         for _ in range(64):
-            middle = (low >> 1) + (high >> 1) + (low & high & 1)  # their mean; their difference would overflow
+            middle = (low >> 1) + (high >> 1) + (low & high & 1)  # the mean; high - low would overflow
             found = self._first.total(
                 [b.parts * b.ops.count_above(v, m, t, middle.to(m.device), *draw, member) for b, v, m, t, draw in each]
             )
@@ -208,7 +208,7 @@ class _Selection:
         return high
 
     def set(self, member: int, value: int, count: int | None = None, vectors: list[list[Tensor]] | None = None) -> None:
-        """Set the mask to ``value`` wherever it is ``member``, or for the ``count`` of these with the highest keys."""
+        """Set the mask to ``value`` where it is ``member``: everywhere, or at the ``count`` highest keys there."""
         each: list[_Arguments] = []
         for i, (runs, mask) in enumerate(zip(self._first.runs, self._masks, strict=True)):
             b, purpose = runs.bucket, REGROWTH if vectors is None else DRAWS
@@ -219,6 +219,6 @@ class _Selection:
             b.ops.select_(mask, v, table, threshold.to(mask.device), *draw, member, value)
 
     def keep(self) -> None:
-        """Let the copies be the masks."""
+        """Write the copies into the masks."""
         for mask, chosen in zip(self._own, self._masks, strict=True):
             mask.copy_(chosen)

@@ -11,17 +11,17 @@ from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.space.buckets import Runs
 
-#: Options of a base optimizer that tell of momentum, and what that is called in its state.
+#: Options of a base optimizer that turn momentum on, with the momentum's name in the state.
 _NAMES = {"momentum": "momentum_buffer", "betas": "exp_avg"}
 
 
 class Momentum(Direction):
     """MSAM: ε = −ρ v/‖v‖, with v the base optimizer's momentum (Becker, Altrock & Risse, 2024, Algorithm 1).
 
-    v is the ``momentum_buffer`` of an optimizer with ``momentum`` (SGD, RMSprop), the ``exp_avg`` of one with ``betas``
-    (Adam, AdamW, NAdam, RAdam, Adamax); the norm is over all parameters together. It is read, never written: −v is
-    where the last steps went. Before a parameter's first step it has no v, and does not move. No gradient at θ is
-    needed, so a step takes one, at θ + ε. State: none.
+    v is ``momentum_buffer`` in an optimizer with ``momentum`` (SGD, RMSprop), ``exp_avg`` in an optimizer with
+    ``betas`` (Adam, AdamW, NAdam, RAdam, Adamax); the norm is over all parameters together. v is read, never written.
+    The last steps went along −v. A parameter has no v before its first step, and does not move. No gradient at θ is
+    needed, so a step takes one gradient, at θ + ε. State: none.
     """
 
     needs_gradient = False
@@ -59,7 +59,7 @@ def _option(group: Mapping[str, Any]) -> str | None:
 
 
 def _momenta(runs: Runs, first: FirstPass) -> tuple[Runs, list[Tensor]]:
-    """Those of the runs that have momentum, and it, as they lie in memory.
+    """The runs that have momentum, and their momentum tensors, with the memory layout of the runs.
 
     Raises:
         ValueError: the base optimizer has begun its state for them, without momentum.
@@ -77,7 +77,7 @@ def _momenta(runs: Runs, first: FirstPass) -> tuple[Runs, list[Tensor]]:
 
 
 def _lying_as(p: Tensor, v: Tensor) -> Tensor:
-    """The tensor itself where it lies in memory as the parameter does, else a copy that does."""
+    """The tensor itself if it has the parameter's memory layout, otherwise a copy that has it."""
     if lies_as([v], [p]) and not v.is_neg():
         return v
     return torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False).copy_(v)

@@ -21,7 +21,8 @@ SCALES = ("variance", "std")
 class Gaussian(Direction):
     """Random SAM: ε ~ N(0, ρ²/d · I) over all d parameters (Ujváry et al., 2022).
 
-    No gradient at θ is needed, so a step takes one, at θ + ε. State: none; ε is drawn where it is used.
+    No gradient at θ is needed, so a step takes one gradient, at θ + ε. State: none; ε is drawn again wherever it is
+    used.
     """
 
     needs_gradient = False
@@ -41,14 +42,15 @@ class Gaussian(Direction):
 class RandomStart(Direction):
     """R-SAM: ε = ρ (δ₀ + λĝ₀)/‖δ₀ + λĝ₀‖ at θ, with ĝ₀ the gradient at θ + δ₀ (Liu et al., NeurIPS 2022).
 
-    δ₀ ~ N(0, γ² diag(‖w_j‖)), with one ‖w_j‖ a filter: the rows along the first dimension of weights with two or more
-    (along the second for transposed convolutions, which only ``model=`` can tell), a whole vector elsewhere. State:
-    none; δ₀ is drawn again where it is used. Two gradients a step. In the two-step shape and in that with a context the
-    first forward and backward belong into ``with opt.first_pass():``, which moves the weights there.
+    δ₀ ~ N(0, γ² diag(‖w_j‖)), with one ‖w_j‖ for each filter. Filters are the slices along the first dimension of
+    weights with two or more dimensions (along the second for transposed convolutions, which only ``model=`` can tell);
+    any other parameter is one filter. State: none; δ₀ is drawn again wherever it is used. Two gradients a step. With
+    ``first_step()`` or ``perturbed()``, put the first forward and backward into ``with opt.first_pass():``, which moves
+    the weights to θ + δ₀.
 
     Args:
-        gamma: γ ≥ 0. 0 is SAM. The defaults of γ and λ are ours. ‖δ₀‖ grows with the number of weights,
-            so a γ that is too large drowns ĝ₀ in noise: with a million weights of 0.02 it is about 800γ.
+        gamma: γ ≥ 0; 0 is SAM. The defaults of γ and λ are ours. ‖δ₀‖ grows with the number of weights, so a γ that is
+            too large drowns ĝ₀ in noise: with a million weights of 0.02, ‖δ₀‖ is about 800γ.
         lam: λ ≥ 0.
         noise_scale: ``"variance"``: γ²‖w_j‖ is the variance, as printed; ``"std"``: γ‖w_j‖ is the standard deviation.
 
@@ -106,8 +108,8 @@ class RandomStart(Direction):
 class Posterior(Direction):
     """Variational SAM: the first gradient at a sample of N(ω, 1/(Ns)), and ε = ρ g/s at the mean ω.
 
-    bSAM: Möllenhoff & Khan, ICLR 2023. The precision s is the base optimizer's
-    (:class:`lets_kernels.base.variational.VariationalSGD`), but takes in |g| here, where g is at hand:
+    bSAM: Möllenhoff & Khan, ICLR 2023. The precision s is state of the base optimizer
+    (:class:`lets_kernels.base.variational.VariationalSGD`), but this direction updates it, since it has g:
     s ← β₂s + (1 − β₂)(√s|g| + δ + γ).
 
     Args:
@@ -144,7 +146,7 @@ class Posterior(Direction):
         found = [t for t in first.base.tensors(runs, "precision") if t is not None and not t.is_neg()]
         if len(found) < len(runs.indices) or not lies_as(found, runs.params):
             raise ValueError(
-                "the precisions lie otherwise in memory than the parameters: opt.load_state_dict(opt.state_dict())"
+                "the precisions have another memory layout than the parameters: opt.load_state_dict(opt.state_dict())"
             )
         return found
 
