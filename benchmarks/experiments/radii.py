@@ -47,14 +47,16 @@ class Shuffled(AutoRadius):
         super().__init__(rho)
         self._draws, self._seen = random.Random(seed), list[Tensor]()
 
-    def compare(self, products: Tensor, gate: Tensor, groups: Sequence[dict[str, Any]]) -> None:
+    def compare(
+        self, products: Tensor, gate: Tensor, groups: Sequence[dict[str, Any]], memory: Tensor | None = None
+    ) -> None:
         forward, size = products[:, 3], (products[:, 2] * products[:, 4]).sqrt()
         if bool(size > 0):
             self._seen.append(forward / size)
         if self._seen:
             products = products.clone()
             products[:, 3] = self._draws.choice(self._seen) * size
-        super().compare(products, gate, groups)
+        super().compare(products, gate, groups, memory)
 
 
 class RandomWalk(Radius):

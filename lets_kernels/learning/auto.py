@@ -145,7 +145,7 @@ class AutoRadius(MovingRadius):
 
     @property
     def memory(self) -> Tensor:
-        """The remembered numbers, float64 of shape [radii, columns]. Every rank takes over the first rank's."""
+        """The remembered numbers, float64 of shape [radii, columns]."""
         return self._memory
 
     def _log(self, k: int) -> Tensor:
@@ -159,7 +159,7 @@ class AutoRadius(MovingRadius):
 
     # ---- the rule --------------------------------------------------------------------------------------------------
 
-    def compare(self, products: Tensor, gate: Tensor, groups: Groups) -> None:
+    def compare(self, products: Tensor, gate: Tensor, groups: Groups, memory: Tensor | None = None) -> None:
         """Move the radius by what one step shows.
 
         Args:
@@ -167,7 +167,10 @@ class AutoRadius(MovingRadius):
                 weights since the last step that perturbed, zero if that is not known.
             gate: 0-d, zero if the step is skipped; then nothing may change.
             groups: the param groups.
+            memory: what the first rank remembers, which every rank takes over before it moves.
         """
+        if memory is not None and memory is not self._memory:
+            self._memory.copy_(memory)
         lrs = [group.get("lr", 1.0) for group in (groups if self.per_group else groups[:1])]
         new, metrics = self._next(products, torch.stack(radii(lrs)).to(self._memory.device))
         ok = torch.isfinite(new).all(dim=1, keepdim=True) & (gate != 0)

@@ -74,8 +74,9 @@ class Engine:
         self.__init__(**state)  # type: ignore[misc]
 
     def begin_anew(self) -> None:
-        """Another state has been loaded."""
+        """Another state has been loaded: what went on is forgotten, here and in the network, and so are the tables."""
         self.now, tables = Now(), self.work.tables
+        self.work.setting.network.forget_pass()
         tables.space, tables.precision = None, {}
 
     # ---- refusals ----------------------------------------------------------------------------------------------------

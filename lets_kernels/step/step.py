@@ -257,7 +257,7 @@ class Step:
             gate=self.gate,
             offsets=list(accumulate([len(b.params) for b in self.buckets], initial=0)),
         )
-        products = self._products(passed)
+        products, memory = self._compared(passed)
         squared_norm = setting.descent.look(passed)
         if squared_norm is None and products is not None:
             squared_norm = passed.compared()[0, 0]
@@ -279,7 +279,7 @@ class Step:
             self.lesson = self._trial(hats, [by_index(r) for r in second])
         if products is not None:
             assert setting.comparing is not None
-            setting.comparing.compare(products, self.gate, w.groups)
+            setting.comparing.compare(products, self.gate, w.groups, memory)
         return reason is None, reason or ""
 
     def _take(self, second: list[Runs], steps: list[tuple[Runs, Callable[[Tensor], None]]]) -> None:
@@ -294,15 +294,12 @@ class Step:
         self.work.setting.network.statistics.release()
         self.is_perturbed = self.torn = False
 
-    def _products(self, passed: SecondPass) -> Tensor | None:
-        """The products from which the radius moves, after its memory was set to the first rank's."""
+    def _compared(self, passed: SecondPass) -> tuple[Tensor | None, Tensor | None]:
+        """The products from which the radius moves, and the first rank's memory of it; None where it does not move."""
         radius = self.work.setting.comparing
         if self._moved is None or radius is None:
-            return None
-        products, memory = passed.compared_by_groups(len(radius.memory), self._moved, radius.memory)
-        if memory is not radius.memory:
-            radius.memory.copy_(memory)
-        return products
+            return None, None
+        return passed.compared_by_groups(len(radius.memory), self._moved, radius.memory)
 
     def _close_gate(self, active: list[Runs], squared_norm: Tensor | None) -> None:
         """Set the gate to 0 if a gradient of any pass, on any rank, is not finite. The skip is counted, not read here.

@@ -9,7 +9,8 @@ import torch
 
 import lets_kernels as lk
 import lets_kernels.step.step as step_module
-from lets_kernels.base.fused import OwnStep
+from lets_kernels.base.fused import _LION, FUSED, OwnStep
+from lets_kernels.ops.declared import OPS
 from support.backends import Recorder
 from support.conv_net import Task
 from support.given_gradients import Toy, snapshot, weights
@@ -143,3 +144,18 @@ def test_without_a_gate_the_base_optimizer_steps_without_a_guard(backend, monkey
     toy.steps(opt, 1)
     assert calls == [1] * check_finite
     assert not any(same_bits(a, b) for a, b in zip(weights(toy), before, strict=True) if a.numel())
+
+
+@pytest.mark.parametrize("fused", {*FUSED.values(), _LION}, ids=lambda fused: fused.op)
+def test_a_fused_step_has_the_options_and_lists_that_its_op_declares(fused):
+    """In the order of the declaration, by their names there, where a pair of betas is two."""
+    (op,) = (op for op in OPS if op.name == fused.op)
+    names = [a.name for a in op.arguments]
+    options = op.arguments[names.index("gate") + 1 :]
+    given = [each for name in fused.numbers for each in (("beta1", "beta2") if name == "betas" else (name,))]
+    assert [a.name for a in options if a.kind == "float"] == given
+    assert [a.name for a in options if a.kind == "bool"] == [name.split("_")[0] for name in fused.flags]
+    assert [a.kind for a in options] == ["float"] * len(given) + ["bool"] * len(fused.flags)
+    lists = names[names.index("grads") + 1 : names.index("saved")]
+    stems = {"momenta": "momentum_buffer", "exp_avgs": "exp_avg", "exp_avg_sqs": "exp_avg_sq", "steps": "step"}
+    assert [stems.get(name, name.removesuffix("s")) for name in lists] == [name for name, _ in fused.lists]

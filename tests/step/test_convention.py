@@ -787,3 +787,27 @@ def test_a_first_pass_without_a_loss_counts_for_no_other_step(backend):
     calls, loss = [], task.loss(batch).item()
     assert opt.step(zeroing(task, opt, batch, calls=calls), zeroing(task, opt, val_batch)).item() == loss
     assert len(calls) == 3
+
+
+def test_a_first_pass_before_a_state_was_loaded_counts_for_no_step(backend):
+    """What went on is forgotten together with the state that it went on from: a closure that adds makes both passes."""
+    ends = []
+    for interrupted in (True, False):
+        p, calls = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0])), []
+        opt = lk.SAM([p], torch.optim.SGD, rho=0.1, lr=0.1, backend=backend.name)
+
+        def adding(p=p, calls=calls):
+            loss = (p**4).sum()
+            loss.backward()
+            calls.append(1)
+            return loss
+
+        if interrupted:
+            with opt.first_pass():
+                adding()
+            opt.load_state_dict(opt.state_dict())
+            p.grad = None
+            calls.clear()
+        opt.step(adding)
+        ends.append((p.detach(), len(calls)))
+    assert same_bits(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] >= 2
