@@ -64,7 +64,7 @@ void implement(Library& m) {{
 """
 # The kinds that come as a list of tensors; those that are lists of the size of a parameter.
 LISTS, RUNS = ("Tensors", "MaybeTensors", "Steps", "Numbers"), ("Tensors", "MaybeTensors", "Flat")
-# What the code around the arguments calls its own; a table and a stream have their kind's name.
+# Names in the generated code that an argument would hide. A table and a stream are called as their kind.
 TAKEN = {"addresses", "at", "c", "check", "count", "draw", "draws", "dtype", "i", "launched", "lists", "nontemporal"}
 TAKEN |= {"numel", "on", "position", "queue", "runs", "scaling", "size_t", "stream", "sums", "table", "to", "where"}
 PLAIN = {"float": "double", "int": "int64_t", "bool": "bool", "Stream": "int64_t"}
@@ -254,7 +254,7 @@ def headers():
 
 
 def write(folder):
-    """Write the headers into a folder, where they are not there as they are; the folder."""
+    """Write the headers into a folder, except those that are there with the same text. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in headers().items():
         path = folder / name

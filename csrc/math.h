@@ -76,7 +76,7 @@ LETS_FN void narrow(float x, Half& to) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
-  // One half has 2^-24, the spacing of subnormal halves, as the place of its last bit: the addition rounds for us.
+  // The last bit of the float 0.5 is 2^-24, the spacing of subnormal halves: the addition rounds to it.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t rounded = magnitude < 0x38800000u ? subnormal : magnitude < 0x47800000u ? normal : special;
@@ -226,7 +226,7 @@ LETS_FN Adam<C> adam_of(const Options& o, double step) {
   return adam_of<C>(o, bias_correction(o.beta1, step), bias_correction(o.beta2, step));
 }
 
-// Lion (Chen et al., 2023, Algorithm 2): along the sign of one average, while m is another.
+// Lion (Chen et al., 2023, Algorithm 2): the step is the sign of one average of m and g, the new m is another.
 template <class C>
 struct Lion {
   C lr, beta1, beta2, one_minus_beta1, one_minus_beta2, weight_decay;

@@ -78,8 +78,8 @@ LETS_FN void finish(bool nontemporal) {
 #endif
 }
 
-// Buffers begin with a page. A load would wait for a store just before it whose address differs in the page alone: of
-// element i of one buffer and element i + 1 of another, if they did not lie alike.
+// Every buffer begins at the start of a page. A load waits for an earlier store whose address has the same last 12
+// bits: buffers with other offsets would make element i of one wait for element i + 1 of another.
 constexpr int64_t kPage = 4096;
 
 // A list of the chunk that is read, with room for a block.
@@ -137,7 +137,7 @@ LETS_FN void store(Output<T>& to, const Arithmetic<T>* from, int64_t begin, int6
   }
 }
 
-// Stores results as `store` does, and gives them back as they are stored. Without a list they are not stored.
+// Stores results as `store` does, and returns them, rounded to the stored type. Without a list nothing is stored.
 template <class T>
 LETS_FN const Arithmetic<T>* keep(Output<T>& to, Arithmetic<T>* values, int64_t begin, int64_t n) {
   if constexpr (sizeof(T) == sizeof(Arithmetic<T>)) {

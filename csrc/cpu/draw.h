@@ -70,10 +70,10 @@ LETS_FN void philox_at_once(const Draw& draw, uint64_t first, uint32_t* to) {
 }
 #endif
 
-// Room for a block that begins and ends within a call, and for calls beyond it.
+// A block may begin and end in the middle of a quad of words, and quads come several at a time.
 constexpr int64_t kDrawn = kBlock + 4 + 4 * kAtOnce;
 
-// The words of n positions, from any position on.
+// The words at n positions that follow each other; the first may be any.
 LETS_FN const uint32_t* words(const Draw& draw, int64_t position, uint32_t (&buffer)[kDrawn], int64_t n) {
   const int64_t first = position / 4, calls = (position + n + 3) / 4 - first;
   for (int64_t i = 0; i < calls; i += kAtOnce) philox_at_once(draw, uint64_t(first + i), buffer + 4 * i);

@@ -25,7 +25,7 @@ LETS_FN void set(const Updated<C>& state, int64_t i, C value) {
   state.after[i] = value;
 }
 
-// The same of one that it only reads.
+// A state that the step only reads.
 template <class C>
 struct Given {
   const C* before;

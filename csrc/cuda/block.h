@@ -145,7 +145,7 @@ struct Scale {
       each<V>([&](int j) { t.value[j] = adaptive_scale(absolute(theta.value[j]), s.xi); });
     } else if (Scaled && s.filter_length == kFisher) {
       each<V>([&](int j) { t.value[j] = fisher_scale(v.value[j], s.xi); });
-    } else if (!Scaled || s.filter_length < 0) {
+    } else if (!Scaled || s.filter_length == kUnscaled) {
       each<V>([&](int j) { t.value[j] = C(1); });
     } else {
       t = filters<V>(s, i);

@@ -58,7 +58,8 @@ LETS_KERNEL filter_kernel(LETS_PARAMETER Batch<Capacity> batch) {
     auto add = [&](const auto& x) {
       for (auto value : x.value) mine += double(value) * double(value);
     };
-    // By the pack, and in the same order without: filters of 3 x 3 x 64 elements begin at a multiple of 16 bytes.
+    // By packs of 16 bytes if all filters begin at a multiple of that, such as those of 3 x 3 x 64 elements; otherwise
+    // element by element, in the same order.
     constexpr int V = kPack<T>;
     const int64_t packed = run.filter_length / V * V;
     const bool by_pack = all_aligned(theta) && run.filter_length % V == 0;

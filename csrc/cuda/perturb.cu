@@ -57,7 +57,8 @@ LETS_KERNEL restore_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::rest
 }  // namespace
 
 void perturb_(const launch_of::perturb_& c) {
-  if (std::none_of(c.runs, c.runs + c.count, pieces)) return set(c.dirty, 1, c.stream);  // no block would
+  if (std::none_of(c.runs, c.runs + c.count, pieces))
+    return set(c.dirty, 1, c.stream);  // without chunks no block sets it
   with_cases(c, [&]<bool Scaled, Q Kind>() {
     on_chunks(c, [&]<class T, int Capacity>() { return &perturb_kernel<T, Scaled, Kind, Capacity>; });
   });

@@ -103,7 +103,7 @@ def _needs(base: torch.optim.Optimizer) -> tuple[str, ...] | None:
 
 
 def _asked_for(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> Iterator[str]:
-    """The names of what an optimizer keeps in addition, with these options."""
+    """The names of the state that these options make an optimizer keep in addition."""
     if group.get("amsgrad"):
         yield "max_exp_avg_sq"
     if isinstance(base, torch.optim.RMSprop):

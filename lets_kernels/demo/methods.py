@@ -103,7 +103,7 @@ METHODS = {
     "lets-sam": Method("LETS-SAM", inside(LETSSAM), STARTS),
 }
 
-#: Methods that need more arguments than their constructors require.
+#: Methods that the demo gives arguments for which their constructors have defaults.
 SPECIAL = {SparseSAM: sparse_sam, BSAM: bsam}
 
 #: Replaces a larger default radius: in so small a network even SAM fails with a radius from 1.0 on.

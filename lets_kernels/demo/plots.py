@@ -1,4 +1,4 @@
-"""One PNG file: what the first radius decides, and where radii that move go."""
+"""One PNG file: accuracy by the first radius, and the course of the radii that move."""
 
 from itertools import groupby
 from pathlib import Path

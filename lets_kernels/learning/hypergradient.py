@@ -84,9 +84,9 @@ class Trial:
     def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Share]:
         """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, for the mean over ranks.
 
-        Without ``train``, ḡ_tr is 0. d is the vector along which the base optimizer stepped: ĝ, or what the descent
-        made of ĝ, which is g if ρ = 0. The sum is over all tensors, also tensors that were not perturbed, since their
-        gradients have changed too.
+        Without ``train``, ḡ_tr is 0. d is the vector along which the base optimizer stepped: ĝ, or the vector that the
+        descent computed from ĝ; that vector is g if ρ = 0. The sum is over all tensors, also those that were not
+        perturbed, since their gradients have changed too.
         """
         out = []
         for bucket, lr, first, stepped in zip(self.buckets, self.lr, self.first, self.stepped, strict=True):

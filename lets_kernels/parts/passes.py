@@ -199,14 +199,14 @@ def displacements(runs: Iterable[Runs], held: Held, count: int, home: torch.devi
     They are counted from the last step that perturbed. Returns float64 of shape [count, 2]: one line for each param
     group, or one for all if ``count`` is 1. Leaves Σ g², which the same read gives, in ``Runs.squares``.
     """
-    rows = torch.zeros(count, 2, dtype=torch.float64, device=home)
+    by_group = torch.zeros(count, 2, dtype=torch.float64, device=home)
     for each in runs:
         b = each.bucket
         held.flat(b, BEFORE)  # lets the weights before the last step stand in b.saved
         found = b.ops.displacement_dots(each.pack(each.grads), each.weights, b.saved, b.unscaled_table(each.indices))
         each.squares = found[0]
-        rows[b.group if count > 1 else 0] += b.parts * found[1:].to(home)
-    return rows
+        by_group[b.group if count > 1 else 0] += b.parts * found[1:].to(home)
+    return by_group
 
 
 def squared(runs: Runs) -> Tensor:
@@ -251,17 +251,17 @@ class SecondPass:
         Returns:
             The products and the means of ``more``, float64 of shape [count, 3 + any]; and the first rank's ``riders``.
         """
-        rows = torch.zeros(count, 3, dtype=torch.float64, device=self.home)
+        by_group = torch.zeros(count, 3, dtype=torch.float64, device=self.home)
         for runs in self.runs:
             b = runs.bucket
             found = b.ops.dots(b.pack(runs.grads), b.pack(self.firsts(runs)), b.unscaled_table(runs.indices))
-            rows[b.group if count > 1 else 0] += b.parts * found.to(self.home)
-        rows = torch.cat([rows, more], dim=1)
+            by_group[b.group if count > 1 else 0] += b.parts * found.to(self.home)
+        by_group = torch.cat([by_group, more], dim=1)
         if self.replicas.groups:
-            sums, first = self.replicas.agree(list(rows.flatten().unbind()), list(riders.flatten().unbind()))
-            rows, riders = torch.stack(sums).view_as(rows), torch.stack(first).view_as(riders)
-        self._compared = rows[:, :3].sum(dim=0, keepdim=True)
-        return rows, riders
+            sums, first = self.replicas.agree(list(by_group.flatten().unbind()), list(riders.flatten().unbind()))
+            by_group, riders = torch.stack(sums).view_as(by_group), torch.stack(first).view_as(riders)
+        self._compared = by_group[:, :3].sum(dim=0, keepdim=True)
+        return by_group, riders
 
     def firsts(self, runs: Runs) -> list[Tensor]:
         """The first gradients in the order of the runs; zeros for a parameter that had none."""
@@ -287,10 +287,11 @@ class SecondPass:
             return self.replicas.mean(total[None])
         if found and len(found) == self.offsets[-1]:
             return self.replicas.mean(torch.stack(found))
-        rows = torch.zeros(self.offsets[-1], 3, dtype=torch.float64, device=self.home)  # the same size on every rank
+        # Of the same size on every rank.
+        by_place = torch.zeros(self.offsets[-1], 3, dtype=torch.float64, device=self.home)
         if found:
-            rows[places] = torch.stack(found)
-        return self.replicas.mean(rows)[places]
+            by_place[places] = torch.stack(found)
+        return self.replicas.mean(by_place)[places]
 
     def numbers(self, a: float, b: float) -> Tensor:
         """Coefficients that the host knows, for :meth:`combine`."""
@@ -310,17 +311,17 @@ class SecondPass:
             others: y, one list for each of ``runs``.
             coefficients: a and b, float64 of shape [k, 2], with k as :meth:`products` returned.
         """
-        rows = list(coefficients.unbind())
-        whole = len(rows) == 1
+        pairs = list(coefficients.unbind())
+        whole = len(pairs) == 1
         for runs, out, other in zip(self.runs, outs, others, strict=True):
             b = runs.bucket
             gate = self.gate.to(b.device)
             if whole:
                 lists = (b.pack(out), b.pack(runs.grads), b.pack(other))
-                b.ops.combine_(*lists, b.unscaled_table(runs.indices), rows[0].to(b.device), gate)
+                b.ops.combine_(*lists, b.unscaled_table(runs.indices), pairs[0].to(b.device), gate)
                 continue
             for i, to, g, o in zip(runs.indices, out, runs.grads, other, strict=True):
-                b.ops.combine_([to], [g], [o], b.unscaled_table((i,)), rows.pop(0).to(b.device), gate)
+                b.ops.combine_([to], [g], [o], b.unscaled_table((i,)), pairs.pop(0).to(b.device), gate)
 
     def step_along(self, others: Sequence[list[Tensor]], coefficients: Tensor) -> None:
         """Let the base optimizer step along a x + b y; arguments as in :meth:`combine`."""

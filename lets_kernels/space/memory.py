@@ -13,7 +13,7 @@ from lets_kernels.space.shards import check_spread, is_spread, local
 
 
 def is_lent(grad: Tensor) -> bool:
-    """True for a gradient in memory of another owner, who may write there: a view. Autograd itself makes no views."""
+    """True for a gradient that is a view: other code owns its memory and may write there. Autograd makes no views."""
     return grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
 
 

@@ -10,20 +10,22 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
+
 # ------------------------------------------------------------------------------------------------------------ the ops
 
 
 def scale(v, theta, row, filter_norms, xi):
     """T of one run: 1, |theta| + xi, its filter's norm + xi, or the root of the Fisher information's 1 / (1 + xi v^2).
 
-    row: (start, numel, row length, rows, first row).
+    row: of the run table.
     """
     _, numel, length, count, first = (int(x) for x in row)
-    if length == -2:
+    if length == FISHER:
         return (1 / (1 + xi * v**2)).sqrt()
-    if length < 0:
+    if length == UNSCALED:
         return torch.ones(numel, dtype=torch.float64)
-    if length == 0:
+    if length == ELEMENT_WISE:
         return theta.abs() + xi
     return filter_norms[first + torch.arange(numel) // length % count] + xi
 
@@ -35,7 +37,7 @@ def grad_norm(vectors, thetas, table, filter_norms, xi, q):
 
 
 def filter_norms(thetas, table, out):
-    """The 2-norm of each filter, at filter_start + row; entries of `out` that belong to no filter stay."""
+    """The 2-norm of each filter, at filter_start + filter; entries of `out` that belong to no filter stay."""
     out = out.clone()
     for theta, (_, numel, length, count, first) in zip(thetas, table.tolist(), strict=True):
         if length >= 1:

@@ -11,12 +11,19 @@ __all__ = ["combine_", "displacement_dots", "dots"]
 
 
 def dots(x: Tensors, y: Tensors, table: Tensor) -> Tensor:
-    """x·x, x·y and y·y over all runs: float64, of shape [3], from products of float64."""
+    """x·x, x·y and y·y over all runs: float64, of shape [3], in the units of x and y.
+
+    Products and sums are those of float64. GSAM takes its projection from them (Zhuang et al., 2022, Algorithm 1).
+    """
     return _products(runs(x, table), runs(y, table), x[0].device if len(x) else None)
 
 
 def displacement_dots(grads: Tensors, params: Tensors, saved: Tensor, table: Tensor) -> Tensor:
-    """g·g, g·Δ and Δ·Δ over all runs, where Δ = θ - saved is the move of the last step: float64, of shape [3]."""
+    """g·g, g·Δ and Δ·Δ over all runs, where Δ = θ - saved is the move of the last step: float64, of shape [3].
+
+    Δ is taken in the arithmetic type, in the units of the weights; products and sums are those of float64. Ours:
+    ``rho="auto"`` asks by it whether steps still go downhill.
+    """
     pairs = zip(runs(params, table), runs([saved], table), strict=True)
     return _products(runs(grads, table), (wide(theta) - wide(old) for theta, old in pairs), saved.device)
 

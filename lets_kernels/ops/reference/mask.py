@@ -73,6 +73,12 @@ def select_(
     mask: Tensor, vectors: Tensors, table: Tensor, threshold: Tensor, random: Tensor, stream: int, member: int,
     value: int,
 ) -> None:  # fmt: skip
-    """Set the mask to ``value``, from 0 to 255, for the elements that :func:`count_above` counts."""
+    """mask <- ``value`` for the elements that :func:`count_above` counts (Mi et al., 2022: the selection of a mask).
+
+    ``mask`` is one flat uint8 buffer, one byte an element, and is both read and written; the other elements stay.
+
+    Raises:
+        RuntimeError: ``value`` is not in 0 to 255, or ``member`` not in -1 to 255 (compiled and Triton backends).
+    """
     for own, above in _above(vectors, mask, table, threshold, random, stream, member):
         own.masked_fill_(above, value)

@@ -52,7 +52,10 @@ def all_finite_(values: Tensors, skipped: Tensor) -> Tensor:
 
 
 def largest(vectors: Tensors, table: Tensor) -> Tensor:
-    """max |v|, NaN if an element is NaN, 0 without elements: 0-d float64."""
+    """max |v|, NaN if an element is NaN, 0 without elements: 0-d float64, in the units of v.
+
+    The direction at p = 1, and near it, goes by it (Foret et al., 2021, Eq. 2, in the limit).
+    """
     highest = torch.zeros((), dtype=torch.float64, device=vectors[0].device if len(vectors) else None)
     for v in runs(vectors, table):
         if v.numel():

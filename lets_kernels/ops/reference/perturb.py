@@ -39,7 +39,11 @@ def perturb_(
 
 
 def restore_(params: Tensors, saved: Tensor, dirty: Tensor, table: Tensor) -> None:
-    """θ <- saved if ``dirty`` is not 0, bit for bit; then ``dirty`` is set to 0. :func:`perturb_` writes both."""
+    """θ <- saved if ``dirty`` is not 0, bit for bit; then ``dirty`` is set to 0. :func:`perturb_` writes both.
+
+    ``saved`` is one flat buffer in the dtype of the weights, ``dirty`` 0-d int64. SAM takes its step from these weights
+    (Foret et al., 2021, Algorithm 1).
+    """
     for theta, old in zip(runs(params, table), runs([saved], table), strict=True):
         theta.copy_(torch.where(dirty != 0, old, theta))
     dirty.fill_(0)

@@ -63,11 +63,11 @@ def long_filters_kernel(
     item = items + 2 * tl.program_id(0).to(tl.int64)
     run, filter = tl.load(item), tl.load(item + 1)
     row = runs + 5 * run
-    numel, length, rows, start = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    numel, length, filters, start = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     theta = tl.load(thetas + run)
     lane = tl.arange(0, BLOCK)
     total = tl.full([BLOCK], 0.0, tl.float64)
-    for begin in range(filter * length, numel, length * rows):
+    for begin in range(filter * length, numel, length * filters):
         stretch = typed(theta + begin * (DTYPE.primitive_bitwidth // 8), DTYPE, ALIGNED)
         whole = length // BLOCK * BLOCK
         for b in range(0, whole, BLOCK):
@@ -87,18 +87,18 @@ def short_filters_kernel(
     item = items + 2 * tl.program_id(0).to(tl.int64)
     run, first = tl.load(item), tl.load(item + 1)
     row = runs + 5 * run
-    numel, length, rows, start = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    numel, length, filters, start = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     theta = tl.load(thetas + run).to(tl.pointer_type(DTYPE))
     filter = first + tl.arange(0, FILTERS)
-    each = numel // rows
+    each = numel // filters
     total = tl.full([FILTERS, EACH], 0.0, tl.float64)
     for b in range(0, each, EACH):
         at = b + tl.arange(0, EACH)
-        element = filter[:, None] * length + (at // length * (length * rows) + at % length)[None, :]
-        mask = (filter < rows)[:, None] & (at < each)[None, :]
+        element = filter[:, None] * length + (at // length * (length * filters) + at % length)[None, :]
+        mask = (filter < filters)[:, None] & (at < each)[None, :]
         x = tl.load(theta + element, mask=mask, other=0.0).to(tl.float64)
         total += x * x
-    tl.store(out + (start + filter), tl.sqrt(tl.sum(total, axis=1)).to(C), mask=filter < rows)
+    tl.store(out + (start + filter), tl.sqrt(tl.sum(total, axis=1)).to(C), mask=filter < filters)
 
 
 @kernel

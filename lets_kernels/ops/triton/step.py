@@ -125,12 +125,12 @@ def adam_kernel(
 
 
 @kernel
-def adam_counts_kernel(dirty, gate, steps, rows, N: tl.constexpr):
+def adam_counts_kernel(dirty, gate, steps, count, N: tl.constexpr):
     """After all programs of adam_kernel: count the step if the gate is open, and set ``dirty`` to 0."""
     lane = tl.program_id(0) * N + tl.arange(0, N)
     if tl.load(gate) != 0:
-        count = tl.load(steps + lane, mask=lane < rows, other=0).to(tl.pointer_type(tl.float32))
-        tl.store(count, tl.load(count, mask=lane < rows, other=0.0) + 1, mask=lane < rows)
+        step = tl.load(steps + lane, mask=lane < count, other=0).to(tl.pointer_type(tl.float32))
+        tl.store(step, tl.load(step, mask=lane < count, other=0.0) + 1, mask=lane < count)
     if tl.program_id(0) == 0:
         tl.store(dirty, 0)
 
@@ -211,8 +211,8 @@ def restore_sgd_(call: Call) -> None:
 
 def restore_adamw_(call: Call) -> None:
     call.launch(adam_kernel, DECOUPLED=call["decoupled"], MAXIMIZE=call["maximize"])
-    rows = len(call.plan.rows)
-    call.launch(adam_counts_kernel, max(1, -(-rows // 128)), rows=rows, N=128)
+    count = len(call.plan.rows)
+    call.launch(adam_counts_kernel, max(1, -(-count // 128)), count=count, N=128)
 
 
 def restore_lion_(call: Call) -> None:
