@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 #: Of the op tests, every layout in small, and everything that is the same for every dtype once (float32) or twice.
 CHOSEN = (
-    "not same_bits and "
+    "not same_bits and not large and "
     "(0-d or numel-0 or numel-17 or filters-of-1 or 300-filters or channels-last or dense-permuted or unaligned- "
     "or several- and (float32 or bfloat16) or every_q and float32 and list or every_q and float32 and runs "
     "or every_kind and float32 and runs or non_finite or zero or gate or starts_from or restore_of)"
@@ -19,7 +19,7 @@ CHOSEN = (
 #: Of those of the ops on vectors, where the layout matters less: every dtype once, and each way an element can go.
 FEWER = (
     "not same_bits and (unaligned-torch or no_runs or same_size or arithmetic_type or 32_bits "
-    "or 300-filters and float32 or channels-last and bfloat16 or closed_gate and float16 or members and float16 "
+    "or 300-filters and float32 or channels-last and bfloat16 or closed_gate and float16 or members and torch.float16 "
     "or bisection and 0.4 and False or nan and 719 "
     "or not several- and (as_plain_torch and precision and float32 or first_vector or would_stand and float64))"
 )
