@@ -32,7 +32,10 @@ _MISSED = 10
 
 @dataclass
 class Now:
-    """What goes on now. A copy of the optimizer begins all of this anew; so does an optimizer that loads a state."""
+    """What goes on now: a copy of the optimizer, and an optimizer that loads a state, begin all of this anew.
+
+    What a single step finds is the :class:`Step`'s, what surrounds a pass the network's.
+    """
 
     #: A step has been begun: its weights may be perturbed.
     step: Step | None = None

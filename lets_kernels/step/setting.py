@@ -20,7 +20,7 @@ from lets_kernels.space.distributed import ALONE, Replicas
 
 @dataclass(frozen=True)
 class Setting:
-    """The five parts of the method, and the options. Nothing changes them later."""
+    """The five parts of the method, and the options. None is replaced later; parts and network keep their own state."""
 
     direction: Direction
     schedule: Schedule
