@@ -56,7 +56,7 @@ GROUPS = [
             ("b.parts * found[1:]", "b.parts * found[:2]"),
             (
                 "by_group[b.group if count > 1 else 0] += b.parts * found[1:]",
-                "rows[0] += b.parts * found[1:]",
+                "by_group[0] += b.parts * found[1:]",
                 "tests/learning/test_auto.py -k a_radius_a_group",
             ),
             (
