@@ -146,7 +146,7 @@ def test_without_a_gate_the_base_optimizer_steps_without_a_guard(backend, monkey
     assert not any(same_bits(a, b) for a, b in zip(weights(toy), before, strict=True) if a.numel())
 
 
-@pytest.mark.parametrize("fused", {*FUSED.values(), _LION}, ids=lambda fused: fused.op)
+@pytest.mark.parametrize("fused", dict.fromkeys((*FUSED.values(), _LION)), ids=lambda fused: fused.op)
 def test_a_fused_step_has_the_options_and_lists_that_its_op_declares(fused):
     """In the order of the declaration, by their names there, where a pair of betas is two."""
     (op,) = (op for op in OPS if op.name == fused.op)
