@@ -19,13 +19,14 @@ inline Tensors packed(std::vector<int64_t>& addresses, int64_t& anchor) {
           Tensor(&anchor, ScalarType::Long, {}, {})};
 }
 
-// Two runs that are the same stretch of a flat buffer: two threads write it.
+// Two runs that are the same stretch of a flat buffer: two threads write it. Long enough that the threads take turns
+// even on one busy core: one alone would be no race.
 inline void race() {
-  constexpr int64_t kNumel = 40000;
+  constexpr int64_t kNumel = int64_t(1) << 22;
   std::vector<float> theta(kNumel), saved(kNumel);
   std::vector<Run> runs{{0, kNumel, -1, 0, 0}, {0, kNumel, -1, 0, 0}};
   standin::threads = 2;
-  for (int i = 0; i < 400; ++i) {
+  for (int i = 0; i < 4; ++i) {
     auto dirty = flag(1);
     standin::op<Restore>("restore_")({vector_of(theta.data(), kNumel)}, vector_of(saved.data(), kNumel), dirty.tensor,
                                      table_of(runs));
