@@ -33,6 +33,7 @@ from lets_kernels.ops.triton import (
     step,
 )
 from support.guard_bands import Bucket, Run
+from support.machine_code import disassembled, functions
 
 ARCHES = (80, 90, 100)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -141,17 +142,16 @@ def compiled():
                 yield kernel.__name__, built
 
 
-def tool(*arguments):
-    return subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, *arguments], capture_output=True, text=True, check=True
-    ).stdout
+def resources(binary):
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def facts(name, built, folder):
+def facts(name, built, code, folder):
     """What the PTX and the machine code of one kernel say."""
     binary = Path(folder) / "kernel.cubin"
     binary.write_bytes(built.asm["cubin"])
-    code, usage, ptx = tool("-sass", str(binary)), tool("-res-usage", str(binary)), built.asm["ptx"]
+    usage, ptx = resources(binary), built.asm["ptx"]
     names = built.src.fn.arg_names
     constants = {names[k[0]]: v if isinstance(v, (int, bool)) else str(v) for k, v in built.src.constants.items()}
     return {
@@ -211,8 +211,13 @@ def main(arch):
         for call in (call_all, call_vectors):
             call(Bucket([Run((20003,), (20003, 1), offset=1)], torch.float32, "filter"))  # not aligned
         repeated = again()
+    built = list(compiled())
     with tempfile.TemporaryDirectory() as folder:
-        json.dump({"kernels": [facts(*one, folder) for one in compiled()], "again": repeated}, sys.stdout)
+        each = [functions(kernel.asm["cubin"]) for _, kernel in built]
+        assert all(len(one) == 1 for one in each), "a kernel calls a function that is not part of it"
+        codes = disassembled([code for one in each for code in one.values()], f"sm_{arch}", folder)
+        found = [facts(*one, code, folder) for one, code in zip(built, codes, strict=True)]
+    json.dump({"kernels": found, "again": repeated}, sys.stdout)
 
 
 if __name__ == "__main__":
