@@ -13,6 +13,7 @@ from support.call_shapes import SHAPES, Passes, run
 from support.conv_net import Task
 from support.given_gradients import snapshot, weights
 from support.guard_bands import same_bits
+from support.preloaded import in_processes
 
 
 def built(steps=3, **options):
@@ -231,7 +232,7 @@ def test_the_scalers_of_all_ranks_back_off_where_the_own_pass_of_one_overflows(t
     """Else their losses would be scaled differently from there on, and averaged."""
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, args=(str(tmp_path / "store"), results), nprocs=2)
+        in_processes(worker, (str(tmp_path / "store"), results), 2)
         for shape in ("closure", "two-steps", "micro-batches"):
             (scale, skipped, mine), (other_scale, other_skipped, other) = results[shape, 0], results[shape, 1]
             assert scale == other_scale == 2.0**15 and skipped == other_skipped == 1

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -26,6 +25,7 @@ from support.family import FAMILY
 from support.guard_bands import same_bits
 from support.inside import progress, work
 from support.moving_radii import auto
+from support.preloaded import in_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 3
@@ -167,7 +167,7 @@ def worker(rank, folder):
 def ranks(tmp_path_factory):
     """The folder of the checkpoints and of what both ranks found; all cases in one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    in_processes(worker, (str(folder),), 2)
     return folder
 
 

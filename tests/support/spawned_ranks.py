@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from support.preloaded import in_processes
 
 #: Where ranks wait for each other in vain they fail, and say where.
 PATIENCE = timedelta(seconds=60)
@@ -16,7 +17,7 @@ PATIENCE = timedelta(seconds=60)
 
 def spawn(function, world, folder, *args):
     """``function(rank, *args)`` in ``world`` processes; their results, rank by rank. Functions of a module only."""
-    mp.spawn(_enter, (function, world, str(folder), args), nprocs=world)
+    in_processes(_enter, (function, world, str(folder), args), world)
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

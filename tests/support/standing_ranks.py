@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from support.preloaded import START, fork_server
+
 SECONDS = 300  # for one case on all ranks; one takes a second or two where cores are free
 PATIENCE = 20  # for the others, once a rank has failed
 
@@ -61,10 +63,11 @@ class Ranks:
         return [what for _, what in answers]
 
     def start(self):
-        spawn, store = mp.get_context("spawn"), str(self.folder / uuid.uuid4().hex)
+        fork_server()
+        context, store = mp.get_context(START), str(self.folder / uuid.uuid4().hex)
         for rank in range(self.count):
-            mine, theirs = spawn.Pipe()
-            process = spawn.Process(target=serve, args=(rank, self.count, store, theirs), daemon=True)
+            mine, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, self.count, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
