@@ -6,7 +6,7 @@ every storage is copied to the device, guard bands and all, and back again.
 """
 
 import contextlib
-import importlib
+import importlib.util
 import os
 
 import pytest
@@ -27,6 +27,27 @@ MODULES = {
 NAMESPACES = {"cpu": "lets_kernels", "cuda": "lets_kernels", "emulated": "lets_kernels_emulated"}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = pytest.mark.gpu
+
+
+def prepare_once_a_launch():
+    """Spare Triton's interpreter a fifth of its work: within a kernel, each call of a function would prepare Triton's
+    language anew, as the launch has already done.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang
+
+    def prepare_unless_prepared(function):
+        if language.core.is_builtin(language.load):
+            return prepare(function)
+        return interpreter._LangPatchScope()  # nothing to put back
+
+    interpreter._patch_lang = prepare_unless_prepared
+
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    prepare_once_a_launch()
 
 
 def targets(ops):
