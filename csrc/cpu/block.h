@@ -22,43 +22,72 @@ constexpr int64_t kBlockOfTwo = 256;
 constexpr int64_t kBlockOfThree = 64;
 constexpr int64_t kReadAhead = 1024;
 
+// A line of the caches, which non-temporal stores fill at a time.
+constexpr int64_t kLine = 64;
+
 // Ask for what comes after this block: the processor's own prefetchers stop at the end of a page.
 LETS_FN void prefetch(const void* next, int64_t bytes) {
-  constexpr int64_t kLine = 64;
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(next) + i);
 }
 
-// Write past the caches; saves the read that an ordinary store of a cold line costs.
-LETS_FN void copy_nontemporal(void* to, const void* from, int64_t bytes) {
-#if defined(__SSE2__)
+// Write a line past the caches, which saves the read that ordinary stores to a cold line cost. `to` begins a line.
+LETS_FN void write_line(void* to, const void* from) {
 #if defined(__AVX512F__)
-  using Line = __m512i;
+  using Part = __m512i;
 #elif defined(__AVX2__)
-  using Line = __m256i;
-#else
-  using Line = __m128i;
+  using Part = __m256i;
+#elif defined(__SSE2__)
+  using Part = __m128i;
 #endif
-  constexpr int64_t kLine = sizeof(Line);
+#if defined(__SSE2__)
   auto* d = static_cast<char*>(to);
   auto* s = static_cast<const char*>(from);
-  const int64_t head = smaller(int64_t(-reinterpret_cast<uintptr_t>(d) & (kLine - 1)), bytes);
-  __builtin_memcpy(d, s, size_t(head));
-  int64_t i = head;
-  for (; i + kLine <= bytes; i += kLine) {
-    Line line;
-    __builtin_memcpy(&line, s + i, sizeof(line));
+  for (int64_t i = 0; i < kLine; i += int64_t(sizeof(Part))) {
+    Part part;
+    __builtin_memcpy(&part, s + i, sizeof(part));
 #if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<Line*>(d + i), line);
+    _mm512_stream_si512(reinterpret_cast<Part*>(d + i), part);
 #elif defined(__AVX2__)
-    _mm256_stream_si256(reinterpret_cast<Line*>(d + i), line);
+    _mm256_stream_si256(reinterpret_cast<Part*>(d + i), part);
 #else
-    _mm_stream_si128(reinterpret_cast<Line*>(d + i), line);
+    _mm_stream_si128(reinterpret_cast<Part*>(d + i), part);
 #endif
   }
-  __builtin_memcpy(d + i, s + i, size_t(bytes - i));
 #else
-  __builtin_memcpy(to, from, size_t(bytes));
+  __builtin_memcpy(to, from, size_t(kLine));
 #endif
+}
+
+// The bytes before the first line that begins in the `bytes` from `to` on; all of them if none does.
+LETS_FN int64_t before_line(const void* to, int64_t bytes) {
+  return smaller(int64_t(-reinterpret_cast<uintptr_t>(to) & (kLine - 1)), bytes);
+}
+
+// A copy past the caches.
+LETS_FN void copy_nontemporal(void* to, const void* from, int64_t bytes) {
+  auto* d = static_cast<char*>(to);
+  auto* s = static_cast<const char*>(from);
+  int64_t i = before_line(d, bytes);
+  __builtin_memcpy(d, s, size_t(i));
+  for (; i + kLine <= bytes; i += kLine) write_line(d + i, s + i);
+  __builtin_memcpy(d + i, s + i, size_t(bytes - i));
+}
+
+// to[i] = element(i) for 0 <= i < n past the caches, line by line; ahead(i) is called where a line begins.
+template <class C, class F, class Ahead>
+LETS_FN void fill_nontemporal(C* to, int64_t n, F element, Ahead ahead) {
+  constexpr int64_t kOfLine = kLine / int64_t(sizeof(C));
+  const int64_t head = before_line(to, n * int64_t(sizeof(C))) / int64_t(sizeof(C));
+  int64_t i = 0;
+  for (; i < head; ++i) to[i] = element(i);
+  for (; i + kOfLine <= n; i += kOfLine) {
+    ahead(i);
+    alignas(kLine) C line[kOfLine];
+#pragma GCC ivdep
+    for (int64_t j = 0; j < kOfLine; ++j) line[j] = element(i + j);
+    write_line(to + i, line);
+  }
+  for (; i < n; ++i) to[i] = element(i);
 }
 
 LETS_FN void copy(void* to, const void* from, int64_t bytes, bool nontemporal) {

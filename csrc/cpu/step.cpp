@@ -50,18 +50,61 @@ LETS_FN void elements(const Optimizer& optimizer, C* out, const C* weights, cons
   for (int64_t i = 0; i < n; ++i) element(i, state.before[i]...);
 }
 
+// How many bytes ahead a line asks for what follows it. Up to four lists are read and three written: requests for a
+// whole block of each at once would wait for each other.
+constexpr int64_t kBytesAhead = 2048;
+
+template <class C>
+LETS_FN Updated<C> whole(Output<C>& list) {
+  return {list.list, list.list};
+}
+template <class C>
+LETS_FN Given<C> whole(Input<C>& list) {
+  return {list.list};
+}
+
+// A step where storage and arithmetic have the same type, so that nothing goes through a buffer.
+template <class C, class Options, class Optimizer, class... State>
+LETS_FN void step_in_place(const Options& c, const Optimizer& optimizer, State... state) {
+  auto* const to = static_cast<C*>(c.params);
+  const auto* weights = static_cast<const C*>(c.saved);
+  const auto* gradient = static_cast<const C*>(c.grads);
+  constexpr int64_t kAhead = kBytesAhead / int64_t(sizeof(C));
+  const auto step = [&](int64_t i, auto... values) {
+    const C out = Optimizer::step(optimizer, weights[i], gradient[i], values...);
+    (set(state, i, values), ...);
+    return out;
+  };
+  const auto element = [&](int64_t i) { return step(i, state.before[i]...); };
+  if (c.nontemporal) {
+    fill_nontemporal(to, c.numel, element, [&](int64_t i) {
+      __builtin_prefetch(weights + i + kAhead);
+      __builtin_prefetch(gradient + i + kAhead);
+      (__builtin_prefetch(state.before + i + kAhead), ...);
+    });
+    finish(true);
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < c.numel; ++i) to[i] = element(i);
+  }
+}
+
 template <class T, class Options, class Optimizer, class... List>
 LETS_FN void step(const Options& c, const Optimizer optimizer, List&... lists) {
-  Input<T> saved(c.saved), g(c.grads);
-  Output<T> theta(c.params, c.nontemporal);
-  for (int64_t b = 0; b < c.numel; b += kBlock) {
-    const int64_t n = smaller(kBlock, c.numel - b);
-    auto* out = result(theta, b);
-    elements(optimizer, out, load(saved, b, n), load(g, b, n), n, state(lists, b, n)...);
-    (write_back(lists, b, n), ...);
-    store(theta, out, b, n);
+  if constexpr (sizeof(T) == sizeof(Arithmetic<T>)) {
+    return step_in_place<T>(c, optimizer, whole(lists)...);
+  } else {
+    Input<T> saved(c.saved), g(c.grads);
+    Output<T> theta(c.params, c.nontemporal);
+    for (int64_t b = 0; b < c.numel; b += kBlock) {
+      const int64_t n = smaller(kBlock, c.numel - b);
+      auto* out = result(theta, b);
+      elements(optimizer, out, load(saved, b, n), load(g, b, n), n, state(lists, b, n)...);
+      (write_back(lists, b, n), ...);
+      store(theta, out, b, n);
+    }
+    finish(c.nontemporal);
   }
-  finish(c.nontemporal);
 }
 
 template <class T>
