@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import eager
-from benchmarks.common import CLOCK, TINY, error, interleaved, normal
+from benchmarks.common import TINY, interleaved
 from lets_kernels import SAM
+from lets_kernels.bench import eager
+from lets_kernels.bench.clock import CLOCK
+from lets_kernels.bench.compare import error
+from lets_kernels.bench.shapes import normal
 
 pytest.importorskip("lets_kernels.ops.native", reason="the compiled extension is what is measured here")
 

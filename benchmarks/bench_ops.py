@@ -14,21 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import eager
-from benchmarks.common import (
-    CLOCK,
-    FLOORS,
-    NUMEL,
-    PROMISED_SHARE,
-    SHAPES,
-    Report,
-    combine,
-    error,
-    interleaved,
-    ms,
-    normal,
-    verdict,
-)
+from benchmarks import eager_radius
+from benchmarks.common import FLOORS, NUMEL, PROMISED_SHARE, SHAPES, Report, combine, interleaved, ms, verdict
+from lets_kernels.bench import eager
+from lets_kernels.bench.clock import CLOCK
+from lets_kernels.bench.compare import error
+from lets_kernels.bench.shapes import normal
 from lets_kernels.ops import reference
 from lets_kernels.parts.direction import Adaptive, Direction, Gradient
 from lets_kernels.space.buckets import Bucket
@@ -306,11 +297,11 @@ def rho_grad_diagonal(w: Work) -> dict[str, Contender]:
         return scalar_contender(lambda: module.rho_grad_diagonal(*lists) / w.norm)
 
     def loop() -> Tensor:
-        directions = eager.unit_direction(w.g, [w.scale(p) for p in w.params])
-        return eager.rho_grad(val, train, perturbed, directions)
+        directions = eager_radius.unit_direction(w.g, [w.scale(p) for p in w.params])
+        return eager_radius.rho_grad(val, train, perturbed, directions)
 
     def foreach() -> Tensor:
-        return eager.foreach_rho_grad(val, train, perturbed, w.g, None if w.direction == "plain" else w.scales())
+        return eager_radius.foreach_rho_grad(val, train, perturbed, w.g, None if w.direction == "plain" else w.scales())
 
     return {
         "reference": ours(reference),
@@ -325,8 +316,8 @@ def rho_grad_secant(w: Work) -> dict[str, Contender]:
     return {
         "reference": scalar_contender(lambda: reference.rho_grad_secant(*lists, w.table)),
         "ours": scalar_contender(lambda: native.rho_grad_secant(*lists, w.table)),
-        "loop": scalar_contender(lambda: eager.rho_grad_secant(*lists)),
-        "foreach": scalar_contender(lambda: eager.foreach_rho_grad_secant(*lists)),
+        "loop": scalar_contender(lambda: eager_radius.rho_grad_secant(*lists)),
+        "foreach": scalar_contender(lambda: eager_radius.foreach_rho_grad_secant(*lists)),
     }
 
 

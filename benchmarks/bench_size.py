@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import eager
-from benchmarks.common import CLOCK, error, interleaved, ms, normal
+from benchmarks.common import interleaved, ms
 from lets_kernels import SAM
+from lets_kernels.bench import eager
+from lets_kernels.bench.clock import CLOCK
+from lets_kernels.bench.compare import error
+from lets_kernels.bench.shapes import normal
 
 pytest.importorskip("lets_kernels.ops.native", reason="the compiled extension is what is measured here")
 

@@ -12,9 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import eager
-from benchmarks.common import CLOCK, NUMEL, SHAPES, combine, error, interleaved, ms, normal, verdict
+from benchmarks import eager_radius
+from benchmarks.common import NUMEL, SHAPES, combine, interleaved, ms, verdict
 from lets_kernels import ASAM, LETSASAM, LETSSAM, SAM, AutoRadius, LearnedRadius
+from lets_kernels.bench import eager
+from lets_kernels.bench.clock import CLOCK
+from lets_kernels.bench.compare import error
+from lets_kernels.bench.shapes import normal
 
 pytest.importorskip("lets_kernels.ops.native", reason="the compiled extension is what is measured here")
 
@@ -309,9 +313,9 @@ def test_radius(name, passes, benchmark, rounds, report):
 
     def share() -> Tensor:
         if "secant" in name:
-            return eager.rho_grad_secant(val, train, perturbed, first) / nu.detach().exp()
-        directions = eager.unit_direction(first, [scale(p) for p in theta])
-        return eager.rho_grad(val, train, perturbed, directions)
+            return eager_radius.rho_grad_secant(val, train, perturbed, first) / nu.detach().exp()
+        directions = eager_radius.unit_direction(first, [scale(p) for p in theta])
+        return eager_radius.rho_grad(val, train, perturbed, directions)
 
     def per_tensor() -> None:
         give(params, train)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_ops import Contender, Work, both_copies, flat, measure, name_of, native
-from benchmarks.common import CLOCK, SHAPES, normal
+from benchmarks.common import SHAPES
+from lets_kernels.bench.clock import CLOCK
+from lets_kernels.bench.shapes import normal
 from lets_kernels.ops import reference
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.common import WAIT_FOR_QUIET, Report, environment, threads
+from benchmarks.common import WAIT_FOR_QUIET, Report
+from lets_kernels.bench.clock import threads
+from lets_kernels.record import environment
 
 _REPORTS = pytest.StashKey[dict[str, Report]]()
 _MACHINE = pytest.StashKey[dict[str, Any]]()

@@ -1,4 +1,6 @@
-"""``python -m lets_kernels``: what runs here and why; ``methods``: all methods; ``demo``: train on real data."""
+"""``python -m lets_kernels``: what runs here and why; ``methods``: all methods; ``demo``: train on real data;
+``bench``: what a step costs here, against other code that takes the same step, in two minutes.
+"""
 
 import argparse
 import sys
@@ -30,12 +32,16 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m lets_kernels", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["backends", "methods", "demo"], default="backends")
+    parser.add_argument("command", nargs="?", choices=["backends", "methods", "demo", "bench"], default="backends")
     options = parser.parse_args(arguments[:1])
     if options.command == "demo":
-        from lets_kernels.demo import cli
+        from lets_kernels.demo import cli as demo
 
-        return cli.main(arguments[1:])
+        return demo.main(arguments[1:])
+    if options.command == "bench":
+        from lets_kernels.bench import cli as bench
+
+        return bench.main(arguments[1:])
     if arguments[1:]:
         parser.error(f"unrecognized arguments: {' '.join(arguments[1:])}")
     if options.command == "methods":

@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import common
 from benchmarks.experiments import train
 from benchmarks.experiments.contenders import CONTENDERS
 from benchmarks.experiments.tasks import TASKS
+from lets_kernels.bench.clock import threads
+from lets_kernels.record import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KEPT = ("cpu", "cores", "lets_kernels", "torch", "python", "commit")
@@ -69,12 +70,12 @@ def campaign(planned: list[Run], folder: Path, workers: int, console: Console) -
     """Run what is not finished, in processes of one thread each; with one worker, in this one. Returns what failed."""
     left = [run for run in planned if not run.finished(folder)]
     console.print(f"{len(left)} of {len(planned)} runs to do, the others are in {folder}")
-    environment = {key: value for key, value in common.environment().items() if key in KEPT}
+    machine = {key: value for key, value in environment().items() if key in KEPT}
     failed = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("starting", total=len(left))
-        for run, error in (_here if workers == 1 else _spread)(left, folder, environment, workers):
+        for run, error in (_here if workers == 1 else _spread)(left, folder, machine, workers):
             progress.update(bar, advance=1, description=f"{run.task} {run.contender} seed {run.seed}")
             if error is not None:
                 failed.append(f"{run.task} {run.contender} seed {run.seed}: {type(error).__name__}: {error}")
@@ -88,7 +89,7 @@ Outcomes = Iterator[tuple[Run, BaseException | None]]
 
 
 def _here(left: list[Run], folder: Path, environment: dict[str, Any], workers: int) -> Outcomes:
-    with common.threads(1):
+    with threads(1):
         for run in left:
             error = None
             try:

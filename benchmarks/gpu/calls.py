@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Shape
 from benchmarks.gpu.timing import Device
+from lets_kernels.bench.shapes import Shape
 from lets_kernels.ops import reference
 from lets_kernels.ops.declared import FISHER
 from lets_kernels.parts.direction import Adaptive, Direction, Gradient

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import eager
+from benchmarks import eager_radius
 from benchmarks.gpu.timing import Device
 from lets_kernels import ASAM, LETSSAM, SAM, LearnedRadius
+from lets_kernels.bench import eager
 
 Base = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 RHO, XI = 5.0, 0.01  # a radius so large that an error in the perturbation shows in the weights
@@ -104,7 +105,7 @@ class Learner:
         eps: Sequence[Tensor],
     ) -> None:
         if self.curvature == "secant":
-            share = eager.foreach_rho_grad_secant if self.foreach else eager.rho_grad_secant
+            share = eager_radius.foreach_rho_grad_secant if self.foreach else eager_radius.rho_grad_secant
             slope = share(val, train, perturbed, first)
         elif self.foreach:
             product = torch._foreach_sub(list(val), list(train))
@@ -112,7 +113,7 @@ class Learner:
                 torch._foreach_mul_(product, list(factor))
             slope = torch.stack([x.sum() for x in product]).sum()
         else:
-            slope = eager.rho_grad(val, train, perturbed, eps)
+            slope = eager_radius.rho_grad(val, train, perturbed, eps)
         self.found = -self.lr * self.gap * slope / self.rho()
         self.nu.grad = (self.rho() * self.found).to(self.nu.dtype)
         self.optimizer.step()

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import eager
-from benchmarks.gpu.resnet import ResNet18
 from benchmarks.gpu.timing import Contender, measure, summary
 from benchmarks.gpu.worker import Work, in_words, main
 from lets_kernels import ASAM, LETSSAM, SAM, LearnedRadius
+from lets_kernels.bench import eager
+from lets_kernels.bench.resnet import ResNet18
 
 BATCH, STEPS, ROUNDS, WARM_UP = 128, 10, 7, 3
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import FLOORS, Shape, error
+from benchmarks.common import FLOORS
 from benchmarks.gpu import calls
-from benchmarks.gpu.shapes import OP_SETS, SMALL, numel, shrunk
+from benchmarks.gpu.shapes import OP_SETS, SMALL, shrunk
 from benchmarks.gpu.timing import Contender, Device, copy_of, measure, ratio, summary
 from benchmarks.gpu.worker import Work, in_words, main
 from lets_kernels import ops
+from lets_kernels.bench.compare import error
+from lets_kernels.bench.shapes import Shape, numel
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDS, REFERENCE_ROUNDS, DRY_ROUNDS = 21, 3, 2

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Shape, error
 from benchmarks.gpu.contenders import BASES, METHODS, Compiled, Foreach, Ours, PerTensor, give, passes
-from benchmarks.gpu.shapes import MODELS, numel, shrunk
+from benchmarks.gpu.shapes import MODELS, shrunk
 from benchmarks.gpu.timing import Contender, Device, copy_of, measure, ratio, summary
 from benchmarks.gpu.worker import Work, in_words, main
+from lets_kernels.bench.compare import error
+from lets_kernels.bench.shapes import Shape, numel
 
 ROUNDS, DRY_ROUNDS, WARM_UP = 21, 2, 3
 COPIED = 2**30  # bytes that the copy beside each contender moves: many times the L2

@@ -1,16 +1,11 @@
 """The results of the trainings: a table on the screen and a JSON file."""
 
-import json
-import math
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import groupby
-from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -22,6 +17,7 @@ import lets_kernels
 from lets_kernels.demo.data import TEST_SIZE
 from lets_kernels.demo.methods import ALL, Settings
 from lets_kernels.demo.train import Training
+from lets_kernels.record import commit, cpu, now
 
 DEFINITIONS = {
     "train_loss": "mean cross-entropy (nats) on the training set with its wrong labels, in evaluation mode",
@@ -139,13 +135,17 @@ def document(trainings: list[Training], settings: Settings, jobs: int, seconds: 
     """Everything that is known about the trainings, ready for JSON."""
     return {
         "what": "lets_kernels demo",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "seconds": round(seconds, 1),
         "config": {**asdict(settings), "jobs": jobs, "threads_per_job": 1},
-        "hardware": {"cpu": _cpu(), "logical_cpus": os.cpu_count(), "platform": platform.platform()},
+        "hardware": {
+            "cpu": f"{cpu()} ({torch.backends.cpu.get_cpu_capability()})",
+            "logical_cpus": os.cpu_count(),
+            "platform": platform.platform(),
+        },
         "versions": {
             "lets_kernels": lets_kernels.__version__,
-            "commit": _commit(),
+            "commit": commit(),
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "numpy", "scikit-learn", "matplotlib")},
         },
@@ -154,38 +154,3 @@ def document(trainings: list[Training], settings: Settings, jobs: int, seconds: 
         "summary": [asdict(summary) for summary in summarise(trainings, settings)],
         "runs": [asdict(training) for training in in_order(trainings)],
     }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file in one go, so that no reader sees half of it. NaN and infinity become null."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cpu() -> str:
-    """The processor's name, and the widest instruction set torch uses on it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor() or platform.machine()])[0]} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _commit() -> str | None:
-    """The commit of the source tree of this package, if there is one, with "-dirty" if it was edited since."""
-    root = Path(lets_kernels.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

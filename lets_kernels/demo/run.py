@@ -10,8 +10,9 @@ from rich.console import Console
 from lets_kernels.demo.methods import Settings, Task
 from lets_kernels.demo.plots import write_plot
 from lets_kernels.demo.processes import train_all
-from lets_kernels.demo.report import document, findings, summarise, table, write_json
+from lets_kernels.demo.report import document, findings, summarise, table
 from lets_kernels.demo.train import Training
+from lets_kernels.record import write_json
 
 RESULT = "results.json"
 PLOT = "radius.png"

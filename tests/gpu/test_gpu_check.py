@@ -30,6 +30,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu import ops as bench_ops
 from lets_kernels import ops
+from lets_kernels.bench.shapes import numel
 from lets_kernels.ops import reference
 
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
@@ -166,7 +167,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", shapes.MODELS)
 def test_the_sets_have_the_published_number_of_parameters(name):
     found = shapes.MODELS[name]
-    assert (len(found), shapes.numel(found)) == PUBLISHED[name]
+    assert (len(found), numel(found)) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("millions", [1, 4, 25, 100, 1000])

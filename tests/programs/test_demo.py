@@ -26,6 +26,7 @@ from lets_kernels.demo.methods import ALL, METHODS, OTHERS, RADII, STARTS, Metho
 from lets_kernels.demo.model import small_cnn
 from lets_kernels.demo.train import train
 from lets_kernels.methods import catalogue
+from lets_kernels.record import write_json
 from support.inside import progress
 
 TIMES = {"step_ms", "optimizer_ms"}
@@ -458,6 +459,6 @@ def test_missing_packages_are_named_with_the_way_out(tmp_path, monkeypatch, caps
 
 
 def test_json_has_null_where_a_number_is_not_finite(tmp_path):
-    report.write_json(tmp_path / "x.json", {"losses": [1.5, math.nan], "deep": {"rho": math.inf}})
+    write_json(tmp_path / "x.json", {"losses": [1.5, math.nan], "deep": {"rho": math.inf}})
     assert json.loads((tmp_path / "x.json").read_text()) == {"losses": [1.5, None], "deep": {"rho": None}}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import common
 from benchmarks.experiments.batched.nets import train
 from benchmarks.experiments.batched.rules import ADAPTIVE_REFERENCES, OURS, RAMPS, REFERENCES, VARIANTS, Rules
 from benchmarks.experiments.batched.table import markdown
 from benchmarks.experiments.batched.tasks import EIGHT, FOUR, HARD, TASKS, Task
 from lets_kernels import AutoConstants
+from lets_kernels.bench.clock import threads
+from lets_kernels.record import environment
 
 FOLDER = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2, 3, 4)
@@ -92,11 +93,11 @@ def run(cases: list[Case], path: Path, console: Console) -> dict[str, Any]:
     kept = json.loads(path.read_text())["cases"] if path.exists() else []
     finished = {(entry["part"], entry["task"]): entry for entry in kept}
     left = [c for c in cases if finished.get((c.part, c.name), {}).get("settings") != c.settings]
-    content = {"seeds": SEEDS, "environment": {**common.environment(), "threads": 1}, "cases": kept}
+    content = {"seeds": SEEDS, "environment": {**environment(), "threads": 1}, "cases": kept}
     if not left:
         return json.loads(path.read_text())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with common.threads(1), Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with threads(1), Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("", total=len(left))
         for case in left:
             progress.update(bar, description=f"{case.part}: {case.name}")

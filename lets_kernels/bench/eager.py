@@ -1,14 +1,19 @@
-"""The alternatives: SAM and LETS in eager PyTorch, as people write them and as well as it can be written.
+"""The alternatives: SAM in eager PyTorch, as people write it and as well as it can be written.
 
 Every class has ``params``, ``first_step()`` and ``second_step()``; gradients are read from ``p.grad``.
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 Base = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+
+
+def gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    return [cast(Tensor, p.grad) for p in params]
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -33,11 +38,12 @@ class PerTensor:
 
     @torch.no_grad()
     def first_step(self) -> None:
-        norm = total_norm([(p.abs() if self.adaptive else 1.0) * p.grad for p in self.params])
+        grads = gradients(self.params)
+        norm = total_norm([(p.abs() if self.adaptive else 1.0) * g for p, g in zip(self.params, grads, strict=True)])
         scale = self.rho / (norm + 1e-12)
-        for p in self.params:
+        for p, g in zip(self.params, grads, strict=True):
             self.old[p] = p.data.clone()
-            e_w = (torch.pow(p, 2) if self.adaptive else 1.0) * p.grad * scale.to(p)
+            e_w = (torch.pow(p, 2) if self.adaptive else 1.0) * g * scale.to(p)
             p.add_(e_w)
 
     @torch.no_grad()
@@ -56,7 +62,7 @@ class Foreach:
 
     @torch.no_grad()
     def first_step(self) -> None:
-        data, grads = [p.data for p in self.params], [p.grad for p in self.params]
+        data, grads = [p.data for p in self.params], gradients(self.params)
         if self.adaptive:
             scaled = torch._foreach_mul(data, grads)  # ‖|θ| g‖ = ‖θ g‖
             scale = float(self.rho / (foreach_total_norm(scaled) + 1e-12))
@@ -74,13 +80,33 @@ class Foreach:
 
 
 class ForeachSwap(Foreach):
-    """As :class:`Foreach`, but the restore exchanges pointers and moves nothing; ``p.data_ptr()`` alternates."""
+    """Nothing is saved and nothing restored: θ + ε is written into a second list of tensors, to which ``p.data`` points
+    for the second pass, and back. ``p.data_ptr()`` changes twice a step, which parameters that are sharded, flattened
+    or captured in a graph do not allow. On a CPU a call a tensor is what a foreach call does as well.
+    """
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        data, grads = [p.data for p in self.params], gradients(self.params)
+        if self.adaptive:
+            along = torch._foreach_mul(data, grads)
+            scale = float(self.rho / (foreach_total_norm(along) + 1e-12))
+            for p, x, moved in zip(data, along, self.saved, strict=True):
+                torch.addcmul(p, x, p, value=scale, out=moved)
+        else:
+            scale = float(self.rho / (foreach_total_norm(grads) + 1e-12))
+            for p, g, moved in zip(data, grads, self.saved, strict=True):
+                torch.add(p, g, alpha=scale, out=moved)
+        self._exchange()
 
     @torch.no_grad()
     def second_step(self) -> None:
+        self._exchange()
+        self.base.step()
+
+    def _exchange(self) -> None:
         for i, p in enumerate(self.params):
             p.data, self.saved[i] = self.saved[i], p.data
-        self.base.step()
 
 
 class Compiled:
@@ -106,62 +132,8 @@ class Compiled:
 
     @torch.no_grad()
     def first_step(self) -> None:
-        self._first(self.params, [p.grad for p in self.params], self.saved)
+        self._first(self.params, gradients(self.params), self.saved)
 
     @torch.no_grad()
     def second_step(self) -> None:
-        self._second(self.params, [p.grad for p in self.params], self.saved, self.momenta)
-
-
-# ---- LETS: the gradient in the radius --------------------------------------------------------------------------------
-
-
-def rho_grad(
-    val: Sequence[Tensor],
-    train: Sequence[Tensor],
-    perturbed: Sequence[Tensor],
-    direction: Sequence[Tensor],
-) -> Tensor:
-    """(ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ε̂, one expression a tensor."""
-    rows = zip(val, train, perturbed, direction, strict=True)
-    return sum(((gv - gt) * gh**2 * e).sum() for gv, gt, gh, e in rows)  # type: ignore[return-value]
-
-
-def unit_direction(grads: Sequence[Tensor], scales: Sequence[Tensor | float]) -> list[Tensor]:
-    """ε̂ = T²g/‖Tg‖, one tensor a parameter."""
-    norm = total_norm([t * g for t, g in zip(scales, grads, strict=True)])
-    return [t**2 * g / norm for t, g in zip(scales, grads, strict=True)]
-
-
-def foreach_rho_grad(
-    val: Sequence[Tensor],
-    train: Sequence[Tensor],
-    perturbed: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    scales: Sequence[Tensor] | None,
-) -> Tensor:
-    """As :func:`rho_grad` of :func:`unit_direction`, in place wherever it can be; ``scales`` None: T = 1."""
-    product = torch._foreach_sub(list(val), list(train))
-    torch._foreach_mul_(product, list(perturbed))
-    torch._foreach_mul_(product, list(perturbed))
-    scaled = list(grads) if scales is None else torch._foreach_mul(list(scales), list(grads))
-    torch._foreach_mul_(product, scaled)
-    if scales is not None:
-        torch._foreach_mul_(product, list(scales))
-    return torch.stack([x.sum() for x in product]).sum() / foreach_total_norm(scaled)
-
-
-def rho_grad_secant(
-    val: Sequence[Tensor], train: Sequence[Tensor], perturbed: Sequence[Tensor], first: Sequence[Tensor]
-) -> Tensor:
-    """(ḡ_vl − ḡ_tr)ᵀ(ĝ − g), one expression a tensor."""
-    rows = zip(val, train, perturbed, first, strict=True)
-    return sum(((gv - gt) * (gh - g)).sum() for gv, gt, gh, g in rows)  # type: ignore[return-value]
-
-
-def foreach_rho_grad_secant(
-    val: Sequence[Tensor], train: Sequence[Tensor], perturbed: Sequence[Tensor], first: Sequence[Tensor]
-) -> Tensor:
-    product = torch._foreach_sub(list(val), list(train))
-    torch._foreach_mul_(product, torch._foreach_sub(list(perturbed), list(first)))
-    return torch.stack([x.sum() for x in product]).sum()
+        self._second(self.params, gradients(self.params), self.saved, self.momenta)
