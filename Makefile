@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CSRC = $(shell find csrc tests/emulator tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz sequences mutants sanitize trust bench experiments wheel gpu-check lint format clean
+.PHONY: help build demo test fuzz sequences mutants sanitize trust bench bench-compare experiments wheel gpu-check lint format clean
 
 help:    ## these targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
@@ -28,6 +28,9 @@ sequences: build    ## hundreds of random sequences of calls, and of calls of op
 
 mutants: build    ## take the formulas apart one by one: does a test go red each time? Writes tests/results/mutants.json
 	$(PY) tests/mutations/mutants.py $(ARGS)
+
+bench-compare: build    ## host time of a step at the revision BASE and here, interleaved; BASE=main ARGS="--out FILE"
+	$(PY) benchmarks/two_trees.py --base $(or $(BASE),$(error BASE=<revision> is missing)) $(ARGS)
 
 bench: build    ## the benchmarks; ARGS="--save-results --wait 20" writes benchmarks/results
 	$(PY) -m pytest benchmarks -q $(ARGS)
