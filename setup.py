@@ -35,8 +35,8 @@ def warn_without_kernels():
         print(
             f"\n{'*' * 100}\n"
             f"  lets_kernels is set up WITHOUT compiled kernels:\n    {CPU}\n"
-            "  It works, on its slower reference backend. For the fast one, install g++ and Python's headers,\n"
-            "  then install lets_kernels again. 'python -m lets_kernels' shows what runs.\n"
+            "  It works all the same, but slower, by PyTorch's own functions. For the kernels, install g++ and\n"
+            "  Python's headers, then install lets_kernels again. 'python -m lets_kernels' shows what runs.\n"
             f"{'*' * 100}\n",
             file=sys.stderr,
         )

@@ -77,7 +77,8 @@ def pytest_sessionfinish():
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         ops = metafunc.definition.get_closest_marker("ops") is not None
-        metafunc.parametrize("backend", targets(ops), indirect=True)
+        own = metafunc.definition.get_closest_marker("own") is not None
+        metafunc.parametrize("backend", targets(ops, own), indirect=True)
 
 
 @pytest.fixture

@@ -19,18 +19,20 @@ import os
 
 import torch
 
-from lets_kernels.ops import reference
+from lets_kernels.ops import foreach, reference
 from lets_kernels.ops.declared import Backend
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+NAMES = ("cuda", "triton", "cpu", "foreach", "reference")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ENVIRONMENT = "LETS_KERNELS_BACKEND"
 
 
 def _load(name: str) -> tuple[Backend | None, str]:
     """The backend's module (None if it cannot run here) and the reason in words."""
+    if name == "foreach":
+        return foreach, "PyTorch's foreach and fused functions, any device"
     if name == "reference":
-        return reference, "plain PyTorch, any device"
+        return reference, "the formulas in plain PyTorch, any device"
     if name == "triton":
         try:
             triton = importlib.import_module("lets_kernels.ops.triton")
@@ -110,7 +112,7 @@ def refusal(name: str, device: torch.device) -> str | None:
 
 def automatic(device: torch.device) -> tuple[str, ...]:
     """The backends that backend="auto" tries for parameters on ``device``, the fastest first."""
-    return ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference")
+    return ("cpu", "foreach") if device.type == "cpu" else ("cuda", "triton", "foreach")
 
 
 def choose(requested: str, device: torch.device) -> tuple[str, Backend]:
@@ -124,7 +126,7 @@ def choose(requested: str, device: torch.device) -> tuple[str, Backend]:
     if requested == "auto":
         requested = next(name for name in automatic(device) if refusal(name, device) is None)
     elif reason := refusal(requested, device):
-        raise RuntimeError(f"backend {requested!r} does not run here: {reason}; use 'auto' or 'reference'")
+        raise RuntimeError(f"backend {requested!r} does not run here: {reason}; use 'auto' or 'foreach'")
     module = load(requested)[0]
     assert module is not None
     return requested, module

@@ -18,6 +18,7 @@ from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.samples import Pass
 from lets_kernels.space.buckets import Bucket, Runs
 from lets_kernels.space.layout import ParameterSpace
+from lets_kernels.step.fallback import warn_without_kernels
 from lets_kernels.step.precision import warn_of_narrow
 from lets_kernels.step.setting import Setting
 
@@ -58,6 +59,7 @@ class Tables:
             )
             self._check_ranks(space)
             self.narrow = warn_of_narrow(space.buckets)
+            warn_without_kernels(setting.backend, space.buckets)
             self.space, self.precision = space, {}
             self._move_scalars(space.buckets)
         return self.space

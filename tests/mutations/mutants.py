@@ -42,7 +42,15 @@ def _pytest(root, tests, output):
     own = [path for path in sys.path if not path.startswith(str(ROOT / "tests"))]
     sys.path[:] = [str(root), *own, str(root / "tests" / "mutations")]  # spawned ranks import this file by its path
     sys.dont_write_bytecode = True
-    for name in ("mutants", "mutants_table", "mutants_reference", "mutants_kernels", "mutants_parts", "mutants_radii"):
+    for name in (
+        "mutants",
+        "mutants_table",
+        "mutants_foreach",
+        "mutants_reference",
+        "mutants_kernels",
+        "mutants_parts",
+        "mutants_radii",
+    ):
         sys.modules.pop(name, None)
     status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]))
     found = getattr(sys.modules.get("lets_kernels"), "__file__", "nothing")

@@ -6,6 +6,7 @@ nothing, and one that computes the same is none.
 
 from typing import NamedTuple
 
+import mutants_foreach
 import mutants_kernels
 import mutants_parts
 import mutants_radii
@@ -31,6 +32,7 @@ DIRECTED = "tests/methods/test_methods.py -k 'reference and (every_method or dia
 #: file, tests, and pairs of text and replacement; a pair may have tests of its own.
 GROUPS = [
     *mutants_reference.GROUPS,
+    *mutants_foreach.GROUPS,
     *mutants_kernels.GROUPS,
     *mutants_parts.GROUPS,
     *mutants_radii.GROUPS,

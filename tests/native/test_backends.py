@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import torch
 import lets_kernels
 from lets_kernels import __main__ as command
 from lets_kernels import ops
+from lets_kernels.step import fallback
 from support.inside import space
+
+CUDA, CPU, XPU = torch.device("cuda", 0), torch.device("cpu"), torch.device("xpu", 0)
 
 
 def optimizer(**options):
@@ -19,13 +23,13 @@ def optimizer(**options):
 
 def test_every_backend_says_what_it_is_or_why_it_does_not_run():
     found = lets_kernels.backends()
-    assert tuple(found) == ("cuda", "triton", "cpu", "reference")
+    assert tuple(found) == ("cuda", "triton", "cpu", "foreach", "reference")
     assert found["reference"].startswith("available: ")
     assert found["cpu"].startswith("available: compiled C++, instruction set ")
     assert all(reason.startswith(("available: ", "not available: ")) for reason in found.values())
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["cpu", "foreach", "reference"])
 def test_a_backend_is_taken_by_argument_and_by_environment(name, monkeypatch):
     def taken(opt):
         opt.param_groups[0]["params"][0].grad = torch.ones(3)
@@ -48,7 +52,7 @@ def test_an_argument_beats_the_environment(monkeypatch):
 
 
 def test_unknown_and_impossible_backends_say_why():
-    with pytest.raises(ValueError, match="choose one of auto, cuda, triton, cpu, reference"):
+    with pytest.raises(ValueError, match="choose one of auto, cuda, triton, cpu, foreach, reference"):
         optimizer(backend="cpp")
     with pytest.raises(RuntimeError, match=r"backend='cuda' does not run here: .*backend='auto'"):
         optimizer(backend="cuda")
@@ -56,25 +60,63 @@ def test_unknown_and_impossible_backends_say_why():
         ops.choose("cpu", torch.device("meta"))
 
 
-def test_without_the_extension_the_package_runs_on_the_reference_and_says_so():
-    """In a process in which lets_kernels._C cannot be imported, as after an install without a compiler."""
-    program = (
-        "import sys; sys.modules['lets_kernels._C'] = None\n"
-        "import torch, lets_kernels\n"
-        "p = torch.ones(3, requires_grad=True)\n"
-        "opt = lets_kernels.SAM([p], torch.optim.SGD, lr=0.1)\n"
-        "def closure():\n"
-        "    opt.zero_grad(); loss = (p ** 2).sum(); loss.backward(); return loss\n"
-        "opt.step(closure)\n"
-        "assert p[0] < 1\n"
-        "print(opt.backend)\n"
-        "print(lets_kernels.backends()['cpu'])\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    backend, reason = result.stdout.splitlines()
-    assert backend == "reference"
+WITHOUT = (
+    "import sys; sys.modules['lets_kernels._C'] = None\n"
+    "import torch, lets_kernels\n"
+    "def trained(**options):\n"
+    "    p = torch.ones(3, requires_grad=True)\n"
+    "    opt = lets_kernels.SAM([p], torch.optim.SGD, lr=0.1, **options)\n"
+    "    def closure():\n"
+    "        opt.zero_grad(); loss = (p ** 2).sum(); loss.backward(); return loss\n"
+    "    opt.step(closure)\n"
+    "    assert p[0] < 1\n"
+    "    print(opt.backend)\n"
+)
+
+
+def without_the_extension(program, **environment):
+    """The program in a process in which lets_kernels._C cannot be imported, as after an install without a compiler."""
+    command = [sys.executable, "-c", WITHOUT + program]
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines(), result.stderr
+
+
+def test_without_the_extension_the_package_runs_on_torch_s_functions_and_says_so_once():
+    program = "trained(); trained()\nprint(lets_kernels.backends()['cpu'])\n"
+    (*backends, reason), warned = without_the_extension(program, PYTHONWARNINGS="always")
+    assert backends == ["foreach"] * 2
     assert reason.startswith("not available: the compiled extension lets_kernels._C could not be imported")
     assert "LETS_KERNELS_CPU=1" in reason
+    assert warned.count("UserWarning: no compiled kernels run here: the steps of parameters on cpu go through") == 1
+    assert "backend='foreach' asks for them" in warned and "reinstall with a C++ compiler" in warned
+
+
+def test_who_asks_for_torch_s_functions_or_the_reference_is_not_warned():
+    program = "trained(backend='foreach'); trained(backend='reference')\n"
+    assert without_the_extension(program, PYTHONWARNINGS="error") == (["foreach", "reference"], "")
+    environment = {"PYTHONWARNINGS": "error", "LETS_KERNELS_BACKEND": "foreach"}
+    assert without_the_extension("trained()\n", **environment) == (["foreach"], "")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_a_gpu_without_kernels_is_named_with_the_reasons_of_each_backend(kind, monkeypatch):
+    reasons = {"cuda": "built without nvcc", "triton": "No module named 'triton'"}
+    monkeypatch.setattr(ops, "load", lambda name: (ops.foreach, "") if name == "foreach" else (None, reasons[name]))
+    monkeypatch.setattr(fallback, "_said", set())
+    bucket = SimpleNamespace(backend="foreach", device=torch.device(kind, 0), params=[torch.ones(1)])
+    with pytest.warns(
+        UserWarning, match=f"on {kind}:0 .*; cuda: built without nvcc; triton: No module named 'triton'$"
+    ):
+        fallback.warn_without_kernels("auto", [bucket])
+    fallback.warn_without_kernels("auto", [bucket])  # once a process
+
+
+@pytest.mark.parametrize("change", [{"backend": "cpu"}, {"device": torch.device("meta")}])
+def test_there_is_no_warning_where_kernels_run_or_none_could(change, monkeypatch):
+    monkeypatch.setattr(fallback, "_said", set())
+    bucket = {"backend": "foreach", "device": CPU, "params": [torch.ones(1)]}
+    fallback.warn_without_kernels("auto", [SimpleNamespace(**{**bucket, **change})])
+    assert not fallback._said
 
 
 def test_importing_the_package_downloads_builds_and_probes_nothing():
@@ -128,25 +170,22 @@ class Pretended:
         return self._refuses
 
 
-CUDA, CPU, XPU = torch.device("cuda", 0), torch.device("cpu"), torch.device("xpu", 0)
-
-
 @pytest.mark.parametrize(
     ("found", "device", "expected"),
     [
         ({"cuda": Pretended(), "triton": Pretended()}, CUDA, "cuda"),
         ({"cuda": Pretended("built for others"), "triton": Pretended()}, CUDA, "triton"),
         ({"triton": Pretended()}, CUDA, "triton"),
-        ({"cuda": Pretended()}, XPU, "reference"),
+        ({"cuda": Pretended()}, XPU, "foreach"),
         ({"cuda": Pretended(), "triton": Pretended()}, XPU, "triton"),
-        ({}, CUDA, "reference"),
+        ({}, CUDA, "foreach"),
         ({"cuda": Pretended(), "triton": Pretended(), "cpu": Pretended()}, CPU, "cpu"),
-        ({"triton": Pretended(interpreted=True)}, CPU, "reference"),
-        ({"cpu": Pretended()}, torch.device("meta"), "reference"),
+        ({"triton": Pretended(interpreted=True)}, CPU, "foreach"),
+        ({"cpu": Pretended()}, torch.device("meta"), "foreach"),
     ],
 )
 def test_the_fastest_backend_that_runs_on_a_device_is_taken(found, device, expected, monkeypatch):
-    modules = {"reference": (ops.reference, ""), **{name: (module, "") for name, module in found.items()}}
+    modules = {"foreach": (ops.foreach, ""), **{name: (module, "") for name, module in found.items()}}
     monkeypatch.setattr(ops, "load", lambda name: modules.get(name, (None, "not here")))
     assert ops.choose("auto", device)[0] == expected
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import calls
-from lets_kernels.ops import declared, reference
+from lets_kernels.ops import declared, foreach, reference
 from support import emulated
 
 toolchain = emulated.toolchain
@@ -57,6 +57,13 @@ def test_the_reference_has_the_op_and_says_what_it_is(op):
     function = getattr(reference, op.name)
     assert list(inspect.signature(function).parameters) == [a.name for a in op.arguments]
     assert len(inspect.getdoc(function) or "") > 60
+
+
+@pytest.mark.parametrize("op", declared.OPS, ids=NAMES)
+def test_foreach_has_the_op_itself_or_the_reference_s(op):
+    function = getattr(foreach, op.name)
+    assert list(inspect.signature(function).parameters) == [a.name for a in op.arguments]
+    assert function is getattr(reference, op.name) or function.__module__.startswith("lets_kernels.ops.foreach.")
 
 
 @pytest.mark.parametrize("annotation", ["Tensorss", "Written[Tensor]", "list[Tensor]", "Tensors | int"])

@@ -5,7 +5,7 @@ import torch
 
 from support.op_arguments import WRITES, arguments, overload
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.own]
 
 SIZELESS = ("dirty", "updates")  # what an op writes that has no place in a run
 

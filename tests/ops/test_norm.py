@@ -6,7 +6,7 @@ import torch
 from support import oracle
 from support.guard_bands import DTYPES, LAYOUTS, U64, Bucket, Run, arithmetic, assert_within, guarded, same_bits
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.own]
 XI = 0.01
 SCALES = ("plain", "element", "filter")
 
@@ -99,7 +99,9 @@ def test_filter_norms_of_every_layout(backend, layout, form, dtype):
     out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     guard = 8
     out = torch.full((guard + bucket.filter_count + guard,), torch.nan, dtype=out_dtype)
-    backend.filter_norms(bucket.give(thetas, form), bucket.table, out[guard : guard + bucket.filter_count])
+    params = bucket.give(thetas, form)
+    backend.filter_norms(params, bucket.table, out[guard : guard + bucket.filter_count])
+    assert same_bits(bucket.read(params), [t.to(dtype) for t in thetas]), "a weight was written to"
     expected = torch.full((bucket.filter_count,), torch.nan, dtype=torch.float64)
     expected = oracle.filter_norms(thetas, bucket.table, expected)
     assert bool(out[:guard].isnan().all()) and bool(out[-guard:].isnan().all())

@@ -54,6 +54,7 @@ def check_secant(backend, bucket, forms=("list",) * 4, with_train=True):
     return actual
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -75,6 +76,7 @@ def test_secant_on_every_layout(backend, layout, dtype):
     check_secant(backend, Bucket(LAYOUTS[layout], dtype))
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_train", [True, False])
 @pytest.mark.parametrize("forms", [("list",) * 4, ("flat",) * 4, ("list", "list", "list", "flat")])
@@ -101,6 +103,7 @@ def test_rho_gradients_are_the_same_bits_for_every_thread_count_and_form(backend
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+@pytest.mark.own
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("where", range(4))
 def test_a_non_finite_gradient_shows_in_the_result(backend, where, bad):

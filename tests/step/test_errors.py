@@ -132,7 +132,7 @@ def test_an_environment_that_asks_for_what_is_not_there_is_an_error(monkeypatch)
 
 def test_backends_say_in_words_what_runs_and_why_the_rest_does_not():
     report = lk.backends()
-    assert list(report) == ["cuda", "triton", "cpu", "reference"]
+    assert list(report) == ["cuda", "triton", "cpu", "foreach", "reference"]
     assert report["reference"].startswith("available")
     for words in report.values():
         assert words.startswith(("available: ", "not available: ")) and len(words.split(": ", 1)[1]) > 5

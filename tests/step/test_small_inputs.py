@@ -379,6 +379,7 @@ BUILT = {
     "rmsprop": lambda net: lk.ASAM(net.parameters(), torch.optim.RMSprop, lr=0.01),
     "flat": lambda net: lk.ASAM(net.parameters(), ADAMW, lr=0.01, flatten=True, rho_warmup=3),
     "reference": lambda net: lk.ASAM(net.parameters(), ADAMW, lr=0.01, backend="reference"),
+    "foreach": lambda net: lk.ASAM(net.parameters(), ADAMW, lr=0.01, backend="foreach"),
     "lets": lambda net: lk.LETSSAM(net.parameters(), ADAMW, lr=0.01),
     "lets-reuse": lambda net: lk.LETSSAM(
         net.parameters(), ADAMW, lk.LearnedRadius(0.1, reuse_train_gradient=True, per_group=True), lr=0.01

@@ -1,8 +1,9 @@
 """The backends under test, and proof of which one ran.
 
 The op tests (marked ``ops``) run on every target below; the other tests, which take whole steps on the CPU, on
-``reference`` and ``cpu``. Where there is a GPU the op tests also run there (marked ``gpu``), with unchanged arguments:
-every storage is copied to the device, guard bands and all, and back again.
+``reference`` and ``cpu``. Both run on ``foreach``, too, where it has ops of its own (marked ``own``). Where there is a
+GPU the op tests also run there (marked ``gpu``), with unchanged arguments: every storage is copied to the device, guard
+bands and all, and back again.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from support import emulated
 BACKENDS = ("reference", "cpu")
 MODULES = {
     "reference": "lets_kernels.ops.reference",
+    "foreach": "lets_kernels.ops.foreach",
     "cpu": "lets_kernels.ops.native",
     "emulated": "support.emulated",
     "triton": "lets_kernels.ops.triton",
@@ -50,13 +52,13 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     prepare_once_a_launch()
 
 
-def targets(ops):
-    """pytest parameters for the fixture `backend`: (backend, device)."""
+def targets(ops, own=False):
+    """pytest parameters for the fixture `backend`: (backend, device); own: what foreach does itself is tested."""
     if not ops:
-        return [pytest.param((name, "cpu"), id=name) for name in BACKENDS]
+        return [pytest.param((name, "cpu"), id=name) for name in (*BACKENDS, *["foreach"] * own)]
     if INTERPRETED:  # a process for that alone: the rest has been tested elsewhere
         return [pytest.param(("triton", "cpu"), id="triton")]
-    found = [pytest.param((name, "cpu"), id=name) for name in (*BACKENDS, "emulated")]
+    found = [pytest.param((name, "cpu"), id=name) for name in (*BACKENDS, *["foreach"] * own, "emulated")]
     if torch.cuda.is_available():
         found += [pytest.param((n, "cuda"), id=f"{n}-gpu", marks=GPU) for n in ("cuda", "triton", "reference")]
     return found
@@ -119,8 +121,8 @@ class Backend:
         """Asserts that the optimizer steps inside ran these compiled operators (reference: none at all)."""
         with Recorder() as recorder:
             yield
-        if self.name == "reference":
-            assert recorder.ops == [], f"the reference ran {sorted(set(recorder.ops))}"
+        if self.name in ("reference", "foreach"):
+            assert recorder.ops == [], f"{self.name} ran {sorted(set(recorder.ops))}"
         else:
             assert set(expected) <= set(recorder.ops), f"{expected} expected, {sorted(set(recorder.ops))} ran"
 
