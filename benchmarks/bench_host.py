@@ -45,9 +45,12 @@ def test_host(benchmark, rounds, report):
         "lets_kernels, check_finite=False": ours(check_finite=False),
         "lets_kernels, flatten=True": ours(flatten=True),
         "lets_kernels, flatten=True, check_finite=False": ours(flatten=True, check_finite=False),
+        "lets_kernels, backend='foreach'": ours(backend="foreach"),
+        "lets_kernels, backend='foreach', check_finite=False": ours(backend="foreach", check_finite=False),
         "lets_kernels, backend='reference'": ours(backend="reference"),
         "per tensor": theirs(eager.PerTensor),
         "foreach": theirs(eager.Foreach),
+        "foreach, swapped": theirs(eager.ForeachSwap),
     }
     first, second = normal(TINY, 0.01, 1), normal(TINY, 0.01, 2)
 

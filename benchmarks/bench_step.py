@@ -169,6 +169,8 @@ def test_sgd(passes, benchmark, rounds, report, request):
         "lets_kernels": ours(),
         "lets_kernels, check_finite=False": ours(check_finite=False),
         "lets_kernels, flatten=True": ours(flatten=True),
+        "lets_kernels, backend='foreach'": ours(backend="foreach"),
+        "lets_kernels, backend='foreach', check_finite=False": ours(backend="foreach", check_finite=False),
         "per tensor": lambda: eager.PerTensor(weights(), base(), RHO),
         "per tensor, SGD not fused": lambda: eager.PerTensor(weights(), base(False), RHO),
         "foreach": lambda: eager.Foreach(weights(), base(), RHO),
@@ -189,6 +191,7 @@ def test_adaptive(passes, benchmark, rounds, report):
     makers = {
         "reference": ours(backend="reference"),
         "lets_kernels": ours(),
+        "lets_kernels, backend='foreach'": ours(backend="foreach"),
         "per tensor": lambda: eager.PerTensor(weights(), base, RHO, adaptive=True),
         "foreach": lambda: eager.Foreach(weights(), base, RHO, adaptive=True),
         "foreach, swapped": lambda: eager.ForeachSwap(weights(), base, RHO, adaptive=True),
@@ -206,6 +209,7 @@ def test_adamw(passes, benchmark, rounds, report):
     makers = {
         "reference": ours(backend="reference"),
         "lets_kernels": ours(),
+        "lets_kernels, backend='foreach'": ours(backend="foreach"),
         "per tensor": lambda: eager.PerTensor(weights(), base, RHO),
         "foreach": lambda: eager.Foreach(weights(), base, RHO),
         "foreach, swapped": lambda: eager.ForeachSwap(weights(), base, RHO),
