@@ -22,7 +22,7 @@ from lets_kernels.bench.compare import error
 from lets_kernels.bench.shapes import normal
 from lets_kernels.ops import reference
 from lets_kernels.parts.direction import Adaptive, Direction, Gradient
-from lets_kernels.space.buckets import Bucket
+from lets_kernels.space.buckets import Bucket, Member
 
 native = pytest.importorskip("lets_kernels.ops.native", reason="the compiled extension is what is measured here")
 
@@ -56,8 +56,8 @@ class Work:
         self.g = normal(SHAPES, 0.01, 1, dtype)
         part = DIRECTIONS[direction]()
         options = {"adaptive": True, "xi": XI}
-        names = [None] * len(self.params)
-        self.bucket = Bucket(self.params, names, 0, 0, options, part.geometry, "cpu", False)
+        members = [Member(p, None, 0, place) for place, p in enumerate(self.params)]
+        self.bucket = Bucket(members, 0, [options], part.geometry, "cpu", False)
         self.table = self.bucket.table(tuple(range(len(self.params))))
         self.norms = self.bucket.filter_norms
         if self.norms is not None:

@@ -9,7 +9,8 @@
 //     int64_t* const dirty;       // Written[Count]
 //     restore_(Where where, const Tensors& params, const Tensor& saved, const Tensor& dirty, const Tensor& table);
 //     chunk_of::restore_ at(const Chunk& c, bool nontemporal) const;                               // for a CPU kernel
-//     launch_of::restore_ launched(const cuda::Run* runs, void* queue, double* sums) const;        // for a CUDA kernel
+//     launch_of::restore_ launched(const cuda::Run* runs, const Each* each, void* queue, double* sums) const;  // CUDA
+//     Each each(int64_t i) const;                                 // what a CUDA kernel gets of run i beside addresses
 //     void addresses(int64_t i, char** to) const;                                                  // of run i
 //   };
 #pragma once
@@ -34,8 +35,9 @@ template <class C>
 void check(const C& c) {
   if constexpr (requires { c.q; }) STD_TORCH_CHECK(c.q >= 1, "q must be at least 1, not ", c.q);
   if constexpr (requires { c.momenta; })
-    STD_TORCH_CHECK(c.table.total() == 0 || c.momenta.empty() == (c.momentum == 0),
-                    "momenta go with a momentum that is not zero");
+    for (int64_t i = 0; i < c.table.size(); ++i)
+      STD_TORCH_CHECK(c.table.total() == 0 || c.momenta.empty() == (c.momentum.at(i) == 0),
+                      "momenta go with a momentum that is not zero");
   if constexpr (requires { c.share; })
     STD_TORCH_CHECK(c.mask || (c.share > 0 && c.share <= 1), "share must be above 0 and at most 1, not ", c.share);
   if constexpr (requires { c.member; }) check_mask_value(c.member, -1, "member");

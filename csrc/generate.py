@@ -18,7 +18,14 @@ namespace lets {{
 
 namespace cuda {{
 struct Run;
-}}
+// What a kernel gets of each run beside its addresses: how T scales it, or the op's own numbers, or nothing.
+struct Scaled {{
+  int64_t filter_length, filter_count;  // as in the run table
+  const void* norms;                    // the run's filter norms, or null
+  double xi;
+}};
+struct Nothing {{}};
+}}  // namespace cuda
 
 // filter_length of a run that has no filters.
 constexpr int64_t kFisher = {FISHER}, kUnscaled = {UNSCALED}, kElementWise = {ELEMENT_WISE};
@@ -65,9 +72,12 @@ void implement(Library& m) {{
 # The kinds that come as a list of tensors; those that are lists of the size of a parameter.
 LISTS, RUNS = ("Tensors", "MaybeTensors", "Steps", "Numbers"), ("Tensors", "MaybeTensors", "Flat")
 # Names in the generated code that an argument would hide. A table and a stream are called as their kind.
-TAKEN = {"addresses", "at", "c", "check", "count", "draw", "draws", "dtype", "i", "launched", "lists", "nontemporal"}
-TAKEN |= {"numel", "on", "position", "queue", "runs", "scaling", "size_t", "stream", "sums", "table", "to", "where"}
+TAKEN = {"addresses", "at", "c", "check", "count", "draw", "draws", "dtype", "each", "i", "launched", "lists"}
+TAKEN |= {"nontemporal", "numel", "on", "position", "queue", "runs", "s", "scaling", "size_t", "stream", "sums"}
+TAKEN |= {"table", "to", "where"}
 PLAIN = {"float": "double", "int": "int64_t", "bool": "bool", "Stream": "int64_t"}
+#: The kinds whose argument is no tensor, or one that says nothing of the device.
+NO_PLACE = (*PLAIN, *LISTS, "PerRun", "Table")
 
 
 def declaration():
@@ -83,6 +93,8 @@ def _parameter(a):
     """An argument as torch passes it."""
     if a.kind in PLAIN:
         return f"{PLAIN[a.kind]} {a.name}"
+    if a.kind == "PerRun":
+        return f"const std::vector<double>& {a.name}"
     if a.kind in LISTS:
         return f"const Tensors& {a.name}"
     return f"const std::optional<Tensor>& {a.name}" if a.optional else f"const Tensor& {a.name}"
@@ -99,10 +111,12 @@ def _member(op, a):
     if kind == "FilterNorms" and a.written:
         return "const Scalings scaling", f'scaling(Call::table, {name}, dtype, where, "{name}")'
     if kind == "FilterNorms":  # without xi filters alone count
-        of = f"params, {name}, dtype, xi" if {"params", "xi"} <= has else f"{name}, dtype"
+        of = f"params, {name}, dtype, this->xi" if {"params", "xi"} <= has else f"{name}, dtype"
         return "const Scalings scaling", f"scaling(Call::table, {of}, where)"
     if kind in PLAIN:
         return f"const {PLAIN[kind]} {name}", f"{name}({name})"
+    if kind in ("PerRun", "Radii"):
+        return f"const {kind} {name}", f'{name}({name}, Call::table, {"where, " * (kind == "Radii")}"{name}")'
     type, check = {
         "Mask": (
             "uint8_t* const",
@@ -129,6 +143,8 @@ def _chunk(a):
         "FilterNorms": [("Scaling scaling", "scaling.at(c)")],
         "Mask": [(f"{constant}uint8_t* {name}", f"{name} ? {name} + position_of(c) : nullptr")],
         "Number": [(f"double {name}", f"*{name}")],
+        "Radii": [(f"double {name}", f"*{name}.at(c.run)")],
+        "PerRun": [(f"double {name}", f"{name}.at(c.run)")],
         "Count": [(f"int64_t {name}", f"*{name}")],
         "Coefficients": [(f"const double* {name}", name)],
         "Random": [
@@ -153,14 +169,26 @@ def _address(a):
     if a.kind in RUNS:
         return f"{a.name}.run(i)"
     return {
+        "Radii": f"reinterpret_cast<char*>(const_cast<double*>({a.name}.at(i)))",
         "Mask": f"reinterpret_cast<char*>({a.name} ? {a.name} + Call::table[i].start : nullptr)",
         "Steps": f"reinterpret_cast<char*>({a.name}[size_t(i)])",
     }.get(a.kind)
 
 
-def _struct(op, fields):
+def _each(op):
+    """What a CUDA kernel gets of each run beside its addresses: the type, its declaration, and how run `i` fills it."""
+    numbers = [a.name for a in op.arguments if a.kind == "PerRun"]
+    if any(a.kind == "FilterNorms" for a in op.arguments):
+        assert numbers in ([], ["xi"]), "a kernel has no place for other numbers of a run whose T it knows"
+        return "using Each = cuda::Scaled", "{s.filter_length, s.filter_count, s.norms, s.xi}"
+    if numbers:
+        return f"struct Each {{ double {', '.join(numbers)}; }}", f"{{{', '.join(f'{n}.at(i)' for n in numbers)}}}"
+    return "using Each = cuda::Nothing", "{}"
+
+
+def _struct(op, fields, begin=""):
     body = "".join(f"  {field};\n" for field, _ in fields)
-    return f"// {op.doc}\nstruct {op.name} {{\n{body}}};"
+    return f"// {op.doc}\nstruct {op.name} {{\n{begin}{body}}};"
 
 
 def _filled(fields):
@@ -170,8 +198,8 @@ def _filled(fields):
 def _fields(op):
     """Those of a chunk, and those of a launch."""
     chunk = [("Dtype dtype", "dtype"), ("int64_t numel", "c.numel"), ("bool nontemporal", "nontemporal")]
-    launch = [("Dtype dtype", "dtype"), ("const cuda::Run* runs", "runs"), ("int64_t count", "Call::table.size()")]
-    launch += [("void* stream", "queue"), ("double* sums", "sums")]
+    launch = [("Dtype dtype", "dtype"), ("const cuda::Run* runs", "runs"), ("const Each* each", "each")]
+    launch += [("int64_t count", "Call::table.size()"), ("void* stream", "queue"), ("double* sums", "sums")]
     return (
         chunk + [field for a in op.arguments for field in _chunk(a)],
         launch + [field for a in op.arguments for field in _launch(a)],
@@ -180,7 +208,9 @@ def _fields(op):
 
 def _call(op):
     parameters = ", ".join(["Where where", *map(_parameter, op.arguments)])
-    members = [_member(op, a) for a in op.arguments if a.kind != "Table"]
+    # Numbers of a run first: a scaling refers to them.
+    ordered = sorted(op.arguments, key=lambda a: a.kind != "PerRun")
+    members = [_member(op, a) for a in ordered if a.kind != "Table"]
     kept = "".join(f"  {member};\n" for member, _ in members)
     checked = ", ".join(check for _, check in members)
     begin = f"// {op.doc}\nstruct {op.name}"
@@ -189,6 +219,8 @@ def _call(op):
     first = next(a.name for a in op.arguments if a.kind in RUNS[:2])
     chunk, launch = _fields(op)
     addresses = [address for address in map(_address, op.arguments) if address]
+    filled = _each(op)[1]
+    scaling = "const Scaling s = scaling.at({i, 0, 0}); " if filled.startswith("{s.") else ""
     return (
         f"{begin} : Call {{\n"
         f"  using Result = {RESULTS[op.result]};\n"
@@ -196,15 +228,17 @@ def _call(op):
         f"  {op.name}({parameters})\n"
         f'      : Call(where, table, {first}, "{first}"), {checked} {{ check(*this); }}\n'
         f"  chunk_of::{op.name} at(const Chunk& c, bool nontemporal) const {{ return {_filled(chunk)}; }}\n"
-        f"  launch_of::{op.name} launched(const cuda::Run* runs, void* queue, double* sums) const "
+        f"  using Each = launch_of::{op.name}::Each;\n"
+        f"  launch_of::{op.name} launched(const cuda::Run* runs, const Each* each, void* queue, double* sums) const "
         f"{{ return {_filled(launch)}; }}\n"
+        f"  Each each([[maybe_unused]] int64_t i) const {{ {scaling}return {filled}; }}\n"
         f"  void addresses(int64_t i, char** to) const {{ "
         f"{' '.join(f'to[{n}] = {address};' for n, address in enumerate(addresses))} }}\n}};"
     )
 
 
 def _boxed(op):
-    tensors = [a.name for a in op.arguments if a.kind not in (*PLAIN, *LISTS, "Table") and not a.optional]
+    tensors = [a.name for a in op.arguments if a.kind not in NO_PLACE and not a.optional]
     lists = [a.name for a in op.arguments if a.kind in LISTS]
     others = f"Tensors{{{tensors[0]}}}" if tensors else lists[-1]
     names = ", ".join(["on.where", *(a.name for a in op.arguments)])
@@ -240,7 +274,7 @@ def headers():
             **{name: getattr(declared, name) for name in ("FISHER", "UNSCALED", "ELEMENT_WISE")},
             ops=" \\\n  ".join(f"X({op.name}, {RESULTS[op.result]})" for op in runs),
             chunks="\n".join(_struct(op, _fields(op)[0]) for op in runs),
-            launches="\n".join(_struct(op, _fields(op)[1]) for op in runs),
+            launches="\n".join(_struct(op, _fields(op)[1], f"  {_each(op)[0]};\n") for op in runs),
         ),
         "calls.h": CALLS.format(
             calls="\n".join(map(_call, declared.OPS)),

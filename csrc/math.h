@@ -160,7 +160,7 @@ LETS_FN PerturbationScale<C> perturbation_scale(double total, double rho, double
   return {length, shrink};
 }
 
-// ---- base optimizers, with the options as the ops have them: `Options` is a struct of declared.h
+// ---- base optimizers: `Numbers` and `Flags` are structs of declared.h with a run's options, by the ops' names
 
 template <class C>
 struct Sgd {
@@ -180,9 +180,9 @@ struct Sgd {
   LETS_FN C step(const Sgd& o, C theta, C g, C& m) { return step(o, theta, g, &m); }
 };
 
-template <class C, class Options>
-LETS_FN Sgd<C> sgd_of(const Options& o) {
-  return {C(o.lr), C(o.momentum), C(o.weight_decay), o.nesterov, o.maximize};
+template <class C, class Numbers, class Flags>
+LETS_FN Sgd<C> sgd_of(const Numbers& o, const Flags& flags) {
+  return {C(o.lr), C(o.momentum), C(o.weight_decay), flags.nesterov, flags.maximize};
 }
 
 template <class C>
@@ -208,10 +208,10 @@ struct Adam {
 // 1 - beta^t
 LETS_FN double bias_correction(double beta, double step) { return 1 - power(beta, step); }
 
-template <class C, class Options>
-LETS_FN Adam<C> adam_of(const Options& o, double bias1, double bias2) {
-  return {o.decoupled ? C(1 - o.lr * o.weight_decay) : C(1),
-          o.decoupled ? C(0) : C(o.weight_decay),
+template <class C, class Numbers, class Flags>
+LETS_FN Adam<C> adam_of(const Numbers& o, const Flags& flags, double bias1, double bias2) {
+  return {flags.decoupled ? C(1 - o.lr * o.weight_decay) : C(1),
+          flags.decoupled ? C(0) : C(o.weight_decay),
           C(o.beta1),
           C(o.beta2),
           C(1 - o.beta1),
@@ -219,11 +219,11 @@ LETS_FN Adam<C> adam_of(const Options& o, double bias1, double bias2) {
           C(o.lr / bias1),
           C(square_root(bias2)),
           C(o.eps),
-          o.maximize};
+          flags.maximize};
 }
 template <class C, class Options>
 LETS_FN Adam<C> adam_of(const Options& o, double step) {
-  return adam_of<C>(o, bias_correction(o.beta1, step), bias_correction(o.beta2, step));
+  return adam_of<C>(o, o, bias_correction(o.beta1, step), bias_correction(o.beta2, step));
 }
 
 // Lion (Chen et al., 2023, Algorithm 2): the step is the sign of one average of m and g, the new m is another.
@@ -238,8 +238,8 @@ struct Lion {
   }
 };
 
-template <class C, class Options>
-LETS_FN Lion<C> lion_of(const Options& o) {
+template <class C, class Numbers>
+LETS_FN Lion<C> lion_of(const Numbers& o) {
   return {C(o.lr), C(o.beta1), C(o.beta2), C(1 - o.beta1), C(1 - o.beta2), C(o.weight_decay)};
 }
 
@@ -254,8 +254,8 @@ struct Bsam {
   }
 };
 
-template <class C, class Options>
-LETS_FN Bsam<C> bsam_of(const Options& o) {
+template <class C, class Numbers>
+LETS_FN Bsam<C> bsam_of(const Numbers& o) {
   return {C(o.lr), C(o.beta1), C(1 - o.beta1), C(o.weight_decay)};
 }
 

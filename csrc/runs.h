@@ -202,13 +202,45 @@ class Runs {
   std::vector<char*> address_;
 };
 
+// A number that differs by run, or is one for all.
+class PerRun {
+ public:
+  PerRun(const std::vector<double>& given, const Table& table, const char* what)
+      : given_(given), step_(given.size() == 1 ? 0 : 1) {
+    STD_TORCH_CHECK(step_ == 0 || int64_t(given.size()) == table.size(), what,
+                    " must be one number, or one for each row of the run table, not ", given.size());
+  }
+  double at(int64_t run) const { return given_[size_t(step_ * run)]; }
+
+ private:
+  const std::vector<double>& given_;
+  int64_t step_;
+};
+
+// The same on the device.
+class Radii {
+ public:
+  Radii(const Tensor& t, const Table& table, Where where, const char* what) : step_(t.numel() == 1 ? 0 : 1) {
+    STD_TORCH_CHECK(where.has(t) && (step_ == 0 || t.numel() == table.size()) && t.is_contiguous() &&
+                        t.scalar_type() == torch::headeronly::ScalarType::Double,
+                    what, " must be a float64 tensor with one element, or one for each row of the run table, on ",
+                    where.name());
+    numbers_ = static_cast<const double*>(memory_of(t, what));
+  }
+  const double* at(int64_t run) const { return numbers_ + step_ * run; }
+
+ private:
+  const double* numbers_;
+  int64_t step_;
+};
+
 // The part of T that a table and its filter norms describe.
 class Scalings {
  public:
-  Scalings(const Table& table, const Tensors& params, const std::optional<Tensor>& norms, Dtype dtype, double xi,
+  Scalings(const Table& table, const Tensors& params, const std::optional<Tensor>& norms, Dtype dtype, const PerRun& xi,
            Where where)
       : Scalings(table, norms, dtype, where) {
-    xi_ = xi;
+    xi_ = &xi;
     check_given();
     STD_TORCH_CHECK(!table.element_wise() || !params.empty(), "params must be given where T = |theta| + xi");
   }
@@ -230,12 +262,12 @@ class Scalings {
   Scaling at(const Chunk& chunk) const {
     const Run& run = table_[chunk.run];
     const char* norms = run.filter_length > 0 && norms_ ? norms_ + run.filter_start * item_ : nullptr;
-    return {run.filter_length, run.filter_count, norms, xi_, chunk.begin};
+    return {run.filter_length, run.filter_count, norms, xi_ ? xi_->at(chunk.run) : 0, chunk.begin};
   }
 
  private:
   const Table& table_;
-  double xi_ = 0;
+  const PerRun* xi_ = nullptr;
   int64_t item_;
   const char* norms_ = nullptr;
 };

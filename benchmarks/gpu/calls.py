@@ -13,7 +13,7 @@ from lets_kernels.bench.shapes import Shape
 from lets_kernels.ops import reference
 from lets_kernels.ops.declared import FISHER
 from lets_kernels.parts.direction import Adaptive, Direction, Gradient
-from lets_kernels.space.buckets import Bucket
+from lets_kernels.space.buckets import Bucket, Member
 
 XI, LR, MOMENTUM, DECAY, BETAS, EPS = 0.01, 1e-3, 0.9, 1e-4, (0.9, 0.999), 1e-8
 DIRECTIONS: dict[str, Callable[[], Direction]] = {
@@ -181,10 +181,10 @@ class Tensors:
     def space(self, direction: str) -> Bucket:
         """The index space over these parameters, with its table."""
         if direction not in self._spaces:
-            names = [None] * len(self.shapes)
+            members = [Member(p, None, 0, place) for place, p in enumerate(self.params)]
             geometry = DIRECTIONS[direction]().geometry
             options = {"adaptive": True, "xi": XI}
-            self._spaces[direction] = Bucket(self.params, names, 0, 0, options, geometry, "reference", False)
+            self._spaces[direction] = Bucket(members, 0, [options], geometry, "reference", False)
         return self._spaces[direction]
 
     @functools.cached_property

@@ -109,7 +109,7 @@ LETS_FN void step(const Options& c, const Optimizer optimizer, List&... lists) {
 
 template <class T>
 void walk(const chunk_of::restore_sgd_& c) {
-  const auto sgd = sgd_of<Arithmetic<T>>(c);
+  const auto sgd = sgd_of<Arithmetic<T>>(c, c);
   if (c.momenta) {
     Output<T> m(c.momenta);
     step<T>(c, sgd, m);

@@ -7,12 +7,13 @@ namespace {
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-average_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::average_ c, bool add) {
+average_kernel(LETS_PARAMETER BatchOf<launch_of::average_, Capacity> batch, int32_t chunks, launch_of::average_ c,
+               bool add) {
   using C = Arithmetic<T>;
   const bool begins = *c.updates == 0, go = *c.gate != 0;  // the count is raised when all have read it
   const C keeps = C(c.decay), takes = C(1 - c.decay), a = C(c.a), b = C(c.b);
   double mine = 0;
-  over_share(batch, chunks, [&](const Piece& piece) {
+  over_share(batch, chunks, [&](const auto& piece) {
     T *m = at<T>(piece, 0), *out = maybe_at<T>(piece, 2);
     const T* x = at<const T>(piece, 1);
     over_in_order<T>(piece, all_aligned(m, x, out), [&]<int V>(int i) {
@@ -41,11 +42,11 @@ average_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-ascent_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::posterior_ascent_ c) {
+ascent_kernel(LETS_PARAMETER BatchOf<launch_of::posterior_ascent_, Capacity> batch, launch_of::posterior_ascent_ c) {
   using C = Arithmetic<T>;
   const bool go = *c.gate != 0;
-  const C keeps = C(c.beta2), takes = C(1 - c.beta2), more = C(c.damping);
-  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const auto piece = piece_of(batch, int32_t(blockIdx.x));
+  const C keeps = C(c.beta2), takes = C(1 - c.beta2), more = C(piece.each.damping);
   T *out = at<T>(piece, 0), *s = at<T>(piece, 1);
   const T* g = at<const T>(piece, 2);
   over<T>(piece, all_aligned(out, s, g), [&]<int V>(int i) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../math.h"
 #include "kernels.h"
@@ -16,26 +17,38 @@ constexpr int kThreads = 256;
 constexpr int64_t kPiece = 8192;  // elements of a chunk; a multiple of what a block takes at once
 static_assert(kPiece % (kThreads * 8) == 0, "whole packs for every thread");
 
-template <int Capacity>
+// `Each` is what the op's kernel gets of every run beside its addresses (declared.h).
+template <class Each, int Capacity>
 struct Batch {
+  static constexpr bool differs = !std::is_empty_v<Each>;
   Run run[Capacity];
+  Each each[differs ? Capacity : 1];
   int32_t first[Capacity + 1];  // the first chunk of every run, and the number of chunks behind the last
   int32_t runs;
 };
-// Few runs make a short parameter, which every launch has to carry; 32,764 bytes are the most it may be.
-constexpr int kFew = 8, kMany = 352;
-static_assert(sizeof(Batch<kMany>) <= 32764 - 256, "the batch and the other arguments must fit a launch");
+// That of an op, by its launch.
+template <class Op, int Capacity>
+using BatchOf = Batch<typename Op::Each, Capacity>;
+
+// Few runs make a short parameter, which every launch has to carry. The most it may be are 32,764 bytes, of which the
+// other arguments get 256.
+constexpr int kFew = 8, kParameter = 32764 - 256;
+template <class Each>
+constexpr int kMany = int((kParameter - sizeof(Batch<Each, 1>)) /
+                          (sizeof(Run) + (std::is_empty_v<Each> ? 0 : sizeof(Each)) + sizeof(int32_t)));
 
 // A stretch of one run.
+template <class Each>
 struct Piece {
   const Run& run;
+  const Each& each;
   int64_t begin;
   int32_t numel;
 };
 
 // The run that chunk `index` belongs to.
-template <int Capacity>
-LETS_DEVICE int32_t run_of(const Batch<Capacity>& batch, int32_t index) {
+template <class Each, int Capacity>
+LETS_DEVICE int32_t run_of(const Batch<Each, Capacity>& batch, int32_t index) {
   int32_t low = 0, high = batch.runs - 1;
   while (low < high) {
     const int32_t middle = (low + high + 1) / 2;
@@ -48,56 +61,63 @@ LETS_DEVICE int32_t run_of(const Batch<Capacity>& batch, int32_t index) {
   return low;
 }
 
-template <int Capacity>
-LETS_DEVICE Piece piece_of(const Batch<Capacity>& batch, int32_t index) {
+template <class Each, int Capacity>
+LETS_DEVICE Piece<Each> piece_of(const Batch<Each, Capacity>& batch, int32_t index) {
   const int32_t run = run_of(batch, index);
   const int64_t begin = int64_t(index - batch.first[run]) * kPiece;
   const int64_t left = batch.run[run].numel - begin;
-  return {batch.run[run], begin, int32_t(left < kPiece ? left : kPiece)};
+  return {batch.run[run], batch.each[batch.differs ? run : 0], begin, int32_t(left < kPiece ? left : kPiece)};
 }
 
 // The chunk's first element in one of the op's lists.
-template <class T>
-LETS_DEVICE T* at(const Piece& piece, int list) {
+template <class T, class Each>
+LETS_DEVICE T* at(const Piece<Each>& piece, int list) {
   return reinterpret_cast<T*>(piece.run.address[list]) + piece.begin;
 }
 // The same where the op may have been called without the list; null then.
-template <class T>
-LETS_DEVICE T* maybe_at(const Piece& piece, int list) {
+template <class T, class Each>
+LETS_DEVICE T* maybe_at(const Piece<Each>& piece, int list) {
   return piece.run.address[list] ? at<T>(piece, list) : nullptr;
 }
 
-// Cuts runs into launches: f(batch, chunks) with a Batch<kFew> or a Batch<kMany>. `chunks_of(run)` is the work of a
-// run.
-template <class ChunksOf, class F>
-void in_batches(const Run* runs, int64_t count, ChunksOf chunks_of, F f) {
+// Cuts runs into launches: f(batch, chunks) with a batch of kFew or of kMany runs. `chunks_of(i)` is the work of run i.
+template <class Each, class ChunksOf, class F>
+void in_batches(const Run* runs, const Each* each, int64_t count, ChunksOf chunks_of, F f) {
   int64_t next = 0;
   auto fill = [&]<int Capacity>() {
-    Batch<Capacity> batch;
+    Batch<Each, Capacity> batch;
+    static_assert(sizeof(batch) <= kParameter, "the batch and the other arguments must fit a launch");
     int64_t chunks = 0;
     batch.runs = 0;
     for (; next < count && batch.runs < Capacity; ++next) {
-      const int64_t more = chunks_of(runs[next]);
+      const int64_t more = chunks_of(next);
       if (more == 0) continue;
       if (more > kChunksALaunch) throw std::runtime_error("lets_kernels: a run of more than 2^43 elements");
       if (chunks + more > kChunksALaunch) break;
       batch.run[batch.runs] = runs[next];
+      if constexpr (batch.differs) batch.each[batch.runs] = each[next];
       batch.first[batch.runs++] = int32_t(chunks);
       chunks += more;
     }
     batch.first[batch.runs] = int32_t(chunks);
     if (chunks > 0) f(batch, int32_t(chunks));
   };
-  while (next < count) count - next <= kFew ? fill.template operator()<kFew>() : fill.template operator()<kMany>();
+  while (next < count)
+    count - next <= kFew ? fill.template operator()<kFew>() : fill.template operator()<kMany<Each>>();
 }
 
 inline int64_t pieces(const Run& run) { return (run.numel + kPiece - 1) / kPiece; }
+// The same for the runs of a call.
+template <class C, class F>
+void in_batches(const C& c, F f) {
+  in_batches(c.runs, c.each, c.count, [&](int64_t i) { return pieces(c.runs[i]); }, f);
+}
 
 // Launches `kernel_of<T, Capacity>()`, with a block for each of the chunks, for the storage type of a call.
 template <class C, class KernelOf>
 void on_chunks(const C& c, KernelOf kernel_of) {
   with_type(c.dtype, [&]<class T>(T) {
-    in_batches(c.runs, c.count, pieces, [&]<int Capacity>(const Batch<Capacity>& batch, int32_t chunks) {
+    in_batches(c, [&]<int Capacity>(const BatchOf<C, Capacity>& batch, int32_t chunks) {
       launch(kernel_of.template operator()<T, Capacity>(), chunks, kThreads, c.stream, batch, c);
     });
   });
@@ -113,7 +133,7 @@ void with_cases(const C& c, F f) {
     return f.template operator()<Scaled, Q::other>();
   };
   const bool scaled =
-      std::any_of(c.runs, c.runs + c.count, [](const Run& run) { return run.filter_length != kUnscaled; });
+      std::any_of(c.each, c.each + c.count, [](const Scaled& run) { return run.filter_length != kUnscaled; });
   return scaled ? with_exponent.template operator()<true>() : with_exponent.template operator()<false>();
 }
 

@@ -66,8 +66,8 @@ LETS_DEVICE bool all_aligned(const P*... p) {
 }
 
 // Calls f<V>(i) for the elements i, i + 1 … i + V - 1 of a chunk, spread over the block's threads.
-template <class T, class F>
-LETS_DEVICE void over(const Piece& piece, bool by_pack, F f) {
+template <class T, class Each, class F>
+LETS_DEVICE void over(const Piece<Each>& piece, bool by_pack, F f) {
   constexpr int V = kPack<T>;
   const int packed = by_pack ? piece.numel / V * V : 0;
   for (int i = int(threadIdx.x) * V; i < packed; i += kThreads * V) f.template operator()<V>(i);
@@ -75,8 +75,8 @@ LETS_DEVICE void over(const Piece& piece, bool by_pack, F f) {
 }
 
 // The same for sums: a thread has the same elements, in the same order, whether they can be moved by the pack or not.
-template <class T, class F>
-LETS_DEVICE void over_in_order(const Piece& piece, bool by_pack, F f) {
+template <class T, class Each, class F>
+LETS_DEVICE void over_in_order(const Piece<Each>& piece, bool by_pack, F f) {
   constexpr int V = kPack<T>;
   const int packed = piece.numel / V * V;
   for (int i = int(threadIdx.x) * V; i < packed; i += kThreads * V) {
@@ -91,8 +91,8 @@ LETS_DEVICE void over_in_order(const Piece& piece, bool by_pack, F f) {
 }
 
 // Calls f(piece) for a block's share of the chunks.
-template <int Capacity, class F>
-LETS_DEVICE void over_share(const Batch<Capacity>& batch, int32_t chunks, F f) {
+template <class Each, int Capacity, class F>
+LETS_DEVICE void over_share(const Batch<Each, Capacity>& batch, int32_t chunks, F f) {
   for (int32_t k = int32_t(blockIdx.x); k < chunks; k += int32_t(gridDim.x)) f(piece_of(batch, k));
 }
 
@@ -105,10 +105,10 @@ struct Scale {
   const C* norms;
   C xi;
 
-  LETS_DEVICE Scale of(const Piece& piece, double xi) {
+  LETS_DEVICE Scale of(const Piece<cuda::Scaled>& piece) {
     if constexpr (!Scaled) return {};
-    const Run& run = piece.run;
-    Scale s{run.filter_length, run.filter_count, 0, 0, 0, static_cast<const C*>(run.norms), C(xi)};
+    const cuda::Scaled& run = piece.each;
+    Scale s{run.filter_length, run.filter_count, 0, 0, 0, static_cast<const C*>(run.norms), C(run.xi)};
     if (run.filter_length > 0) {
       s.first = piece.begin / run.filter_length;
       s.offset = uint32_t(piece.begin - s.first * run.filter_length);
@@ -197,11 +197,10 @@ LETS_KERNEL join_slots(double* sums, int slots) {
 template <int Totals = 1, class Join = Sum, class C, class KernelOf>
 void sum_of_chunks(const C& c, KernelOf kernel_of) {
   int slots = 0;
-  in_batches(c.runs, c.count, pieces,
-             [&](const auto&, int32_t chunks) { slots = std::max(slots, std::min(chunks, kSlots)); });
+  in_batches(c, [&](const auto&, int32_t chunks) { slots = std::max(slots, std::min(chunks, kSlots)); });
   bool add = false;
   with_type(c.dtype, [&]<class T>(T) {
-    in_batches(c.runs, c.count, pieces, [&]<int Capacity>(const Batch<Capacity>& batch, int32_t chunks) {
+    in_batches(c, [&]<int Capacity>(const BatchOf<C, Capacity>& batch, int32_t chunks) {
       launch(kernel_of.template operator()<T, Capacity>(), slots, kThreads, c.stream, batch, chunks, c, add);
       add = true;
     });

@@ -23,10 +23,10 @@ struct Dots {
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-dots_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::dots c, bool add) {
+dots_kernel(LETS_PARAMETER BatchOf<launch_of::dots, Capacity> batch, int32_t chunks, launch_of::dots c, bool add) {
   using C = Arithmetic<T>;
   Dots mine;
-  over_share(batch, chunks, [&](const Piece& piece) {
+  over_share(batch, chunks, [&](const auto& piece) {
     const T *x = at<const T>(piece, 0), *y = at<const T>(piece, 1);
     over_in_order<T>(piece, all_aligned(x, y), [&]<int V>(int i) {
       const auto u = fetch<C, V>(x, i), w = fetch<C, V>(y, i);
@@ -38,10 +38,11 @@ dots_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::dot
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-displacement_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::displacement_dots c, bool add) {
+displacement_kernel(LETS_PARAMETER BatchOf<launch_of::displacement_dots, Capacity> batch, int32_t chunks,
+                    launch_of::displacement_dots c, bool add) {
   using C = Arithmetic<T>;
   Dots mine;
-  over_share(batch, chunks, [&](const Piece& piece) {
+  over_share(batch, chunks, [&](const auto& piece) {
     const T *g = at<const T>(piece, 0), *theta = at<const T>(piece, 1), *saved = at<const T>(piece, 2);
     over_in_order<T>(piece, all_aligned(g, theta, saved), [&]<int V>(int i) {
       const auto x = fetch<C, V>(g, i), now = fetch<C, V>(theta, i), before = fetch<C, V>(saved, i);
@@ -53,11 +54,11 @@ displacement_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-combine_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::combine_ c) {
+combine_kernel(LETS_PARAMETER BatchOf<launch_of::combine_, Capacity> batch, launch_of::combine_ c) {
   using C = Arithmetic<T>;
   if (*c.gate == 0) return;
   const C a = C(c.coefficients[0]), b = C(c.coefficients[1]);
-  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const auto piece = piece_of(batch, int32_t(blockIdx.x));
   T* out = at<T>(piece, 0);
   const T *x = at<const T>(piece, 1), *y = at<const T>(piece, 2);
   over<T>(piece, all_aligned(out, x, y), [&]<int V>(int i) {

@@ -7,7 +7,8 @@
 namespace lets::cuda {
 
 // The position of a chunk's first element in its bucket.
-LETS_DEVICE int64_t position_of(const Piece& piece) {
+template <class Each>
+LETS_DEVICE int64_t position_of(const Piece<Each>& piece) {
   return int64_t(reinterpret_cast<intptr_t>(piece.run.address[kStart])) + piece.begin;
 }
 

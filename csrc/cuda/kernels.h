@@ -22,8 +22,6 @@ constexpr int kStart = kLists - 1;
 struct Run {
   char* address[kLists];
   int64_t numel;
-  int64_t filter_length, filter_count;  // as in the run table
-  const void* norms;                    // the run's filter norms, or null
 };
 
 // Sums of a reduction: the total stands first, the slots that the blocks write their own sums to behind it. Of several

@@ -7,13 +7,14 @@ namespace {
 
 template <class T, bool Drawn, int Capacity>
 LETS_KERNEL_FOR(4)
-masked_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::masked_ c, bool add) {
+masked_kernel(LETS_PARAMETER BatchOf<launch_of::masked_, Capacity> batch, int32_t chunks, launch_of::masked_ c,
+              bool add) {
   using C = Arithmetic<T>;
   const Draw draw = draw_of(c.random, c.draws);
   const uint64_t limit = word_limit(c.share);
   const C enlarge = C(1 / c.share);
   double mine = 0;
-  over_share(batch, chunks, [&](const Piece& piece) {
+  over_share(batch, chunks, [&](const auto& piece) {
     T* out = at<T>(piece, 0);
     const T* v = at<const T>(piece, 1);
     const uint8_t* mask = Drawn ? nullptr : at<const uint8_t>(piece, 2);
@@ -60,11 +61,12 @@ LETS_DEVICE Values<bool, V> above_at(const T* v, int i, const Draw& draw, int64_
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-count_above_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::count_above c, bool add) {
+count_above_kernel(LETS_PARAMETER BatchOf<launch_of::count_above, Capacity> batch, int32_t chunks,
+                   launch_of::count_above c, bool add) {
   const Draw draw = draw_of(c.random, c.draws);
   const int64_t threshold = *c.threshold;
   int64_t mine = 0;
-  over_share(batch, chunks, [&](const Piece& piece) {
+  over_share(batch, chunks, [&](const auto& piece) {
     const T* v = maybe_at<const T>(piece, 0);
     const uint8_t* mask = at<const uint8_t>(piece, 1);
     const int64_t position = position_of(piece);
@@ -79,10 +81,10 @@ count_above_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-select_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::select_ c) {
+select_kernel(LETS_PARAMETER BatchOf<launch_of::select_, Capacity> batch, launch_of::select_ c) {
   const Draw draw = draw_of(c.random, c.draws);
   const int64_t threshold = *c.threshold;
-  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const auto piece = piece_of(batch, int32_t(blockIdx.x));
   const T* v = maybe_at<const T>(piece, 1);
   uint8_t* mask = at<uint8_t>(piece, 0);
   const int64_t position = position_of(piece);

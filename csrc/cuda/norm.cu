@@ -6,7 +6,8 @@ namespace {
 
 template <class T, bool Scaled, Q Kind, int Capacity>
 LETS_KERNEL_FOR(Kind == Q::other ? 3 : 4)
-norm_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::grad_norm c, bool add) {
+norm_kernel(LETS_PARAMETER BatchOf<launch_of::grad_norm, Capacity> batch, int32_t chunks, launch_of::grad_norm c,
+            bool add) {
   using C = Arithmetic<T>;
   double mine = 0;
   auto term = [&](C x) {
@@ -18,10 +19,10 @@ norm_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::gra
       mine += power(absolute(double(x)), c.q);
     }
   };
-  over_share(batch, chunks, [&](const Piece& piece) {
+  over_share(batch, chunks, [&](const auto& piece) {
     const T* v = at<const T>(piece, 0);
-    const T* theta = Scaled && piece.run.filter_length == kElementWise ? at<const T>(piece, 1) : nullptr;
-    const auto scale = Scale<C, Scaled>::of(piece, c.xi);
+    const T* theta = Scaled && piece.each.filter_length == kElementWise ? at<const T>(piece, 1) : nullptr;
+    const auto scale = Scale<C, Scaled>::of(piece);
     over_in_order<T>(piece, all_aligned(v, theta), [&]<int V>(int i) {
       const auto x = fetch<C, V>(v, i);
       const auto t = Scale<C, Scaled>::at(scale, i, theta ? fetch<C, V>(theta, i) : x, x);
@@ -35,25 +36,26 @@ norm_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::gra
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int64_t kLongFilter = 2048;
 
-int64_t filter_chunks(const Run& run) {
+int64_t filter_chunks(int64_t numel, const Scaled& run) {
   if (run.filter_length < 1) return 0;
-  return run.numel / run.filter_count >= kLongFilter ? run.filter_count : (run.filter_count + kWarps - 1) / kWarps;
+  return numel / run.filter_count >= kLongFilter ? run.filter_count : (run.filter_count + kWarps - 1) / kWarps;
 }
 
 template <class T, int Capacity>
-LETS_KERNEL filter_kernel(LETS_PARAMETER Batch<Capacity> batch) {
+LETS_KERNEL filter_kernel(LETS_PARAMETER BatchOf<launch_of::filter_norms, Capacity> batch) {
   using C = Arithmetic<T>;
   LETS_SHARED double part[kThreads];
   const int32_t index = run_of(batch, int32_t(blockIdx.x));
-  const Run& run = batch.run[index];
+  const Scaled& run = batch.each[index];
+  const int64_t numel = batch.run[index].numel;
   const int64_t chunk = int32_t(blockIdx.x) - batch.first[index];
-  const bool by_block = run.numel / run.filter_count >= kLongFilter;
+  const bool by_block = numel / run.filter_count >= kLongFilter;
   const int group = by_block ? kThreads : kWarp;  // threads that share a filter
   const int64_t filter = by_block ? chunk : chunk * kWarps + int(threadIdx.x) / kWarp;
   const int lane = int(threadIdx.x) % group;
   double mine = 0;
   if (filter < run.filter_count) {
-    const T* theta = reinterpret_cast<const T*>(run.address[0]);
+    const T* theta = reinterpret_cast<const T*>(batch.run[index].address[0]);
     const int64_t stride = run.filter_length * run.filter_count;
     auto add = [&](const auto& x) {
       for (auto value : x.value) mine += double(value) * double(value);
@@ -63,7 +65,7 @@ LETS_KERNEL filter_kernel(LETS_PARAMETER Batch<Capacity> batch) {
     constexpr int V = kPack<T>;
     const int64_t packed = run.filter_length / V * V;
     const bool by_pack = all_aligned(theta) && run.filter_length % V == 0;
-    for (int64_t outer = filter * run.filter_length; outer < run.numel; outer += stride) {
+    for (int64_t outer = filter * run.filter_length; outer < numel; outer += stride) {
       const T* from = theta + outer;
 #pragma unroll 2
       for (int64_t i = int64_t(lane) * V; i < packed; i += int64_t(group) * V) {
@@ -96,9 +98,12 @@ void grad_norm(const launch_of::grad_norm& c) {
 
 void filter_norms(const launch_of::filter_norms& c) {
   with_type(c.dtype, [&]<class T>(T) {
-    in_batches(c.runs, c.count, filter_chunks, [&]<int Capacity>(const Batch<Capacity>& batch, int32_t chunks) {
-      launch(&filter_kernel<T, Capacity>, chunks, kThreads, c.stream, batch);
-    });
+    const auto chunks_of = [&](int64_t i) { return filter_chunks(c.runs[i].numel, c.each[i]); };
+    using Op = launch_of::filter_norms;
+    in_batches(c.runs, c.each, c.count, chunks_of,
+               [&]<int Capacity>(const BatchOf<Op, Capacity>& batch, int32_t chunks) {
+                 launch(&filter_kernel<T, Capacity>, chunks, kThreads, c.stream, batch);
+               });
   });
 }
 

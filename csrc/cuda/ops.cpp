@@ -14,22 +14,27 @@
 namespace lets {
 namespace {
 
-// The runs of a call: their addresses in each of its lists, their places in the bucket, and their scaling.
+// The runs of a call: their addresses in each of its lists, and their places in the bucket.
 template <class C>
 std::vector<cuda::Run> runs_of(const C& c) {
   static_assert(C::lists <= cuda::kLists, "a run has no place for so many lists");
   std::vector<cuda::Run> runs(size_t(c.table.size()));
   for (int64_t i = 0; i < c.table.size(); ++i) {
     cuda::Run& run = runs[size_t(i)];
-    run = {{}, c.table[i].numel, kUnscaled, 0, nullptr};
+    run = {{}, c.table[i].numel};
     run.address[cuda::kStart] = reinterpret_cast<char*>(intptr_t(c.table[i].start));
     c.addresses(i, run.address);
-    if constexpr (requires { c.scaling; }) {
-      const Scaling s = c.scaling.at({i, 0, 0});
-      run.filter_length = s.filter_length, run.filter_count = s.filter_count, run.norms = s.norms;
-    }
   }
   return runs;
+}
+// What a kernel gets of each run beside that.
+template <class C>
+std::vector<typename C::Each> each_of(const C& c) {
+  std::vector<typename C::Each> each;
+  if constexpr (std::is_empty_v<typename C::Each>) return each;
+  each.reserve(size_t(c.table.size()));
+  for (int64_t i = 0; i < c.table.size(); ++i) each.push_back(c.each(i));
+  return each;
 }
 
 struct Cuda : cuda::Device {
@@ -38,12 +43,13 @@ struct Cuda : cuda::Device {
   template <class C>
   auto run(const C& c) const {
     const auto runs = runs_of(c);
+    const auto each = each_of(c);
     if constexpr (std::is_void_v<typename C::Result>) {
-      cuda::enqueue(c.launched(runs.data(), stream, nullptr));
+      cuda::enqueue(c.launched(runs.data(), each.data(), stream, nullptr));
     } else {
       constexpr int64_t totals = sizeof(typename C::Result) / sizeof(double);
       const Tensor sums = empty_numbers(totals * cuda::kSumElements, type(), index());
-      cuda::enqueue(c.launched(runs.data(), stream, static_cast<double*>(sums.data_ptr())));
+      cuda::enqueue(c.launched(runs.data(), each.data(), stream, static_cast<double*>(sums.data_ptr())));
       return first_of(sums, totals);
     }
   }

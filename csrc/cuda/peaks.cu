@@ -6,10 +6,11 @@ namespace {
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-largest_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::largest c, bool add) {
+largest_kernel(LETS_PARAMETER BatchOf<launch_of::largest, Capacity> batch, int32_t chunks, launch_of::largest c,
+               bool add) {
   using C = Arithmetic<T>;
   C mine = 0;
-  over_share(batch, chunks, [&](const Piece& piece) {
+  over_share(batch, chunks, [&](const auto& piece) {
     const T* v = at<const T>(piece, 0);
     over_in_order<T>(piece, all_aligned(v), [&]<int V>(int i) {
       const auto x = fetch<C, V>(v, i);
@@ -21,11 +22,11 @@ largest_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-peaks_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::peaks_ c, bool add) {
+peaks_kernel(LETS_PARAMETER BatchOf<launch_of::peaks_, Capacity> batch, int32_t chunks, launch_of::peaks_ c, bool add) {
   using C = Arithmetic<T>;
   const double height = *c.largest;
   int64_t mine = 0;
-  over_share(batch, chunks, [&](const Piece& piece) {
+  over_share(batch, chunks, [&](const auto& piece) {
     T* out = at<T>(piece, 0);
     const T* v = at<const T>(piece, 1);
     over_in_order<T>(piece, all_aligned(out, v), [&]<int V>(int i) {

@@ -5,24 +5,27 @@
 namespace lets::cuda {
 namespace {
 
+constexpr int kRho = 3;  // the radius of a run
+
 template <class T, bool Scaled, Q Kind, int Capacity>
 LETS_KERNEL_FOR(Kind == Q::other || (Scaled && sizeof(T) != 4) ? 2 : 4)
-perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::perturb_ c) {
+perturb_kernel(LETS_PARAMETER BatchOf<launch_of::perturb_, Capacity> batch, launch_of::perturb_ c) {
   using C = Arithmetic<T>;
   LETS_SHARED C shared[2];
+  const auto piece = piece_of(batch, int32_t(blockIdx.x));
   if (threadIdx.x == 0) {
-    const auto scale = perturbation_scale<C>(*c.total, *c.rho, c.q);
+    const double rho = *reinterpret_cast<const double*>(piece.run.address[kRho]);
+    const auto scale = perturbation_scale<C>(*c.total, rho, c.q);
     shared[0] = scale.length;
     shared[1] = scale.shrink;
     if (blockIdx.x == 0) *c.dirty = 1;
   }
   __syncthreads();
   const C length = shared[0], shrink = shared[1], exponent = C(c.q);
-  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
   T *theta = at<T>(piece, 0), *saved = at<T>(piece, 2);
   const bool swapped = piece.run.address[1] == nullptr;  // v stands in `saved`, which takes the weights
   const T* v = swapped ? saved : at<const T>(piece, 1);
-  const auto scale = Scale<C, Scaled>::of(piece, c.xi);
+  const auto scale = Scale<C, Scaled>::of(piece);
   const bool by_pack = all_aligned(theta, v, saved);
   if (length == 0) {  // decided here, not in the loop, where the load of v would wait for that of theta
     over<T>(piece, by_pack, [&]<int V>(int i) { pack_at<V>(saved, i) = pack_at<V>(theta, i); });
@@ -45,9 +48,9 @@ perturb_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::perturb_ c) {
 }
 
 template <class T, int Capacity>
-LETS_KERNEL restore_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_ c) {
+LETS_KERNEL restore_kernel(LETS_PARAMETER BatchOf<launch_of::restore_, Capacity> batch, launch_of::restore_ c) {
   if (*c.dirty == 0) return;
-  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+  const auto piece = piece_of(batch, int32_t(blockIdx.x));
   T* theta = at<T>(piece, 0);
   const T* saved = at<const T>(piece, 1);
   over<T>(piece, all_aligned(theta, saved),

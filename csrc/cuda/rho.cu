@@ -6,14 +6,15 @@ namespace {
 
 template <class T, bool Scaled, Q Kind, int Capacity>
 LETS_KERNEL_FOR(2)
-diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::rho_grad_diagonal c, bool add) {
+diagonal_kernel(LETS_PARAMETER BatchOf<launch_of::rho_grad_diagonal, Capacity> batch, int32_t chunks,
+                launch_of::rho_grad_diagonal c, bool add) {
   using C = Arithmetic<T>;
   double mine = 0;
-  over_share(batch, chunks, [&](const Piece& piece) {
+  over_share(batch, chunks, [&](const auto& piece) {
     const T *val = at<const T>(piece, 0), *train = maybe_at<const T>(piece, 1), *g_hat = at<const T>(piece, 2);
     const T* v = at<const T>(piece, 3);
-    const T* theta = Scaled && piece.run.filter_length == kElementWise ? at<const T>(piece, 4) : nullptr;
-    const auto scale = Scale<C, Scaled>::of(piece, c.xi);
+    const T* theta = Scaled && piece.each.filter_length == kElementWise ? at<const T>(piece, 4) : nullptr;
+    const auto scale = Scale<C, Scaled>::of(piece);
     over_in_order<T>(piece, all_aligned(val, train, g_hat, v, theta), [&]<int V>(int i) {
       const auto a = fetch<C, V>(val, i), h = fetch<C, V>(g_hat, i), x = fetch<C, V>(v, i);
       const auto b = train ? fetch<C, V>(train, i) : Values<C, V>{};
@@ -34,11 +35,11 @@ diagonal_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of:
 }
 
 template <class T, int Capacity>
-LETS_KERNEL secant_kernel(LETS_PARAMETER Batch<Capacity> batch, int32_t chunks, launch_of::rho_grad_secant c,
-                          bool add) {
+LETS_KERNEL secant_kernel(LETS_PARAMETER BatchOf<launch_of::rho_grad_secant, Capacity> batch, int32_t chunks,
+                          launch_of::rho_grad_secant c, bool add) {
   using C = Arithmetic<T>;
   double mine = 0;
-  over_share(batch, chunks, [&](const Piece& piece) {
+  over_share(batch, chunks, [&](const auto& piece) {
     const T *val = at<const T>(piece, 0), *train = maybe_at<const T>(piece, 1), *g_hat = at<const T>(piece, 2);
     const T* g = at<const T>(piece, 3);
     over_in_order<T>(piece, all_aligned(val, train, g_hat, g), [&]<int V>(int i) {

@@ -34,8 +34,8 @@ LETS_DEVICE void step_at(int i, const Optimizer& optimizer, T* theta, Values<C, 
 }
 
 // A step on one chunk; where the gate is shut the weights are restored.
-template <class T, class Options, class Optimizer, class G, class... E>
-LETS_DEVICE void step(const Piece& piece, const Options& c, const Optimizer& optimizer, const T* saved, G* g,
+template <class T, class Each, class Launch, class Optimizer, class G, class... E>
+LETS_DEVICE void step(const Piece<Each>& piece, const Launch& c, const Optimizer& optimizer, const T* saved, G* g,
                       E*... lists) {
   using C = Arithmetic<T>;
   const bool go = *c.gate != 0, perturbed = *c.dirty != 0;
@@ -54,9 +54,9 @@ LETS_DEVICE void step(const Piece& piece, const Options& c, const Optimizer& opt
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-sgd_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_sgd_ c) {
-  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  const auto sgd = sgd_of<Arithmetic<T>>(c);
+sgd_kernel(LETS_PARAMETER BatchOf<launch_of::restore_sgd_, Capacity> batch, launch_of::restore_sgd_ c) {
+  const auto piece = piece_of(batch, int32_t(blockIdx.x));
+  const auto sgd = sgd_of<Arithmetic<T>>(piece.each, c);
   const T *saved = at<const T>(piece, 3), *g = at<const T>(piece, 1);
   if (T* m = maybe_at<T>(piece, 2)) {
     step(piece, c, sgd, saved, g, m);
@@ -69,37 +69,38 @@ constexpr int kSteps = 4;  // Adam's step counts in a run
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-adam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_adamw_ c) {
-  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
+adam_kernel(LETS_PARAMETER BatchOf<launch_of::restore_adamw_, Capacity> batch, launch_of::restore_adamw_ c) {
+  const auto piece = piece_of(batch, int32_t(blockIdx.x));
   LETS_SHARED double bias[2];
   if (threadIdx.x < 2) {  // the count is raised when all have read it
     const double step = double(*reinterpret_cast<const float*>(piece.run.address[kSteps]) + 1.0f);
-    bias[threadIdx.x] = bias_correction(threadIdx.x == 0 ? c.beta1 : c.beta2, step);
+    bias[threadIdx.x] = bias_correction(threadIdx.x == 0 ? piece.each.beta1 : piece.each.beta2, step);
   }
   __syncthreads();
-  const auto adam = adam_of<Arithmetic<T>>(c, bias[0], bias[1]);
-  // The gradient is loaded as if it were written: read-only, it would cost registers that must be spilled.
-  step(piece, c, adam, at<const T>(piece, 5), at<T>(piece, 1), at<T>(piece, 2), at<T>(piece, 3));
+  const auto adam = adam_of<Arithmetic<T>>(piece.each, c, bias[0], bias[1]);
+  // ptxas spills otherwise: a gradient of two bytes is loaded as what is only read, a larger one as if it were written.
+  using Gradient = std::conditional_t<sizeof(T) == 2, const T, T>;
+  step(piece, c, adam, at<const T>(piece, 5), at<Gradient>(piece, 1), at<T>(piece, 2), at<T>(piece, 3));
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(4)
-lion_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_lion_ c) {
-  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  step(piece, c, lion_of<Arithmetic<T>>(c), at<const T>(piece, 3), at<const T>(piece, 1), at<T>(piece, 2));
+lion_kernel(LETS_PARAMETER BatchOf<launch_of::restore_lion_, Capacity> batch, launch_of::restore_lion_ c) {
+  const auto piece = piece_of(batch, int32_t(blockIdx.x));
+  step(piece, c, lion_of<Arithmetic<T>>(piece.each), at<const T>(piece, 3), at<const T>(piece, 1), at<T>(piece, 2));
 }
 
 template <class T, int Capacity>
 LETS_KERNEL_FOR(sizeof(T) == 8 ? 3 : 4)
-bsam_kernel(LETS_PARAMETER Batch<Capacity> batch, launch_of::restore_bsam_ c) {
-  const Piece piece = piece_of(batch, int32_t(blockIdx.x));
-  step(piece, c, bsam_of<Arithmetic<T>>(c), at<const T>(piece, 4), at<const T>(piece, 1), at<T>(piece, 2),
+bsam_kernel(LETS_PARAMETER BatchOf<launch_of::restore_bsam_, Capacity> batch, launch_of::restore_bsam_ c) {
+  const auto piece = piece_of(batch, int32_t(blockIdx.x));
+  step(piece, c, bsam_of<Arithmetic<T>>(piece.each), at<const T>(piece, 4), at<const T>(piece, 1), at<T>(piece, 2),
        at<const T>(piece, 3));
 }
 
 // Runs last, when nobody reads the counts any more.
 template <int Capacity>
-LETS_KERNEL count_kernel(LETS_PARAMETER Batch<Capacity> batch, const double* gate) {
+LETS_KERNEL count_kernel(LETS_PARAMETER BatchOf<launch_of::restore_adamw_, Capacity> batch, const double* gate) {
   if (*gate == 0) return;
   for (int i = int(threadIdx.x); i < batch.runs; i += kThreads)
     *reinterpret_cast<float*>(batch.run[i].address[kSteps]) += 1;
@@ -114,8 +115,9 @@ void restore_sgd_(const launch_of::restore_sgd_& c) {
 
 void restore_adamw_(const launch_of::restore_adamw_& c) {
   on_chunks(c, [&]<class T, int Capacity>() { return &adam_kernel<T, Capacity>; });
-  const auto once = [](const Run&) { return int64_t(1); };
-  in_batches(c.runs, c.count, once, [&]<int Capacity>(const Batch<Capacity>& batch, int32_t) {
+  const auto once = [](int64_t) { return int64_t(1); };
+  using Op = launch_of::restore_adamw_;
+  in_batches(c.runs, c.each, c.count, once, [&]<int Capacity>(const BatchOf<Op, Capacity>& batch, int32_t) {
     launch(&count_kernel<Capacity>, 1, kThreads, c.stream, batch, c.gate);
   });
   set(c.dirty, 0, c.stream);

@@ -8,7 +8,7 @@ learning rate is an argument of a kernel, so a captured CUDA graph keeps the lea
 
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from lets_kernels.base.guarded import guarded_step
 from lets_kernels.base.state import State, begun_state
 from lets_kernels.base.variational import VariationalSGD
 from lets_kernels.ops.declared import UNSCALED
-from lets_kernels.space.buckets import Bucket, Runs
+from lets_kernels.space.buckets import Bucket, Member, Runs
 from lets_kernels.space.memory import refuse_while_capturing
 
 Group = Mapping[str, Any]
+#: A step on some runs, a function of the gate and of the flag that says whether they are perturbed.
+Taken = Callable[[Tensor, Tensor], None]
+TakenStep = tuple[Runs, Taken]
 
 
 def _not_plain(group: Group, names: tuple[str, ...]) -> str | None:
@@ -60,8 +63,37 @@ class FusedStep:
             return "betas are tensors"
         return _not_plain(group, self.unknown)
 
-    def prepare(self, runs: Runs, group: Group, state: State) -> Callable[[Tensor], None] | None:
-        """The step on these runs, a function of the gate; None if the state has another memory layout."""
+    def kinds(self, runs: Runs, groups: Sequence[Group]) -> list[tuple[Group, Runs]]:
+        """The runs that one call of the op can step, each time with one of their groups: the runs whose flags are the
+        same, and which keep the same state.
+        """
+        if len(runs.bucket.present) == 1:
+            return [(groups[runs.bucket.present[0]], runs)]
+        options = (*self.flags, *(option for _, option in self.lists if option is not None))
+        by_kind: dict[tuple[bool, ...], list[int]] = {}
+        for g in runs.bucket.present:
+            by_kind.setdefault(tuple(bool(groups[g][option]) for option in options), []).append(g)
+        if len(by_kind) == 1:
+            return [(groups[runs.bucket.present[0]], runs)]
+        found, own = [], [runs.bucket.group_of[i] for i in runs.indices]
+        for members in by_kind.values():
+            places = [j for j, g in enumerate(own) if g in members]
+            if places:
+                found.append((groups[members[0]], runs.only(places)))
+        return found
+
+    def prepare(self, runs: Runs, groups: Sequence[Group], state: State) -> list[TakenStep] | None:
+        """The steps on these runs; None if the state has another memory layout."""
+        steps = []
+        for group, each in self.kinds(runs, groups):
+            step = self._prepare(each, group, groups, state)
+            if step is None:
+                return None
+            steps.append((each, step))
+        return steps
+
+    def _prepare(self, runs: Runs, group: Group, groups: Sequence[Group], state: State) -> Taken | None:
+        """The step on runs of one kind, of which ``group`` is one of the groups."""
         lists, suits = [], not runs.copies
         for name, option in self.lists:
             absent = option is not None and not group[option]
@@ -70,14 +102,18 @@ class FusedStep:
             lists.append(begun or [])
         if not suits:
             return None
-        b, options = runs.bucket, list[float]()
+        b, options = runs.bucket, list[Any]()
         for name in self.numbers:
-            options += map(float, group[name] if name == "betas" else (group[name],))
+            if name == "betas":
+                for k in range(2):
+                    options.append(b.by_run({g: float(groups[g]["betas"][k]) for g in b.present}, runs.indices))
+            else:
+                options.append(runs.option(groups, name))
         options += [bool(group[name]) for name in self.flags]
 
-        def step(gate: Tensor) -> None:
+        def step(gate: Tensor, dirty: Tensor) -> None:
             grads, own = runs.pack(runs.grads), map(b.pack, lists)
-            getattr(b.ops, self.op)(runs.weights, grads, *own, b.saved, b.dirty, runs.table, gate, *options)
+            getattr(b.ops, self.op)(runs.weights, grads, *own, b.saved, dirty, runs.table, gate, *options)
 
         return step
 
@@ -221,19 +257,31 @@ def fused_by(base: torch.optim.Optimizer) -> FusedStep | str:
     return kind
 
 
-def prepared(
-    base: torch.optim.Optimizer, runs: Iterable[Runs]
-) -> tuple[list[tuple[Runs, Callable[[Tensor], None]]], str | None]:
-    """The fused steps on these runs, and the reason, in words, if the base optimizer must step by itself; or None."""
-    kind, steps = fused_by(base), []
+def prepared(base: torch.optim.Optimizer, runs: Iterable[Runs]) -> tuple[list[Callable[[Tensor], None]], str | None]:
+    """The fused steps on these runs, each a function of the gate, and the reason, in words, if the base optimizer must
+    step by itself; or None.
+    """
+    kind, steps = fused_by(base), list[Callable[[Tensor], None]]()
     if isinstance(kind, str):
         return [], kind
     for each in runs:
-        step = kind.prepare(each, base.param_groups[each.bucket.group], base.state)
-        if step is None:
+        found = kind.prepare(each, base.param_groups, base.state)
+        if found is None:
             return [], "the state has another memory layout than the parameters"
-        steps.append((each, step))
+        steps.append(functools.partial(_take, each.bucket, found))
     return steps, None
+
+
+def _take(bucket: Bucket, steps: list[TakenStep], gate: Tensor) -> None:
+    """Step all runs of a bucket, and leave it unperturbed: each call sets the flag that it is given to 0."""
+    gate = gate.to(bucket.device)
+    for place, (runs, step) in enumerate(steps):
+        step(gate, bucket.dirty if place == len(steps) - 1 else bucket.dirty.clone())
+        runs.write_back()
+
+
+def _unscaled(*_: Any) -> tuple[int, int]:
+    return UNSCALED, 0
 
 
 class OwnStep:
@@ -251,9 +299,8 @@ class OwnStep:
         if not steps:
             guarded_step(optimizer, gate)
             return
-        for runs, step in steps:
+        for step in steps:
             step(gate)
-            runs.write_back()
         optimizer.__dict__["_opt_called"] = True  # what LR schedulers look at
 
     def make_state(self, optimizer: torch.optim.Optimizer) -> None:
@@ -263,9 +310,12 @@ class OwnStep:
     def _runs(self, optimizer: torch.optim.Optimizer, backend: str, every: bool = False) -> Iterator[Runs]:
         """One ``Runs`` for each parameter with a gradient, or for ``every`` one. Makes missing buckets."""
         for index, group in enumerate(optimizer.param_groups):
-            for p in (p for p in group["params"] if every or p.grad is not None):
+            for place, p in enumerate(group["params"]):
+                if not every and p.grad is None:
+                    continue
                 found = self._buckets.get(id(p))
                 if found is None or found.backend != backend or not found.is_current():
-                    found = Bucket([p], [None], 0, index, {}, lambda *_: (UNSCALED, 0), backend, flatten=False)
+                    member = Member(p, None, index, place)
+                    found = Bucket([member], 0, optimizer.param_groups, _unscaled, backend, flatten=False)
                     self._buckets[id(p)] = found
                 yield Runs(found, (0,), [p.detach()], [] if p.grad is None else [p.grad])

@@ -18,6 +18,7 @@ from lets_kernels.space.shards import local
 
 State = Mapping[Tensor, dict[str, Any]]
 _dtype = operator.attrgetter("dtype")
+_REMEMBERED = 16
 
 
 def begun_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
@@ -30,9 +31,12 @@ def begun_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
     """
     b = runs.bucket
     present = [entry.get(name) for entry in state.values()]
-    found = b.found_state.get(name)
-    if found is not None and found[0] == runs.indices and _same(found[1], present) and lies_as(found[2], runs.params):
-        return found[2]
+    key = name, runs.indices
+    found = b.found_state.get(key)
+    if found is not None and _same(found[0], present):
+        whole = len(found[1]) == len(b.params) and not runs.copies
+        if b.lie_here(found[1]) if whole else lies_as(found[1], runs.params):
+            return found[1]
     tensors = []
     for i, p in zip(runs.indices, runs.params, strict=True):
         own = state[b.params[i]]
@@ -46,7 +50,9 @@ def begun_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
         tensors.append(local(own[name]))
     if not lies_as(tensors, runs.params):
         return None
-    b.found_state[name] = runs.indices, [entry.get(name) for entry in state.values()], tensors
+    if len(b.found_state) >= _REMEMBERED:  # many sets of runs: they change from step to step
+        b.found_state.clear()
+    b.found_state[key] = [entry.get(name) for entry in state.values()], tensors
     return tensors
 
 

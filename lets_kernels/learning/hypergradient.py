@@ -55,8 +55,8 @@ def _params(runs: Runs) -> Gradients:
     return dict(zip(runs.indices, runs.params, strict=True))
 
 
-#: A bucket, and its share of a sum: 0-d float64.
-Share = tuple[Bucket, Tensor]
+#: A param group, and its share of a sum: 0-d float64.
+Share = tuple[int, Tensor]
 _LISTS = ("first", "perturbed", "stepped")
 
 
@@ -64,7 +64,8 @@ _LISTS = ("first", "perturbed", "stepped")
 class Trial:
     """One step's perturbation and the gradients around it.
 
-    ``ascents`` holds the perturbations; every other list has an entry for each bucket.
+    ``ascents`` holds the perturbations. ``lr`` and ``rho`` have an entry for each param group, every other list has one
+    for each bucket.
     """
 
     buckets: list[Bucket]
@@ -81,29 +82,51 @@ class Trial:
     #: The second gradients and their versions: no code may change them until the radius has learned.
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
-    def secant(self, val: list[Gradients], train: list[Gradients] | None) -> list[Share]:
-        """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each bucket, for the mean over ranks.
+    def _alike(self, runs: Runs, per_group: bool) -> list[tuple[int, list[int]]]:
+        """The runs by their groups, each time a group and the places of runs. Groups with one learning rate stand
+        together, unless there is a radius ``per_group``: otherwise they have one radius.
+        """
+        found: list[tuple[int, list[int]]] = []
+        for group, places in runs.by_group():
+            like = [own for g, own in found if not per_group and self._same_rate(g, group)]
+            if like:
+                like[0].extend(places)
+            else:
+                found.append((group, places))
+        return found
+
+    def _same_rate(self, a: int, b: int) -> bool:
+        return not any(isinstance(self.lr[g], Tensor) for g in (a, b)) and self.lr[a] == self.lr[b]
+
+    def secant(self, val: list[Gradients], train: list[Gradients] | None, per_group: bool = False) -> list[Share]:
+        """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each group, for the mean over ranks. Groups stand together if they can, unless
+        ``per_group``.
 
         Without ``train``, ḡ_tr is 0. d is the vector along which the base optimizer stepped: ĝ, or the vector that the
         descent computed from ĝ; that vector is g if ρ = 0. The sum is over all tensors, also those that were not
         perturbed, since their gradients have changed too.
         """
         out = []
-        for bucket, lr, first, stepped in zip(self.buckets, self.lr, self.first, self.stepped, strict=True):
-            k, indices = bucket.index, tuple(i for i in first if i in stepped)
-            if not indices:
-                continue
-            like = {i: first[i] for i in indices}
-            v, t = (bucket.pack(_listed(of, k, like)) for of in (val, train))
-            d, g = (bucket.pack([source[i] for i in indices]) for source in (stepped, first))
-            share = bucket.ops.rho_grad_secant(v, t, d, g, bucket.table(indices))
-            out.append((bucket, -lr * bucket.parts * share))
+        for bucket, first, stepped in zip(self.buckets, self.first, self.stepped, strict=True):
+            k, both = bucket.index, tuple(i for i in first if i in stepped)
+            for group, places in self._alike(Runs(bucket, both, [], []), per_group):
+                indices = tuple(both[j] for j in places)
+                like = {i: first[i] for i in indices}
+                v, t = (bucket.pack(_listed(of, k, like)) for of in (val, train))
+                d, g = (bucket.pack([source[i] for i in indices]) for source in (stepped, first))
+                share = bucket.ops.rho_grad_secant(v, t, d, g, bucket.table(indices))
+                out.append((group, -self.lr[group] * bucket.parts * share))
         return out
 
     def diagonal(
-        self, val: list[Gradients], train: list[Gradients] | None, along: list[Gradients] | None, replicas: Replicas
+        self,
+        val: list[Gradients],
+        train: list[Gradients] | None,
+        along: list[Gradients] | None,
+        replicas: Replicas,
+        per_group: bool = False,
     ) -> list[Share]:
-        """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each bucket, for the mean over ranks.
+        """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each group, for the mean over ranks; groups as in :meth:`secant`.
 
         ``along``: gradients from which to compute ε̂, with T at θ_t (Algorithm 1 as printed takes ḡ_tr). None takes
         ε̂_t, the perturbation that was applied.
@@ -116,16 +139,15 @@ class Trial:
         out = []
         for a in ascents:
             k = a.bucket.index
-            runs = a.runs.only([j for j, i in enumerate(a.runs.indices) if i in self.perturbed[k]])
-            if not runs.indices:  # ĝ is zero there, and an op without tensors would not know its dtype
-                continue
-            v, t = (_listed(of, k, _params(runs)) for of in (val, train))
-            vectors = dict(zip(a.runs.indices, a.vectors, strict=True))
-            part = replace(a, runs=runs, vectors=[vectors[i] for i in runs.indices])
-            share = part.rho_grad(v, t, [self.perturbed[k][i] for i in runs.indices])
-            near = total.to(a.bucket.device)
-            length = torch.where(near > 0, self.rho[k] / near.pow((a.q - 1) / a.q), 0.0)
-            out.append((a.bucket, -self.lr[k] * self.slope * length * share))
+            # Where ĝ is missing it is zero, and an op without tensors would not know its dtype.
+            both = a.only([j for j, i in enumerate(a.runs.indices) if i in self.perturbed[k]])
+            for group, places in self._alike(both.runs, per_group):
+                part = both.only(places)
+                v, t = (_listed(of, k, _params(part.runs)) for of in (val, train))
+                share = part.rho_grad(v, t, [self.perturbed[k][i] for i in part.runs.indices])
+                near = total.to(a.bucket.device)
+                length = torch.where(near > 0, self.rho[group].to(near.device) / near.pow((a.q - 1) / a.q), 0.0)
+                out.append((group, -self.lr[group] * self.slope * length * share))
         return out
 
     def detached(self) -> "Trial":
@@ -145,8 +167,9 @@ class Trial:
         for entry in state["ascents"]:
             if entry["bucket"] >= len(buckets):
                 return False
-            bucket = buckets[entry["bucket"]]
-            if (bucket.group, bucket.places) != (entry["group"], entry["places"]):
+            bucket, group = buckets[entry["bucket"]], entry["group"]
+            groups = group if isinstance(group, list) else [group] * len(entry["places"])  # of a bucket for each group
+            if (bucket.group_of, bucket.places) != (groups, entry["places"]):
                 return False
             vectors = dict(zip(entry["indices"], entry["vectors"], strict=False))  # empty for a secant
             if not _alike(vectors, bucket) or any(i >= len(bucket.params) for i in entry["indices"]):
@@ -164,7 +187,7 @@ class Trial:
             {
                 "bucket": a.bucket.index,
                 "indices": list(a.runs.indices),
-                "group": a.bucket.group,
+                "group": a.bucket.group_of,
                 "places": a.bucket.places,
                 "vectors": [v.clone() for v in a.vectors],  # the direction may hold the same memory, as complex numbers
                 "xi": a.xi,
@@ -201,7 +224,7 @@ class Trial:
             **lists,
             total=state["total"].to(buckets[0].device),
             lr=state["lr"],
-            rho=[rho.to(bucket.device) for rho, bucket in zip(state["rho"], buckets, strict=True)],
+            rho=[rho.to(buckets[0].device) for rho in state["rho"]],
             gate=state["gate"].to(buckets[0].device),
             slope=float(state["slope"]),
         )

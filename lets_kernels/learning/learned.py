@@ -297,13 +297,13 @@ class LearnedRadius(MovingRadius):
         gradients_there = None if train is None else train.gradients
         subtracted = None if self.metric == "validation_loss" else gradients_there
         if self.curvature == "secant":
-            shares = trial.secant(val.gradients, subtracted)
+            shares = trial.secant(val.gradients, subtracted, self.per_group)
         else:
             along = gradients_there if self.direction == "algorithm1" else None
-            shares = trial.diagonal(val.gradients, subtracted, along, replicas)
+            shares = trial.diagonal(val.gradients, subtracted, along, replicas, self.per_group)
         sums = [torch.zeros_like(nu) for nu in self.nu]
-        for bucket, share in shares:
-            sums[bucket.group if self.per_group else 0] += share.to(sums[0].device)
+        for group, share in shares:
+            sums[group if self.per_group else 0] += share.to(sums[0].device)
 
         losses_there = (val.loss, None if train is None else train.loss)
         known = [t.to(sums[0].device) for t in losses_there if t is not None]

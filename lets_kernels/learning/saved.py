@@ -49,14 +49,16 @@ def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool)
         refuse(what, "holds a validation gradient, and this radius takes that of the next step")
     slope = trial["slope"]
     expect(isinstance(slope, Real) and not isinstance(slope, bool), f"{what}: slope", f"is {slope!r}, not a number")
-    lists = {name: trial[name] for name in ("first", "perturbed", "stepped", "lr", "rho")}
+    lists = {name: trial[name] for name in ("first", "perturbed", "stepped")}
     if closures:
         lists["val"] = pending["val"]
-    for name, entries in (*lists.items(), ("ascents", trial["ascents"])):
+    by_group = {name: trial[name] for name in ("lr", "rho")}
+    for name, entries in (*lists.items(), *by_group.items(), ("ascents", trial["ascents"])):
         expect(is_list(entries), f"{what}: {name}", f"is a {type(entries).__name__}, not a list")
-    expect(len(set(map(len, lists.values()))) == 1, what, "has lists of different lengths")
-    scalars += lists.pop("rho")
-    expect(all(map(is_number, lists.pop("lr"))), f"{what}: lr", "holds something else than numbers")
+    for each in (lists, by_group):
+        expect(len(set(map(len, each.values()))) == 1, what, "has lists of different lengths")
+    scalars += by_group["rho"]
+    expect(all(map(is_number, by_group["lr"])), f"{what}: lr", "holds something else than numbers")
     named: list[tuple[int, int, Any]] = []  # by bucket and place
     for name, entries in lists.items():
         for k, each in enumerate(entries):
@@ -68,12 +70,17 @@ def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool)
         check_keys(ascent, _ASCENT, one)
         check_count(ascent["bucket"], f"{one}'s bucket")
         expect(isinstance(ascent["scaled"], bool), one, f"has {ascent['scaled']!r} for a flag")
+        indices, vectors, places, groups = (ascent[name] for name in ("indices", "vectors", "places", "group"))
         for name, least in (("xi", 0), ("q", 1)):
-            if not is_number(ascent[name]) or not ascent[name] >= least:
+            each_run = name == "xi" and is_list(ascent[name]) and len(ascent[name]) == len(indices)
+            numbers = ascent[name] if each_run else [ascent[name]]
+            if not all(is_number(x) and x >= least for x in numbers):
                 refuse(one, f"has {ascent[name]!r} for {name}")
-        check_count(ascent["group"], f"{one}'s group")
-        indices, vectors, places = ascent["indices"], ascent["vectors"], ascent["places"]
         expect(is_list(places) and all(map(_is_place, places)), one, f"has {places!r} for places")
+        if is_list(groups):  # of each parameter; one number in a state with a bucket for each group
+            expect(len(groups) == len(places) and all(map(_is_place, groups)), one, f"has {groups!r} for groups")
+        else:
+            check_count(groups, f"{one}'s group")
         if not (is_list(indices) and is_list(vectors) and len(vectors) in (0, len(indices))):
             refuse(one, "has not one vector for every index")
         if needs_vectors and len(vectors) != len(indices):

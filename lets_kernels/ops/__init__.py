@@ -1,7 +1,8 @@
 """The ops in every backend, and the choice of the backend.
 
-A **bucket** is an index space over parameters of one group, device and dtype; a **run** is one parameter's stretch of
-it. The run **table** is an int64 CPU tensor with one row a run: ``start`` (offset in the bucket's flat buffers),
+A **bucket** is an index space over parameters of one device and dtype; a **run** is one parameter's stretch of it.
+Numbers such as a learning rate are one for all runs, or one a run, so the parameters of several param groups take one
+call. The run **table** is an int64 CPU tensor with one row a run: ``start`` (offset in the bucket's flat buffers),
 ``numel``, ``filter_length``, ``filter_count``, ``filter_start``. The last three say how ASAM's T scales the run:
 ``filter_length`` is ``UNSCALED`` for T = 1, ``ELEMENT_WISE`` for T = |θ| + ξ, ``FISHER`` for T = (1 + ξv²)^(-1/2) of a
 vector v (all three in :mod:`lets_kernels.ops.declared`). Otherwise T = ‖filter‖ + ξ: element e (in memory order)

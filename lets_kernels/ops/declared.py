@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     FilterNorms = Tensor  # one norm a filter, which gives T its value
     Mask = Tensor  # one byte for each element of the bucket
     Number = Tensor  # 0-d float64, on the device
+    Radii = Tensor  # float64, on the device: 0-d, or one number a run
+    PerRun = float | Sequence[float]  # one number, or one a run
     Count = Tensor  # 0-d int64, on the device
     Coefficients = Tensor  # two float64, on the device
     Random = Tensor  # two int64, on the device: the seed, and the count of random steps
@@ -65,7 +67,7 @@ class Backend(Protocol):
 
     @op(reads="vectors", element_wise="params")
     def grad_norm(
-        self, vectors: Tensors, params: MaybeTensors, table: Table, filter_norms: FilterNorms | None, xi: float,
+        self, vectors: Tensors, params: MaybeTensors, table: Table, filter_norms: FilterNorms | None, xi: PerRun,
         q: float,
     ) -> Number:  # fmt: skip
         """Σ |Tv|^q"""
@@ -77,7 +79,7 @@ class Backend(Protocol):
     @op(reads="params vectors")
     def perturb_(
         self, params: Written[Tensors], vectors: MaybeTensors, saved: Written[Flat], dirty: Written[Count],
-        table: Table, filter_norms: FilterNorms | None, xi: float, q: float, total: Number, rho: Number,
+        table: Table, filter_norms: FilterNorms | None, xi: PerRun, q: float, total: Number, rho: Radii,
     ) -> None:  # fmt: skip
         """saved <- θ, then θ <- θ + ρ T sign(Tv)|Tv|^(q-1) / total^(1/p)"""
 
@@ -88,7 +90,7 @@ class Backend(Protocol):
     @op(reads="saved grads momenta")
     def restore_sgd_(
         self, params: Written[Tensors], grads: Tensors, momenta: Written[MaybeTensors], saved: Flat,
-        dirty: Written[Count], table: Table, gate: Number, lr: float, momentum: float, weight_decay: float,
+        dirty: Written[Count], table: Table, gate: Number, lr: PerRun, momentum: PerRun, weight_decay: PerRun,
         nesterov: bool, maximize: bool,
     ) -> None:  # fmt: skip
         """A step of SGD from the weights before they were perturbed"""
@@ -96,29 +98,29 @@ class Backend(Protocol):
     @op(reads="saved grads exp_avgs exp_avg_sqs")
     def restore_adamw_(
         self, params: Written[Tensors], grads: Tensors, exp_avgs: Written[Tensors], exp_avg_sqs: Written[Tensors],
-        steps: Written[Steps], saved: Flat, dirty: Written[Count], table: Table, gate: Number, lr: float, beta1: float,
-        beta2: float, eps: float, weight_decay: float, decoupled: bool, maximize: bool,
+        steps: Written[Steps], saved: Flat, dirty: Written[Count], table: Table, gate: Number, lr: PerRun,
+        beta1: PerRun, beta2: PerRun, eps: PerRun, weight_decay: PerRun, decoupled: bool, maximize: bool,
     ) -> None:  # fmt: skip
         """A step of Adam or AdamW from the weights before they were perturbed"""
 
     @op(reads="saved grads exp_avgs")
     def restore_lion_(
         self, params: Written[Tensors], grads: Tensors, exp_avgs: Written[Tensors], saved: Flat, dirty: Written[Count],
-        table: Table, gate: Number, lr: float, beta1: float, beta2: float, weight_decay: float,
+        table: Table, gate: Number, lr: PerRun, beta1: PerRun, beta2: PerRun, weight_decay: PerRun,
     ) -> None:  # fmt: skip
         """A step of Lion from the weights before they were perturbed"""
 
     @op(reads="saved grads exp_avgs precisions")
     def restore_bsam_(
         self, params: Written[Tensors], grads: Tensors, exp_avgs: Written[Tensors], precisions: Tensors, saved: Flat,
-        dirty: Written[Count], table: Table, gate: Number, lr: float, beta1: float, weight_decay: float,
+        dirty: Written[Count], table: Table, gate: Number, lr: PerRun, beta1: PerRun, weight_decay: PerRun,
     ) -> None:  # fmt: skip
         """A step of Variational SAM from the weights before they were perturbed"""
 
     @op(reads="val train perturbed vectors", element_wise="params")
     def rho_grad_diagonal(
         self, val: Tensors, train: MaybeTensors, perturbed: Tensors, vectors: Tensors, params: MaybeTensors,
-        table: Table, filter_norms: FilterNorms | None, xi: float, q: float,
+        table: Table, filter_norms: FilterNorms | None, xi: PerRun, q: float,
     ) -> Number:  # fmt: skip
         """(val - train)ᵀ ĝ² T sign(Tv)|Tv|^(q-1)"""
 
@@ -156,7 +158,7 @@ class Backend(Protocol):
     @op(reads="precisions grads")
     def posterior_ascent_(
         self, out: Written[Tensors], precisions: Written[Tensors], grads: Tensors, table: Table, gate: Number,
-        beta2: float, damping: float,
+        beta2: float, damping: PerRun,
     ) -> None:  # fmt: skip
         """out <- g/s, then s <- beta2 s + (1 - beta2)(√s |g| + damping)"""
 
@@ -201,6 +203,8 @@ class Backend(Protocol):
 SCHEMA = {
     **dict.fromkeys(("Tensors", "MaybeTensors", "Steps", "Numbers"), "Tensor[]"),
     **dict.fromkeys(("Flat", "Table", "FilterNorms", "Mask", "Number", "Count", "Coefficients", "Random"), "Tensor"),
+    "Radii": "Tensor",
+    "PerRun": "float[1]",  # a float stands for a list of it
     "Stream": "int",
     **{name: name for name in ("float", "int", "bool")},
 }

@@ -62,7 +62,7 @@ def _table(number: int, addresses: tuple[int, ...]) -> Tensor:
 def _fake_numbers(shape: tuple[int, ...], *args: object, **kwargs: object) -> Tensor:
     """New float64 numbers on the device of the call's tensors. The table, the only matrix, is always on the CPU."""
     given = (*args, *kwargs.values())
-    tensors = [x[-1] for x in given if isinstance(x, list | tuple) and x]
+    tensors = [x[-1] for x in given if isinstance(x, list | tuple) and x and isinstance(x[-1], Tensor)]
     tensors += [x for x in given if isinstance(x, Tensor) and x.ndim != 2]
     _fake_nothing(*args, **kwargs)
     return torch.empty(shape, dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
@@ -72,7 +72,7 @@ def _fake_nothing(*args: object, **kwargs: object) -> None:
     """``RuntimeError`` if some tensors have memory and others have none: then nothing can be computed."""
     given = (*args, *kwargs.values())
     lists = [x for x in given if isinstance(x, list | tuple)]
-    tensors = [t for x in lists for t in x] + [x for x in given if isinstance(x, Tensor) and x.ndim != 2]
+    tensors = [t for x in (*lists, given) for t in x if isinstance(t, Tensor) and (x is not given or t.ndim != 2)]
     if any(t.device.type != "meta" and not isinstance(t, FakeTensor) for t in tensors):
         raise RuntimeError("tensors on the meta device together with others: an op needs all of them on one device")
 

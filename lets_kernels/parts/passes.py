@@ -201,12 +201,24 @@ def displacements(runs: Iterable[Runs], held: Held, count: int, home: torch.devi
     """
     by_group = torch.zeros(count, 2, dtype=torch.float64, device=home)
     for each in runs:
-        b = each.bucket
+        b, squares = each.bucket, []
         held.flat(b, BEFORE)  # lets the weights before the last step stand in b.saved
-        found = b.ops.displacement_dots(each.pack(each.grads), each.weights, b.saved, b.unscaled_table(each.indices))
-        each.squares = found[0]
-        by_group[b.group if count > 1 else 0] += b.parts * found[1:].to(home)
+        for line, some in by_line(each, count):
+            table = b.unscaled_table(some.indices)
+            found = b.ops.displacement_dots(some.pack(some.grads), some.weights, b.saved, table)
+            squares.append(found[0])
+            by_group[line] += b.parts * found[1:].to(home)
+        each.squares = add_up(squares, b.device)
     return by_group
+
+
+def by_line(runs: Runs, count: int) -> list[tuple[int, Runs]]:
+    """The runs whose sums go into one of ``count`` lines: all into one, or those of each param group into its own."""
+    if count == 1:
+        return [(0, runs)]
+    if len(runs.bucket.present) == 1:
+        return [(runs.bucket.present[0], runs)]
+    return [(group, runs.only(places)) for group, places in runs.by_group()]
 
 
 def squared(runs: Runs) -> Tensor:
@@ -254,8 +266,9 @@ class SecondPass:
         by_group = torch.zeros(count, 3, dtype=torch.float64, device=self.home)
         for runs in self.runs:
             b = runs.bucket
-            found = b.ops.dots(b.pack(runs.grads), b.pack(self.firsts(runs)), b.unscaled_table(runs.indices))
-            by_group[b.group if count > 1 else 0] += b.parts * found.to(self.home)
+            for line, some in by_line(runs, count):
+                found = b.ops.dots(b.pack(some.grads), b.pack(self.firsts(some)), b.unscaled_table(some.indices))
+                by_group[line] += b.parts * found.to(self.home)
         by_group = torch.cat([by_group, more], dim=1)
         if self.replicas.groups:
             sums, first = self.replicas.agree(list(by_group.flatten().unbind()), list(riders.flatten().unbind()))

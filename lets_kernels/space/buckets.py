@@ -1,16 +1,16 @@
 """Buckets of parameters, their runs, and the tables that the ops read.
 
-Parameters of one group, device and dtype form a bucket: an index space in which parameter i owns
+Parameters of one device and dtype form a bucket, whatever their groups: an index space in which parameter i owns
 ``[start_i, start_i + numel_i)``, with starts padded to 16 elements. State that the package owns (saved weights, filter
 norms) is one flat buffer for each bucket. The parameters stay where they are unless ``flatten`` moves them into one
-buffer.
+buffer. The options of their groups reach the ops as one number for all runs, or one a run.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from lets_kernels import ops
 from lets_kernels.ops.declared import ELEMENT_WISE, UNSCALED
 from lets_kernels.ops.memory import capturing, is_dense
-from lets_kernels.space.memory import addresses, is_fake, is_lent, refuse_while_capturing
+from lets_kernels.space.memory import addresses, is_fake, is_lent, refuse_while_capturing, uploaded
 from lets_kernels.space.shards import (
     filter_groups,
     is_apart,
@@ -37,8 +37,21 @@ _dtype, _grad = operator.attrgetter("dtype"), operator.attrgetter("grad")
 PADDING = 16
 _TABLES = 64
 
+T = TypeVar("T")
+
 # (filter_length, filter_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
 Geometry = Callable[[Tensor, str | None, dict[str, Any]], tuple[int, int]]
+Groups = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter, and where it stands in the param groups."""
+
+    param: Tensor
+    name: str | None
+    group: int
+    place: int  # in the group
 
 
 @dataclass
@@ -86,6 +99,21 @@ class Runs:
         copies = [pair for pair in self.copies if pair[0] in indices]
         return Runs(self.bucket, indices, params, grads, copies)
 
+    def option(self, groups: Groups, name: str) -> float | list[float]:
+        """An option of the runs' groups: one number if they agree on it, otherwise one a run."""
+        b = self.bucket
+        if len(b.present) == 1:
+            return float(groups[b.present[0]][name])
+        return b.by_run({g: float(groups[g][name]) for g in b.present}, self.indices)
+
+    def by_group(self) -> list[tuple[int, list[int]]]:
+        """The groups that have runs here, each with the places of its runs in this object."""
+        group = self.bucket.group_of
+        found: dict[int, list[int]] = {}
+        for j, i in enumerate(self.indices):
+            found.setdefault(group[i], []).append(j)
+        return list(found.items())
+
     def return_gradients(self) -> None:
         """Put these gradients into the parameters' ``grad``, for a step along them."""
         for i, g in zip(self.indices, self.grads, strict=True):
@@ -102,37 +130,43 @@ class Runs:
 
 
 class Bucket:
-    """Parameters of one group, device and dtype, as one index space."""
+    """Parameters of one device and dtype, as one index space. ``groups`` are the param groups of ``members``."""
 
     def __init__(
         self,
-        params: Sequence[Tensor],
-        names: Sequence[str | None],
+        members: Sequence[Member],
         index: int,
-        group: int,
-        options: dict[str, Any],
+        groups: Sequence[dict[str, Any]],
         geometry: Geometry,
         backend: str,
         flatten: bool,
     ) -> None:
         refuse_while_capturing("the tables of the parameters")
         #: The user's parameters. The kernels see their local parts, complex numbers as real pairs: see :attr:`memory`.
-        self.params = list(params)
+        self.params = params = [member.param for member in members]
         self.spread, self.parts, self.part = any(map(is_spread, params)), parts(params[0]), part_of(params[0])
         self.apart = any(map(is_apart, params))
         memory = self.memory
-        self.index, self.group = index, group
-        #: The places of the parameters in their group.
-        self.places = list(range(len(self.params)))
+        self.index = index
+        #: The group of each parameter, and its place in that group; and the groups that have parameters here.
+        self.group_of, self.places = [m.group for m in members], [m.place for m in members]
+        self.present = sorted(set(self.group_of))
         self.dtype, self.device = memory[0].dtype, memory[0].device
         self.backend, self.ops = ops.choose(backend, self.device)
         self.flat: Tensor | None = None
         self._saved: Tensor | None = None
         self.dirty = torch.zeros((), dtype=torch.int64, device=self.device)
         self._tables: dict[tuple[int, ...], Tensor] = {}
-        self._scalar: tuple[float, Tensor] | None = None
-        #: The base optimizer's state tensors of these parameters, as base/state.py found them last.
-        self.found_state: dict[str, tuple[tuple[int, ...], list[Tensor | None], list[Tensor]]] = {}
+        self._numbers: tuple[tuple[float, ...], Tensor] | None = None
+        #: On the device, where they choose among numbers: the place of each parameter's group in ``present``, and the
+        #: indices of runs.
+        self._lines: Tensor | None = None
+        self._chosen: dict[tuple[int, ...], Tensor] = {}
+        if len(self.present) > 1:
+            lines = {g: line for line, g in enumerate(self.present)}
+            self._lines = self._uploaded([lines[g] for g in self.group_of], torch.int64)
+        #: The base optimizer's state tensors of these parameters, as base/state.py found them last, by name and runs.
+        self.found_state: dict[tuple[str, tuple[int, ...]], tuple[list[Tensor | None], list[Tensor]]] = {}
         #: Flat buffers of the parts' own state, and the views of the buffers that the state holds (passes.py).
         self.flats: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
@@ -141,8 +175,8 @@ class Bucket:
         #: The places of the norms of a parameter's filters, by its index; and those whose elements are on other ranks.
         self._filters_of: dict[int, slice] = {}
         self._elsewhere: list[slice] = []
-        for p, part, name in zip(params, memory, names, strict=True):
-            length, count = geometry(p, name, options)
+        for member, part in zip(members, memory, strict=True):
+            length, count = geometry(member.param, member.name, groups[member.group])
             first = 0
             if length > 0:
                 first, self.filters = self.filters, self.filters + count
@@ -234,19 +268,65 @@ class Bucket:
             self._tables[key] = table
         return self._tables[key]
 
-    def scalar(self, value: float | Tensor) -> Tensor:
-        """A number in the form that the ops take: 0-d float64 on the bucket's device, made anew only if it has changed.
+    def by_run(self, values: Mapping[int, T], indices: tuple[int, ...]) -> T | list[T]:
+        """Values of the groups that are present here: one for all of these runs if all are the same, or one a run."""
+        first = values[self.present[0]]
+        if len(self.present) == 1 or all(values[g] is first or values[g] == first for g in self.present):
+            return first
+        own = self.group_of
+        return [values[own[i]] for i in indices]
 
-        In a captured step the graph makes the number: the graph must not read a tensor that a later step replaces, and
+    def numbers(self, values: Mapping[int, float | Tensor]) -> Tensor:
+        """Numbers of the groups in the form that the ops take: float64 on the bucket's device, 0-d if the groups agree,
+        otherwise one for each of the bucket's parameters. Floats are made into tensors anew only if they have changed.
+
+        In a captured step the graph makes the numbers: the graph must not read a tensor that a later step replaces, and
         a later step must not use a tensor that only a replay fills.
         """
+        own = [values[g] for g in self.present]
+        if not all(map(operator.is_, own, repeat(own[0]))):
+            floats = not any(map(isinstance, own, repeat(Tensor)))
+            if not floats or own.count(own[0]) < len(own):
+                return self._numbers_of(own, floats)
+        return self._number(own[0])
+
+    def _number(self, value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
             return value.to(self.device, torch.float64)
         if capturing():
             return torch.full((), value, dtype=torch.float64, device=self.device)
-        if self._scalar is None or self._scalar[0] != value:
-            self._scalar = value, torch.full((), value, dtype=torch.float64, device=self.device)
-        return self._scalar[1]
+        if self._numbers is None or self._numbers[0] != (value,):
+            self._numbers = (value,), torch.full((), value, dtype=torch.float64, device=self.device)
+        return self._numbers[1]
+
+    def _numbers_of(self, values: list[float | Tensor], floats: bool) -> Tensor:
+        """Values of the groups that are present, one for each parameter."""
+        assert self._lines is not None
+        if not floats or capturing():
+            filled = [
+                v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=self.device)
+                for v in values
+            ]
+            return torch.stack([v.to(self.device, torch.float64) for v in filled]).index_select(0, self._lines)
+        key = tuple(map(float, values))
+        if self._numbers is None or self._numbers[0] != key:
+            each = dict(zip(self.present, key, strict=True))
+            self._numbers = key, self._uploaded([each[g] for g in self.group_of], torch.float64)
+        return self._numbers[1]
+
+    def _uploaded(self, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return uploaded(torch.tensor(numbers, dtype=dtype, device="cpu"), self.device)
+
+    def of_runs(self, numbers: Tensor, indices: tuple[int, ...]) -> Tensor:
+        """Out of what :meth:`numbers` returned, what these runs need."""
+        if numbers.dim() == 0 or len(indices) == len(self.params):
+            return numbers
+        if indices not in self._chosen:
+            if len(self._chosen) >= _TABLES:
+                self._chosen.clear()
+            refuse_while_capturing("the places of the parameters that take part")
+            self._chosen[indices] = self._uploaded(indices, torch.int64)
+        return numbers.index_select(0, self._chosen[indices])
 
     def is_current(self) -> bool:
         """False once a parameter was re-typed, moved, resized or re-strided (or, where flattened, re-pointed)."""
@@ -265,6 +345,15 @@ class Bucket:
                 return False
             self._addresses, self.moved = found, True
         return True
+
+    def lie_here(self, tensors: list[Tensor]) -> bool:
+        """True if the tensors, one for each parameter, have the parameters' memory layout, dtype and device."""
+        return (
+            list(map(Tensor.stride, tensors)) == self._strides
+            and list(map(Tensor.numel, tensors)) == self.numels
+            and set(map(_dtype, tensors)) == {self.dtype}
+            and set(map(Tensor.get_device, tensors)) == {self._device_index}
+        )
 
     def gather(self, own: bool = False, whole: bool = False, current: bool = False) -> Runs:
         """The runs of the parameters that have a gradient.

@@ -1,4 +1,4 @@
-"""The flattened parameter space: all buckets of an optimizer's groups."""
+"""The flattened parameter space: all buckets of an optimizer's parameters."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lets_kernels.space.buckets import Bucket, Geometry
+from lets_kernels.space.buckets import Bucket, Geometry, Member
 from lets_kernels.space.memory import check_apart, check_parameter
 from lets_kernels.space.shards import cuts, local, mesh_of
 
@@ -26,33 +26,35 @@ class ParameterSpace:
         flatten: bool,
         filter_dim: Callable[[Tensor], int],
     ) -> None:
-        self._key = self._signature(groups)
+        self._key = [(list(g["params"]), list(map(_requires_grad, g["params"])), g.get("adaptive")) for g in groups]
         for index, group in enumerate(groups):
             for p in group["params"]:
                 check_parameter(p, f"param_groups[{index}]")
         self._check_apart(groups)
         self.buckets: list[Bucket] = []
+        kinds: dict[tuple[torch.device, torch.dtype, Any, tuple[int, ...]], list[Member]] = {}
         for index, group in enumerate(groups):
-            kinds: dict[tuple[torch.device, torch.dtype, Any, tuple[int, ...]], list[Tensor]] = {}
-            for p in group["params"]:
-                if p.requires_grad:
-                    kinds.setdefault((p.device, p.dtype, mesh_of(p), cuts(p)), []).append(p)
             own = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
-            for members in kinds.values():
-                labels = [own.get(id(p), names.get(id(p))) for p in members]
-                bucket = Bucket(members, labels, len(self.buckets), index, group, geometry, backend, flatten)
-                places = {id(p): place for place, p in enumerate(group["params"])}
-                bucket.places = [places[id(p)] for p in members]
-                bucket.split_filters(filter_dim)
-                self.buckets.append(bucket)
+            for place, p in enumerate(group["params"]):
+                if p.requires_grad:
+                    member = Member(p, own.get(id(p), names.get(id(p))), index, place)
+                    kinds.setdefault((p.device, p.dtype, mesh_of(p), cuts(p)), []).append(member)
+        for members in kinds.values():
+            bucket = Bucket(members, len(self.buckets), groups, geometry, backend, flatten)
+            bucket.split_filters(filter_dim)
+            self.buckets.append(bucket)
 
-    @staticmethod
-    def _signature(groups: Sequence[dict[str, Any]]) -> list[Any]:
-        found = []
-        for group in groups:
+    def _knows(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """True if the groups hold the parameters of which the buckets were made, as they were."""
+        if len(groups) != len(self._key):
+            return False
+        for group, (known, trained, adaptive) in zip(groups, self._key, strict=True):
             params = group["params"]
-            found.append((list(map(id, params)), list(map(_requires_grad, params)), group.get("adaptive")))
-        return found
+            if len(params) != len(known) or not all(map(operator.is_, params, known)):
+                return False
+            if list(map(_requires_grad, params)) != trained or group.get("adaptive") != adaptive:
+                return False
+        return True
 
     @staticmethod
     def _check_apart(groups: Sequence[dict[str, Any]]) -> None:
@@ -79,7 +81,7 @@ class ParameterSpace:
         Raises:
             ValueError: parameters share memory by now.
         """
-        if self._key != self._signature(groups):
+        if not self._knows(groups):
             return False
         for b in self.buckets:
             if not b.is_current():

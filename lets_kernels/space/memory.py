@@ -147,3 +147,10 @@ def refuse_while_capturing(what: str) -> None:
             f"{what} would be made inside the CUDA graph that is being captured: take a step or two in the same way "
             "before the capture, as torch's examples do on a side stream"
         )
+
+
+def uploaded(numbers: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device; the host does not wait for the copy."""
+    if device.type in ("cpu", "meta"):
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)

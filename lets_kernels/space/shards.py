@@ -9,8 +9,10 @@ into one part, so its copies do not count twice.
 """
 
 import math
+import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
+
+_version = operator.attrgetter("_version")
 
 #: Stands for the dimension along which filters lie if the whole tensor is one filter.
 WHOLE = -1
@@ -58,6 +62,13 @@ def version(t: Tensor) -> tuple[int, int]:
     if type(t) is Tensor:  # a fast path: most gradients are plain tensors
         return t._version, 0
     return t._version, local(t)._version if is_spread(t) else 0
+
+
+def versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The version of each tensor."""
+    if set(map(type, tensors)) == {Tensor}:
+        return list(zip(map(_version, tensors), repeat(0)))
+    return list(map(version, tensors))
 
 
 def local_gradient(grad: Tensor, p: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lets_kernels.parts.passes import FirstPass
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.radius import RadiusWarning
 from lets_kernels.parts.schedule import Moment
-from lets_kernels.space.shards import version
+from lets_kernels.space.shards import versions
 from lets_kernels.step.capture import check_same_graph
 from lets_kernels.step.convention import Convention
 from lets_kernels.step.losses import as_scalar
@@ -129,11 +129,13 @@ class Engine:
 
     def mark_gradients(self) -> None:
         """Remember that the present gradients have been used, each in its version; a later backward makes new ones."""
-        for g in self._marked():
-            setattr(g, _SEEN, version(g))
+        marked = self._marked()
+        for g, seen in zip(marked, versions(marked), strict=True):
+            setattr(g, _SEEN, seen)
 
     def has_new_gradients(self) -> bool:
-        return any(getattr(g, _SEEN, None) != version(g) for g in self._marked())
+        marked = self._marked()
+        return any(getattr(g, _SEEN, None) != now for g, now in zip(marked, versions(marked), strict=True))
 
     def zeroes(self) -> None:
         """``zero_grad()`` is called: a first pass that no step has followed is forgotten."""

@@ -51,7 +51,7 @@ def measure(ascents: Sequence[Ascent], total: Tensor, rho: Sequence[Tensor]) -> 
     home = total.device
     sums = torch.zeros(5, dtype=torch.float64, device=home)
     for a in narrow:
-        share = _sums(a, total.to(a.bucket.device), rho[a.bucket.index])
+        share = _sums(a, total.to(a.bucket.device), a.bucket.of_runs(rho[a.bucket.index], a.runs.indices))
         sums += share.to(home)
     dot, moved_length, length, moved, count = sums.unbind()
     return {
@@ -65,8 +65,10 @@ def _sums(a: Ascent, total: Tensor, rho: Tensor) -> Tensor:
     """⟨δ, ε⟩, ‖δ‖², ‖ε‖², the number of moved weights and of all weights, for the perturbation δ of one bucket."""
     b, runs = a.bucket, a.runs
     out = torch.zeros(5, dtype=torch.float64, device=b.device)
-    rows = zip(a.table.tolist(), runs.params, a.vectors, strict=True)
-    for (start, numel, *scaling), weights, vector in rows:
+    count = len(runs.indices)
+    numbers = zip(a.xi if isinstance(a.xi, list) else [a.xi] * count, rho.expand(count).unbind(), strict=True)
+    rows = zip(a.table.tolist(), runs.params, a.vectors, numbers, strict=True)
+    for (start, numel, *scaling), weights, vector, (xi, radius) in rows:
         if not numel:
             continue
         before = b.saved[start : start + numel].double()
@@ -74,7 +76,7 @@ def _sums(a: Ascent, total: Tensor, rho: Tensor) -> Tensor:
         table = torch.tensor([[0, numel, *scaling]], dtype=torch.int64, device="cpu")
         flat = vector.as_strided((numel,), (1,)).double()
         scratch = torch.empty_like(exact)
-        reference.perturb_([exact], [flat], scratch, flag, table, b.filter_norms, a.xi, a.q, total, rho)
+        reference.perturb_([exact], [flat], scratch, flag, table, b.filter_norms, xi, a.q, total, radius)
         wanted, got = exact - before, weights.detach().as_strided((numel,), (1,)).double() - before
         out += torch.stack(
             [(got * wanted).sum(), got.square().sum(), wanted.square().sum(), (got != 0).sum(), got.new_full((), numel)]

@@ -15,10 +15,15 @@ from lets_kernels.parts.direction import Ascent, Perturbation
 from lets_kernels.parts.passes import FirstPass, Gradients, SecondPass, add_up, by_index, displacements, squared
 from lets_kernels.parts.radius import radii
 from lets_kernels.space.buckets import Runs
-from lets_kernels.space.shards import version
+from lets_kernels.space.shards import versions
 from lets_kernels.step.capture import check_capture
 from lets_kernels.step.precision import INTERVAL, measure
 from lets_kernels.step.workspace import Workspace, given_up
+
+
+def _seen(gradients: list[Tensor]) -> list[tuple[int, tuple[int, int]]]:
+    """Which gradients these are, and how often each has been written."""
+    return list(zip(map(id, gradients), versions(gradients), strict=True))
 
 
 class Start:
@@ -137,7 +142,7 @@ class Step:
             for each in self.first:
                 each.grads = [g.clone() for g in each.grads]
         #: On a step that does not perturb: the present gradients. A second pass would make new ones.
-        self._unperturbed = [] if self.perturbs else [(id(g), version(g)) for g in self.work.gradients()]
+        self._unperturbed = [] if self.perturbs else _seen(self.work.gradients())
         #: How far the weights have moved, for a radius that needs it; the direction may overwrite where they stood.
         self._moved: Tensor | None = None
         if self.perturbs and setting.comparing is not None:
@@ -153,10 +158,17 @@ class Step:
         #: gradients of its pass is not.
         self.totals = [found.total]
         share = setting.rho_share(progress.step) if setting.rho_warmup else 1.0
+        #: ρ of each group, and of each bucket's parameters.
+        self.radii: dict[int, float | Tensor] = {}
+        one: float | Tensor | None = None
         self.rho = []
         for b in self.buckets:
-            rho = radius.value(b.group, first.groups[b.group], progress.step)
-            self.rho.append(b.scalar(rho if share == 1 else rho * share))
+            for g in b.present:
+                if g not in self.radii:
+                    rho = radius.value(g, first.groups[g], progress.step) if one is None else one
+                    self.radii[g] = rho if share == 1 or one is not None else rho * share
+                    one = self.radii[g] if radius.shared else None
+            self.rho.append(b.numbers(self.radii))
         self.gate, self.gated = torch.ones_like(self.total), False
 
     def _complete(self, first: FirstPass) -> None:
@@ -222,7 +234,7 @@ class Step:
             self.passes += present
         elif not present:
             self.return_gradients()
-        elif [(id(g), version(g)) for g in self.work.gradients()] != self._unperturbed:
+        elif _seen(self.work.gradients()) != self._unperturbed:
             self.passes += 1
 
     def return_gradients(self) -> None:
@@ -282,15 +294,14 @@ class Step:
             setting.comparing.compare(products, self.gate, w.groups, memory)
         return reason is None, reason or ""
 
-    def _take(self, second: list[Runs], steps: list[tuple[Runs, Callable[[Tensor], None]]]) -> None:
+    def _take(self, second: list[Runs], steps: list[Callable[[Tensor], None]]) -> None:
         """Take the fused steps, which also restore the weights that they step."""
         for a in self.perturbation.ascents:  # where the two passes reach different parameters
             if self.is_perturbed and second[a.runs.bucket.index].indices != a.runs.indices:
                 a.bucket.restore(a.runs)
         self.torn = True  # an interrupt between buckets ends the step, so that no bucket is stepped twice
-        for runs, take in steps:
-            take(self.gate.to(runs.bucket.device))
-            runs.write_back()
+        for take in steps:
+            take(self.gate)
         self.work.setting.network.statistics.release()
         self.is_perturbed = self.torn = False
 
@@ -329,12 +340,11 @@ class Step:
     def _applied(self) -> Tensor:
         """The radius of this step's perturbation, as ``SAM.rho`` gives radii; 0 on a step that does not perturb."""
         groups = self.work.groups[:1] if self.work.setting.radius.shared else self.work.groups
-        own = {b.group: rho for b, rho in zip(self.buckets, self.rho, strict=True)}
-        values = radii([own.get(i, 0.0) if self.perturbs else 0.0 for i in range(len(groups))])
+        values = radii([self.radii.get(i, 0.0) if self.perturbs else 0.0 for i in range(len(groups))])
         return values[0] if len(values) == 1 else torch.stack(values)
 
     def _trial(self, hats: list[Gradients], stepped: list[Gradients]) -> Trial:
-        groups = [self.work.groups[b.group] for b in self.buckets]
+        groups = self.work.groups
         return Trial(
             buckets=self.buckets,
             ascents=self.perturbation.ascents,
@@ -343,7 +353,7 @@ class Step:
             stepped=stepped,
             total=self.total,
             lr=[g["lr"].clone().reshape(()) if isinstance(g["lr"], Tensor) else g["lr"] for g in groups],
-            rho=self.rho,
+            rho=radii([self.radii.get(g, 0.0) for g in range(len(groups))]),
             gate=self.gate,
             slope=self.work.setting.descent.slope,
             captured=self.captured,

@@ -153,9 +153,9 @@ def test_a_fused_step_has_the_options_and_lists_that_its_op_declares(fused):
     names = [a.name for a in op.arguments]
     options = op.arguments[names.index("gate") + 1 :]
     given = [each for name in fused.numbers for each in (("beta1", "beta2") if name == "betas" else (name,))]
-    assert [a.name for a in options if a.kind == "float"] == given
+    assert [a.name for a in options if a.kind == "PerRun"] == given
     assert [a.name for a in options if a.kind == "bool"] == [name.split("_")[0] for name in fused.flags]
-    assert [a.kind for a in options] == ["float"] * len(given) + ["bool"] * len(fused.flags)
+    assert [a.kind for a in options] == ["PerRun"] * len(given) + ["bool"] * len(fused.flags)
     lists = names[names.index("grads") + 1 : names.index("saved")]
     stems = {"momenta": "momentum_buffer", "exp_avgs": "exp_avg", "exp_avg_sqs": "exp_avg_sq", "steps": "step"}
     assert [stems.get(name, name.removesuffix("s")) for name in lists] == [name for name, _ in fused.lists]

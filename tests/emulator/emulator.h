@@ -42,6 +42,7 @@ class Emulator {
     if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024)
       throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " +
                                std::to_string(threads) + " threads");
+    ++launches_;
     body_ = &body;
     gridDim = {unsigned(blocks)};
     std::vector<int64_t> order(static_cast<size_t>(blocks));
@@ -52,6 +53,8 @@ class Emulator {
       run_block(threads);
     }
   }
+
+  int64_t launches() const { return launches_; }
 
   void barrier() {
     if (_setjmp(fibers_[current_].at) == 0) _longjmp(scheduler_, 1);
@@ -118,6 +121,7 @@ class Emulator {
   std::vector<Fiber> fibers_;
   jmp_buf scheduler_;
   size_t current_ = 0;
+  int64_t launches_ = 0;
   const std::function<void()>* body_ = nullptr;
   std::mt19937 random_{std::getenv("LETS_EMULATOR_SEED") ? unsigned(std::atoi(std::getenv("LETS_EMULATOR_SEED"))) : 0u};
 };

@@ -101,17 +101,27 @@ def test_every_formula_is_the_papers_to_rounding(backend, direction, curvature, 
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_one_radius_a_group_learns_from_its_own_parameters(backend):
-    """The hypergradient of a group sums over its parameters alone, with its own learning rate and radius; eps_hat and
-    the losses are those of all groups together."""
-    task, rhos, etas = Task(steps=1), (0.05, 0.02), (0.1, 0.03)
+@pytest.mark.parametrize("etas", [(0.1, 0.03), (0.1, 0.1)], ids=["own-lr", "one-lr"])
+@pytest.mark.parametrize("xis", [None, (0.02, 0.3)], ids=["sam", "asam"])
+def test_one_radius_a_group_learns_from_its_own_parameters(backend, xis, etas):
+    """The hypergradient of a group sums over its parameters alone, with its own learning rate, radius and xi; eps_hat
+    and the losses are those of all groups together."""
+    task, rhos = Task(steps=1), (0.05, 0.02)
     names = [name for name, _ in task.net.named_parameters()]
     halves = names[:2], names[2:]
     loss, theta, (train, val) = task.functional(), task.weights(), task.batches[0]
     rho = {k: r for half, r in zip(halves, rhos, strict=True) for k in half}
     eta = {k: e for half, e in zip(halves, etas, strict=True) for k in half}
     _, g = oracle.gradient(loss, theta, train)
-    eps = oracle.unit(g, oracle.identity(theta))
+    T = oracle.identity(theta)
+    if xis:
+        T = {
+            k: x
+            for half, xi in zip(halves, xis, strict=True)
+            for k, x in oracle.elementwise(xi)(theta).items()
+            if k in half
+        }
+    eps = oracle.unit(g, T)
     _, g_hat = oracle.gradient(loss, {k: theta[k] + rho[k] * eps[k] for k in theta}, train)
     after = {k: theta[k] - eta[k] * g_hat[k] for k in theta}
     (l_train, g_train), (l_val, g_val) = oracle.gradient(loss, after, train), oracle.gradient(loss, after, val)
@@ -120,8 +130,11 @@ def test_one_radius_a_group_learns_from_its_own_parameters(backend):
         {"params": [parameters[k] for k in half], "rho": r, "lr": e}
         for half, r, e in zip(halves, rhos, etas, strict=True)
     ]
+    for group, xi in zip(groups, xis or (), strict=bool(xis)):
+        group["xi"] = xi
     radius = lk.LearnedRadius(per_group=True, optimizer=torch.optim.SGD, lr=1e3)
-    opt = lk.LETSSAM(groups, torch.optim.SGD, radius, backend=backend.name, lr=0.1)
+    direction = lk.Adaptive() if xis else None
+    opt = lk.LETSSAM(groups, torch.optim.SGD, radius, direction=direction, backend=backend.name, lr=0.1)
     opt.step(task.closure(train), task.closure(val))
     assert opt.rho.shape == (2,)
     for half, r, e, found in zip(halves, rhos, etas, opt.rho.tolist(), strict=True):

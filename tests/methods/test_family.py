@@ -36,10 +36,10 @@ OPS = {
 }
 
 
-def transcribe(name, task, base="momentum", groups=None, **changes):
+def transcribe(name, task, base="momentum", **changes):
     """The paper's run of a method on the task, before the method itself has moved its net."""
     member, (_, transcription, options, _) = FAMILY[name], BASES[base]
-    run = papers.Run(copy.deepcopy(task.net), task.weights(), task.batches, transcription(**options), SEED, groups)
+    run = papers.Run(copy.deepcopy(task.net), task.weights(), task.batches, transcription(**options), SEED)
     member.paper(run, **{**member.arguments, **changes})
     return run
 
@@ -130,7 +130,7 @@ def test_groups_with_radii_of_their_own(name):
     names = list(task.weights())
     groups = [names[:3], names[3:]]
     radii = {**dict.fromkeys(groups[0], 0.02), **dict.fromkeys(groups[1], 0.2)}
-    run = transcribe(name, task, groups=groups, rho=radii)
+    run = transcribe(name, task, rho=radii)
     parameters = dict(task.net.named_parameters())
     own = [{"params": [parameters[k] for k in group], "rho": radii[group[0]]} for group in groups]
     opt = build(name, own, model=task.net)

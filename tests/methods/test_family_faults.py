@@ -31,6 +31,13 @@ def stopping(closure, call, late):
     return run
 
 
+def in_two_dtypes(task):
+    """The task with its later modules in float64, so that its parameters are two buckets."""
+    task.net[3:].double()
+    task.net[3].register_forward_pre_hook(lambda module, args: tuple(x.double() for x in args))
+    return task
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["before-backward", "after-backward"])
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -62,11 +69,10 @@ def test_an_exception_in_the_closure_of_any_method(name, call, late):
 @pytest.mark.parametrize("where", ["enter", "pass", "exit"])
 @pytest.mark.parametrize("name", BESIDE)
 def test_an_exception_around_a_first_pass_beside_the_weights_restores(backend, monkeypatch, name, where):
-    """Two groups are two buckets: on the way there and back the exception comes between them. An entry that comes then
+    """Two dtypes are two buckets: on the way there and back the exception comes between them. An entry that comes then
     finds the weights where they belong, and the pass does not count."""
-    task, module = Task(torch.float32, steps=2), importlib.import_module(MODULES[backend.name])
-    params = list(task.net.parameters())
-    opt = family.build(name, [{"params": params[:3]}, {"params": params[3:]}], backend=backend.name)
+    task, module = in_two_dtypes(Task(torch.float32, steps=2)), importlib.import_module(MODULES[backend.name])
+    opt = family.build(name, list(task.net.parameters()), backend=backend.name)
     family.take(opt, task.net, task.batches[0][0])
     before, op = weights(task), {"enter": "perturb_", "exit": "restore_"}.get(where)
     original, calls = getattr(module, op or "restore_"), []
@@ -96,9 +102,8 @@ def test_an_exception_around_a_first_pass_beside_the_weights_restores(backend, m
 @pytest.mark.parametrize("name", ["rsam", "bsam"])
 def test_a_start_that_was_torn_twice_is_healed_at_the_next_entry(backend, monkeypatch, name, entry):
     """One interrupt comes at the second bucket's start, another while that is undone."""
-    task, module = Task(torch.float32, steps=2), importlib.import_module(MODULES[backend.name])
-    params = list(task.net.parameters())
-    opt = family.build(name, [{"params": params[:3]}, {"params": params[3:]}], backend=backend.name)
+    task, module = in_two_dtypes(Task(torch.float32, steps=2)), importlib.import_module(MODULES[backend.name])
+    opt = family.build(name, list(task.net.parameters()), backend=backend.name)
     family.take(opt, task.net, task.batches[0][0])
     before, perturb, calls, seen = weights(task), module.perturb_, [], []
 
@@ -138,8 +143,8 @@ def test_an_interrupt_within_the_selection_of_a_mask_leaves_a_mask(monkeypatch, 
     """Of zeros and ones, and after the next step one of its whole share: nothing of the selection's marks."""
     module, count = importlib.import_module(MODULES["cpu"]), 0
     for at in range(1, 11):
-        toy = Toy(shapes=((7,), (5, 6), (3,)))
-        opt = family.build(name, [{"params": toy.params[:1]}, {"params": toy.params[1:]}], backend="cpu")
+        toy = Toy([torch.float32, torch.float64, torch.float64], ((7,), (5, 6), (3,)))  # two buckets
+        opt = family.build(name, toy.params, backend="cpu")
         opt.direction.interval, opt.direction.sparsity = 1, 0.5
         toy.steps(opt, 1)
         original, calls = module.select_, []

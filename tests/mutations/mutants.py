@@ -46,6 +46,7 @@ def _pytest(root, tests, output):
         "mutants",
         "mutants_table",
         "mutants_foreach",
+        "mutants_groups",
         "mutants_reference",
         "mutants_kernels",
         "mutants_parts",

@@ -59,7 +59,7 @@ GROUPS = [
         FOREACH + "perturb.py",
         PERTURB,
         [
-            ("dirty.fill_(1)", "dirty.fill_(0)"),
+            ("olds, thetas)\n    dirty.fill_(1)", "olds, thetas)\n    dirty.fill_(0)"),
             ("(rho / total.sqrt())", "(rho / total)"),
             ("(math.isfinite(factor) and factor)", "factor"),
             ("(math.isfinite(factor) and factor)", "math.isfinite(factor)"),
@@ -78,12 +78,8 @@ GROUPS = [
         FOREACH + "step.py",
         STEP,
         [
-            (
-                "if not (lr and on_host(saved, dirty, gate) and fits",
-                "if not (on_host(saved, dirty, gate) and fits",
-                ZERO,
-            ),
-            ("ours = lr and len(steps)", "ours = len(steps)", ZERO),
+            ("if not (lr and fits", "if not (fits", ZERO),
+            ("if not (lr and len(steps)", "if not (len(steps)", ZERO),
             ("elif not gate.item():\n        restore_(params, saved, dirty, table)\n    else:\n\n", "else:\n\n"),
             (
                 "elif not gate.item():\n        restore_(params, saved, dirty, table)\n    else:\n        f",
@@ -100,7 +96,7 @@ GROUPS = [
             ("if dirty.item():\n        torch", "if True:\n        torch"),
             ("if theta[0].element_size() >= 4:", "if True:"),
             ("(widened[0], *widened[2:])", "(widened[0], *widened[1:-1])"),
-            ("    dirty.fill_(0)", "    pass"),
+            ("(to, found)\n    dirty.fill_(0)", "(to, found)\n    pass"),
         ],
     ),
     (

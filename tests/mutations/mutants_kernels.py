@@ -3,6 +3,7 @@
 from mutants_reference import AVERAGE, BSAM, COMBINE, EPS, FISHER, MASK, NOISE, NORM, PERTURB, RHO, STEP
 
 MATH = "csrc/math.h"
+PER_RUN = "tests/ops/test_per_run.py -k cpu"
 TWO_BYTES = "tests/ops/test_perturb.py -k 'two_bytes and not emulated'"
 
 GROUPS = [
@@ -44,7 +45,7 @@ GROUPS = [
             ("return 1 - power(beta, step);", "return 1 - power(beta, step + 1);"),
             ("C(square_root(bias2)),", "C(bias2),"),
             ("C(1 - o.lr * o.weight_decay)", "C(1 - o.weight_decay)"),
-            ("o.decoupled ? C(0) : C(o.weight_decay)", "C(o.weight_decay)"),
+            ("flags.decoupled ? C(0) : C(o.weight_decay)", "C(o.weight_decay)"),
         ],
     ),
     (
@@ -129,6 +130,40 @@ GROUPS = [
                 "probability * 4290000000.0",
                 "tests/ops/test_mask.py -k 'cpu and masked_bit'",
             ),
+        ],
+    ),
+    (
+        "csrc/runs.h",
+        PER_RUN,
+        [
+            ("given_[size_t(step_ * run)]", "given_[0]"),
+            ("given_[size_t(step_ * run)]", "given_[given_.size() - 1 - size_t(step_ * run)]"),
+            ("step_ == 0 || int64_t(given.size()) == table.size(), what", "!given.empty(), what"),
+            ("return numbers_ + step_ * run;", "return numbers_;"),
+            ("(step_ == 0 || t.numel() == table.size()) && t.is_contiguous()", "t.is_contiguous()"),
+            ("xi_->at(chunk.run)", "xi_->at(0)"),
+        ],
+    ),
+    (
+        "csrc/call.h",
+        "tests/ops/test_refused.py -k 'cpu and momenta_go'",
+        [
+            ("(c.momentum.at(i) == 0)", "(c.momentum.at(0) == 0)"),
+        ],
+    ),
+    (
+        "csrc/cuda/batch.h",  # the GPU's share of it, in the emulator
+        "tests/native/test_emulated.py -k numbers_of_465_runs",
+        [
+            ("batch.each[batch.runs] = each[next];", "batch.each[batch.runs] = each[batch.runs];"),
+            ("batch.each[batch.differs ? run : 0]", "batch.each[0]"),
+        ],
+    ),
+    (
+        "csrc/cuda/ops.cpp",
+        "tests/native/test_emulated.py -k numbers_of_465_runs",
+        [
+            ("each.push_back(c.each(i));", "each.push_back(c.each(0));"),
         ],
     ),
     (

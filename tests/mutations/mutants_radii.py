@@ -55,7 +55,7 @@ GROUPS = [
         [
             ("b.parts * found[1:]", "b.parts * found[:2]"),
             (
-                "by_group[b.group if count > 1 else 0] += b.parts * found[1:]",
+                "by_group[line] += b.parts * found[1:]",
                 "by_group[0] += b.parts * found[1:]",
                 "tests/learning/test_auto.py -k a_radius_a_group",
             ),
@@ -96,7 +96,7 @@ GROUPS = [
         WARMUP,
         [
             ("setting.rho_share(progress.step) if", "setting.rho_share(progress.perturbed_steps) if"),
-            ("rho if share == 1 else rho * share", "rho"),
+            ("rho if share == 1 or one is not None else rho * share", "rho"),
         ],
     ),
     (

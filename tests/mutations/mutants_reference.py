@@ -2,7 +2,7 @@
 
 REFERENCE = "lets_kernels/ops/reference/"
 FROM_SAVED = "old = torch.where(from_saved, old, theta)\n        "
-SIGNED = "weights, step = wide(old), -wide(g) if maximize else wide(g)\n        if weight_decay:"
+SIGNED = "weights, step = wide(old), -wide(g) if maximize else wide(g)\n        if decay:"
 SAVING = "old in zip(thetas, runs([saved], table), strict=True):\n        old.copy_(theta)"
 
 # The tests of an op on one backend.
@@ -65,7 +65,7 @@ GROUPS = [
         REFERENCE + "perturb.py",
         PERTURB.format("reference"),
         [
-            ("length = rho / total.sqrt() if q == 2", "length = rho / total if q == 2"),
+            ("each_radius(rho / total.sqrt() if q == 2", "each_radius(rho / total if q == 2"),
             ("shrink = total.pow(-1 / q) if", "shrink = total.pow(-1 / 2) if"),
             ("wide(theta) + factor * (t * dual(scaled, q))", "wide(theta) - factor * (t * dual(scaled, q))"),
             ("wide(theta) + factor * (t * dual(scaled, q))", "wide(theta) + factor * dual(scaled, q)"),
@@ -81,9 +81,9 @@ GROUPS = [
         REFERENCE + "step.py",
         "tests/ops/test_lion.py -k reference",
         [
-            ("(beta1 * average + (1 - beta1) * gradient).sign()", "(beta2 * average + (1 - beta2) * gradient).sign()"),
-            ("new = weights - lr * (sign + weight_decay * weights)", "new = weights - lr * sign"),
-            ("(beta2 * average + (1 - beta2) * gradient).to(m.dtype), m)", "average, m)"),
+            ("(keep1 * average + (1 - keep1) * gradient).sign()", "(keep2 * average + (1 - keep2) * gradient).sign()"),
+            ("new = weights - rate * (sign + decay * weights)", "new = weights - rate * sign"),
+            ("(keep2 * average + (1 - keep2) * gradient).to(m.dtype), m)", "average, m)"),
         ],
     ),
     (
@@ -92,26 +92,26 @@ GROUPS = [
         [
             (SIGNED, SIGNED.replace("-wide(g) if maximize else ", "")),
             (FROM_SAVED + SIGNED, SIGNED),
-            ("average = momentum * wide(m) + step", "average = momentum * (wide(m) + step)"),
-            ("step + momentum * average if nesterov else average", "average"),
-            ("new = weights - lr * step if lr else weights", "new = weights + lr * step if lr else weights"),
-            ("new = weights - lr * step if lr else weights", "new = weights - lr * step"),
+            ("average = inertia * wide(m) + step", "average = inertia * (wide(m) + step)"),
+            ("step + inertia * average if nesterov else average", "average"),
+            ("new = weights - rate * step if rate else weights", "new = weights + rate * step if rate else weights"),
+            ("new = weights - rate * step if rate else weights", "new = weights - rate * step"),
             (
                 "m.copy_(torch.where(go, average.to(m.dtype), m))\n        new",
                 "m.copy_(average.to(m.dtype))\n        new",
             ),
-            ("weights * (1 - lr * weight_decay)", "weights * (1 - weight_decay)"),
-            ("wide(m) + (1 - beta1) * (step - wide(m))", "wide(m) + beta1 * (step - wide(m))"),
-            ("beta2 * wide(v) + (1 - beta2) * (step * step)", "beta2 * wide(v) + step * step"),
-            ("(lr / (1 - beta1**count)).to", "(lr * count**0).to"),
-            ("(1 - beta2**count).sqrt().to", "(1 - beta2**count).to"),
-            ("square.sqrt() / root_bias + eps", "(square.sqrt() + eps) / root_bias", EPS),
+            ("weights * (1 - rate * decay)", "weights * (1 - decay)"),
+            ("wide(m) + (1 - keep1) * (step - wide(m))", "wide(m) + keep1 * (step - wide(m))"),
+            ("keep2 * wide(v) + (1 - keep2) * (step * step)", "keep2 * wide(v) + step * step"),
+            ("(rate / (1 - keep1**count)).to", "(rate * count**0).to"),
+            ("(1 - keep2**count).sqrt().to", "(1 - keep2**count).to"),
+            ("square.sqrt() / root_bias + small", "(square.sqrt() + small) / root_bias", EPS),
             ("t.add_(go.to(t.dtype))", "t.add_(1)"),
             ("v.copy_(torch.where(go, square.to(v.dtype), v))", "v.copy_(square.to(v.dtype))"),
-            ("(wide(g) + weight_decay * weights)", "wide(g)", BSAM.format("reference")),
-            ("new = weights - lr * (average / wide(s))", "new = weights - lr * average", BSAM.format("reference")),
-            ("(average / wide(s)) if lr else weights", "(average / wide(s))", BSAM.format("reference")),
-            ("beta1 * wide(m) + (1 - beta1) * (wide(g)", "wide(m) + (1 - beta1) * (wide(g)", BSAM.format("reference")),
+            ("(wide(g) + decay * weights)", "wide(g)", BSAM.format("reference")),
+            ("new = weights - rate * (average / wide(s))", "new = weights - rate * average", BSAM.format("reference")),
+            ("(average / wide(s)) if rate else weights", "(average / wide(s))", BSAM.format("reference")),
+            ("keep1 * wide(m) + (1 - keep1) * (wide(g)", "wide(m) + (1 - keep1) * (wide(g)", BSAM.format("reference")),
         ],
     ),
     (
@@ -141,9 +141,9 @@ GROUPS = [
             ("a * wide(x) + b * wide(m)).to(m.dtype)", "b * wide(x) + a * wide(m)).to(m.dtype)"),
             ("updates.add_(go.to(updates.dtype))", "updates.add_(1)"),
             ("(wide(g) / before)", "(wide(g) / root(before))"),
-            ("root(before) * wide(g).abs() + damping", "before * wide(g).abs() + damping"),
-            ("root(before) * wide(g).abs() + damping", "root(before) * wide(g) + damping"),
-            ("* wide(g).abs() + damping)", "* wide(g).abs()) + damping"),
+            ("root(before) * wide(g).abs() + added", "before * wide(g).abs() + added"),
+            ("root(before) * wide(g).abs() + added", "root(before) * wide(g) + added"),
+            ("* wide(g).abs() + added)", "* wide(g).abs()) + added"),
             ("s.copy_(torch.where(go, after.to(s.dtype), s))", "s.copy_(after.to(s.dtype))"),
         ],
     ),

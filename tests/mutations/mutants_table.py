@@ -7,6 +7,7 @@ nothing, and one that computes the same is none.
 from typing import NamedTuple
 
 import mutants_foreach
+import mutants_groups
 import mutants_kernels
 import mutants_parts
 import mutants_radii
@@ -33,6 +34,7 @@ DIRECTED = "tests/methods/test_methods.py -k 'reference and (every_method or dia
 GROUPS = [
     *mutants_reference.GROUPS,
     *mutants_foreach.GROUPS,
+    *mutants_groups.GROUPS,
     *mutants_kernels.GROUPS,
     *mutants_parts.GROUPS,
     *mutants_radii.GROUPS,
@@ -41,9 +43,9 @@ GROUPS = [
         "lets_kernels/learning/hypergradient.py",
         "tests/learning/test_hypergradient.py -k 'reference and rounding'",
         [
-            ("out.append((bucket, -lr * bucket.parts * share))", "out.append((bucket, lr * bucket.parts * share))"),
-            ("-self.lr[k] * self.slope * length * share)", "-self.slope * length * share)"),
-            ("-self.lr[k] * self.slope * length * share)", "-self.lr[k] * self.slope * share)"),
+            ("-self.lr[group] * bucket.parts * share", "self.lr[group] * bucket.parts * share"),
+            ("-self.lr[group] * self.slope * length * share)", "-self.slope * length * share)"),
+            ("-self.lr[group] * self.slope * length * share)", "-self.lr[group] * self.slope * share)"),
             ("near.pow((a.q - 1) / a.q)", "near.pow(1 / a.q)", "tests/methods/test_methods.py -k every_direction"),
             ("a.total(saved=True)", "a.total()"),
             (
@@ -127,7 +129,10 @@ GROUPS = [
         "lets_kernels/step/engine.py",
         "tests/step/test_hazards.py tests/step/test_contract.py -k 'not cpu'",
         [
-            ("any(getattr(g, _SEEN, None) != version(g) for g in self._marked())", "bool(self.work.gradients())"),
+            (
+                "any(getattr(g, _SEEN, None) != now for g, now in zip(marked, versions(marked), strict=True))",
+                "bool(marked)",
+            ),
         ],
     ),
     (

@@ -11,81 +11,107 @@ from pathlib import Path
 import pytest
 import torch
 
-from lets_kernels.ops import native, reference
-from support import emulated, oracle
-from support.guard_bands import U64, Bucket, Run, guarded, same_bits
+from lets_kernels.ops import native
+from lets_kernels.ops.declared import OPS
+from support import emulated
+from support.guard_bands import DTYPES, Run, same_bits
+from support.op_arguments import RUNS, arguments, ran
 
 TESTS = Path(__file__).resolve().parents[1]
-FEW, MANY = 8, 352  # rows that one launch takes: kFew and kMany of csrc/cuda/batch.h
+ON_RUNS = {op.name: op for op in OPS if any(a.kind == "Table" for a in op.arguments)}
+BY_RUN = {name: op for name, op in ON_RUNS.items() if any(a.kind in ("PerRun", "Radii") for a in op.arguments)}
 
 
-def scalar(x):
-    return guarded(torch.tensor(x, dtype=torch.float64))
+def given(op, rows):
+    """Arguments of an op on so many small runs, each with a filter of its own."""
+    return arguments(op, torch.float32, runs=[Run((1 + i % 5,)) for i in range(rows)], scale="filter")
 
 
-@pytest.mark.parametrize("rows", [FEW, FEW + 1, MANY, MANY + 1, 2 * MANY + FEW + 1])
-def test_rows_beyond_one_launch_go_into_the_next(rows):
-    """Every op on so many small runs, bit for bit as the compiled CPU kernels (sums: to their rounding)."""
-    bucket = Bucket([Run((1 + i % 5,)) for i in range(rows)], torch.float32)
-    theta, g, m, v = (bucket.values() for _ in range(4))
-    v = [x.abs() for x in v]
-
-    def run(ops):
-        dirty, gate = guarded(torch.zeros((), dtype=torch.int64)), scalar(1.0)
-        saved, *_ = bucket.give(None, "flat")
-        params, grads = bucket.give(theta, "list"), bucket.give(g, "list")
-        momenta, squares = bucket.give(m, "list"), bucket.give(v, "list")
-        steps = [guarded(torch.tensor(float(i % 3))) for i in range(rows)]
-        total = ops.grad_norm(grads, [], bucket.table, None, 0.0, 2.0)
-        rho_grad = ops.rho_grad_secant(grads, momenta, squares, params, bucket.table)
-        ops.perturb_(params, grads, saved, dirty, bucket.table, None, 0.0, 2.0, scalar(2.0), scalar(0.5))
-        perturbed = bucket.read(params)
-        ops.restore_sgd_(params, grads, momenta, saved, dirty, bucket.table, gate, 0.1, 0.9, 0.01, False, False)
-        options = (0.1, 0.9, 0.999, 1e-8, 0.01, True, False)
-        ops.restore_adamw_(params, grads, momenta, squares, steps, saved, dirty, bucket.table, gate, *options)
-        return total, rho_grad, [*perturbed, *bucket.read(params), *bucket.read(momenta), *bucket.read(squares), *steps]
-
-    total, rho_grad, tensors = run(emulated)
-    total_cpu, rho_grad_cpu, tensors_cpu = run(native)
-    assert same_bits(tensors, tensors_cpu)
-    exact = oracle.grad_norm(g, theta, bucket.table, None, 0.0, 2.0)
-    assert abs(total.item() - exact) <= bucket.total * U64 * exact
-    assert total_cpu.item() == pytest.approx(total.item(), rel=bucket.total * U64)
-    assert rho_grad_cpu.item() == pytest.approx(rho_grad.item(), rel=1e-12)  # terms of both signs: a few u of their sum
-    bucket.assert_guards()
+def counted(op, given):
+    """What the emulated op leaves, and how many launches it takes."""
+    begin = emulated.launches()
+    found = ran(emulated, op, given)
+    return found, emulated.launches() - begin
 
 
-@pytest.mark.parametrize("rows", [FEW + 1, MANY + 1])
-def test_rows_of_vectors_beyond_one_launch_go_into_the_next(rows):
-    """The same for ops on vectors, against the reference; the sums are of whole numbers, so that no order matters."""
-    bucket = Bucket([Run((1 + i % 5,)) for i in range(rows)], torch.float32)
-    values = [[x.round() for x in bucket.values(spread=3.0)] for _ in range(3)]
-    precisions = bucket.positive(0.1, 3.0)
+def assert_as_compiled(op, found, expected):
+    """Bit for bit what the compiled CPU kernel leaves; a sum but for its order, of terms of both signs in double."""
+    if ON_RUNS[op].shape is not None:
+        assert torch.allclose(found[0], expected[0], rtol=1e-12, atol=0)
+        found, expected = found[1:], expected[1:]
+    assert same_bits(found, expected)
 
-    def run(ops):
-        x, y, m = (bucket.give(v, "list") for v in values)
-        s, a, b, c = (bucket.give(v, "list") for v in (precisions, None, None, None))
-        gate, updates, dirty = scalar(1.0), guarded(torch.tensor(0)), guarded(torch.tensor(0))
-        saved, threshold = bucket.give(None, "flat")[0], guarded(torch.tensor(0x3F800000 << 32))
-        random, mask = guarded(torch.tensor([5, 6])), torch.ones(bucket.total, dtype=torch.uint8)
-        coefficients = guarded(torch.tensor([0.5, -2.0], dtype=torch.float64))
-        sums = [ops.dots(x, y, bucket.table), ops.largest(x, bucket.table)]
-        sums.append(ops.displacement_dots(m, y, *bucket.give(values[0], "flat"), bucket.table))
-        sums.append(ops.peaks_(a, x, bucket.table, sums[1]))
-        sums.append(ops.average_(m, x, b, updates, bucket.table, gate, 0.9, 0.5, 0.5))
-        ops.combine_(c, x, y, bucket.table, coefficients, gate)
-        written = bucket.read(a) + bucket.read(b) + bucket.read(c)
-        sums.append(ops.masked_(b, x, None, bucket.table, random, 1, 0.5))
-        sums.append(ops.count_above(x, mask, bucket.table, threshold, random, 1, 1))
-        ops.select_(mask, x, bucket.table, threshold, random, 1, 1, 0)
-        ops.noise_(c, y, s, bucket.table, None, random, 2, 0.5, 0.1)
-        ops.posterior_ascent_(a, s, x, bucket.table, gate, 0.9, 0.1)
-        ops.restore_bsam_(x, y, m, s, saved, dirty, bucket.table, gate, 0.1, 0.9, 0.01)
-        written += [t for list in (a, b, c, m, s, x) for t in bucket.read(list)]
-        return [*sums, *written, mask, updates]
 
-    assert same_bits(run(emulated), run(reference))
-    bucket.assert_guards()
+@pytest.mark.parametrize("op", ON_RUNS)
+def test_rows_beyond_one_launch_go_into_the_next(op):
+    """As many rows as a short launch takes, and a long one, one less and one more."""
+    few, many = emulated.rows_of_a_launch(op)
+    assert 1 < few < 300 < many
+    one = counted(op, given(op, 1))[1]
+    for rows, launches in ((few, 1), (few + 1, 1), (many - 1, 1), (many, 1), (many + 1, 2)):
+        found, took = counted(op, given(op, rows))
+        assert took - one == (launches - 1) * (2 if op == "restore_adamw_" else 1)  # the counts have a launch as well
+        assert_as_compiled(op, found, ran(native, op, given(op, rows)))
+
+
+def with_numbers(op, given, count):
+    """The arguments with `count` numbers for each of those that may differ by run, no two alike."""
+    factors = [1 - i / (2 * count) for i in range(count)]
+    several = {"PerRun": lambda x: [x * f for f in factors], "Radii": lambda x: x * torch.tensor(factors).double()}
+    return tuple(several.get(a.kind, lambda x: x)(x) for a, x in zip(BY_RUN[op].arguments, given, strict=True))
+
+
+def alone(op, given, run):
+    """Copies of the arguments for one run, with its own numbers as those for all."""
+    table = next(x for a, x in zip(BY_RUN[op].arguments, given, strict=True) if a.kind == "Table")
+    start, numel, *filters = table[run].tolist()
+
+    def own(kind, x):
+        if kind in ("Tensors", "MaybeTensors", "Steps"):
+            return [x[run].clone()] if x else []
+        if kind == "Flat":
+            return x[start : start + numel].clone()
+        if kind == "Table":
+            return torch.tensor([[0, numel, *filters]])
+        if kind in ("PerRun", "Radii"):
+            return x[run]
+        return x.clone() if torch.is_tensor(x) else x
+
+    return tuple(own(a.kind, x) for a, x in zip(BY_RUN[op].arguments, given, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", BY_RUN)
+def test_the_numbers_of_a_run_are_those_of_a_call_on_it_alone(op, dtype):
+    runs = [run for run in RUNS if run.numel > 0]
+    kinds, declared = ("plain", "all"), BY_RUN[op]
+    for together in (with_numbers(op, arguments(op, dtype, runs=runs, scale=s), len(runs)) for s in kinds):
+        singles = [alone(op, together, run) for run in range(len(runs))]
+        if declared.shape is None:
+            ran(emulated, op, together)
+            for run, single in enumerate(singles):
+                ran(emulated, op, single)
+                for a, x, y in zip(declared.arguments, alone(op, together, run), single, strict=True):
+                    assert not (torch.is_tensor(x) or isinstance(x, list)) or same_bits(x, y), (run, a.name)
+            continue
+        # Of a sum one run at a time has vectors that are not zero: the rest adds nothing.
+        at = [a.name for a in declared.arguments].index("vectors")
+        for run, single in enumerate(singles):
+            others = [x if i == run else torch.zeros_like(x) for i, x in enumerate(together[at])]
+            (total, *_), (own, *_) = (
+                ran(emulated, op, given) for given in ((*together[:at], others, *together[at + 1 :]), single)
+            )
+            assert own.item() != 0 and same_bits(total, own), run
+
+
+@pytest.mark.parametrize("op", BY_RUN)
+def test_numbers_of_465_runs_take_no_more_launches_than_one_for_all(op):
+    """As many as a ResNet-152 has parameters: more than one launch takes, and each run finds its own number."""
+    rows = 465
+    _, launches = counted(op, given(op, rows))
+    found, took = counted(op, with_numbers(op, given(op, rows), rows))
+    assert took == launches
+    assert_as_compiled(op, found, ran(native, op, with_numbers(op, given(op, rows), rows)))
 
 
 def test_more_chunks_than_blocks_of_a_sum():

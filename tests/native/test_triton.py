@@ -37,18 +37,12 @@ def run(*arguments, interpret=True):
     return done.returncode, done.stdout + done.stderr
 
 
+VECTORS = ("combine", "average", "bsam_step", "lion", "fisher", "swapped", "noise", "mask", "peaks", "no_runs")
 #: Files with the tests that are chosen from them, and how many there are at least.
 INTERPRETED = (
     ([f"tests/ops/test_{stem}.py" for stem in ("norm", "perturb", "step", "rho")], CHOSEN, 500),
-    (
-        [
-            f"tests/ops/test_{stem}.py"
-            for stem in ("combine", "average", "bsam_step", "fisher", "swapped", "noise", "mask", "peaks", "no_runs")
-        ],
-        FEWER,
-        100,
-    ),
-    (["tests/native/triton_interpreted.py", "tests/native/triton_interpreted_tables.py"], "triton", 100),
+    ([f"tests/ops/test_{stem}.py" for stem in VECTORS], FEWER, 100),
+    ([f"tests/native/triton_interpreted{suffix}.py" for suffix in ("", "_tables", "_numbers")], "triton", 160),
 )
 
 

@@ -1,5 +1,6 @@
 """Every Triton kernel compiled (triton_compiled.py) for GPUs that need not be there: what its machine code shows."""
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 HERE = Path(__file__).resolve().parent
-ARCHES = (80, 90, 100)
+ARCHES, AMD = (80, 90, 100), ("gfx942", "gfx950")
 DTYPES = ("fp32", "fp64", "bf16", "fp16")
 #: Kernels that stream through whole runs: how many lists they read, of those that can be left out, and write.
 STREAMING = {
@@ -48,24 +49,35 @@ DIVIDING = {"adam_kernel", "ascent_kernel", "bsam_kernel", "noise_kernel"}
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The facts by architecture. Two compilations at a time, in an empty cache, without the interpreter."""
+def reports(tmp_path_factory):
+    """The facts by architecture. Two programs at a time, each with an empty cache, without the interpreter."""
     folder = tmp_path_factory.mktemp("triton")
 
-    def compile_for(arch):
+    def compile_for(*arches):
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {
-            "TRITON_CACHE_DIR": str(folder / f"sm_{arch}"),
+            "TRITON_CACHE_DIR": str(folder / "-".join(arches)),
             "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, str(HERE / "triton_compiled.py"), str(arch)]
+        command = [sys.executable, str(HERE / "triton_compiled.py"), *arches]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ARCHES, pool.map(compile_for, ARCHES), strict=True))
+        programs = [*((str(arch),) for arch in ARCHES), AMD]
+        return dict(itertools.chain(*(found.items() for found in pool.map(lambda them: compile_for(*them), programs))))
+
+
+@pytest.fixture(scope="module")
+def built(reports):
+    return {arch: reports[str(arch)] for arch in ARCHES}
+
+
+@pytest.fixture(scope="module")
+def amd(reports):
+    return {arch: reports[arch] for arch in AMD}
 
 
 def divides(k):
@@ -174,5 +186,39 @@ def test_division_and_root_are_correctly_rounded(built):
 
 
 def test_no_value_of_a_runtime_argument_compiles_a_kernel_again(built):
-    """Rates, radii, 1 and 0 and multiples of 16 among them, the number of runs and where they lie."""
+    """Rates, radii, 1 and 0 and multiples of 16 among them, one for all runs or one a run, the number of runs and where
+    they lie."""
     assert built[ARCHES[0]]["again"] == 0
+
+
+def test_every_kernel_compiles_for_amd(built, amd):
+    """The binary offers the kernel, and its descriptor of 64 bytes; each dtype is compiled for one of the two."""
+    for arch in AMD:
+        assert {k["kernel"] for _, k in kernels({arch: amd[arch]})} == {k["kernel"] for _, k in kernels(built)}
+    for name in {*STREAMING, "short_filters_kernel"}:
+        assert {k["DTYPE"] for _, k in kernels(amd, name)} == set(DTYPES)
+    for arch, k in kernels(amd):
+        assert k["code"] > 0 and k["descriptor"] == 64, f"{arch}: {k}"
+
+
+def test_no_kernel_for_amd_spills(amd):
+    """Scalar registers are put aside in vector registers, not in memory, and only around the power of a double."""
+    for arch, k in kernels(amd):
+        assert k["scratch"] == k["spilled"] == 0 and (k["scalars"] == 0 or k["POWER"] == 0), f"{arch}: {k}"
+
+
+def test_aligned_kernels_for_amd_read_and_write_as_wide_as_a_block_allows(amd):
+    """16 bytes a thread, 8 where there are 8 warps."""
+    for name, (read, optional, written) in (STREAMING | SAMPLED).items():
+        for arch, k in kernels(amd, name, ALIGNED=True):
+            assert k["loads"] >= read + bool(optional and k[optional]), f"{arch}: {k}"
+            assert k["stores"] >= written + any(k.get(c) is True for c in WRITTEN), f"{arch}: {k}"
+
+
+def test_no_product_and_sum_are_fused_for_amd(amd):
+    """Of the kernels that compute no quotient, root or power, nor which filter an element belongs to."""
+    plain = [(arch, k) for arch, k in kernels(amd) if not (divides(k) or "SCALED" in k or "filters" in k["kernel"])]
+    assert {"sgd_kernel", "lion_kernel", "combine_kernel"} < {k["kernel"] for _, k in plain}
+    for arch, k in plain:
+        assert k["fused"] == 0, f"{arch}: {k}"
+    assert all(k["products"] > 0 for _, k in kernels(amd, "sgd_kernel", C="fp32"))

@@ -1,8 +1,9 @@
 """A program, run by test_triton_aot.py: compiles what the Triton backend launches, for GPUs that need not be there.
 
 A driver that launches nothing stands in for the GPU's, so every kernel is compiled from the very arguments and options
-that the ops pass to it. Takes one architecture (90 for sm_90) and prints one JSON object: ``kernels``, a list of facts
-about the machine code of each kernel; ``again``, how many of them other values of runtime arguments made compile again.
+that the ops pass to it. Takes architectures (90 for sm_90, or gfx942) and prints one JSON object with an object for
+each: ``kernels``, a list of facts about the machine code of each kernel; ``again``, how many of them other values of
+runtime arguments made compile again.
 """
 
 import itertools
@@ -33,9 +34,9 @@ from lets_kernels.ops.triton import (
     step,
 )
 from support.guard_bands import Bucket, Run
-from support.machine_code import disassembled, functions
+from support.machine_code import disassembled, functions, symbols
 
-ARCHES = (80, 90, 100)
+ARCHES, AMD = (80, 90, 100), ("gfx942", "gfx950")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNELS = (
     norm.norm_kernel, norm.long_filters_kernel, norm.short_filters_kernel, norm.finite_kernel, perturb.perturb_kernel,
@@ -50,15 +51,15 @@ KERNELS = (
 class Driver:
     """What Triton asks of a GPU's driver."""
 
-    def __init__(self, arch):
-        self.arch = arch
+    def __init__(self, arch, device):
+        self.arch, self.device = arch, device
         self.utils = self
 
     def get_current_target(self):
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("hip", self.arch, 64) if self.arch in AMD else GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self):
-        return 0
+        return self.device
 
     def get_current_stream(self, device):
         return 0
@@ -80,9 +81,15 @@ def scalar(x=1.0):
     return torch.tensor(x, dtype=torch.float64)
 
 
+def of_runs(bucket, *numbers):
+    """A number of each run instead of each of these."""
+    return ([x / (i + 1) for i in range(len(bucket.runs))] for x in numbers)
+
+
 def call_all(
-    bucket, q=2.0, momentum=0.9, nesterov=False, maximize=False, decoupled=True, lr=0.1, numbers=(0.01, 0.9, 0.99, 1e-8)
-):
+    bucket, q=2.0, momentum=0.9, nesterov=False, maximize=False, decoupled=True, lr=0.1,
+    numbers=(0.01, 0.9, 0.99, 1e-8), rho=None,
+):  # fmt: skip
     """Every op of SAM, ASAM and LETS once."""
     xi, beta1, beta2, eps = numbers
     theta, g, h, m, v = (bucket.give(bucket.values(), "list") for _ in range(5))
@@ -90,7 +97,7 @@ def call_all(
     scaling = bucket.table, bucket.norms(), xi, q
     ops.grad_norm(g, theta, *scaling)
     ops.filter_norms(theta, bucket.table, bucket.norms())
-    ops.perturb_(theta, g, saved, dirty, *scaling, scalar(), scalar())
+    ops.perturb_(theta, g, saved, dirty, *scaling, scalar(), scalar() if rho is None else rho)
     ops.restore_(theta, saved, dirty, bucket.table)
     options = scalar(), lr, momentum, eps, nesterov, maximize
     ops.restore_sgd_(theta, g, m if momentum else [], saved, dirty, bucket.table, *options)
@@ -102,9 +109,10 @@ def call_all(
     ops.all_finite_([scalar(), scalar()], torch.tensor(0))
 
 
-def call_vectors(bucket, given=True, other=False, lr=0.1, numbers=(0.01, 0.9, 0.99, 1e-8)):
+def call_vectors(bucket, given=True, other=False, lr=0.1, numbers=(0.01, 0.9, 0.99, 1e-8), by_run=False):
     """Every op of the other methods once; ``given`` and ``other`` say what is not left out."""
     xi, beta1, beta2, eps = numbers
+    rate, decay, first, second = of_runs(bucket, lr, xi, beta1, beta2) if by_run else (lr, xi, beta1, beta2)
     theta, g, h, m, v = (bucket.give(bucket.values(), "list") for _ in range(5))
     saved, dirty, table = torch.zeros(bucket.total, dtype=bucket.dtype), torch.tensor(1), bucket.table
     draw, mask = (torch.tensor([1, 2]), int(lr)), torch.zeros(bucket.total, dtype=torch.uint8)
@@ -113,9 +121,9 @@ def call_vectors(bucket, given=True, other=False, lr=0.1, numbers=(0.01, 0.9, 0.
     ops.displacement_dots(g, theta, saved, table)
     ops.combine_(g, h, m, table, torch.ones(2, dtype=torch.float64), scalar())
     ops.average_(m, g, v if given else [], torch.tensor(0), table, scalar(), beta1, xi, eps)
-    ops.posterior_ascent_(h, v, g, table, scalar(), beta2, eps)
-    ops.restore_bsam_(theta, g, m, v, saved, dirty, table, scalar(), lr, beta1, xi)
-    ops.restore_lion_(theta, g, m, saved, dirty, table, scalar(), lr, beta1, beta2, xi)
+    ops.posterior_ascent_(h, v, g, table, scalar(), beta2, decay)
+    ops.restore_bsam_(theta, g, m, v, saved, dirty, table, scalar(), rate, first, decay)
+    ops.restore_lion_(theta, g, m, saved, dirty, table, scalar(), rate, first, second, decay)
     ops.noise_(h, g if given else [], v if other else [], table, bucket.norms(), *draw, xi, eps)
     ops.masked_(h, g, mask if other else None, table, *draw, 1 / (1 + lr))
     ops.count_above(g if given else [], mask, table, torch.tensor(1), *draw, member)
@@ -135,10 +143,11 @@ def call_scaled(bucket, q):
 
 
 def compiled():
-    """Triton's compiled kernels, with their names."""
+    """Triton's compiled kernels for the current device, with their names."""
+    device = triton.runtime.driver.active.get_current_device()
     for kernel in KERNELS:
-        if 0 in kernel.device_caches:
-            for built in kernel.device_caches[0][0].values():
+        if device in kernel.device_caches:
+            for built in kernel.device_caches[device][0].values():
                 yield kernel.__name__, built
 
 
@@ -147,17 +156,20 @@ def resources(binary):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def variant(name, built):
+    """Which kernel it is, and its constants."""
+    names = built.src.fn.arg_names
+    constants = {names[k[0]]: v if isinstance(v, (int, bool)) else str(v) for k, v in built.src.constants.items()}
+    return {"kernel": name, **constants, "warps": built.metadata.num_warps}
+
+
 def facts(name, built, code, folder):
     """What the PTX and the machine code of one kernel say."""
     binary = Path(folder) / "kernel.cubin"
     binary.write_bytes(built.asm["cubin"])
     usage, ptx = resources(binary), built.asm["ptx"]
-    names = built.src.fn.arg_names
-    constants = {names[k[0]]: v if isinstance(v, (int, bool)) else str(v) for k, v in built.src.constants.items()}
     return {
-        "kernel": name,
-        **constants,
-        "warps": built.metadata.num_warps,
+        **variant(name, built),
         "loads": len(re.findall(r"\bLDG\.E\.128\b", code)),
         "stores": len(re.findall(r"\bSTG\.E\.128\b", code)),
         "local": len(re.findall(r"\b(?:LDL|STL)\b", code)) + ptx.count(".local"),
@@ -172,6 +184,28 @@ def facts(name, built, code, folder):
     }
 
 
+def amd_facts(name, built):
+    """What the assembly and the binary of one kernel for a GPU of AMD say."""
+    text, offered = built.asm["amdgcn"], symbols(built.asm["hsaco"])
+
+    def resource(what):
+        return int(re.search(rf"^ +\.{what}: +(\d+)$", text, re.MULTILINE).group(1))
+
+    wide = f"dwordx{16 // built.metadata.num_warps}"  # a block is 16 bytes a list and thread, 8 where there are 8 warps
+    return {
+        **variant(name, built),
+        "code": offered[name],
+        "descriptor": offered[f"{name}.kd"],
+        "scratch": resource("private_segment_fixed_size"),
+        "spilled": resource("vgpr_spill_count"),
+        "scalars": resource("sgpr_spill_count"),
+        "loads": len(re.findall(rf"\b(?:buffer|global)_load_{wide}\b", text)),
+        "stores": len(re.findall(rf"\b(?:buffer|global)_store_{wide}\b", text)),
+        "fused": len(re.findall(r"\bv_(?:pk_)?(?:fma|mad|mac)[a-z]*_f(?:32|64)", text)),
+        "products": len(re.findall(r"\bv_(?:pk_)?mul_f32", text)),
+    }
+
+
 def rows(dtype, scale, times=1, **options):
     return Bucket([Run((40, 512), (512, 40)), Run((30, 20), (20, 30))] * times, dtype, scale, **options)
 
@@ -182,15 +216,26 @@ def again():
     for lr, numbers in ((1.0, (1.0, 1.0, 1.0, 1.0)), (0.0, (0.0, 0.0, 0.0, 0.0)), (16.0, (16.0, 0.5, 16.0, 16.0))):
         call_all(rows(torch.float32, "filter"), lr=lr, numbers=numbers)
         call_vectors(rows(torch.float32, "filter"), lr=lr, numbers=numbers)
+    bucket = rows(torch.float32, "filter")
+    call_vectors(bucket, by_run=True)
+    lr, momentum, *numbers = of_runs(bucket, 0.1, 0.9, 0.01, 0.9, 0.99, 1e-8)
+    call_all(bucket, lr=lr, momentum=momentum, numbers=numbers, rho=torch.ones(len(bucket.runs)).double())
     for call in (call_all, call_vectors):
         call(rows(torch.float32, "filter", times=8))
         call(rows(torch.float32, "filter", first_start=16))
     return sum(id(built) not in before for _, built in compiled())
 
 
-def main(arch):
-    triton.runtime.driver.set_active(Driver(arch))
-    launch.INTERPRETED = True  # lets the ops take tensors on the CPU, as if they were the GPU's
+def amd(arch):
+    """Every kernel, in half of the dtypes for each GPU, and for vectors in one: all would take half a minute more."""
+    which = AMD.index(arch)
+    for dtype, q in zip(DTYPES[which::2], (2.0, (1.0, 1.5)[which]), strict=True):
+        call_all(rows(dtype, "filter"), q)
+    call_vectors(rows(dtype, "plain"), other=bool(which))
+    return {"kernels": [amd_facts(*one) for one in compiled()]}
+
+
+def nvidia(arch):
     kinds = list(itertools.product((2.0, 1.0, 1.5), ("filter", "plain", "element")))
     which = ARCHES.index(arch)
     for i, dtype in enumerate(DTYPES):
@@ -217,8 +262,17 @@ def main(arch):
         assert all(len(one) == 1 for one in each), "a kernel calls a function that is not part of it"
         codes = disassembled([code for one in each for code in one.values()], f"sm_{arch}", folder)
         found = [facts(*one, code, folder) for one, code in zip(built, codes, strict=True)]
-    json.dump({"kernels": found, "again": repeated}, sys.stdout)
+    return {"kernels": found, "again": repeated}
+
+
+def main(*arches):
+    launch.INTERPRETED = True  # lets the ops take tensors on the CPU, as if they were the GPU's
+    found = {}
+    for place, arch in enumerate(arches):
+        triton.runtime.driver.set_active(Driver(arch if arch in AMD else int(arch), place))
+        found[arch] = amd(arch) if arch in AMD else nvidia(int(arch))
+    json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*sys.argv[1:])

@@ -240,7 +240,7 @@ def test_chunks_and_filters_beyond_32_bits():
     slots, norms = torch.zeros(1, dtype=torch.float64), torch.tensor([3.0, 5.0])
     chunks, addresses = torch.tensor([[0, begin, around]]), torch.tensor([buffer.data_ptr()])
     norm.norm_kernel[(1,)](
-        slots, chunks, table, addresses, addresses, norms, 0.0, 2.0, POWER=2, SCALED=2,
+        slots, chunks, table, addresses, addresses, norms, table, 0, 0.0, 2.0, POWER=2, SCALED=2,
         DTYPE=tl.float16, C=tl.float32, ALIGNED=True, BLOCK=2048, STAGES=11,
     )  # fmt: skip
     assert slots.item() == around // 2 * (9 + 25)

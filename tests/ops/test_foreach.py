@@ -174,6 +174,15 @@ def test_a_table_or_a_buffer_that_has_changed_is_read_anew():
     assert torch.equal(params[1], saved[8:12]) and params[1][0] == 108
 
 
+def test_numbers_that_change_from_call_to_call_do_not_pile_up_parts_of_a_table():
+    table = torch.tensor([[0, 4, -1, 0, 0], [16, 4, -1, 0, 0]])
+    for i in range(100):
+        parts = shared.alike(table, [0.1, 0.1 + i])
+        assert [part.places for part in parts] == ([[0], [1]] if i else [[0, 1]])
+        assert shared.alike(table, [0.1, 0.1 + i])[0].table is parts[0].table
+    assert len(shared.plan_of(table).alike) < 20
+
+
 def test_fake_tensors_have_no_numbers_to_read_and_go_through_the_reference():
     table = torch.tensor([[0, 4, -1, 0, 0]])
     with FakeTensorMode() as fake:

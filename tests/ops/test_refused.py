@@ -60,6 +60,17 @@ def test_a_list_that_an_op_needs_may_not_be_empty(ops):
     assert same_bits(theta, torch.ones(8)) and dirty.item() == 1
 
 
+@pytest.mark.parametrize("momentum", [0.9, [0.9, 0.0], 0.0, [0.0, 0.9]], ids=str)
+def test_momenta_go_with_a_momentum_in_every_run(ops, momentum):
+    table = torch.tensor([[0, 8, -1, 0, 0], [16, 8, -1, 0, 0]])
+    theta, g, m = ([guarded(torch.full((8,), x)) for _ in range(2)] for x in (1.0, 2.0, 3.0))
+    saved, dirty = guarded(torch.ones(24)), guarded(torch.ones((), dtype=torch.int64))
+    given, gate = [] if momentum in (0.9, [0.0, 0.9]) else m, torch.ones((), dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="momenta go with a momentum that is not zero"):
+        ops.restore_sgd_(theta, g, given, saved, dirty, table, gate, 0.1, momentum, 0.0, False, False)
+    assert same_bits(theta + m, [torch.ones(8)] * 2 + [torch.full((8,), 3.0)] * 2) and dirty.item() == 1
+
+
 def test_packed_step_counts_of_no_runs(ops):
     """A packed list is a list, also where there is nothing in it."""
     table, number = torch.empty(0, 5, dtype=torch.int64), torch.ones((), dtype=torch.float64)

@@ -1,6 +1,7 @@
 // Random layouts and the lists of tensors over them, in every form that an op takes.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <random>
@@ -158,24 +159,38 @@ class Single {
  public:
   const Tensor tensor;
 };
-// Two numbers between bands, as a tensor of two elements.
+// Several values between bands, as a tensor of one dimension; one alone as a 0-d tensor.
 template <class T>
-class Two {
+class Several {
  public:
-  Two(ScalarType type, T first, T second)
-      : memory_(2 * sizeof(T), 0), tensor(memory_.data(), type, {2}, std::vector<int64_t>{1}) {
-    expected()[0] = first, expected()[1] = second;
-    memory_.claim(0, 2 * sizeof(T));
+  Several(ScalarType type, const std::vector<T>& values)
+      : memory_(int64_t(values.size() * sizeof(T)), 0),
+        tensor(memory_.data(), type, values.size() == 1 ? Sizes{} : Sizes{int64_t(values.size())},
+               values.size() == 1 ? Sizes{} : Sizes{1}) {
+    std::copy(values.begin(), values.end(), expected());
+    memory_.claim(0, int64_t(values.size() * sizeof(T)));
     memory_.close();
   }
   T* expected() { return reinterpret_cast<T*>(memory_.expected()); }
   void verify(const char* what) { memory_.verify(what); }
 
  private:
+  using Sizes = std::vector<int64_t>;
   Memory memory_;
 
  public:
   const Tensor tensor;
+};
+// Numbers that differ by run, or one for all; `values` are those that there may be.
+class PerRun {
+ public:
+  PerRun(Random& random, const Layout& layout, std::initializer_list<double> values)
+      : list(often(random, 50) ? layout.runs.size() : 1) {
+    for (double& number : list) number = one_of(random, values);
+  }
+  double at(size_t run) const { return list[list.size() == 1 ? 0 : run]; }
+
+  std::vector<double> list;
 };
 // A mask of the bucket: bytes of 0 to 2 where runs are.
 class Mask {

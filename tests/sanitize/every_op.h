@@ -67,14 +67,14 @@ class EveryOp : public Loops {
     using C = Arithmetic<T>;
     List v = some(), theta = some();
     const bool given = layout_.element_wise || often(random_, 50);
-    using Op = Tensor(const Tensors&, const Tensors&, const Tensor&, const MaybeTensor&, double, double);
-    const Tensor sum =
-        standin::op<Op>("grad_norm")(v.tensors, given ? theta.tensors : Tensors{}, table_, norms_argument_, xi_, q_);
+    using Op = Tensor(const Tensors&, const Tensors&, const Tensor&, const MaybeTensor&, const Doubles&, double);
+    const Tensor sum = standin::op<Op>("grad_norm")(v.tensors, given ? theta.tensors : Tensors{}, table_,
+                                                    norms_argument_, xi_.list, q_);
     v.verify("grad_norm: vectors");
     theta.verify("grad_norm: params");
     check_sum("grad_norm", sum, [&](size_t r, int64_t i) {
       const T given_v = v.expected<T>(r)[i];
-      const C x = scale(layout_.runs[r], i, theta.expected<T>(r)[i], given_v) * C(lets::widen(given_v));
+      const C x = scale(r, i, theta.expected<T>(r)[i], given_v) * C(lets::widen(given_v));
       return q_ == 2 ? double(x) * double(x) : q_ == 1 ? std::fabs(double(x)) : std::pow(std::fabs(double(x)), q_);
     });
     count(2);
@@ -86,18 +86,23 @@ class EveryOp : public Loops {
     const bool swapped = often(random_, 30);  // the vectors stand in `saved`
     List theta = some(), v = some(), saved = flat(swapped ? Values::any : Values::unwritten);
     auto dirty = flag(0);
-    auto total = number(often(random_, 10) ? 0.0 : 3.0), rho = number(0.7);
+    auto total = number(often(random_, 10) ? 0.0 : 3.0);
+    const PerRun radii = numbers({0.7, 0.05, 0.0});
+    Several<double> rho(ScalarType::Double, radii.list);
     using Perturb = void(const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&,
-                         const MaybeTensor&, double, double, const Tensor&, const Tensor&);
+                         const MaybeTensor&, const Doubles&, double, const Tensor&, const Tensor&);
     standin::op<Perturb>("perturb_")(theta.tensors, swapped ? Tensors{} : v.tensors, saved.tensors[0], dirty.tensor,
-                                     table_, norms_argument_, xi_, q_, total.tensor, rho.tensor);
-    const auto [factor, shrink] = lets::perturbation_scale<C>(total.expected(), rho.expected(), q_);
-    each([&, factor = factor, shrink = shrink](size_t r, int64_t i) {
+                                     table_, norms_argument_, xi_.list, q_, total.tensor, rho.tensor);
+    std::vector<lets::PerturbationScale<C>> scales;
+    for (size_t r = 0; r < layout_.runs.size(); ++r)
+      scales.push_back(lets::perturbation_scale<C>(total.expected(), radii.at(r), q_));
+    each([&](size_t r, int64_t i) {
+      const auto [factor, shrink] = scales[r];
       T& weight = theta.expected<T>(r)[i];
       const T vector = swapped ? saved.expected<T>(r)[i] : v.expected<T>(r)[i];
       saved.expected<T>(r)[i] = weight;
       if (factor == 0) return;
-      const C w = lets::widen(weight), x = lets::widen(vector), t = scale(layout_.runs[r], i, weight, vector);
+      const C w = lets::widen(weight), x = lets::widen(vector), t = scale(r, i, weight, vector);
       lets::narrow(w + factor * (t * lets::dual(shrink * (t * x), C(q_))), weight);
     });
     dirty.expected() = 1;
@@ -126,17 +131,18 @@ class EveryOp : public Loops {
     List theta = some(), g = some(), m = some(), saved = flat(Values::any);
     auto dirty = flag(often(random_, 70));
     auto gate = number(often(random_, 80) ? 1.0 : 0.0);
+    const PerRun lr = numbers({0.1, 0.02, 0.0}), weight_decay = numbers({0.05, 0.2, 0.0});
+    const PerRun momentum = with_momentum ? numbers({0.9, 0.5}) : numbers({0.0});
     const struct {
-      double lr, momentum, weight_decay;
       bool nesterov, maximize;
-    } options{0.1, with_momentum ? 0.9 : 0.0, often(random_, 50) ? 0.05 : 0.0, often(random_, 50), often(random_, 50)};
+    } flags{often(random_, 50), often(random_, 50)};
     using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, double, double, double, bool, bool);
+                    const Tensor&, const Doubles&, const Doubles&, const Doubles&, bool, bool);
     standin::op<Op>("restore_sgd_")(theta.tensors, g.tensors, with_momentum ? m.tensors : Tensors{}, saved.tensors[0],
-                                    dirty.tensor, table_, gate.tensor, options.lr, options.momentum,
-                                    options.weight_decay, options.nesterov, options.maximize);
-    const lets::Sgd<C> sgd = lets::sgd_of<C>(options);
+                                    dirty.tensor, table_, gate.tensor, lr.list, momentum.list, weight_decay.list,
+                                    flags.nesterov, flags.maximize);
     each([&](size_t r, int64_t i) {
+      const lets::Sgd<C> sgd{C(lr.at(r)), C(momentum.at(r)), C(weight_decay.at(r)), flags.nesterov, flags.maximize};
       T& weight = theta.expected<T>(r)[i];
       if (dirty.expected() != 0) weight = saved.expected<T>(r)[i];
       if (gate.expected() == 0) return;
@@ -165,18 +171,22 @@ class EveryOp : public Loops {
     List steps(random_, singles, often(random_, 50) ? Form::list : Form::packed, Values::positive, Dtype::float32);
     auto dirty = flag(often(random_, 70));
     auto gate = number(often(random_, 80) ? 1.0 : 0.0);
-    const struct {
-      double lr, beta1, beta2, eps, weight_decay;
-      bool decoupled, maximize;
-    } options{0.01, 0.9, 0.99, 1e-8, 0.05, often(random_, 50), often(random_, 50)};
+    const PerRun lr = numbers({0.01, 0.2, 0.0}), beta1 = numbers({0.9, 0.5}), beta2 = numbers({0.99, 0.7});
+    const PerRun eps = numbers({1e-8, 0.1}), weight_decay = numbers({0.05, 0.2, 0.0});
+    const bool decoupled = often(random_, 50), maximize = often(random_, 50);
     using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensor&,
-                    const Tensor&, const Tensor&, const Tensor&, double, double, double, double, double, bool, bool);
+                    const Tensor&, const Tensor&, const Tensor&, const Doubles&, const Doubles&, const Doubles&,
+                    const Doubles&, const Doubles&, bool, bool);
     standin::op<Op>("restore_adamw_")(theta.tensors, g.tensors, m.tensors, v.tensors, steps.tensors, saved.tensors[0],
-                                      dirty.tensor, table_, gate.tensor, options.lr, options.beta1, options.beta2,
-                                      options.eps, options.weight_decay, options.decoupled, options.maximize);
+                                      dirty.tensor, table_, gate.tensor, lr.list, beta1.list, beta2.list, eps.list,
+                                      weight_decay.list, decoupled, maximize);
     for (size_t r = 0; r < layout_.runs.size(); ++r) {
       float& step = *steps.expected<float>(r);
       if (gate.expected() != 0) step += 1;
+      const struct {
+        double lr, beta1, beta2, eps, weight_decay;
+        bool decoupled, maximize;
+      } options{lr.at(r), beta1.at(r), beta2.at(r), eps.at(r), weight_decay.at(r), decoupled, maximize};
       const auto adam = lets::adam_of<C>(options, double(step));
       for (int64_t i = 0; i < layout_.runs[r].numel; ++i) {
         T& weight = theta.expected<T>(r)[i];
@@ -207,13 +217,15 @@ class EveryOp : public Loops {
     List theta = some(), g = some(), m = some(), saved = flat(Values::any);
     auto dirty = flag(often(random_, 70));
     auto gate = number(often(random_, 80) ? 1.0 : 0.0);
-    const double lr = 0.1, beta1 = 0.9, beta2 = 0.99, weight_decay = 0.05;
+    const PerRun lr = numbers({0.1, 0.02, 0.0}), beta1 = numbers({0.9, 0.5}), beta2 = numbers({0.99, 0.7});
+    const PerRun weight_decay = numbers({0.05, 0.2, 0.0});
     using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, double, double, double, double);
+                    const Tensor&, const Doubles&, const Doubles&, const Doubles&, const Doubles&);
     standin::op<Op>("restore_lion_")(theta.tensors, g.tensors, m.tensors, saved.tensors[0], dirty.tensor, table_,
-                                     gate.tensor, lr, beta1, beta2, weight_decay);
-    const lets::Lion<C> lion{C(lr), C(beta1), C(beta2), C(1 - beta1), C(1 - beta2), C(weight_decay)};
+                                     gate.tensor, lr.list, beta1.list, beta2.list, weight_decay.list);
     each([&](size_t r, int64_t i) {
+      const lets::Lion<C> lion{C(lr.at(r)),        C(beta1.at(r)),     C(beta2.at(r)),
+                               C(1 - beta1.at(r)), C(1 - beta2.at(r)), C(weight_decay.at(r))};
       T& weight = theta.expected<T>(r)[i];
       if (dirty.expected() != 0) weight = saved.expected<T>(r)[i];
       if (gate.expected() == 0) return;
@@ -238,13 +250,13 @@ class EveryOp : public Loops {
     List theta = some(), g = some(), m = some(), s = some(Values::positive), saved = flat(Values::any);
     auto dirty = flag(often(random_, 70));
     auto gate = number(often(random_, 80) ? 1.0 : 0.0);
-    const double lr = 0.1, beta1 = 0.9, weight_decay = 0.05;
+    const PerRun lr = numbers({0.1, 0.02, 0.0}), beta1 = numbers({0.9, 0.5}), weight_decay = numbers({0.05, 0.2, 0.0});
     using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, double, double, double);
+                    const Tensor&, const Tensor&, const Doubles&, const Doubles&, const Doubles&);
     standin::op<Op>("restore_bsam_")(theta.tensors, g.tensors, m.tensors, s.tensors, saved.tensors[0], dirty.tensor,
-                                     table_, gate.tensor, lr, beta1, weight_decay);
-    const lets::Bsam<C> bsam{C(lr), C(beta1), C(1 - beta1), C(weight_decay)};
+                                     table_, gate.tensor, lr.list, beta1.list, weight_decay.list);
     each([&](size_t r, int64_t i) {
+      const lets::Bsam<C> bsam{C(lr.at(r)), C(beta1.at(r)), C(1 - beta1.at(r)), C(weight_decay.at(r))};
       T& weight = theta.expected<T>(r)[i];
       if (dirty.expected() != 0) weight = saved.expected<T>(r)[i];
       if (gate.expected() == 0) return;
@@ -290,16 +302,16 @@ class EveryOp : public Loops {
     List theta = some();
     const bool given = layout_.element_wise || often(random_, 50);
     using Op = Tensor(const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensors&, const Tensor&,
-                      const MaybeTensor&, double, double);
+                      const MaybeTensor&, const Doubles&, double);
     const Tensor sum = standin::op<Op>("rho_grad_diagonal")(
         of.val.tensors, of.with_train ? of.train.tensors : Tensors{}, of.g_hat.tensors, of.v.tensors,
-        given ? theta.tensors : Tensors{}, table_, norms_argument_, xi_, q_);
+        given ? theta.tensors : Tensors{}, table_, norms_argument_, xi_.list, q_);
     of.verify("rho_grad_diagonal");
     theta.verify("rho_grad_diagonal: params");
     const bool plain = q_ == 1 || q_ == 2;
     check_sum("rho_grad_diagonal", sum, [&](size_t r, int64_t i) {
       const T vector = of.v.expected<T>(r)[i];
-      const C t = scale(layout_.runs[r], i, theta.expected<T>(r)[i], vector), x = lets::widen(vector);
+      const C t = scale(r, i, theta.expected<T>(r)[i], vector), x = lets::widen(vector);
       const double unit = plain ? double(t * lets::dual(t * x, C(q_))) : double(t) * lets::dual(double(t * x), q_);
       return lets::diagonal_share(of.outer<T>(r, i), double(lets::widen(of.g_hat.expected<T>(r)[i])), unit);
     });

@@ -8,7 +8,8 @@
 namespace sanitize {
 
 using Restore = void(const Tensors&, const Tensor&, const Tensor&, const Tensor&);
-using GradNorm = Tensor(const Tensors&, const Tensors&, const Tensor&, const std::optional<Tensor>&, double, double);
+using GradNorm = Tensor(const Tensors&, const Tensors&, const Tensor&, const std::optional<Tensor>&,
+                        const std::vector<double>&, double);
 
 inline Tensor vector_of(void* data, int64_t numel) { return Tensor(data, ScalarType::Float, {numel}, {1}); }
 inline Tensor table_of(std::vector<Run>& runs) {
@@ -45,11 +46,12 @@ inline void write_past_the_end() {
   int64_t anchor = 0;
   auto dirty = flag(1);
   auto gate = number(1.0);
-  using Sgd = void(const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&,
-                   const Tensor&, double, double, double, bool, bool);
+  using Sgd =
+      void(const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+           const std::vector<double>&, const std::vector<double>&, const std::vector<double>&, bool, bool);
   standin::op<Sgd>("restore_sgd_")(packed(addresses, anchor), {vector_of(saved.data(), kNumel)}, {},
-                                   vector_of(saved.data(), kNumel), dirty.tensor, table_of(runs), gate.tensor, 0.1, 0.0,
-                                   0.0, false, false);
+                                   vector_of(saved.data(), kNumel), dirty.tensor, table_of(runs), gate.tensor, {0.1},
+                                   {0.0}, {0.0}, false, false);
 }
 inline void read_past_the_end() {
   constexpr int64_t kNumel = 1000;
@@ -60,7 +62,7 @@ inline void read_past_the_end() {
   std::vector<Run> runs{{0, kNumel, -1, 0, 0}};
   std::vector<int64_t> addresses{lets::kPacked[0], lets::kPacked[1], 0, reinterpret_cast<int64_t>(v.data())};
   int64_t anchor = 0;
-  standin::op<GradNorm>("grad_norm")(packed(addresses, anchor), {}, table_of(runs), std::nullopt, 0.0, 2.0);
+  standin::op<GradNorm>("grad_norm")(packed(addresses, anchor), {}, table_of(runs), std::nullopt, {0.0}, 2.0);
 }
 
 // A write into a guard band that no sanitizer sees: the bands' pattern must tell.
@@ -77,7 +79,7 @@ inline void unaligned() {
   std::vector<Run> runs{{0, 1000, -1, 0, 0}};
   std::vector<int64_t> addresses{lets::kPacked[0], lets::kPacked[1], 0, reinterpret_cast<int64_t>(v.data()) + 1};
   int64_t anchor = 0;
-  standin::op<GradNorm>("grad_norm")(packed(addresses, anchor), {}, table_of(runs), std::nullopt, 0.0, 2.0);
+  standin::op<GradNorm>("grad_norm")(packed(addresses, anchor), {}, table_of(runs), std::nullopt, {0.0}, 2.0);
 }
 
 inline void commit(const std::string& fault) {

@@ -29,30 +29,32 @@ bool one(const uint8_t* data, size_t size) {
   using Maybe = std::optional<Tensor>;
   using L = const Tensors&;
   using T = const Tensor&;
+  using N = const std::vector<double>&;
+  const auto by_run = [&](double value) { return given.by_run(value); };
   bool ran = true;
   try {
     if (op == 0) {
       const auto out = given.norms(rows);
       if (out) standin::op<void(L, T, T)>("filter_norms")(list(), table, *out);
     } else if (op == 1) {
-      standin::op<Tensor(L, L, T, const Maybe&, double, double)>("grad_norm")(list(), maybe(), table, given.norms(rows),
-                                                                              0.1, q);
+      standin::op<Tensor(L, L, T, const Maybe&, N, double)>("grad_norm")(list(), maybe(), table, given.norms(rows),
+                                                                         by_run(0.1), q);
     } else if (op == 2) {
-      standin::op<void(L, L, T, T, T, const Maybe&, double, double, T, T)>("perturb_")(
-          list(), maybe(), flat(), flag(), table, given.norms(rows), 0.1, q, number(2), number(0.5));
+      standin::op<void(L, L, T, T, T, const Maybe&, N, double, T, T)>("perturb_")(
+          list(), maybe(), flat(), flag(), table, given.norms(rows), by_run(0.1), q, number(2), given.radii());
     } else if (op == 3) {
       standin::op<void(L, T, T, T)>("restore_")(list(), flat(), flag(), table);
     } else if (op == 4) {
-      standin::op<void(L, L, L, T, T, T, T, double, double, double, bool, bool)>("restore_sgd_")(
-          list(), list(), maybe(), flat(), flag(), table, number(1), 0.1, bytes.take() % 2 ? 0.9 : 0.0, 0.01, false,
-          false);
+      standin::op<void(L, L, L, T, T, T, T, N, N, N, bool, bool)>("restore_sgd_")(
+          list(), list(), maybe(), flat(), flag(), table, number(1), by_run(0.1), by_run(bytes.take() % 2 ? 0.9 : 0.0),
+          by_run(0.01), false, false);
     } else if (op == 5) {
-      standin::op<void(L, L, L, L, L, T, T, T, T, double, double, double, double, double, bool, bool)>(
-          "restore_adamw_")(list(), list(), list(), list(), given.numbers(rows, ScalarType::Float), flat(), flag(),
-                            table, number(1), 0.1, 0.9, 0.99, 1e-8, 0.01, true, false);
+      standin::op<void(L, L, L, L, L, T, T, T, T, N, N, N, N, N, bool, bool)>("restore_adamw_")(
+          list(), list(), list(), list(), given.numbers(rows, ScalarType::Float), flat(), flag(), table, number(1),
+          by_run(0.1), by_run(0.9), by_run(0.99), by_run(1e-8), by_run(0.01), true, false);
     } else if (op == 6) {
-      standin::op<void(L, L, L, L, T, T, T, T, double, double, double)>("restore_bsam_")(
-          list(), list(), list(), list(), flat(), flag(), table, number(1), 0.1, 0.9, 0.01);
+      standin::op<void(L, L, L, L, T, T, T, T, N, N, N)>("restore_bsam_")(
+          list(), list(), list(), list(), flat(), flag(), table, number(1), by_run(0.1), by_run(0.9), by_run(0.01));
     } else if (op == 7) {
       standin::op<Tensor(L, L, L, T, const Maybe&, T, int64_t, double, double)>("noise_")(
           list(), maybe(), maybe(), table, given.norms(rows), random(), 1, 0.9, 0.1);
@@ -77,27 +79,29 @@ bool one(const uint8_t* data, size_t size) {
     } else if (op == 14) {
       standin::op<Tensor(L, L, T, T)>("displacement_dots")(list(), list(), flat(), table);
     } else if (op == 15) {
-      standin::op<Tensor(L, L, L, L, L, T, const Maybe&, double, double)>("rho_grad_diagonal")(
-          list(), maybe(), list(), list(), maybe(), table, given.norms(rows), 0.1, q);
+      standin::op<Tensor(L, L, L, L, L, T, const Maybe&, N, double)>("rho_grad_diagonal")(
+          list(), maybe(), list(), list(), maybe(), table, given.norms(rows), by_run(0.1), q);
     } else if (op == 16) {
       standin::op<Tensor(L, L, L, L, T)>("rho_grad_secant")(list(), maybe(), list(), list(), table);
     } else if (op == 17) {
-      standin::op<void(L, L, L, T, T, double, double)>("posterior_ascent_")(list(), list(), list(), table, number(1),
-                                                                            0.9, 0.1);
+      standin::op<void(L, L, L, T, T, double, N)>("posterior_ascent_")(list(), list(), list(), table, number(1), 0.9,
+                                                                       by_run(0.1));
     } else if (op == 18) {
       standin::op<Tensor(L, T, T, T, T, int64_t, int64_t)>("count_above")(maybe(), given.mask(rows), table, flag(),
                                                                           random(), 1, bytes.up_to(260) - 2);
     } else if (op == 19) {
       standin::op<Tensor(L, T)>("largest")(list(), table);
     } else if (op == 20) {
-      standin::op<void(L, L, L, T, T, T, T, double, double, double, double)>("restore_lion_")(
-          list(), list(), list(), flat(), flag(), table, number(1), 0.1, 0.9, 0.99, 0.01);
+      standin::op<void(L, L, L, T, T, T, T, N, N, N, N)>("restore_lion_")(list(), list(), list(), flat(), flag(), table,
+                                                                          number(1), by_run(0.1), by_run(0.9),
+                                                                          by_run(0.99), by_run(0.01));
     } else {
       standin::op<Tensor(L, T)>("all_finite_")(given.numbers(rows, ScalarType::Double), flag());
     }
   } catch (const standin::Refused&) {
     ran = false;
   }
+  check(!ran || given.counts_fit(), "an op ran with numbers that are neither one nor one a run");
   given.verify();
   return ran;
 }

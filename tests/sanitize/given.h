@@ -163,20 +163,25 @@ class Given {
       found.push_back(type == ScalarType::Float ? scalar(type, 1.0f) : scalar(type, 1.0));
     return found;
   }
+  // One number, or one for each of the table's rows; seldom of another count, which an op must refuse.
+  std::vector<double> by_run(double value) {
+    const int64_t count = bytes_.seldom() ? bytes_.up_to(8) : bytes_.take() % 2 ? rows_ : 1;
+    counts_fit_ = counts_fit_ && (count == 1 || count == rows_);
+    return std::vector<double>(size_t(count), value);
+  }
+  // The same on the device.
+  Tensor radii() {
+    const bool one = bytes_.take() % 2;
+    const Tensor numbers = one ? scalar(ScalarType::Double, 0.5) : vector(Dtype::float64, rows_);
+    counts_fit_ = counts_fit_ && (numbers.numel() == 1 || numbers.numel() == rows_);
+    return numbers;
+  }
+  // Whether all of those were of a count that fits.
+  bool counts_fit() const { return counts_fit_; }
   Tensor table(Rows& rows) {
-    auto* data = rows.runs.data();
-    const int64_t count = int64_t(rows.runs.size());
-    if (!bytes_.seldom()) return Tensor(data, ScalarType::Long, {count, lets::kColumns}, {lets::kColumns, 1});
-    switch (bytes_.take() % 4) {
-      case 0:
-        return Tensor(data, ScalarType::Long, {count * lets::kColumns}, {1});
-      case 1:
-        return Tensor(data, ScalarType::Double, {count, lets::kColumns}, {lets::kColumns, 1});
-      case 2:
-        return Tensor(data, ScalarType::Long, {lets::kColumns, count}, {1, lets::kColumns});
-      default:
-        return Tensor(data, ScalarType::Long, {count / 2, lets::kColumns}, {2 * lets::kColumns, 1});
-    }
+    const Tensor made = any_table(rows);
+    rows_ = made.size(0);
+    return made;
   }
   std::optional<Tensor> norms(const Rows& rows) {
     if (bytes_.seldom()) return std::nullopt;
@@ -195,6 +200,21 @@ class Given {
   }
 
  private:
+  Tensor any_table(Rows& rows) {
+    auto* data = rows.runs.data();
+    const int64_t count = int64_t(rows.runs.size());
+    if (!bytes_.seldom()) return Tensor(data, ScalarType::Long, {count, lets::kColumns}, {lets::kColumns, 1});
+    switch (bytes_.take() % 4) {
+      case 0:
+        return Tensor(data, ScalarType::Long, {count * lets::kColumns}, {1});
+      case 1:
+        return Tensor(data, ScalarType::Double, {count, lets::kColumns}, {lets::kColumns, 1});
+      case 2:
+        return Tensor(data, ScalarType::Long, {lets::kColumns, count}, {1, lets::kColumns});
+      default:
+        return Tensor(data, ScalarType::Long, {count / 2, lets::kColumns}, {2 * lets::kColumns, 1});
+    }
+  }
   Tensors packed(const Tensors& tensors, Dtype type) {
     auto addresses = std::make_unique<std::vector<int64_t>>();
     const int64_t number = bytes_.seldom() ? any(bytes_) : int64_t(type);
@@ -213,7 +233,8 @@ class Given {
   Dtype dtype_;
   std::vector<std::unique_ptr<Memory>> memory_;
   std::vector<std::unique_ptr<std::vector<int64_t>>> addresses_;
-  int64_t anchor_ = 0;
+  int64_t anchor_ = 0, rows_ = 0;
+  bool counts_fit_ = true;
 };
 
 }  // namespace sanitize

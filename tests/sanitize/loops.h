@@ -22,7 +22,7 @@ class Loops {
         counts_(counts),
         table_(layout.table()),
         q_(one_of(random, {1.0, 2.0, 2.0, 1.5, 3.0})),
-        xi_(one_of(random, {0.0, 0.01})) {
+        xi_(random, layout, {0.0, 0.01, 0.3}) {
     const bool wide = layout.dtype == Dtype::float64;
     Layout norms;  // one run of arbitrary positive values: every op is tested on its own arguments
     norms.runs = {{0, layout.filters + up_to(random, 3), -1, 0, 0}};
@@ -35,21 +35,24 @@ class Loops {
 
  protected:
   using MaybeTensor = std::optional<Tensor>;
+  using Doubles = std::vector<double>;
 
   // An op on no runs has but one form: none of its lists says a dtype.
   Form form() { return layout_.runs.empty() ? Form::list : one_of(random_, {Form::list, Form::flat, Form::packed}); }
   List some(Values values = Values::any) { return List(random_, layout_, form(), values, layout_.dtype); }
   List flat(Values values) { return List(random_, layout_, Form::flat, values, layout_.dtype); }
+  PerRun numbers(std::initializer_list<double> values) { return {random_, layout_, values}; }
   void count(int lists) {
     ++counts_.ops;
     for (const Run& run : layout_.runs) counts_.elements += lists * run.numel;
   }
 
   template <class T>
-  Arithmetic<T> scale(const Run& run, int64_t i, T theta, T v) {
+  Arithmetic<T> scale(size_t r, int64_t i, T theta, T v) {
     using C = Arithmetic<T>;
+    const Run& run = layout_.runs[r];
     if (run.filter_length == lets::kUnscaled) return C(1);
-    const C xi = C(xi_);
+    const C xi = C(xi_.at(r));
     if (run.filter_length == lets::kFisher) return lets::fisher_scale(C(lets::widen(v)), xi);
     if (run.filter_length == lets::kElementWise) return lets::adaptive_scale(lets::absolute(lets::widen(theta)), xi);
     return lets::adaptive_scale(norms_->expected<C>(0)[run.filter_start + i / run.filter_length % run.filter_count],
@@ -81,7 +84,8 @@ class Loops {
   const Layout& layout_;
   Counts& counts_;
   const Tensor table_;
-  const double q_, xi_;
+  const double q_;
+  const PerRun xi_;
   Dtype norms_dtype_;
   Layout norms_layout_;
   std::optional<List> norms_;

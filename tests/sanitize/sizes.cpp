@@ -60,34 +60,51 @@ int64_t cut_and_address(Random& random, int64_t longest) {
   return table.total();
 }
 
-// The CUDA launches cover every row, none has too many chunks, and a block finds its own.
+// What a run has beside its addresses, made of the run's number, for each kind that an op may have; and read again.
+lets::cuda::Nothing made(lets::cuda::Nothing, size_t) { return {}; }
+lets::cuda::Scaled made(lets::cuda::Scaled, size_t run) { return {int64_t(run), 1, nullptr, 0.0}; }
+using Numbers = lets::launch_of::restore_adamw_::Each;
+Numbers made(Numbers, size_t run) { return {double(run), 0.9, 0.99, 1e-8, double(run)}; }
+bool is_of(lets::cuda::Nothing, size_t) { return true; }
+bool is_of(const lets::cuda::Scaled& each, size_t run) { return each.filter_length == int64_t(run); }
+bool is_of(const Numbers& each, size_t run) { return each.lr == double(run) && each.weight_decay == double(run); }
+
+// The CUDA launches cover every row, none has too many chunks or bytes, and a block finds its own, with its numbers.
+template <class Each>
 int64_t launches(Random& random, int64_t longest) {
-  std::vector<lets::cuda::Run> runs(size_t(1 + up_to(random, often(random, 30) ? 800 : 12)));
+  constexpr int kMany = lets::cuda::kMany<Each>;
+  static_assert(sizeof(lets::cuda::Batch<Each, kMany + 2>) > lets::cuda::kParameter, "there is place for more");
+  std::vector<lets::cuda::Run> runs(size_t(1 + up_to(random, often(random, 30) ? 2 * kMany + 100 : 12)));
+  std::vector<Each> each;
   for (auto& run : runs) {
     run = {};
     run.numel = any_size(random, longest);
+    each.push_back(made(Each{}, each.size()));
   }
   size_t next = 0;
   int64_t count = 0;
-  lets::cuda::in_batches(runs.data(), int64_t(runs.size()), lets::cuda::pieces, [&](const auto& batch, int32_t chunks) {
-    ++count;
-    check(chunks >= 1 && chunks <= lets::kChunksALaunch && batch.runs <= int32_t(std::size(batch.run)),
-          "a launch is too large");
-    for (int32_t r = 0; r < batch.runs; ++r, ++next) {
-      while (runs[next].numel == 0) ++next;
-      const int64_t numel = runs[next].numel, pieces = batch.first[r + 1] - batch.first[r];
-      check(batch.run[r].numel == numel && (pieces - 1) * lets::cuda::kPiece < numel &&
-                numel <= pieces * lets::cuda::kPiece,
-            "a launch leaves out some of a run");
-      for (const int64_t of : {int64_t(0), pieces / 2, up_to(random, pieces - 1), pieces - 1}) {
-        const auto piece = lets::cuda::piece_of(batch, int32_t(batch.first[r] + of));
-        check(&piece.run == &batch.run[r] && piece.begin == of * lets::cuda::kPiece &&
-                  piece.begin + piece.numel <= numel &&
-                  (of == pieces - 1 ? piece.begin + piece.numel == numel : piece.numel == lets::cuda::kPiece),
-              "a block takes another stretch than its own");
-      }
-    }
-  });
+  const auto chunks_of = [&](int64_t i) { return lets::cuda::pieces(runs[size_t(i)]); };
+  lets::cuda::in_batches(
+      runs.data(), each.data(), int64_t(runs.size()), chunks_of, [&](const auto& batch, int32_t chunks) {
+        ++count;
+        check(chunks >= 1 && chunks <= lets::kChunksALaunch && batch.runs <= int32_t(std::size(batch.run)),
+              "a launch is too large");
+        for (int32_t r = 0; r < batch.runs; ++r, ++next) {
+          while (runs[next].numel == 0) ++next;
+          const int64_t numel = runs[next].numel, pieces = batch.first[r + 1] - batch.first[r];
+          check(batch.run[r].numel == numel && (pieces - 1) * lets::cuda::kPiece < numel &&
+                    numel <= pieces * lets::cuda::kPiece,
+                "a launch leaves out some of a run");
+          for (const int64_t of : {int64_t(0), pieces / 2, up_to(random, pieces - 1), pieces - 1}) {
+            const auto piece = lets::cuda::piece_of(batch, int32_t(batch.first[r] + of));
+            check(&piece.run == &batch.run[r] && piece.begin == of * lets::cuda::kPiece &&
+                      piece.begin + piece.numel <= numel &&
+                      (of == pieces - 1 ? piece.begin + piece.numel == numel : piece.numel == lets::cuda::kPiece),
+                  "a block takes another stretch than its own");
+            check(is_of(piece.each, next), "a block takes the numbers of another run");
+          }
+        }
+      });
   while (next < runs.size() && runs[next].numel == 0) ++next;
   check(next == runs.size(), "runs without a launch");
   return count;
@@ -101,10 +118,10 @@ void filters_far_into_a_run(Random& random) {
   std::vector<double> norms(static_cast<size_t>(count)), v(kNumel, 1.0);
   for (auto& norm : norms) norm = double(1 + up_to(random, 1000));
   const lets::Scaling scaling{length, count, norms.data(), 0.0, offset};
-  lets::cuda::Run run{};
-  run.filter_length = length, run.filter_count = count, run.norms = norms.data();
+  const lets::cuda::Run run{};
+  const lets::cuda::Scaled each{length, count, norms.data(), 0.0};
   const int64_t begin = offset / lets::cuda::kPiece * lets::cuda::kPiece;
-  const auto scale = lets::cuda::Scale<double, true>::of({run, begin, 0}, 0.0);
+  const auto scale = lets::cuda::Scale<double, true>::of({run, each, begin, 0});
   double sum = 0;
   for (int64_t i = 0; i < kNumel; ++i) {
     sum += norms[size_t((offset + i) / length % count)];
@@ -128,7 +145,8 @@ int main(int count, char** words) {
     const int64_t row = small ? lets::kChunksALaunch * lets::cuda::kPiece - 20 : (int64_t(1) << 43) - 20;
     for (int i = 0; i < 200; ++i) {
       if (small || i < 20) most = std::max(most, cut_and_address(random, small ? 3000 : 4 * kHuge));
-      launched += launches(random, row);
+      launched += launches<lets::cuda::Nothing>(random, row);
+      launched += launches<lets::cuda::Scaled>(random, row) + launches<Numbers>(random, row);
       filters_far_into_a_run(random);
     }
     std::printf("{\"most_elements\": %lld, \"launches\": %lld}\n", static_cast<long long>(most),

@@ -39,8 +39,8 @@ class VectorOps : public Loops {
   Single<double> any_gate() { return number(often(random_, 80) ? 1.0 : 0.0); }
 
   // A seed, a count and a stream, of which all bits matter.
-  Two<int64_t> any_random() { return {ScalarType::Long, int64_t(random_()), int64_t(random_())}; }
-  lets::Draw draw_of(Two<int64_t>& random, uint32_t stream) {
+  Several<int64_t> any_random() { return {ScalarType::Long, {int64_t(random_()), int64_t(random_())}}; }
+  lets::Draw draw_of(Several<int64_t>& random, uint32_t stream) {
     return {uint64_t(random.expected()[0]), uint64_t(random.expected()[1]), stream};
   }
   uint32_t word(const lets::Draw& draw, size_t r, int64_t i) {
@@ -97,7 +97,7 @@ class VectorOps : public Loops {
     using C = Arithmetic<T>;
     List x = some(), y = some(), apart = some(Values::any);
     List& out = *one_of(random_, {&x, &y, &apart});
-    Two<double> coefficients(ScalarType::Double, 0.3, -1.7);
+    Several<double> coefficients(ScalarType::Double, {0.3, -1.7});
     auto gate = any_gate();
     using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&, const Tensor&);
     standin::op<Op>("combine_")(out.tensors, x.tensors, y.tensors, table_, coefficients.tensor, gate.tensor);
@@ -151,13 +151,16 @@ class VectorOps : public Loops {
     using C = Arithmetic<T>;
     List out = some(Values::unwritten), s = some(Values::positive), g = some();
     auto gate = any_gate();
-    using Op = void(const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&, double, double);
-    standin::op<Op>("posterior_ascent_")(out.tensors, s.tensors, g.tensors, table_, gate.tensor, 0.99, 0.1);
+    const PerRun damping = numbers({0.1, 0.7});
+    using Op =
+        void(const Tensors&, const Tensors&, const Tensors&, const Tensor&, const Tensor&, double, const Doubles&);
+    standin::op<Op>("posterior_ascent_")(out.tensors, s.tensors, g.tensors, table_, gate.tensor, 0.99, damping.list);
     each([&](size_t r, int64_t i) {
       T& precision = s.expected<T>(r)[i];
       const C before = lets::widen(precision), x = lets::widen(g.expected<T>(r)[i]);
       lets::narrow(x / before, out.expected<T>(r)[i]);
-      if (is_open(gate)) lets::narrow(lets::precision_after(before, x, C(0.99), C(1 - 0.99), C(0.1)), precision);
+      if (is_open(gate))
+        lets::narrow(lets::precision_after(before, x, C(0.99), C(1 - 0.99), C(damping.at(r))), precision);
     });
     out.verify("posterior_ascent_: out");
     s.verify("posterior_ascent_: precisions");

@@ -3,6 +3,8 @@
 import itertools
 import math
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 
@@ -12,9 +14,6 @@ from lets_kernels.parts.direction import Adaptive, Gradient
 from lets_kernels.space.buckets import PADDING
 from lets_kernels.space.layout import ParameterSpace
 from support.guard_bands import DTYPES, same_bits
-
-hypothesis = pytest.importorskip("hypothesis")
-st = hypothesis.strategies
 
 # The same examples every time, so that a red test stays red.
 random_layouts = hypothesis.settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -82,8 +81,9 @@ def test_runs_are_aligned_and_apart_and_cover_what_is_trained(made):
     for b in space.buckets:
         table = b.table(tuple(range(len(b.params)))).tolist()
         end, row = 0, 0
-        for p, place, (start, numel, length, count, first) in zip(b.params, b.places, table, strict=True):
-            assert groups[b.group]["params"][place] is p and p.dtype == b.dtype and numel == p.numel()
+        rows = zip(b.params, b.group_of, b.places, table, strict=True)
+        for p, group, place, (start, numel, length, count, first) in rows:
+            assert groups[group]["params"][place] is p and p.dtype == b.dtype and numel == p.numel()
             assert start % PADDING == 0 and end <= start < end + PADDING, "a gap, or an overlap with the run before"
             end = start + numel
             if length > 0:

@@ -169,11 +169,11 @@ def test_a_number_becomes_part_of_the_graph_and_not_of_later_steps(where):
     how, device, backend = where
     _, opt, step = small(device, backend)
     (bucket,) = space(opt).buckets
-    eager = bucket.scalar(0.1)
+    eager = bucket.numbers({0: 0.1})
     with how.capture():
         step()
-        inside = bucket.scalar(0.1)
-    assert inside is not eager and bucket.scalar(0.1) is eager
+        inside = bucket.numbers({0: 0.1})
+    assert inside is not eager and bucket.numbers({0: 0.1}) is eager
 
 
 def test_the_buckets_of_a_graph_outlive_a_rebuilding(where):

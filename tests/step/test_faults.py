@@ -121,11 +121,10 @@ def test_an_interrupt_between_the_perturbation_and_the_context_restores(backend,
 @pytest.mark.parametrize("after", [False, True], ids=["before-the-op", "after-the-op"])
 @pytest.mark.parametrize("op", ["grad_norm", "perturb_", "restore_", "restore_sgd_"])
 def test_an_interrupt_between_two_buckets_is_healed_at_the_next_entry(backend, monkeypatch, op, after, entry):
-    """Two groups are two buckets; the interrupt comes at the second one's op. What was half perturbed or half restored
+    """Two dtypes are two buckets; the interrupt comes at the second one's op. What was half perturbed or half restored
     is as it was before; of a half-finished step the first bucket's part stands, the second's is restored or whole."""
-    toy = Toy()
-    groups = [{"params": toy.params[:2]}, {"params": toy.params[2:]}]
-    opt = lk.SAM(groups, torch.optim.SGD, rho=3.0, backend=backend.name, lr=0.1, momentum=0.9)
+    toy = Toy([torch.float32] * 2 + [torch.float64] * 4)
+    opt = lk.SAM(toy.params, torch.optim.SGD, rho=3.0, backend=backend.name, lr=0.1, momentum=0.9)
     toy.steps(opt, 1)
     before = weights(toy)
     module = importlib.import_module(MODULES[backend.name])
@@ -221,10 +220,9 @@ def test_weights_written_between_the_context_and_the_step_are_stepped_from(backe
 
 @pytest.mark.parametrize("entry", ["first_step", "perturbed", "restore"])
 def test_an_interrupt_within_the_restoring_is_healed_at_the_next_entry(backend, monkeypatch, entry):
-    """Two groups are two buckets: one interrupt comes at the second's perturbation, another while that is undone."""
-    toy = Toy()
-    groups = [{"params": toy.params[:2]}, {"params": toy.params[2:]}]
-    opt = lk.SAM(groups, torch.optim.SGD, rho=3.0, backend=backend.name, lr=0.1)
+    """Two dtypes are two buckets: one interrupt comes at the second's perturbation, another while that is undone."""
+    toy = Toy([torch.float32] * 2 + [torch.float64] * 4)
+    opt = lk.SAM(toy.params, torch.optim.SGD, rho=3.0, backend=backend.name, lr=0.1)
     toy.steps(opt, 1)
     before = weights(toy)
     module = importlib.import_module(MODULES[backend.name])

@@ -205,13 +205,15 @@ def test_gradients_of_another_dtype_than_their_parameters_are_cast(backend, dtyp
 
 def test_a_changing_set_of_gradients_does_not_pile_up_tables():
     params = [torch.ones(2, requires_grad=True) for _ in range(10)]
-    opt = lk.SAM(params, SGD, lr=0.1)
+    groups = [{"params": params[:5]}, {"params": params[5:], "rho": 0.1}]
+    opt = lk.SAM(groups, SGD, lr=0.1, momentum=0.9)
     for subset in range(1, 400):
         for i, p in enumerate(params):
             p.grad = torch.ones(2) if subset >> i & 1 else None
         opt.first_step()
         opt.second_step()
-    assert len(space(opt).buckets[0]._tables) < 100
+    (bucket,) = space(opt).buckets
+    assert 1 < len(bucket._tables) < 100 and 1 < len(bucket._chosen) < 100 and len(bucket.found_state) < 100
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,30 @@ def test_the_measures_are_those_of_the_definition(backend, method, dtype, small,
         assert 0 < expected["perturbed_fraction"] < 0.9 and expected["perturbation_cosine"] < 0.9999
 
 
+def test_the_measures_of_groups_are_those_of_their_own_options(backend):
+    toy = Toy(torch.bfloat16)
+    own = [{"rho": 0.04, "xi": 0.02}, {"rho": 0.4, "xi": 0.5}]
+    groups = [{"params": toy.params[i::2], **options} for i, options in enumerate(own)]
+    opt = lk.ASAM(groups, SGD, backend=backend.name, lr=0.1)
+    before = {f"{i}.weight": w.detach().double() for i, w in enumerate(toy.params)}
+    grads = [None if i == 0 else g for i, g in enumerate(toy.grads(0))]
+    toy.set_grads(grads)
+    g = {k: x.double() for k, x in zip(before, grads, strict=True) if x is not None}
+    opt.first_step()
+    options = dict(zip(before, [own[i % 2] for i in range(len(before))], strict=True))
+    unit = oracle.unit(g, {k: before[k].abs() + options[k]["xi"] for k in g})
+    after = dict(zip(before, toy.params, strict=True))
+    moved = torch.cat([(after[k].detach().double() - before[k]).flatten() for k in g])
+    wanted = torch.cat([(options[k]["rho"] * unit[k]).flatten() for k in g])
+    opt.second_step()
+    expected = {
+        "perturbation_cosine": moved @ wanted / (moved.norm() * wanted.norm()),
+        "perturbation_length": moved.norm() / wanted.norm(),
+        "perturbed_fraction": (moved != 0).double().mean(),
+    }
+    torch.testing.assert_close(found(opt), expected, rtol=1e-6, atol=0)  # the total is summed from float32 terms
+
+
 @pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in family.BY_STATE])
 def test_the_measures_of_any_method_are_those_of_what_float64_weights_would_do(backend, name):
     """ε is taken from a twin in float64, at the same weights with the same gradients and random numbers."""

@@ -1,5 +1,6 @@
 """The CUDA kernels (csrc/cuda) compiled for the CPU, where an emulator runs their blocks and threads (emulator/)."""
 
+import ctypes
 import fcntl
 import functools
 import os
@@ -64,7 +65,23 @@ def _build(out, flags, link):
 
 @functools.cache
 def load():
-    torch.ops.load_library(str(build()))
+    library = build()
+    torch.ops.load_library(str(library))
+    return ctypes.CDLL(str(library))
+
+
+def launches():
+    """How many kernels have been launched so far."""
+    count = load().lets_emulated_launches
+    count.restype = ctypes.c_int64
+    return count()
+
+
+def rows_of_a_launch(op):
+    """The rows of the run table that a short launch of an op takes, and a long one: kFew and kMany of its numbers."""
+    few, many = load().lets_emulated_few_rows, load().lets_emulated_rows
+    few.restype = many.restype = ctypes.c_int64
+    return few(), many(op.encode())
 
 
 def __getattr__(op):

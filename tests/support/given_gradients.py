@@ -8,19 +8,26 @@ SHAPES = ((3, 4, 2, 2), (7,), (), (5, 6), (0,), (1, 33))
 
 
 class Toy:
-    """A handful of parameters of odd shapes; `grads(i)` are the i-th gradients, the same in every process."""
+    """A handful of parameters of odd shapes; `grads(i)` are the i-th gradients, the same in every process.
+
+    `dtype` may be one for each shape: what has one dtype forms a bucket.
+    """
 
     def __init__(self, dtype=torch.float32, shapes=SHAPES, seed=0, device="cpu"):
         self.generator = torch.Generator().manual_seed(seed)
         self.seed, self.shapes, self.dtype, self.device = seed, shapes, dtype, device
-        self.params = [torch.nn.Parameter(self._randn(s)) for s in shapes]
+        self.params = [torch.nn.Parameter(x) for x in self._randn()]
 
-    def _randn(self, shape):
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device, self.dtype)
+    def _randn(self):
+        dtypes = self.dtype if isinstance(self.dtype, (list, tuple)) else [self.dtype] * len(self.shapes)
+        return [
+            torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device, dtype)
+            for shape, dtype in zip(self.shapes, dtypes, strict=True)
+        ]
 
     def grads(self, i):
         self.generator.manual_seed(1000 * (self.seed + 1) + i)
-        return [self._randn(s) for s in self.shapes]
+        return self._randn()
 
     def set_grads(self, grads):
         for p, g in zip(self.params, grads, strict=True):

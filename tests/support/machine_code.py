@@ -1,4 +1,4 @@
-"""Machine code of GPU kernels in words, many kernels at a time, by nvdisasm (of Triton's package)."""
+"""Machine code of GPU kernels: what its ELF files hold; and NVIDIA's in words, by nvdisasm (of Triton's package)."""
 
 import itertools
 import re
@@ -10,16 +10,32 @@ from pathlib import Path
 INSTRUCTION = 16
 
 
+def _sections(elf):
+    """The sections of an ELF file: name, type, offset, size, and which section holds their names."""
+    table, (size, number, names) = struct.unpack_from("<Q", elf, 40)[0], struct.unpack_from("<3H", elf, 58)
+    headers = [struct.unpack_from("<IIQQQQI", elf, table + i * size) for i in range(number)]
+    begin = headers[names][4]
+    return [(_string(elf, begin + name), kind, at, length, link) for name, kind, _, _, at, length, link in headers]
+
+
+def _string(elf, begin):
+    return elf[begin : elf.index(b"\0", begin)].decode()
+
+
 def functions(cubin):
     """The bytes of each function's machine code by its name: the sections ``.text.*`` of an ELF file."""
-    table, (size, number, names) = struct.unpack_from("<Q", cubin, 40)[0], struct.unpack_from("<3H", cubin, 58)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(number)]
-    found = {}
-    for name, _, _, _, offset, length in sections:
-        begin = sections[names][4] + name
-        section = cubin[begin : cubin.index(b"\0", begin)].decode()
-        if section.startswith(".text."):
-            found[section.removeprefix(".text.")] = cubin[offset : offset + length]
+    found = _sections(cubin)
+    return {n.removeprefix(".text."): cubin[at : at + size] for n, _, at, size, _ in found if n.startswith(".text.")}
+
+
+def symbols(hsaco):
+    """The sizes of what an ELF file offers to others, by name."""
+    sections, found = _sections(hsaco), {}
+    for _, kind, at, length, link in sections:
+        if kind == 11:  # SHT_DYNSYM
+            for entry in range(at, at + length, 24):
+                name, _, _, _, _, size = struct.unpack_from("<IBBHQQ", hsaco, entry)
+                found[_string(hsaco, sections[link][2] + name)] = size
     return found
 
 

@@ -15,15 +15,14 @@ from lets_kernels.ops.reference.noise import normals, words
 from support import oracle
 from support.oracle import dot
 
-NOISE, DRAWS, REGROWTH, STREAMS = 0, 1, 2, 4  # of a group, and from one group to the next
+NOISE, DRAWS, REGROWTH = range(3)
 
 
 class Run:
     """Ten steps of a method: its weights, its batches, its base optimizer, and what it carries from step to step."""
 
-    def __init__(self, net, theta, batches, base, seed, groups=None):
+    def __init__(self, net, theta, batches, base, seed):
         self.net, self.theta, self.batches, self.base, self.seed = net, theta, batches, base, seed
-        self.groups = [list(theta)] if groups is None else groups  # names of parameters
         self.strides = {k: x.stride() for k, x in theta.items()}
         self.held = {}  # by name, a dictionary of tensors each
         self.perturbed = []  # whether each step was
@@ -58,13 +57,11 @@ class Run:
     def draw(self, function, t, stream):
         """Normal numbers or words for every element, in float64 (a word has 32 bits)."""
         place, found = torch.tensor([self.seed, t]), {}
-        for index, names in enumerate(self.groups):
-            start = 0
-            for k in names:
-                x = self.theta[k]
-                drawn = function(start, x.numel(), place, STREAMS * index + stream)
-                found[k] = drawn.as_strided(x.shape, self.strides[k]).double()
-                start += (x.numel() + 15) // 16 * 16
+        start = 0
+        for k, x in self.theta.items():
+            drawn = function(start, x.numel(), place, stream)
+            found[k] = drawn.as_strided(x.shape, self.strides[k]).double()
+            start += (x.numel() + 15) // 16 * 16
         return found
 
     def uniform(self, t):

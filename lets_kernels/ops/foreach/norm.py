@@ -10,19 +10,22 @@ from lets_kernels.ops import reference
 from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
 from lets_kernels.ops.foreach.shared import (
     FILTERS,
+    alike,
     at,
+    differ,
     filter_pieces,
     fits,
     joined,
     line,
     lists,
     on_host,
+    one,
     piece_size,
     pieces,
     plan_of,
 )
 from lets_kernels.ops.reference.norm import largest, peaks_
-from lets_kernels.ops.reference.shared import Tensors, wide
+from lets_kernels.ops.reference.shared import PerRun, Tensors, wide
 
 __all__ = ["all_finite_", "filter_norms", "grad_norm", "largest", "peaks_"]
 
@@ -33,7 +36,7 @@ _LEAST, _MOST = 1e-16, 1e38
 
 
 def grad_norm(
-    vectors: Tensors, params: Tensors, table: Tensor, filter_norms: Tensor | None, xi: float, q: float
+    vectors: Tensors, params: Tensors, table: Tensor, filter_norms: Tensor | None, xi: PerRun, q: float
 ) -> Tensor:
     """As :func:`lets_kernels.ops.reference.grad_norm`.
 
@@ -41,9 +44,15 @@ def grad_norm(
     relative error is at most that of some twenty roundings, whatever the number of elements. If the sum says that
     squares may have left the range of float32, it is taken again in float64 from the start.
     """
+    if not (len(vectors) and on_host(vectors[0])):
+        return reference.grad_norm(vectors, params, table, filter_norms, xi, q)
+    if differ(xi):
+        parts = alike(table, xi)
+        sums = [grad_norm(p.of(vectors), p.of(params), p.table, filter_norms, p.numbers[0], q) for p in parts]
+        return torch.stack(sums).sum()
+    xi = one(xi)
     plan, columns = plan_of(table), [vectors, params] if len(params) else [vectors]
-    ours = q == 2 and len(vectors) and on_host(vectors[0]) and FISHER not in plan.kinds
-    if not (ours and fits(plan, vectors[0].dtype, *columns)):
+    if not (q == 2 and FISHER not in plan.kinds and fits(plan, vectors[0].dtype, *columns)):
         return reference.grad_norm(vectors, params, table, filter_norms, xi, q)
     vs, *thetas = lists(plan, *columns)
     squares = _Squares()

@@ -7,21 +7,41 @@ from torch import Tensor
 
 from lets_kernels.ops import reference
 from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
-from lets_kernels.ops.foreach.shared import FILTERS, at, filter_pieces, fits, lists, on_host, pieces, plan_of
-from lets_kernels.ops.reference.shared import Tensors, wide
+from lets_kernels.ops.foreach.shared import (
+    FILTERS,
+    alike,
+    at,
+    differ,
+    filter_pieces,
+    fits,
+    lists,
+    on_host,
+    one,
+    pieces,
+    plan_of,
+)
+from lets_kernels.ops.reference.shared import PerRun, Tensors, wide
 
 __all__ = ["perturb_", "restore_"]
 
 
 def perturb_(
     params: Tensors, vectors: Tensors, saved: Tensor, dirty: Tensor, table: Tensor, filter_norms: Tensor | None,
-    xi: float, q: float, total: Tensor, rho: Tensor,
+    xi: PerRun, q: float, total: Tensor, rho: Tensor,
 ) -> None:  # fmt: skip
     """As :func:`lets_kernels.ops.reference.perturb_`; the product with ρ and the sum with θ are rounded once."""
+    if not on_host(saved, dirty, total, rho):
+        reference.perturb_(params, vectors, saved, dirty, table, filter_norms, xi, q, total, rho)
+        return
+    if rho.numel() != 1 or differ(xi):
+        for part in alike(table, xi, rho.flatten().tolist()):
+            numbers = part.numbers[0], q, total, rho.flatten()[part.places[0] if rho.numel() > 1 else 0]
+            perturb_(part.of(params), part.of(vectors), saved, dirty, part.table, filter_norms, *numbers)
+        dirty.fill_(1)
+        return
     plan = plan_of(table)
     columns = [params, vectors, [saved]] if len(vectors) else [params, [saved]]
-    ours = q == 2 and FISHER not in plan.kinds and on_host(saved, dirty, total, rho)
-    if not (ours and fits(plan, saved.dtype, *columns)):
+    if not (q == 2 and FISHER not in plan.kinds and fits(plan, saved.dtype, *columns)):
         reference.perturb_(params, vectors, saved, dirty, table, filter_norms, xi, q, total, rho)
         return
     if len(vectors):
@@ -30,6 +50,7 @@ def perturb_(
         thetas, vs, olds = lists(plan, params, [saved.clone()], [saved])
     torch._foreach_copy_(olds, thetas)
     dirty.fill_(1)
+    xi = one(xi)
     factor = (rho / total.sqrt()).to(wide(saved[:0]).dtype).item()
     if not (math.isfinite(factor) and factor):  # so it is also where the total is zero or not finite
         return

@@ -6,14 +6,14 @@ from torch import Tensor
 from lets_kernels.ops import reference
 from lets_kernels.ops.declared import UNSCALED
 from lets_kernels.ops.foreach.shared import ALL, Plan, fits, joined, lists, on_host, pieces, plan_of
-from lets_kernels.ops.reference.shared import Tensors
+from lets_kernels.ops.reference.shared import PerRun, Tensors
 
 __all__ = ["rho_grad_diagonal", "rho_grad_secant"]
 
 
 def rho_grad_diagonal(
     val: Tensors, train: Tensors, perturbed: Tensors, vectors: Tensors, params: Tensors, table: Tensor,
-    filter_norms: Tensor | None, xi: float, q: float,
+    filter_norms: Tensor | None, xi: PerRun, q: float,
 ) -> Tensor:  # fmt: skip
     """As :func:`lets_kernels.ops.reference.rho_grad_diagonal`."""
     plan, columns = plan_of(table), [val, perturbed, vectors, *([train] if len(train) else [])]

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lets_kernels.ops.reference.shared import Tensors
+from lets_kernels.ops.reference.shared import PerRun, Tensors, per_run
 
 #: Kinds of runs beside those that ``filter_length`` says have no filters: with filters, and all.
 FILTERS, ALL = 1, 2
 #: Elements of one piece for each thread: 256 KiB of float32, which several passes over it find in a core's cache.
 PIECE = 1 << 16
+#: Ways to part one table that are remembered.
+_SPLITS = 8
 
 _dtype = operator.attrgetter("dtype")
 
@@ -29,6 +31,8 @@ class Plan(NamedTuple):
     kinds: dict[int, list[int]]
     #: Places of runs that share a batch, and runs of more than one piece, each alone; by T and the size of a piece.
     batches: dict[tuple[int, int], list[list[int]]]
+    #: Places of runs that have the same numbers, and the table of these runs, by the numbers of all runs.
+    alike: dict[tuple[tuple[float, ...], ...], list[tuple[list[int], Tensor]]]
 
 
 # Both forget an entry together with its key: the tables and the flat buffers belong to the buckets.
@@ -58,7 +62,44 @@ def _read(table: Tensor, version: int) -> Plan:
     kinds: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
         kinds.setdefault(min(row[2], FILTERS), []).append(place)
-    return Plan(version, rows, [(row[0], row[1]) for row in rows], kinds, {})
+    return Plan(version, rows, [(row[0], row[1]) for row in rows], kinds, {}, {})
+
+
+def differ(*numbers: PerRun) -> bool:
+    """True if runs may have numbers of their own."""
+    return any(isinstance(x, Sequence) and len(x) != 1 for x in numbers)
+
+
+def one(number: PerRun) -> float:
+    """The number of all runs, where they do not differ."""
+    return number[0] if isinstance(number, Sequence) else number
+
+
+class Part(NamedTuple):
+    """Runs of a table that have the same numbers."""
+
+    plan: Plan
+    places: list[int]
+    table: Tensor
+    numbers: tuple[float, ...]
+
+    def of(self, tensors: Tensors) -> Tensors:
+        """The tensors of these runs, out of those of all runs; a flat buffer, or nothing, stays what it is."""
+        return tensors if not len(tensors) or is_flat(tensors, self.plan) else [tensors[i] for i in self.places]
+
+
+def alike(table: Tensor, *numbers: PerRun) -> list[Part]:
+    """The runs of a table in parts, of which each has one value of every number: for functions that take only one."""
+    plan = plan_of(table)
+    key = tuple(tuple(per_run(x, table)) for x in numbers)
+    if key not in plan.alike:
+        if len(plan.alike) >= _SPLITS:  # a schedule changes numbers from step to step
+            plan.alike.clear()
+        found: dict[tuple[float, ...], list[int]] = {}
+        for place, own in enumerate(zip(*key, strict=True)):
+            found.setdefault(own, []).append(place)
+        plan.alike[key] = [(places, table[places]) for places in found.values()]
+    return [Part(plan, places, rows, tuple(x[places[0]] for x in key)) for places, rows in plan.alike[key]]
 
 
 def is_flat(tensors: Tensors, plan: Plan) -> bool:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lets_kernels.ops import reference
 from lets_kernels.ops.foreach.perturb import restore_
-from lets_kernels.ops.foreach.shared import ALL, Plan, fits, lists, on_host, pieces, plan_of
-from lets_kernels.ops.reference.shared import Tensors
+from lets_kernels.ops.foreach.shared import ALL, Plan, alike, differ, fits, lists, on_host, one, pieces, plan_of
+from lets_kernels.ops.reference.shared import PerRun, Tensors
 from lets_kernels.ops.reference.step import restore_bsam_, restore_lion_
 
 __all__ = ["restore_adamw_", "restore_bsam_", "restore_lion_", "restore_sgd_"]
@@ -17,11 +17,23 @@ __all__ = ["restore_adamw_", "restore_bsam_", "restore_lion_", "restore_sgd_"]
 
 def restore_sgd_(
     params: Tensors, grads: Tensors, momenta: Tensors, saved: Tensor, dirty: Tensor, table: Tensor, gate: Tensor,
-    lr: float, momentum: float, weight_decay: float, nesterov: bool, maximize: bool,
+    lr: PerRun, momentum: PerRun, weight_decay: PerRun, nesterov: bool, maximize: bool,
 ) -> None:  # fmt: skip
     """As :func:`lets_kernels.ops.reference.restore_sgd_`, by ``torch._fused_sgd_``."""
+    if not on_host(saved, dirty, gate):
+        numbers = lr, momentum, weight_decay
+        reference.restore_sgd_(params, grads, momenta, saved, dirty, table, gate, *numbers, nesterov, maximize)
+        return
+    if differ(lr, momentum, weight_decay):
+        for part in alike(table, lr, momentum, weight_decay):
+            own: Any = [*map(part.of, (params, grads, momenta)), saved, dirty.clone(), part.table, gate, *part.numbers]
+            own += [nesterov, maximize]
+            restore_sgd_(*own)
+        dirty.fill_(0)
+        return
+    lr, momentum, weight_decay = map(one, (lr, momentum, weight_decay))
     plan, columns = plan_of(table), [params, [saved], grads, *([momenta] if momentum else [])]
-    if not (lr and on_host(saved, dirty, gate) and fits(plan, saved.dtype, *columns)):
+    if not (lr and fits(plan, saved.dtype, *columns)):
         numbers = lr, momentum, weight_decay
         reference.restore_sgd_(params, grads, momenta, saved, dirty, table, gate, *numbers, nesterov, maximize)
     elif not gate.item():
@@ -39,15 +51,26 @@ def restore_sgd_(
 
 def restore_adamw_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors, saved: Tensor,
-    dirty: Tensor, table: Tensor, gate: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
-    decoupled: bool, maximize: bool,
+    dirty: Tensor, table: Tensor, gate: Tensor, lr: PerRun, beta1: PerRun, beta2: PerRun, eps: PerRun,
+    weight_decay: PerRun, decoupled: bool, maximize: bool,
 ) -> None:  # fmt: skip
     """As :func:`lets_kernels.ops.reference.restore_adamw_`, by ``torch._fused_adam_`` or ``torch._fused_adamw_``."""
-    plan, columns = plan_of(table), [params, [saved], grads, exp_avgs, exp_avg_sqs]
-    ours = lr and len(steps) == len(table) and on_host(saved, dirty, gate, *steps)
-    if not (ours and fits(plan, saved.dtype, *columns)):
+    lists_ = params, grads, exp_avgs, exp_avg_sqs, steps
+    if not on_host(saved, dirty, gate, *steps):
         numbers = lr, beta1, beta2, eps, weight_decay
-        lists_ = params, grads, exp_avgs, exp_avg_sqs, steps
+        reference.restore_adamw_(*lists_, saved, dirty, table, gate, *numbers, decoupled, maximize)
+        return
+    if differ(lr, beta1, beta2, eps, weight_decay):
+        for part in alike(table, lr, beta1, beta2, eps, weight_decay):
+            own: Any = [*map(part.of, (params, grads, exp_avgs, exp_avg_sqs)), [steps[i] for i in part.places]]
+            own += [saved, dirty.clone(), part.table, gate, *part.numbers, decoupled, maximize]
+            restore_adamw_(*own)
+        dirty.fill_(0)
+        return
+    lr, beta1, beta2, eps, weight_decay = map(one, (lr, beta1, beta2, eps, weight_decay))
+    plan, columns = plan_of(table), [params, [saved], grads, exp_avgs, exp_avg_sqs]
+    if not (lr and len(steps) == len(table) and fits(plan, saved.dtype, *columns)):
+        numbers = lr, beta1, beta2, eps, weight_decay
         reference.restore_adamw_(*lists_, saved, dirty, table, gate, *numbers, decoupled, maximize)
     elif not gate.item():
         restore_(params, saved, dirty, table)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import Tensors, root, runs, wide
+from lets_kernels.ops.reference.shared import PerRun, Tensors, per_run, root, runs, wide
 
 __all__ = ["average_", "posterior_ascent_"]
 
@@ -34,16 +34,17 @@ def average_(
 
 
 def posterior_ascent_(
-    out: Tensors, precisions: Tensors, grads: Tensors, table: Tensor, gate: Tensor, beta2: float, damping: float
+    out: Tensors, precisions: Tensors, grads: Tensors, table: Tensor, gate: Tensor, beta2: float, damping: PerRun
 ) -> None:
     """out <- g/s, then s <- β₂ s + (1 - β₂)(√s |g| + damping) (Möllenhoff & Khan, 2023).
 
     s are the precisions, positive. If the gate (0-d float64) is closed, s does not change, but ``out`` is written.
-    ``damping`` is added to the square root of the curvature, in the units of s.
+    ``damping``, one number or one a run, is added to the square root of the curvature, in the units of s.
     """
     go = gate != 0
-    for to, s, g in zip(runs(out, table), runs(precisions, table), runs(grads, table), strict=True):
+    lists = (runs(x, table) for x in (out, precisions, grads))
+    for to, s, g, added in zip(*lists, per_run(damping, table), strict=True):
         before = wide(s)
         to.copy_((wide(g) / before).to(to.dtype))
-        after = beta2 * before + (1 - beta2) * (root(before) * wide(g).abs() + damping)
+        after = beta2 * before + (1 - beta2) * (root(before) * wide(g).abs() + added)
         s.copy_(torch.where(go, after.to(s.dtype), s))

@@ -3,27 +3,28 @@
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import Tensors, runs, scaling, wide
+from lets_kernels.ops.reference.shared import PerRun, Tensors, per_run, runs, scaling, wide
 
 __all__ = ["all_finite_", "filter_norms", "grad_norm", "largest", "peaks_"]
 
 
 def grad_norm(
-    vectors: Tensors, params: Tensors, table: Tensor, filter_norms: Tensor | None, xi: float, q: float
+    vectors: Tensors, params: Tensors, table: Tensor, filter_norms: Tensor | None, xi: PerRun, q: float
 ) -> Tensor:
     """Σ |Tv|^q over all elements (Foret et al., 2021, Eq. 2; Kwon et al., 2021, §3): the q-th power of the norm of Tv.
 
-    The run table determines T, with xi = ξ (η of the Fisher information). ``params`` may be empty if no T is |θ| + ξ,
-    and ``filter_norms`` may be None if there are no filters. Returns a 0-d float64 tensor, which is not finite if an
-    element of v is not.
+    The run table determines T, with xi = ξ (η of the Fisher information): one number, or one a run. ``params`` may be
+    empty if no T is |θ| + ξ, and ``filter_norms`` may be None if there are no filters. Returns a 0-d float64 tensor,
+    which is not finite if an element of v is not.
 
     Raises:
         RuntimeError: q is below 1 (compiled and Triton backends), or the lists do not fit the table.
     """
     thetas = runs(params, table) if len(params) else [None] * len(table)
     total = torch.zeros((), dtype=torch.float64, device=vectors[0].device if len(vectors) else None)
-    for v, theta, row in zip(runs(vectors, table), thetas, table.tolist(), strict=True):
-        scaled = wide(v) * scaling(theta, filter_norms, row, xi, v)
+    rows = zip(table.tolist(), per_run(xi, table), strict=True)
+    for v, theta, (row, own_xi) in zip(runs(vectors, table), thetas, rows, strict=True):
+        scaled = wide(v) * scaling(theta, filter_norms, row, own_xi, v)
         total += scaled.double().abs().pow(q).sum()
     return total
 

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import Tensors, dual, runs, scaling, wide
+from lets_kernels.ops.reference.shared import PerRun, Tensors, dual, per_run, runs, scaling, wide
 
 __all__ = ["rho_grad_diagonal", "rho_grad_secant"]
 
 
 def rho_grad_diagonal(
     val: Tensors, train: Tensors, perturbed: Tensors, vectors: Tensors, params: Tensors, table: Tensor,
-    filter_norms: Tensor | None, xi: float, q: float,
+    filter_norms: Tensor | None, xi: PerRun, q: float,
 ) -> Tensor:  # fmt: skip
     """(val - train)ᵀ H T sign(Tv)|Tv|^(q-1) with the curvature H = diag(ĝ²) (LETS: Wang et al., 2024).
 
@@ -20,8 +20,9 @@ def rho_grad_diagonal(
     """
     thetas = runs(params, table) if len(params) else [None] * len(table)
     units = []
-    for v, theta, row in zip(runs(vectors, table), thetas, table.tolist(), strict=True):
-        t = scaling(theta, filter_norms, row, xi, v)
+    rows = zip(table.tolist(), per_run(xi, table), strict=True)
+    for v, theta, (row, own_xi) in zip(runs(vectors, table), thetas, rows, strict=True):
+        t = scaling(theta, filter_norms, row, own_xi, v)
         scaled = t * wide(v)
         units.append((t * dual(scaled, q)).double() if q in (1, 2) else t * dual(scaled.double(), q))
     curved = [h.double().square() * unit for h, unit in zip(runs(perturbed, table), units, strict=True)]

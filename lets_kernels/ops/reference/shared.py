@@ -8,6 +8,7 @@ from torch import Tensor
 from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
 
 Tensors = Sequence[Tensor]  # one dense tensor a run, or one flat buffer
+PerRun = float | Sequence[float]  # one number, or one a run
 
 
 def runs(tensors: Tensors, table: Tensor) -> list[Tensor]:
@@ -16,6 +17,32 @@ def runs(tensors: Tensors, table: Tensor) -> list[Tensor]:
     if len(tensors) == 1 and (len(rows) != 1 or tensors[0].numel() != rows[0][1]):
         return [tensors[0][start : start + numel] for start, numel, *_ in rows]
     return [t.as_strided((t.numel(),), (1,)) for t in tensors]
+
+
+def per_run(number: PerRun, table: Tensor) -> list[float]:
+    """The number of each run.
+
+    Raises:
+        RuntimeError: there are as many numbers neither as runs nor as one.
+    """
+    given = list(number) if isinstance(number, Sequence) else [number]
+    _check_count(len(given), table)
+    return given * len(table) if len(given) == 1 else given
+
+
+def each_radius(rho: Tensor, table: Tensor) -> Sequence[Tensor]:
+    """The same for numbers on the device: 0-d tensors.
+
+    Raises:
+        RuntimeError: as :func:`per_run`.
+    """
+    _check_count(rho.numel(), table)
+    return rho.flatten().expand(len(table)).unbind()
+
+
+def _check_count(count: int, table: Tensor) -> None:
+    if count not in (1, len(table)):
+        raise RuntimeError(f"{count} numbers for {len(table)} rows of the run table: pass one, or one for each")
 
 
 def wide(x: Tensor) -> Tensor:

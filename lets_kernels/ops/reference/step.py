@@ -3,45 +3,48 @@
 import torch
 from torch import Tensor
 
-from lets_kernels.ops.reference.shared import Tensors, runs, wide
+from lets_kernels.ops.reference.shared import PerRun, Tensors, per_run, runs, wide
 
 __all__ = ["restore_adamw_", "restore_bsam_", "restore_lion_", "restore_sgd_"]
 
 
 def restore_sgd_(
     params: Tensors, grads: Tensors, momenta: Tensors, saved: Tensor, dirty: Tensor, table: Tensor, gate: Tensor,
-    lr: float, momentum: float, weight_decay: float, nesterov: bool, maximize: bool,
+    lr: PerRun, momentum: PerRun, weight_decay: PerRun, nesterov: bool, maximize: bool,
 ) -> None:  # fmt: skip
     """A step of torch.optim.SGD with dampening 0, from the weights before they were perturbed.
 
     g <- g + λ w (after -g with ``maximize``), m <- μ m + g, w <- w - lr (g + μ m with ``nesterov``, otherwise m). w are
     the saved weights if ``dirty`` is not 0, otherwise θ (Sutskever et al., 2013, in torch's form). λ is
-    ``weight_decay``, μ ``momentum``; with μ = 0 ``momenta`` is empty, and the step is w - lr g. With lr = 0 no bit of w
-    changes. If the gate (0-d float64) is 0, θ <- w and m does not change. ``dirty`` is always 0 afterwards.
+    ``weight_decay``, μ ``momentum``, and each number is one for all runs, or one a run; with μ = 0 ``momenta`` is
+    empty, and the step is w - lr g. With lr = 0 no bit of w changes. If the gate (0-d float64) is 0, θ <- w and m does
+    not change. ``dirty`` is always 0 afterwards.
 
     Raises:
         RuntimeError: momenta are given without a momentum, or the reverse (compiled and Triton backends).
     """
     go, from_saved = gate != 0, dirty != 0
-    buffers = runs(momenta, table) if momentum else [None] * len(table)
-    for theta, g, m, old in zip(runs(params, table), runs(grads, table), buffers, runs([saved], table), strict=True):
+    rates, inertias, decays = (per_run(x, table) for x in (lr, momentum, weight_decay))
+    buffers = runs(momenta, table) if any(inertias) else [None] * len(table)
+    lists = (runs(params, table), runs(grads, table), buffers, runs([saved], table), rates, inertias, decays)
+    for theta, g, m, old, rate, inertia, decay in zip(*lists, strict=True):
         old = torch.where(from_saved, old, theta)
         weights, step = wide(old), -wide(g) if maximize else wide(g)
-        if weight_decay:
-            step = step + weight_decay * weights
+        if decay:
+            step = step + decay * weights
         if m is not None:
-            average = momentum * wide(m) + step
-            step = step + momentum * average if nesterov else average
+            average = inertia * wide(m) + step
+            step = step + inertia * average if nesterov else average
             m.copy_(torch.where(go, average.to(m.dtype), m))
-        new = weights - lr * step if lr else weights
+        new = weights - rate * step if rate else weights
         theta.copy_(torch.where(go, new.to(theta.dtype), old))
     dirty.fill_(0)
 
 
 def restore_adamw_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors, saved: Tensor,
-    dirty: Tensor, table: Tensor, gate: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
-    decoupled: bool, maximize: bool,
+    dirty: Tensor, table: Tensor, gate: Tensor, lr: PerRun, beta1: PerRun, beta2: PerRun, eps: PerRun,
+    weight_decay: PerRun, decoupled: bool, maximize: bool,
 ) -> None:  # fmt: skip
     """A step of torch.optim.Adam, or with ``decoupled`` of AdamW, from the weights before they were perturbed.
 
@@ -52,20 +55,22 @@ def restore_adamw_(
     """
     go, from_saved = gate != 0, dirty != 0
     lists = (params, grads, exp_avgs, exp_avg_sqs, [saved])
-    for theta, g, m, v, old, t in zip(*(runs(x, table) for x in lists), steps, strict=True):
+    numbers = (per_run(x, table) for x in (lr, beta1, beta2, eps, weight_decay))
+    each = zip(*(runs(x, table) for x in lists), steps, *numbers, strict=True)
+    for theta, g, m, v, old, t, rate, keep1, keep2, small, decay in each:
         t.add_(go.to(t.dtype))
         old = torch.where(from_saved, old, theta)
         weights, step = wide(old), -wide(g) if maximize else wide(g)
         if decoupled:
-            weights = weights * (1 - lr * weight_decay)
-        elif weight_decay:
-            step = step + weight_decay * weights
-        average = wide(m) + (1 - beta1) * (step - wide(m))
-        square = beta2 * wide(v) + (1 - beta2) * (step * step)
+            weights = weights * (1 - rate * decay)
+        elif decay:
+            step = step + decay * weights
+        average = wide(m) + (1 - keep1) * (step - wide(m))
+        square = keep2 * wide(v) + (1 - keep2) * (step * step)
         count = t.double()
-        step_size = (lr / (1 - beta1**count)).to(weights.dtype)
-        root_bias = (1 - beta2**count).sqrt().to(weights.dtype)
-        new = weights - step_size * (average / (square.sqrt() / root_bias + eps)) if lr else weights
+        step_size = (rate / (1 - keep1**count)).to(weights.dtype)
+        root_bias = (1 - keep2**count).sqrt().to(weights.dtype)
+        new = weights - step_size * (average / (square.sqrt() / root_bias + small)) if rate else weights
         m.copy_(torch.where(go, average.to(m.dtype), m))
         v.copy_(torch.where(go, square.to(v.dtype), v))
         theta.copy_(torch.where(go, new.to(theta.dtype), old))
@@ -74,7 +79,7 @@ def restore_adamw_(
 
 def restore_lion_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, saved: Tensor, dirty: Tensor, table: Tensor, gate: Tensor,
-    lr: float, beta1: float, beta2: float, weight_decay: float,
+    lr: PerRun, beta1: PerRun, beta2: PerRun, weight_decay: PerRun,
 ) -> None:  # fmt: skip
     """A step of Lion from the weights before they were perturbed (Chen et al., 2023, Algorithm 2).
 
@@ -84,19 +89,20 @@ def restore_lion_(
     """
     go, from_saved = gate != 0, dirty != 0
     lists = (params, grads, exp_avgs, [saved])
-    for theta, g, m, old in zip(*(runs(x, table) for x in lists), strict=True):
+    numbers = (per_run(x, table) for x in (lr, beta1, beta2, weight_decay))
+    for theta, g, m, old, rate, keep1, keep2, decay in zip(*(runs(x, table) for x in lists), *numbers, strict=True):
         old = torch.where(from_saved, old, theta)
         weights, gradient, average = wide(old), wide(g), wide(m)
-        sign = (beta1 * average + (1 - beta1) * gradient).sign()
-        new = weights - lr * (sign + weight_decay * weights) if lr else weights
-        m.copy_(torch.where(go, (beta2 * average + (1 - beta2) * gradient).to(m.dtype), m))
+        sign = (keep1 * average + (1 - keep1) * gradient).sign()
+        new = weights - rate * (sign + decay * weights) if rate else weights
+        m.copy_(torch.where(go, (keep2 * average + (1 - keep2) * gradient).to(m.dtype), m))
         theta.copy_(torch.where(go, new.to(theta.dtype), old))
     dirty.fill_(0)
 
 
 def restore_bsam_(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, precisions: Tensors, saved: Tensor, dirty: Tensor,
-    table: Tensor, gate: Tensor, lr: float, beta1: float, weight_decay: float,
+    table: Tensor, gate: Tensor, lr: PerRun, beta1: PerRun, weight_decay: PerRun,
 ) -> None:  # fmt: skip
     """A step of Variational SAM from the weights before they were perturbed (Möllenhoff & Khan, 2023).
 
@@ -105,11 +111,12 @@ def restore_bsam_(
     """
     go, from_saved = gate != 0, dirty != 0
     lists = (params, grads, exp_avgs, precisions, [saved])
-    for theta, g, m, s, old in zip(*(runs(x, table) for x in lists), strict=True):
+    numbers = (per_run(x, table) for x in (lr, beta1, weight_decay))
+    for theta, g, m, s, old, rate, keep1, decay in zip(*(runs(x, table) for x in lists), *numbers, strict=True):
         old = torch.where(from_saved, old, theta)
         weights = wide(old)
-        average = beta1 * wide(m) + (1 - beta1) * (wide(g) + weight_decay * weights)
-        new = weights - lr * (average / wide(s)) if lr else weights
+        average = keep1 * wide(m) + (1 - keep1) * (wide(g) + decay * weights)
+        new = weights - rate * (average / wide(s)) if rate else weights
         m.copy_(torch.where(go, average.to(m.dtype), m))
         theta.copy_(torch.where(go, new.to(theta.dtype), old))
     dirty.fill_(0)

@@ -12,6 +12,7 @@ from lets_kernels.ops.triton.device import (
     kernel,
     load,
     narrow,
+    number,
     square_root,
     store,
     sum_blocks,
@@ -77,13 +78,14 @@ def _ascend(
 
 @kernel
 def ascent_kernel(
-    gate, chunks, out, precisions, grads, beta2: tl.float64, rest: tl.float64, damping: tl.float64,
+    gate, chunks, out, precisions, grads, numbers, per_run, beta2: tl.float64, rest: tl.float64, damping: tl.float64,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     run, begin, count = chunk_at(chunks)
     to, s = elements(out, run, begin, DTYPE, ALIGNED), elements(precisions, run, begin, DTYPE, ALIGNED)
     g, go = elements(grads, run, begin, DTYPE, ALIGNED), tl.load(gate) != 0
-    arguments = (to, s, g, go, tl.full([], beta2, C), tl.full([], rest, C), tl.full([], damping, C))
+    more = number(numbers, per_run, run, 0, damping).to(C)
+    arguments = (to, s, g, go, tl.full([], beta2, C), tl.full([], rest, C), more)
     for_blocks(_ascend, arguments, (DTYPE, C), count, BLOCK)
 
 

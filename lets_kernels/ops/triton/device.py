@@ -18,6 +18,8 @@ _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 _FISHER: tl.constexpr = tl.constexpr(FISHER)
 _ELEMENT_WISE: tl.constexpr = tl.constexpr(ELEMENT_WISE)
 _FAR: tl.constexpr = tl.constexpr(1 << 30)  # more elements than any chunk has
+COLUMNS = 8  # of the table of numbers; more than any op has
+_COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -83,6 +85,18 @@ def narrow(x, DTYPE: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
+
+
+@helper
+def number(numbers, per_run, run, COLUMN: tl.constexpr, value):
+    """A number of a run, in double: its own, from the table, if bit COLUMN of ``per_run`` is set, otherwise ``value``.
+
+    The table has int64 words, as all tables, so that any of them may stand where there is none. Which numbers differ by
+    run is not constexpr: they may agree at some steps and not at others, and a kernel would be compiled for each case.
+    """
+    own = (per_run >> COLUMN) & 1 != 0
+    word = tl.load(numbers + (run * _COLUMNS + COLUMN), mask=own, other=0)
+    return tl.where(own, word.to(tl.float64, bitcast=True), tl.full([], value, tl.float64))
 
 
 # ---- arithmetic (csrc/math.h has the same on the CPU)

@@ -1,11 +1,14 @@
 """From lists of tensors to launches: checks, tables on the device, and the caches of the tables.
 
-A launch runs over **chunks**, stretches of one run of at most ``Plan.chunk`` elements, one program each. It reads three
-kinds of int64 tables on the device: the run table; the chunks as (run, first element, elements); and for every list
-argument the address of each run. All are made once and remembered, so steps on the same tensors upload nothing.
+A launch runs over **chunks**, stretches of one run of at most ``Plan.chunk`` elements, one program each. It reads four
+kinds of int64 tables on the device: the run table; the chunks as (run, first element, elements); for every list
+argument the address of each run; and for each run the numbers that differ by run, as float64 words. All are made once
+and remembered, so steps on the same tensors, with the same numbers, upload nothing. A number of all runs is an argument
+of the kernel: to change it costs nothing.
 """
 
 import ctypes
+from array import array
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, SCHEMA, Op
 from lets_kernels.ops.memory import capturing, is_dense
-from lets_kernels.ops.triton.device import INTERPRETED, add_slots
+from lets_kernels.ops.triton.device import COLUMNS, INTERPRETED, add_slots
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -29,7 +32,7 @@ MORE_WARPS = 8  # for kernels whose loops ptxas unrolls so far that with 4 warps
 BLOCK_BYTES = 4096  # a block of each list: 32 bytes a thread, 16 with more warps
 CHUNK, MANY_CHUNKS = 8192, 32768
 SLOTS = 4096  # slots that are added at a time
-PLANS, LISTS = 64, 64
+PLANS, LISTS, NUMBERS = 64, 64, 64
 
 T = TypeVar("T")
 
@@ -75,9 +78,9 @@ class Resident:
     def __init__(self, rows: Tensor, device: torch.device) -> None:
         if capturing():
             raise RuntimeError(
-                "these tensors are new to the triton backend, and nothing can be uploaded while a CUDA graph is "
-                "captured: run the step once on the same tensors before (a warm-up), and keep the gradients where "
-                "they are (set_to_none=False)"
+                "these tensors, or the options of their param groups, are new to the triton backend, and nothing can "
+                "be uploaded while a CUDA graph is captured: run the step once on the same tensors, with the same "
+                "options, before (a warm-up), and keep the gradients where they are (set_to_none=False)"
             )
         self.table = rows
         if device.type == "cpu":
@@ -145,6 +148,7 @@ class Plan:
         left = (sizes[run] - begin).clamp_max(self.chunk)
         self.chunks = Resident(torch.stack((run, begin, left), dim=1).contiguous(), device)
         self.lists: dict[Hashable, tuple[Resident, bool]] = {}
+        self.numbers: dict[Hashable, Resident] = {}
         self.items: dict[Hashable, tuple[int, Resident]] = {}  # filters of each launch (norm.py)
 
     def addresses(self, tensors: Sequence[Tensor], dtype: torch.dtype, what: str) -> tuple[Resident, bool]:
@@ -218,6 +222,9 @@ class Call:
         self.capturing = capturing()
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.aligned = True
+        #: The numbers that may differ by run, by name: one for all runs, or one a run.
+        self.numbers: dict[str, Sequence[float]] = {}
+        self.stride = 0  # of the radii: 1 if each run has its own
         fits = "xi" not in given or not plan.element_wise or bool(len(given["params"]))
         require(fits, "params must be given where T = |theta| + xi")
         #: The arguments of kernels, by name: the op's arguments (lists as addresses of runs), and those of every op.
@@ -228,6 +235,7 @@ class Call:
         block = BLOCK_BYTES // self.dtype.itemsize
         self.given["thetas"] = self.given.get("params")  # Triton itself uses the parameter name params
         self.given |= {"chunks": self.use(plan.chunks), "runs": self.use(plan.runs), "SCALED": plan.scaled}
+        self.given |= {"stride": self.stride, **self.by_run()}
         self.given |= {"DTYPE": DTYPES[self.dtype], "C": DTYPES[self.wide], "ALIGNED": self.aligned}
         self.given |= {"BLOCK": block, "STAGES": block.bit_length() - 1}
         if "q" in given:
@@ -273,6 +281,42 @@ class Call:
         fits = t.numel() == count and t.is_contiguous() and t.dtype == dtype and t.device == self.device
         elements = ("one element", "two elements")[count - 1]
         require(fits and has_memory(t), f"{what} must be a {dtype} tensor with {elements} on {self.device}")
+        return t
+
+    def per_run(self, given: float | Sequence[float], what: str) -> float:
+        """The number of all runs; 0 if each run has its own, which the kernels read from a table."""
+        own = given if isinstance(given, Sequence) else (given,)
+        require(
+            len(own) in (1, len(self.plan.rows)),
+            f"{what} must be one number, or one for each row of the run table, not {len(own)}",
+        )
+        self.numbers[what] = own
+        return own[0] if len(own) == 1 else 0.0
+
+    def by_run(self) -> dict[str, Any]:
+        """The table of the numbers that differ by run, in the op's order, and which they are, as bits."""
+        columns = {i: array("d", own) for i, own in enumerate(self.numbers.values()) if len(own) > 1}
+        which = sum(1 << i for i in columns)
+        if not which:
+            return {"numbers": None, "per_run": 0}
+
+        def read() -> Resident:
+            table = torch.zeros(len(self.plan.rows), COLUMNS, dtype=torch.float64, device="cpu")
+            for i, column in columns.items():
+                table[:, i] = torch.tensor(column, dtype=torch.float64, device="cpu")
+            return Resident(table.view(torch.int64), self.device)
+
+        key = which, b"".join(map(array.tobytes, columns.values()))
+        return {"numbers": self.use(recall(self.plan.numbers, key, NUMBERS, read)), "per_run": which}
+
+    def radii(self, t: Tensor, what: str) -> Tensor:
+        """One number on the device, or one a run; ``stride`` is how far apart those of two runs are."""
+        fits = t.numel() in (1, len(self.plan.rows)) and t.is_contiguous() and t.dtype == torch.float64
+        require(
+            fits and t.device == self.device and has_memory(t),
+            f"{what} must be a float64 tensor with one element, or one for each row of the run table, on {self.device}",
+        )
+        self.stride = int(t.numel() > 1)
         return t
 
     def random(self, t: Tensor, what: str) -> Tensor:
@@ -339,7 +383,7 @@ class Call:
 
 
 NO_RUNS = torch.empty(0, 5, dtype=torch.int64, device="cpu")  # for ops without a table
-#: How an argument of each kind is checked and turned into a kernel's argument; all other kinds are numbers.
+#: How an argument of each kind is checked and turned into a kernel's argument; all other kinds stay as they are.
 TAKEN: dict[str, Callable[[Call, Any, str], Any]] = {
     "Tensors": Call.list,
     "MaybeTensors": lambda call, x, what: call.list(x, what) if len(x) else None,
@@ -348,6 +392,8 @@ TAKEN: dict[str, Callable[[Call, Any, str], Any]] = {
     "FilterNorms": Call.norms,
     "Mask": Call.mask,
     "Number": Call.scalar,
+    "PerRun": Call.per_run,
+    "Radii": Call.radii,
     "Numbers": lambda call, x, what: [call.scalar(t, what) for t in x],
     "Count": lambda call, x, what: call.scalar(x, what, torch.int64),
     "Coefficients": lambda call, x, what: call.scalar(x, what, count=2),

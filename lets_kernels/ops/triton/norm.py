@@ -10,6 +10,7 @@ from lets_kernels.ops.triton.device import (
     helper,
     kernel,
     load,
+    number,
     power,
     scale,
     scaling_at,
@@ -44,13 +45,14 @@ def _powers(
 
 @kernel
 def norm_kernel(
-    slots, chunks, runs, vectors, thetas, filter_norms, xi: tl.float64, q: tl.float64,
+    slots, chunks, runs, vectors, thetas, filter_norms, numbers, per_run, xi: tl.float64, q: tl.float64,
     POWER: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     run, begin, count = chunk_at(chunks)
     v, theta = elements(vectors, run, begin, DTYPE, ALIGNED), elements(thetas, run, begin, DTYPE, ALIGNED)
-    arguments = (v, theta, scaling_at(runs, run, begin), filter_norms, tl.full([], xi, C), q)
+    small = number(numbers, per_run, run, 0, xi).to(C)
+    arguments = (v, theta, scaling_at(runs, run, begin), filter_norms, small, q)
     sum_blocks(slots, _powers, arguments, (POWER, SCALED, C), count, BLOCK, STAGES)
 
 

@@ -12,6 +12,7 @@ from lets_kernels.ops.triton.device import (
     kernel,
     load,
     narrow,
+    number,
     power,
     scale,
     scaling_at,
@@ -46,15 +47,16 @@ def _ascend(
 
 @kernel
 def perturb_kernel(
-    dirty, chunks, runs, thetas, vectors, saved, filter_norms, total, rho, xi: tl.float64, q: tl.float64,
-    POWER: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dirty, chunks, runs, thetas, vectors, saved, filter_norms, total, rho, stride, numbers, per_run, xi: tl.float64,
+    q: tl.float64, POWER: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     run, begin, count = chunk_at(chunks)
     theta, v = elements(thetas, run, begin, DTYPE, ALIGNED), elements(vectors, run, begin, DTYPE, ALIGNED)
     old = elements(saved, run, begin, DTYPE, ALIGNED)
-    scaling, small, exponent = scaling_at(runs, run, begin), tl.full([], xi, C), tl.full([], q, C)
-    norm, radius = tl.load(total), tl.load(rho)
+    scaling, exponent = scaling_at(runs, run, begin), tl.full([], q, C)
+    small = number(numbers, per_run, run, 0, xi).to(C)
+    norm, radius = tl.load(total), tl.load(rho + run * stride)
     usable = (norm > 0) & (norm - norm == 0)
     norm = tl.where(usable, norm, 1.0)
     # For q other than 2 and 1, divide by the norm before taking the power, which could underflow.

@@ -10,6 +10,7 @@ from lets_kernels.ops.triton.device import (
     helper,
     kernel,
     load,
+    number,
     scale,
     scaling_at,
     sum_blocks,
@@ -60,15 +61,16 @@ def _secant(
 
 @kernel
 def diagonal_kernel(
-    slots, chunks, runs, val, train, perturbed, vectors, thetas, filter_norms, xi: tl.float64, q: tl.float64,
-    POWER: tl.constexpr, SCALED: tl.constexpr, TRAIN: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    slots, chunks, runs, val, train, perturbed, vectors, thetas, filter_norms, numbers, per_run, xi: tl.float64,
+    q: tl.float64, POWER: tl.constexpr, SCALED: tl.constexpr, TRAIN: tl.constexpr, DTYPE: tl.constexpr,
+    C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     run, begin, count = chunk_at(chunks)
     a, b = elements(val, run, begin, DTYPE, ALIGNED), elements(train, run, begin, DTYPE, ALIGNED)
     hat, v = elements(perturbed, run, begin, DTYPE, ALIGNED), elements(vectors, run, begin, DTYPE, ALIGNED)
     theta = elements(thetas, run, begin, DTYPE, ALIGNED)
-    scaling, small, exponent = scaling_at(runs, run, begin), tl.full([], xi, C), tl.full([], q, tl.float64)
+    scaling, exponent = scaling_at(runs, run, begin), tl.full([], q, tl.float64)
+    small = number(numbers, per_run, run, 0, xi).to(C)
     terms = (a, b, hat, v, theta, scaling, filter_norms, small, exponent)
     sum_blocks(slots, _diagonal, terms, (POWER, SCALED, TRAIN, C), count, BLOCK, STAGES)
 

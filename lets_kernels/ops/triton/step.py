@@ -16,6 +16,7 @@ from lets_kernels.ops.triton.device import (
     kernel,
     load,
     narrow,
+    number,
     power,
     square_root,
     store,
@@ -56,7 +57,7 @@ def _sgd(
 
 @kernel
 def sgd_kernel(
-    dirty, chunks, thetas, grads, momenta, saved, gate,
+    dirty, chunks, thetas, grads, momenta, saved, gate, numbers, per_run,
     lr: tl.float64, momentum: tl.float64, weight_decay: tl.float64,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -65,7 +66,8 @@ def sgd_kernel(
     theta, start, perturbed = _weights(dirty, thetas, saved, run, begin, DTYPE, ALIGNED)
     if tl.load(gate) != 0:
         g, m = elements(grads, run, begin, DTYPE, ALIGNED), elements(momenta, run, begin, DTYPE, ALIGNED)
-        rate, inertia, decay = tl.full([], lr, C), tl.full([], momentum, C), tl.full([], weight_decay, C)
+        rate, inertia = number(numbers, per_run, run, 0, lr).to(C), number(numbers, per_run, run, 1, momentum).to(C)
+        decay = number(numbers, per_run, run, 2, weight_decay).to(C)
         arguments = (theta, start, g, m, rate, inertia, decay)
         for_blocks(_sgd, arguments, (MOMENTUM, NESTEROV, MAXIMIZE, DTYPE, C), count, BLOCK)
     elif perturbed:
@@ -98,7 +100,7 @@ def _adam(
 
 @kernel
 def adam_kernel(
-    dirty, chunks, thetas, grads, exp_avgs, exp_avg_sqs, saved, steps, gate,
+    dirty, chunks, thetas, grads, exp_avgs, exp_avg_sqs, saved, steps, gate, numbers, per_run,
     lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64, weight_decay: tl.float64,
     DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -110,14 +112,16 @@ def adam_kernel(
         v = elements(exp_avg_sqs, run, begin, DTYPE, ALIGNED)
         # The count of this step. adam_counts_kernel writes it after all programs have read the old count.
         step = (tl.load(typed(tl.load(steps + run), tl.float32, False)) + 1).to(tl.float64)
-        one = tl.full([], 1.0, tl.float64)
-        first, second = one * beta1, one * beta2
-        step_size = lr / (1 - power(first, step))
+        rate, first = number(numbers, per_run, run, 0, lr), number(numbers, per_run, run, 1, beta1)
+        second, small = number(numbers, per_run, run, 2, beta2), number(numbers, per_run, run, 3, eps)
+        decay = number(numbers, per_run, run, 4, weight_decay)
+        step_size = rate / (1 - power(first, step))
         root_bias = tl.sqrt(1 - power(second, step))
-        decay = 1 - one * lr * weight_decay if DECOUPLED else one * weight_decay
+        if DECOUPLED:
+            decay = 1 - rate * decay
         options = (
             decay.to(C), second.to(C), (1 - first).to(C), (1 - second).to(C), step_size.to(C), root_bias.to(C),
-            (one * eps).to(C),
+            small.to(C),
         )  # fmt: skip
         for_blocks(_adam, (theta, start, g, m, v, options), (DECOUPLED, MAXIMIZE, DTYPE, C), count, BLOCK)
     elif perturbed:
@@ -153,18 +157,17 @@ def _lion(
 
 @kernel
 def lion_kernel(
-    dirty, chunks, thetas, grads, exp_avgs, saved, gate, lr: tl.float64, beta1: tl.float64, beta2: tl.float64,
-    rest1: tl.float64, rest2: tl.float64, weight_decay: tl.float64,
+    dirty, chunks, thetas, grads, exp_avgs, saved, gate, numbers, per_run,
+    lr: tl.float64, beta1: tl.float64, beta2: tl.float64, weight_decay: tl.float64,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     run, begin, count = chunk_at(chunks)
     theta, start, perturbed = _weights(dirty, thetas, saved, run, begin, DTYPE, ALIGNED)
     if tl.load(gate) != 0:
         g, m = elements(grads, run, begin, DTYPE, ALIGNED), elements(exp_avgs, run, begin, DTYPE, ALIGNED)
-        options = (
-            tl.full([], lr, C), tl.full([], beta1, C), tl.full([], beta2, C), tl.full([], rest1, C),
-            tl.full([], rest2, C), tl.full([], weight_decay, C),
-        )  # fmt: skip
+        rate, first = number(numbers, per_run, run, 0, lr), number(numbers, per_run, run, 1, beta1)
+        second, decay = number(numbers, per_run, run, 2, beta2), number(numbers, per_run, run, 3, weight_decay)
+        options = rate.to(C), first.to(C), second.to(C), (1 - first).to(C), (1 - second).to(C), decay.to(C)
         for_blocks(_lion, (theta, start, g, m, options), (DTYPE, C), count, BLOCK)
     elif perturbed:
         copy_chunk(theta, start, count, BLOCK)
@@ -186,8 +189,8 @@ def _bsam(
 
 @kernel
 def bsam_kernel(
-    dirty, chunks, thetas, grads, exp_avgs, precisions, saved, gate,
-    lr: tl.float64, beta1: tl.float64, rest1: tl.float64, weight_decay: tl.float64,
+    dirty, chunks, thetas, grads, exp_avgs, precisions, saved, gate, numbers, per_run,
+    lr: tl.float64, beta1: tl.float64, weight_decay: tl.float64,
     DTYPE: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     run, begin, count = chunk_at(chunks)
@@ -195,15 +198,17 @@ def bsam_kernel(
     if tl.load(gate) != 0:
         g, m = elements(grads, run, begin, DTYPE, ALIGNED), elements(exp_avgs, run, begin, DTYPE, ALIGNED)
         s = elements(precisions, run, begin, DTYPE, ALIGNED)
-        options = tl.full([], lr, C), tl.full([], beta1, C), tl.full([], rest1, C), tl.full([], weight_decay, C)
+        rate, first = number(numbers, per_run, run, 0, lr), number(numbers, per_run, run, 1, beta1)
+        decay = number(numbers, per_run, run, 2, weight_decay)
+        options = rate.to(C), first.to(C), (1 - first).to(C), decay.to(C)
         for_blocks(_bsam, (theta, start, g, m, s, options), (DTYPE, C), count, BLOCK)
     elif perturbed:
         copy_chunk(theta, start, count, BLOCK)
 
 
 def restore_sgd_(call: Call) -> None:
-    moves = call["momentum"] != 0
-    fits = call.plan.count == 0 or (call["momenta"] is not None) == moves
+    moves = call["momenta"] is not None
+    fits = call.plan.count == 0 or all((momentum != 0) == moves for momentum in call.numbers["momentum"])
     require(fits, "momenta go with a momentum that is not zero")
     call.launch(sgd_kernel, MOMENTUM=moves, NESTEROV=call["nesterov"], MAXIMIZE=call["maximize"])
     call["dirty"].zero_()  # a separate launch: by then no program reads it any more
@@ -216,10 +221,10 @@ def restore_adamw_(call: Call) -> None:
 
 
 def restore_lion_(call: Call) -> None:
-    call.launch(lion_kernel, rest1=1 - call["beta1"], rest2=1 - call["beta2"])
+    call.launch(lion_kernel)
     call["dirty"].zero_()
 
 
 def restore_bsam_(call: Call) -> None:
-    call.launch(bsam_kernel, rest1=1 - call["beta1"])
+    call.launch(bsam_kernel)
     call["dirty"].zero_()

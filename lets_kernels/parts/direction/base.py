@@ -15,7 +15,7 @@ without a gradient, or NaN for a gradient that is not finite, and sets ``norm``.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -27,8 +27,11 @@ from lets_kernels.ops.declared import UNSCALED
 from lets_kernels.ops.memory import is_dense
 from lets_kernels.parts.part import Part, not_negative
 from lets_kernels.parts.passes import FirstPass
-from lets_kernels.space.buckets import Bucket, Runs
+from lets_kernels.space.buckets import Bucket, Groups, Runs
 from lets_kernels.space.shards import local
+
+#: One number for all runs, or one a run.
+PerRun = float | list[float]
 
 
 def check_xi(xi: float) -> float:
@@ -64,7 +67,7 @@ class Ascent:
 
     runs: Runs
     vectors: list[Tensor]
-    xi: float
+    xi: PerRun
     q: float
     scaled: bool = True  # False means T = 1, whatever the table says
 
@@ -73,6 +76,11 @@ class Ascent:
         """The ascent along the vectors in the flat buffer of :meth:`FirstPass.room`, with T = 1."""
         in_saved = flat[0] is runs.bucket.saved
         return cls(runs, [] if in_saved else runs.bucket.views(flat[0], runs.indices), 0.0, 2.0, scaled=False)
+
+    def only(self, places: list[int]) -> "Ascent":
+        """The perturbation of some of the runs, by their places."""
+        xi = [self.xi[j] for j in places] if isinstance(self.xi, list) else self.xi
+        return replace(self, runs=self.runs.only(places), vectors=[self.vectors[j] for j in places], xi=xi)
 
     @property
     def table(self) -> Tensor:
@@ -101,9 +109,14 @@ class Ascent:
         return share * b.parts if b.parts != 1 else share
 
     def perturb(self, total: Tensor, rho: Tensor) -> None:
-        """Save the weights of this bucket and add ε to them; ``total`` is the sum over all buckets."""
+        """Save the weights of this bucket and add ε to them.
+
+        Args:
+            total: the sum over all buckets.
+            rho: the radius, as :meth:`Bucket.numbers` gives it.
+        """
         b, r = self.runs.bucket, self.runs
-        vectors = r.pack(self.vectors)
+        vectors, rho = r.pack(self.vectors), b.of_runs(rho, r.indices)
         b.ops.perturb_(r.weights, vectors, b.saved, b.dirty, self.table, b.filter_norms, self.xi, self.q, total, rho)
         r.forget()
         r.write_back()
@@ -172,15 +185,18 @@ class Direction(Part):
         """
         return 1 if id(p) in self._transposed else 0
 
-    def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
-        """The perturbation of one bucket, from the gradients in ``runs``."""
+    def ascent(self, runs: Runs, groups: Groups) -> Ascent:
+        """The perturbation of one bucket, from the gradients in ``runs``.
+
+        Their options in ``groups``, the param groups, are ``runs.option(groups, name)``.
+        """
         raise NotImplementedError
 
     def prepare(self, first: FirstPass) -> Perturbation:
         """The perturbation of all buckets, from the gradients in ``first.runs``."""
         ascents, shares = [], []
         for runs in first.runs:
-            ascent = self.ascent(runs, first.groups[runs.bucket.group])
+            ascent = self.ascent(runs, first.groups)
             ascents.append(ascent)
             shares.append(ascent.total())
         return Perturbation(ascents, first.total(shares))

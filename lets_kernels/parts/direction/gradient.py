@@ -11,7 +11,7 @@ from lets_kernels.ops.declared import ELEMENT_WISE, FISHER, UNSCALED
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi, filters_along
 from lets_kernels.parts.part import not_negative
 from lets_kernels.parts.passes import FirstPass
-from lets_kernels.space.buckets import Runs
+from lets_kernels.space.buckets import Groups, Runs
 
 #: From this exponent q on, |g|^q of a small or a large float32 may underflow or overflow even in float64.
 _HIGH = 6.0
@@ -35,7 +35,7 @@ class Gradient(Direction):
         self.p = float(p)
         self.q = 2.0 if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
 
-    def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
+    def ascent(self, runs: Runs, groups: Groups) -> Ascent:
         return Ascent(runs, runs.grads, 0.0, self.q)
 
     def prepare(self, first: FirstPass) -> Perturbation:
@@ -97,12 +97,12 @@ class Adaptive(Direction):
             return ELEMENT_WISE, 0
         return filters_along(p, self.filter_dim(p)) or (ELEMENT_WISE, 0)
 
-    def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
+    def ascent(self, runs: Runs, groups: Groups) -> Ascent:
         b = runs.bucket
         if b.filter_norms is not None:
             b.ops.filter_norms(runs.weights, runs.table, b.filter_norms)
             b.join_filters()
-        return Ascent(runs, runs.grads, float(group["xi"]), self.q)
+        return Ascent(runs, runs.grads, runs.option(groups, "xi"), self.q)
 
 
 class Fisher(Direction):
@@ -124,5 +124,5 @@ class Fisher(Direction):
     def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
         return (FISHER, 0) if self.eta else (UNSCALED, 0)
 
-    def ascent(self, runs: Runs, group: dict[str, Any]) -> Ascent:
+    def ascent(self, runs: Runs, groups: Groups) -> Ascent:
         return Ascent(runs, runs.grads, self.eta, self.q)

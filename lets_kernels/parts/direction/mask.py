@@ -67,7 +67,7 @@ class Dropped(Direction):
         for runs in first.runs:
             b, chosen = runs.bucket, runs
             if self.beta < 1:
-                places = [offsets[b.group] + b.places[i] for i in runs.indices]
+                places = [offsets[b.group_of[i]] + b.places[i] for i in runs.indices]
                 chosen = runs.only([j for j, place in enumerate(places) if draws[place] < self.beta])
             if chosen.indices:
                 ascents.append(Ascent(chosen, chosen.grads, 0.0, 2.0, scaled=False))

@@ -64,7 +64,7 @@ def _momenta(runs: Runs, first: FirstPass) -> tuple[Runs, list[Tensor]]:
     Raises:
         ValueError: the base optimizer has begun its state for them, without momentum.
     """
-    name = _NAMES[_option(first.groups[runs.bucket.group]) or "momentum"]
+    name = _NAMES[_option(first.groups[runs.bucket.present[0]]) or "momentum"]
     found = first.base.tensors(runs, name)
     places = [j for j, v in enumerate(found) if v is not None]
     there = runs if len(places) == len(found) else runs.only(places)

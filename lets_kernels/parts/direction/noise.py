@@ -162,8 +162,8 @@ class Posterior(Direction):
             b, room = runs.bucket, first.room(runs)
             lists = (room, b.pack(self._precisions(runs, first)), runs.pack(runs.grads))
             gate, table = finite.double().to(b.device), b.unscaled_table(runs.indices)
-            damping = self.damping + float(first.groups[b.group]["weight_decay"])
-            b.ops.posterior_ascent_(*lists, table, gate, self.beta2, damping)
+            damping = {g: self.damping + float(first.groups[g]["weight_decay"]) for g in b.present}
+            b.ops.posterior_ascent_(*lists, table, gate, self.beta2, b.by_run(damping, runs.indices))
             ascents.append(Ascent.along(runs, room))
         total = torch.where(finite & (first.squared_norm > 0), 1.0, torch.where(finite, 0.0, torch.nan)).double()
         return Perturbation(ascents, total, norm=first.squared_norm.sqrt())
