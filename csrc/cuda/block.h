@@ -75,14 +75,17 @@ LETS_DEVICE void over(const Piece<Each>& piece, bool by_pack, F f) {
 }
 
 // The same for sums: a thread has the same elements, in the same order, whether they can be moved by the pack or not.
-template <class T, class Each, class F>
+// Where nothing is written, the loads of `Ahead` packs are under way before the first of them is added.
+template <class T, int Ahead = 1, class Each, class F>
 LETS_DEVICE void over_in_order(const Piece<Each>& piece, bool by_pack, F f) {
   constexpr int V = kPack<T>;
   const int packed = piece.numel / V * V;
-  for (int i = int(threadIdx.x) * V; i < packed; i += kThreads * V) {
-    if (by_pack) {
-      f.template operator()<V>(i);
-    } else {
+  if (by_pack) {
+#pragma unroll Ahead
+    for (int i = int(threadIdx.x) * V; i < packed; i += kThreads * V) f.template operator()<V>(i);
+  } else {
+#pragma unroll 1
+    for (int i = int(threadIdx.x) * V; i < packed; i += kThreads * V) {
 #pragma unroll 1
       for (int j = 0; j < V; ++j) f.template operator()<1>(i + j);
     }

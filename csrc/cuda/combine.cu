@@ -28,7 +28,7 @@ dots_kernel(LETS_PARAMETER BatchOf<launch_of::dots, Capacity> batch, int32_t chu
   Dots mine;
   over_share(batch, chunks, [&](const auto& piece) {
     const T *x = at<const T>(piece, 0), *y = at<const T>(piece, 1);
-    over_in_order<T>(piece, all_aligned(x, y), [&]<int V>(int i) {
+    over_in_order<T, 4>(piece, all_aligned(x, y), [&]<int V>(int i) {
       const auto u = fetch<C, V>(x, i), w = fetch<C, V>(y, i);
       each<V>([&](int j) { Dots::add(mine, double(u.value[j]), double(w.value[j])); });
     });
@@ -44,7 +44,7 @@ displacement_kernel(LETS_PARAMETER BatchOf<launch_of::displacement_dots, Capacit
   Dots mine;
   over_share(batch, chunks, [&](const auto& piece) {
     const T *g = at<const T>(piece, 0), *theta = at<const T>(piece, 1), *saved = at<const T>(piece, 2);
-    over_in_order<T>(piece, all_aligned(g, theta, saved), [&]<int V>(int i) {
+    over_in_order<T, 2>(piece, all_aligned(g, theta, saved), [&]<int V>(int i) {
       const auto x = fetch<C, V>(g, i), now = fetch<C, V>(theta, i), before = fetch<C, V>(saved, i);
       each<V>([&](int j) { Dots::add(mine, double(x.value[j]), double(displacement(now.value[j], before.value[j]))); });
     });

@@ -12,7 +12,7 @@ largest_kernel(LETS_PARAMETER BatchOf<launch_of::largest, Capacity> batch, int32
   C mine = 0;
   over_share(batch, chunks, [&](const auto& piece) {
     const T* v = at<const T>(piece, 0);
-    over_in_order<T>(piece, all_aligned(v), [&]<int V>(int i) {
+    over_in_order<T, 4>(piece, all_aligned(v), [&]<int V>(int i) {
       const auto x = fetch<C, V>(v, i);
       each<V>([&](int j) { mine = Largest::join(mine, absolute(x.value[j])); });
     });

@@ -41,6 +41,14 @@ LISTS = {
     "largest_kernel": (1, 0),
     "peaks_kernel": (1, 1),
 }
+# Sums, with the 128-bit loads that are under way before the first of them is used, and the share of a kernel's variants
+# that must have them: of the norm those without T for q = 1 and q = 2, two variants out of six.
+IN_FLIGHT = {
+    "norm_kernel": (4, 1 / 3),
+    "dots_kernel": (4, 1),
+    "displacement_kernel": (4, 1),
+    "largest_kernel": (4, 1),
+}
 KERNELS = {*LISTS, "join_slots", "count_kernel", "set_kernel", "advance_kernel", "finite_kernel"}
 
 
@@ -49,6 +57,18 @@ def kernel_of(mangled):
     found = [name for name in KERNELS if f"{len(name)}{name}" in mangled]
     assert len(found) == 1, mangled
     return found[0]
+
+
+def in_flight(body):
+    """The most 128-bit loads that stand together, without arithmetic on numbers between them."""
+    most = now = 0
+    for line in body.splitlines():
+        if "LDG.E.128" in line:
+            now += 1
+            most = max(most, now)
+        elif re.search(r"\b(DADD|DFMA|DMUL|DSETP|F2F|FADD|FFMA|FMUL|FMNMX|FSETP|HADD2|PRMT)\b", line):
+            now = 0
+    return most
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +116,23 @@ def cubins(library, tool, tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_streaming_kernels_move_sixteen_bytes_at_a_time(cubins, architecture, tmp_path):
-    codes = {}
+    codes, flights = {}, {}
     for cubin in cubins.glob(f"*.{architecture}.cubin"):
         codes |= functions(cubin.read_bytes())
     seen = {}
     for name, body in zip(codes, disassembled(list(codes.values()), architecture, tmp_path), strict=True):
         kernel = kernel_of(name)
         seen[kernel] = seen.get(kernel, 0) + 1
+        flights.setdefault(kernel, []).append(in_flight(body))
         assert "LDL" not in body and "STL" not in body, f"{name} uses local memory"
         if kernel in LISTS:
             loads, stores = (body.count(f"{op}.E.128") for op in ("LDG", "STG"))
             assert loads >= LISTS[kernel][0], f"{name}: {loads} 128-bit loads"
             assert stores >= LISTS[kernel][1], f"{name}: {stores} 128-bit stores"
     assert set(seen) == KERNELS
+    for kernel, (loads, share) in IN_FLIGHT.items():
+        reached = sum(found >= loads for found in flights[kernel])
+        assert reached >= share * len(flights[kernel]), f"{kernel}: {flights[kernel]} loads in flight"
     # four dtypes, two sizes of batch; three cases of q, with and without T; noise of filters, masks that are drawn
     several = {**dict.fromkeys(("norm_kernel", "perturb_kernel", "diagonal_kernel"), 3 * 2)}
     several |= {"noise_kernel": 2, "masked_kernel": 2}
