@@ -38,6 +38,9 @@ class Row:
     state: float = 0.0
     #: The first gradients live through the second pass.
     holds: bool = False
+    #: The gradients that are there at once, at most, in buffers as large as the parameters; None: 2 if it holds the
+    #: first, otherwise 1.
+    gradients_at_once: int | None = None
     remark: str = ""
     paper: str = ""  # if it is not the method's paper
 
@@ -45,6 +48,11 @@ class Row:
     def keeps(self) -> str:
         """The state, as the table shows it."""
         return {0.0: "–", 0.25: "N/4"}.get(self.state, f"{self.state:g}N")
+
+    @property
+    def peak(self) -> int:
+        """The most memory that a step needs for a while, beside activations, in buffers as large as the parameters."""
+        return 1 + self.holds if self.gradients_at_once is None else self.gradients_at_once
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,8 @@ def methods() -> tuple[Method, ...]:
 def table() -> str:
     """The table of how each method is constructed, and what it costs."""
     lines = [
-        "| method | paper | parts | construct | gradients a step | keeps | holds | remark |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | paper | parts | construct | gradients a step | keeps | holds | peak | remark |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for method in methods():
         parts = ", ".join(f"`{part.__name__}`" for part in method.parts) or "–"
@@ -115,7 +123,7 @@ def table() -> str:
             paper, held = row.paper or method.paper, "g" if row.holds else "–"
             lines.append(
                 f"| {row.name} | {paper} | {parts} | `{method.line(row)}` | {row.gradients} | {row.keeps} | {held} "
-                f"| {row.remark or '–'} |"
+                f"| {row.peak}N | {row.remark or '–'} |"
             )
     return "\n".join(lines)
 

@@ -63,10 +63,17 @@ class LETSASAM(ASAM):
         super().__init__(params, base_optimizer, learned, xi, filterwise=filterwise, scale_bias=scale_bias, **kwargs)
 
 
+#: Four gradients: θ and θ + ε, then the validation's and the training's after the step; they are there at once.
+_LEARNS: dict[str, Any] = {
+    "gradients": "4",
+    "holds": True,
+    "gradients_at_once": 4,
+    "remark": "`step(closure, val_closure)`",
+}
 METHODS = (
     Method(LETSSAM, "LETS-SAM", "Wang et al., ECML-PKDD 2024", (LearnedRadius,))
     .whose(rho="as SAM, to begin with; the paper tries 0.01 to 2")
-    .row("LETS-SAM", "rho=0.05, lr=0.1", gradients="4", holds=True, remark="`step(closure, val_closure)`"),
+    .row("LETS-SAM", "rho=0.05, lr=0.1", **_LEARNS),
     Method(LETSASAM, "LETS-ASAM", "Wang et al., ECML-PKDD 2024", (Adaptive, LearnedRadius))
     .whose(
         rho="as ASAM, to begin with; the paper tries 0.01 to 2",
@@ -74,5 +81,5 @@ METHODS = (
         filterwise="the paper's, Eq. 7",
         scale_bias="as ASAM",
     )
-    .row("LETS-ASAM", "rho=0.5, lr=0.1", gradients="4", holds=True, remark="`step(closure, val_closure)`"),
+    .row("LETS-ASAM", "rho=0.5, lr=0.1", **_LEARNS),
 )

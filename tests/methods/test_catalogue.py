@@ -1,6 +1,7 @@
 """The pages of the methods say what is so: every line runs, takes the gradients it says, and keeps what it says."""
 
 import inspect
+import itertools
 import math
 from pathlib import Path
 
@@ -140,6 +141,29 @@ def test_it_keeps_what_the_table_says(method, row):
     assert sum(t.numel() * t.element_size() for t in own) == row.state * SIZE * SIZE * 4
     holds = line.opt.descent.holds_first or line.opt.radius.learns or work(line.opt).setting.comparing is not None
     assert row.holds == holds
+
+
+def peak(line, steps):
+    """The most bytes above those before and after a step, over some steps; gradients are None between them."""
+    line.opt.zero_grad()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(steps):
+            line.step()
+            line.opt.zero_grad()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    assert abs(sizes[-1]) < SIZE * SIZE, "the steps kept or gave back memory"
+    return max(sizes)
+
+
+@ENTRIES
+def test_the_peak_of_a_step_is_what_the_table_says(method, row):
+    """Beside the activations of four samples, 1/32 of a weight each time: outputs, differences, squares, and theirs."""
+    line = Line(method, row)
+    for _ in range(3):
+        line.step()
+    found = peak(line, STEPS) / (4 * SIZE * SIZE)
+    assert row.peak <= found < row.peak + 0.25
 
 
 class Allocations(TorchDispatchMode):
