@@ -11,6 +11,7 @@ end.
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import signal
@@ -23,15 +24,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file, from any folder, without an installation
 
-from benchmarks.gpu import checks, machine, report, worker_rows  # noqa: E402
+from benchmarks.gpu import checks, machine, report, shards, worker_rows  # noqa: E402
 from benchmarks.gpu.process import run  # noqa: E402
 from benchmarks.gpu.verdicts import verdicts  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-# A step's share of what is left, against the steps after it; and the most of it that a build or the tests may take,
-# which are worth nothing when cut off.
+# A step's share of what is left, against the steps after it; and the most of it that a build, worth nothing when cut
+# off, or the tests may take. The measurements after the tests keep half of what is left.
 WEIGHTS = {"build": 110, "tests": 130, "ops": 110, "steps": 110, "end-to-end": 55, "graphs": 30, "sanitize": 60}
-MOST = {"build": 0.5, "tests": 0.6, "sanitize": 1.0}
+MOST = {"build": 0.5, "tests": 0.5, "sanitize": 1.0}
 MODULES = {"ops": "ops", "steps": "steps", "end-to-end": "end_to_end", "graphs": "graphs"}
 DEFAULT = ["build", "tests", "ops", "steps", "end-to-end", "graphs"]
 ENDING = 10.0  # seconds kept for ending a step, and for the summary
@@ -92,6 +93,11 @@ class Check:
             fresh.replace(path)
         return text
 
+    def keep(self, name: str, found: dict[str, Any]) -> None:
+        """Write down what a step has found so far."""
+        self.results["steps"][name] = {"status": "running", **found}
+        self.write()
+
     def measure(self, name: str, seconds: float) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             rows = Path(scratch) / "rows"
@@ -99,8 +105,7 @@ class Check:
             options = ["--device", self.device, "--rows", str(rows), "--until", f"{until:.1f}"]
 
             def look_in() -> None:
-                self.results["steps"][name] = {"status": "running", **worker_rows.collect(rows)}
-                self.write()
+                self.keep(name, worker_rows.collect(rows))
 
             try:
                 command = [sys.executable, "-m", f"benchmarks.gpu.{MODULES[name]}", *options]
@@ -126,7 +131,7 @@ class Check:
             if name == "build":
                 found = checks.build(self.architecture, seconds)
             elif name == "tests":
-                found = checks.tests(self.dry, self.results["backends"], seconds)
+                found = shards.tests(self.device, self.results["backends"], seconds, functools.partial(self.keep, name))
             elif name == "sanitize":
                 found = checks.sanitize(self.dry, seconds)
             else:
@@ -182,6 +187,8 @@ def main() -> int:
     parser.add_argument("--commit", help="the commit to name, where the sources are no git repository")
     options = parser.parse_args()
     chosen = chosen_steps(options.only, options.sanitize)
+    if options.device == "cpu" and options.out and RESULTS in options.out.resolve().parents:
+        raise SystemExit(f"a dry run is not a measurement and writes nothing into {RESULTS}")
     try:
         import torch
     except ImportError as missing:
@@ -196,8 +203,6 @@ def main() -> int:
         out = Path(tempfile.mkdtemp(prefix="gpu-check-")) / "gpu-dry-run.json"
     elif out is None:
         out = RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', environment['gpu'].lower()).strip('-')}.json"
-    if options.device == "cpu" and RESULTS in out.resolve().parents:
-        raise SystemExit(f"a dry run is not a measurement and writes nothing into {RESULTS}")
     out.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, interrupt)
     return Check(options.device, chosen, options.budget, out, environment).run()

@@ -1,7 +1,6 @@
 """Fixtures: the backends, the seed, the number of threads."""
 
 import gc
-import importlib.util
 import os
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 from support.backends import Backend, targets
 from support.guard_bands import assert_guards, forget_guards
+from support.needs import missing
 from support.standing_ranks import Ranks
 
 # Thousands of small ops: a second thread costs more than it brings, and far more where the cores are shared. The tests
@@ -21,27 +21,7 @@ from support.standing_ranks import Ranks
 torch.set_num_threads(1)
 
 
-# What some files need beyond torch and pytest: `make gpu-check` does without, `make test` installs it all.
-FRAMEWORKS = ("accelerate", "lightning", "transformers")
-NEEDS = {
-    "programs/test_demo.py": ("sklearn", "matplotlib", "rich"),
-    "base/test_conformance.py": ("expecttest",),
-    "base/test_conformance_state.py": ("expecttest",),
-    "base/test_conformance_table.py": ("expecttest",),
-    "docs/test_examples.py": FRAMEWORKS,
-    "programs/test_experiments_batched.py": ("sklearn", "rich"),
-    "docs/test_federated.py": ("sklearn",),
-    "frameworks/test_frameworks_accelerate.py": ("accelerate",),
-    "frameworks/test_frameworks_lightning.py": ("lightning",),
-    "frameworks/test_frameworks_replicas.py": FRAMEWORKS,
-    "frameworks/test_frameworks_transformers.py": ("transformers",),
-    "ops/test_hypothesis.py": ("hypothesis",),
-    "step/test_sequences.py": ("hypothesis",),
-    "ops/test_random_calls.py": ("hypothesis",),
-}
-collect_ignore = [
-    file for file, names in NEEDS.items() if any(importlib.util.find_spec(name) is None for name in names)
-]
+collect_ignore = list(missing())
 
 
 #: Files of few and long tests. They go first, so that at the end there are short ones to share out.

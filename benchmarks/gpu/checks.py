@@ -1,23 +1,18 @@
-"""The steps that are no measurement: the build, the tests, and the tests under compute-sanitizer."""
+"""The build, and a sample of the tests under compute-sanitizer."""
 
-import importlib.util
 import json
 import re
 import shutil
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.process import cores, run
+from benchmarks.gpu.outcomes import judge
+from benchmarks.gpu.process import run
 
 SAMPLE = "cuda-gpu and (several or many-small) and (float32 or bfloat16)"  # of the op tests, by their ids
 SAMPLE_FILES = ("ops/test_norm", "ops/test_perturb", "ops/test_step", "ops/test_rho", "step/test_finite")
-DRY_TESTS = ("tests/step/test_finite.py::test_a_gradient_of_zero_perturbs_nothing",)
-MOST_NAMED = 15
-MOST_WORKERS = 6  # processes that share the GPU, where pytest-xdist is installed
 
 
 def build(architecture: str | None, seconds: float) -> dict[str, Any]:
@@ -41,62 +36,6 @@ def build(architecture: str | None, seconds: float) -> dict[str, Any]:
     if architecture and not found.get("backends", {}).get("cuda", "").startswith("available"):
         failed.append(["backend cuda", found.get("backends", {}).get("cuda", "unknown")])
     return {**found, "failed": failed}
-
-
-def judge(junit: str | None, backends: Sequence[str]) -> dict[str, Any]:
-    """What pytest's XML says: how many tests passed on each backend, and everything that speaks against a pass.
-
-    `failed` is empty only if tests passed on each of the backends, none failed and none was skipped. A test belongs to
-    a backend whose name is one of the parts of its id: ``test_x[cuda-float32]``.
-    """
-    if junit is None:
-        return {"passed": {}, "failed": [["tests", "pytest wrote no results"]]}
-    passed, failed, skipped = dict.fromkeys(backends, 0), [], []
-    for case in ElementTree.fromstring(junit).iter("testcase"):
-        name = case.get("name", "")
-        kinds = {child.tag: child.get("message", "") for child in case}
-        label = f"{case.get('classname', '')}::{name}"
-        if "failure" in kinds or "error" in kinds:
-            message = (kinds.get("failure") or kinds.get("error") or "").strip()
-            failed.append([label, (message.splitlines() or ["no message"])[0][:200]])
-        elif "skipped" in kinds:
-            skipped.append([label, f"skipped: {kinds['skipped'][:160]}"])
-        else:
-            parts = set(re.split(r"[\[\]\-, ]", name[name.find("[") :] if "[" in name else ""))
-            for backend in backends:
-                passed[backend] += backend in parts
-    for backend, count in passed.items():
-        if count == 0:
-            failed.append([f"tests on {backend}", "not one of them passed"])
-    return {"passed": passed, "skipped": len(skipped), "failed": [*failed, *skipped]}
-
-
-def tests(dry: bool, backends: Sequence[str], seconds: float) -> dict[str, Any]:
-    """The GPU tests with pytest; in a dry run a few tests of the CPU's backends."""
-    with tempfile.TemporaryDirectory() as scratch:
-        junit = Path(scratch) / "junit.xml"
-        which = [*DRY_TESTS, "-k", " or ".join(backends)] if dry else ["tests", "-m", "gpu"]
-        options = [
-            "-q",
-            "--no-header",
-            "--tb=short",
-            "--continue-on-collection-errors",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={junit}",
-        ]
-        if not dry and importlib.util.find_spec("xdist"):
-            options += ["-n", str(max(1, min(MOST_WORKERS, cores() // 2)))]
-        outcome = run([sys.executable, "-m", "pytest", *which, *options], seconds)
-        found = judge(junit.read_text() if junit.exists() else None, backends)
-    if outcome.cut_off:
-        found["failed"].insert(0, ["tests", f"cut off after {outcome.seconds:.0f} s"])
-    elif outcome.code and not found["failed"]:
-        found["failed"].append(["tests", f"pytest's exit status is {outcome.code}"])
-    more = len(found["failed"]) - MOST_NAMED
-    if more > 0:
-        found["failed"] = [*found["failed"][:MOST_NAMED], [f"{more} more", "not named here"]]
-    return found
 
 
 def sanitize(dry: bool, seconds: float) -> dict[str, Any]:

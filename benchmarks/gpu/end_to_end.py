@@ -31,14 +31,14 @@ class Training:
     def __init__(self, work: Work) -> None:
         device = work.device.device
         torch.manual_seed(0)
-        batch, width = (2, 2) if work.dry else (BATCH, 64)
+        batch, width, size = (2, 2, 8) if work.dry else (BATCH, 64, 32)
         self.model = ResNet18(width).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.params = list(self.model.parameters())
         self._type = device.type
         self._batches = []
         for seed in (1, 2):
             generator = torch.Generator(device).manual_seed(seed)
-            images = torch.empty(batch, 3, 32, 32, device=device).normal_(generator=generator)
+            images = torch.empty(batch, 3, size, size, device=device).normal_(generator=generator)
             labels = torch.randint(10, (batch,), device=device, generator=generator)
             self._batches.append((images.to(memory_format=torch.channels_last), labels))
 

@@ -29,6 +29,7 @@ DRY_SETS = ("25 M", "ResNet-50", SMALL)
 VECTOR_SETS = DRY_SETS  # what not every method needs is timed on fewer
 MOST_SETS, MOST_FOR_REFERENCE = 8, 30_000_000  # of seven lists: what the backends remember the addresses of
 CHECKED: list[Shape] = [(16, 7, 3, 3), (16,), (257, 33), (), (3, 4096, 1), (70_001,)]
+DRY_CHECKED = 4  # of them
 # Against float64, relative to the element or the tensor's rms. Storage: half an ulp of the dtype (2^-24, 2^-8 relative)
 # with a few roundings of the float32 arithmetic on top. Scalars: a float32 sum over a few hundred terms a lane before
 # it is widened (2^-24 each), of terms whose absolute values add up to at most some ten times the sum.
@@ -62,7 +63,7 @@ def checked(work: Work, backend: str, op: str, direction: str, dtype: torch.dtyp
 
     Where an op writes tensors and returns a sum, it is that which comes nearer to its limit.
     """
-    tensors = calls.Tensors(CHECKED, dtype, work.device)
+    tensors = calls.Tensors(CHECKED[:DRY_CHECKED] if work.dry else CHECKED, dtype, work.device)
     twin = tensors.double(direction)
     expected = calls.call(op, direction, ops.reference, twin)()
     returned = calls.call(op, direction, ops.load(backend)[0], tensors)()
@@ -77,7 +78,11 @@ def checked(work: Work, backend: str, op: str, direction: str, dtype: torch.dtyp
 
 
 def check_all(work: Work) -> dict[tuple[str, str, str, str], bool]:
-    """Which backend is right at which op, direction and dtype; a wrong one is a failed case."""
+    """Which backend is right at which op, direction and dtype; a wrong one is a failed case.
+
+    Raises:
+        SystemExit: the device does not recover from what an op did.
+    """
     right = {}
     for backend in work.backends:
         for op, direction in (*calls.CASES, *calls.VECTOR_CASES):
@@ -91,6 +96,7 @@ def check_all(work: Work) -> dict[tuple[str, str, str, str], bool]:
                 right[backend, op, direction, name_of(dtype)] = not reason
                 if reason:
                     work.fail(name, reason)
+                    work.end_if_lost()
                 else:
                     work.row(check=op, direction=direction, dtype=name_of(dtype), backend=backend, error=worst)
     return right

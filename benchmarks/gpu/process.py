@@ -1,13 +1,14 @@
 """Running a command for a limited time, and looking in on it."""
 
+import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE = 8.0  # seconds between the request to end and the end: pytest writes its results in them
@@ -36,8 +37,9 @@ def run(
     environment: Mapping[str, str] | None = None,
     look_in: Callable[[], None] = lambda: None,
     output: Path | None = None,
+    every: float = 3.0,
 ) -> Outcome:
-    """Run a command in the project's folder, calling `look_in` every few seconds; end it when its time is over.
+    """Run a command in the project's folder, calling `look_in` `every` few seconds; end it when its time is over.
 
     Its output goes where ours goes, or to the file `output`, whose text is then returned. An interrupt of this process
     ends the command as well.
@@ -45,13 +47,13 @@ def run(
     sys.stdout.flush()
     start = time.monotonic()
     sink = output.open("w") if output else None
-    process = subprocess.Popen(
+    process = Popen(
         [*command],
         cwd=ROOT,
         env={**os.environ, **(environment or {})},
-        stdin=subprocess.DEVNULL,
+        stdin=DEVNULL,
         stdout=sink,
-        stderr=subprocess.STDOUT if sink else None,
+        stderr=STDOUT if sink else None,
         start_new_session=True,
     )
     cut_off = False
@@ -62,8 +64,8 @@ def run(
                 cut_off = True
                 break
             try:
-                process.wait(min(3.0, left))
-            except subprocess.TimeoutExpired:
+                process.wait(min(every, left))
+            except TimeoutExpired:
                 look_in()
     finally:
         _end(process)
@@ -73,18 +75,12 @@ def run(
     return Outcome(process.returncode, time.monotonic() - start, cut_off, text)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask the command and its children to end, and then make them."""
+def _end(process: "Popen[bytes]") -> None:
+    """Ask the command and its children to end, and then make those that have not."""
+    if process.poll() is not None:
+        return
     for number, wait in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
-        if process.poll() is not None and number is signal.SIGINT:
-            return
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
+        with contextlib.suppress(TimeoutExpired):
             process.wait(wait)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()

@@ -63,6 +63,14 @@ class Work:
         self.write(failed=[case, reason])
         print(f"  {case} failed: {reason}", flush=True)
 
+    def end_if_lost(self) -> None:
+        """End the step if the device answers no more, as after an access to memory that it does not have."""
+        try:
+            self.device.synchronize()
+        except Exception as error:
+            self.fail("the device", f"is lost: {in_words(error)}")
+            raise SystemExit(1) from error
+
     def case(self, name: str, run: Callable[[], None]) -> None:
         """Run one case; a failure is written down and the next case comes.
 

@@ -3,11 +3,13 @@
 What only a GPU shows (events, graphs, the cuda and triton backends) is tried there and nowhere else.
 """
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,9 +21,11 @@ from benchmarks.gpu import (
     checks,
     contenders,
     graphs,
+    outcomes,
     process,
     report,
     shapes,
+    shards,
     steps,
     timing,
     verdicts,
@@ -32,14 +36,17 @@ from benchmarks.gpu import ops as bench_ops
 from lets_kernels import ops
 from lets_kernels.bench.shapes import numel
 from lets_kernels.ops import reference
+from support.imports import needed
+from support.needs import NEEDS
 
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
+FORKED = ROOT / "tests" / "support" / "forked.py"
 STEPS = ["build", "tests", "ops", "steps", "end-to-end", "graphs"]
 
 
-def gpu_check(*options, **more):
+def gpu_check(*options, script=SCRIPT, **more):
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=300, check=False, **more
+        [sys.executable, str(script), *options], capture_output=True, text=True, timeout=300, check=False, **more
     )
 
 
@@ -51,7 +58,7 @@ def dry(tmp_path_factory):
     if os.environ.get("LETS_KERNELS_TESTS_WITHOUT_EXTENSION") == "1":
         pytest.skip("LETS_KERNELS_TESTS_WITHOUT_EXTENSION=1")
     out = tmp_path_factory.mktemp("gpu-check") / "dry.json"
-    ran = gpu_check("--device", "cpu", "--out", str(out), cwd=out.parent)
+    ran = gpu_check("--device", "cpu", "--out", str(out), cwd=out.parent, script=FORKED)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     return json.loads(out.read_text()), out.with_suffix(".txt").read_text(), ran.stdout
 
@@ -109,6 +116,16 @@ def test_training_steps_are_multiples_of_a_gradient_and_of_sgd(dry):
     assert list(refused) == ["SAM per tensor captured"]
 
 
+def test_the_tests_are_sharded_and_those_of_the_reference_come_last(dry):
+    step = dry[0]["steps"]["tests"]
+    assert [(row["shard"], row["tests"], row["ran"], row["failed"]) for row in step["rows"]] == [
+        ("ops/test_no_runs.py", 1, 1, 0),
+        ("ops/test_no_runs.py (reference)", 1, 1, 0),
+    ]
+    assert step["passed"] == {"cpu": 1, "reference": 1}
+    assert step["smoke"]["checked"] == len([r for r in dry[0]["steps"]["ops"]["rows"] if "check" in r]) > 0
+
+
 def test_repeated_steps_give_the_same_bits(dry):
     rows = dry[0]["steps"]["graphs"]["rows"]
     assert len(rows) == 8
@@ -152,6 +169,194 @@ def test_a_step_for_which_there_is_no_time_is_named(tmp_path):
     assert "ops: left out: no time was left" in ran.stdout
 
 
+def junit(*cases):
+    body = "".join(f'<testcase classname="tests.test_gpu" name="{name}">{inner}</testcase>' for name, inner in cases)
+    return f'<testsuites><testsuite name="pytest">{body}</testsuite></testsuites>'
+
+
+# ---- a machine that has little beside torch
+
+
+TESTS = sorted((ROOT / "tests").glob("*/test_*.py"))
+
+
+def test_a_test_file_needs_torch_triton_and_pytest_alone_or_says_what_else():
+    here = {*sys.stdlib_module_names, "torch", "triton", "pytest"}
+    lacking = {str(f.relative_to(ROOT / "tests")): needed(f) - here for f in TESTS}
+    unsaid = {file: names - set(NEEDS.get(file, ())) for file, names in lacking.items()}
+    assert {file: names for file, names in unsaid.items() if names} == {}
+    assert set(NEEDS) <= set(lacking)
+    assert lacking["step/test_sequences.py"] == {"hypothesis"}, "what is imported is not seen"
+
+
+def test_gpu_check_itself_needs_torch_and_pytest_alone():
+    files = [SCRIPT, *(ROOT / "benchmarks" / "gpu").glob("*.py"), ROOT / "tests" / "conftest.py"]
+    assert set().union(*map(needed, files)) - set(sys.stdlib_module_names) == {"torch", "pytest"}
+
+
+def test_no_test_on_a_gpu_is_left_out_for_want_of_a_package():
+    on_a_gpu = re.compile(r"pytest\.mark\.(ops|gpu)\b|support\.accelerator\b")
+    found = {str(f.relative_to(ROOT / "tests")) for f in TESTS if on_a_gpu.search(f.read_text())}
+    assert {"ops/test_random.py", "gpu/test_graphs.py"} <= found
+    assert found & set(NEEDS) == set()
+
+
+def test_files_that_lack_a_package_are_named_and_are_no_failure(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "hypothesis" else find(name))
+    assert ["tests/step/test_sequences.py", "not run: needs hypothesis"] in shards.without_packages()
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    assert all("hypothesis" not in reason for _, reason in shards.without_packages())
+
+
+# ---- the tests, in several processes
+
+
+LISTING = """tests/ops/test_norm.py::test_a[cuda-gpu-1]
+tests/ops/test_norm.py::test_a[triton-gpu-1]
+tests/ops/test_norm.py::test_a[reference-gpu-1]
+tests/gpu/test_graphs.py::TestX::test_b[cuda]
+tests/gpu/test_gpu.py::test_c[cuda-a: b::c]
+tests/ops/test_step.py::test_a[cuda-gpu-1]
+tests/ops/test_step.py::test_a[reference-gpu-1]
+tests/ops/test_step.py::test_a[reference-gpu-2]
+
+8/20 tests collected (12 deselected) in 0.01s
+"""
+
+
+def test_files_are_packed_into_shards_and_the_reference_comes_last():
+    norm, step = "tests/ops/test_norm.py", "tests/ops/test_step.py"
+    graphs, gpu = "tests/gpu/test_graphs.py", "tests/gpu/test_gpu.py"
+    assert shards.planned(LISTING, shards.GPU, 2) == [
+        shards.Shard((norm,), False, 2),
+        shards.Shard((gpu, graphs), False, 2),
+        shards.Shard((step,), False, 1),
+        shards.Shard((step,), True, 2),
+        shards.Shard((norm,), True, 1),
+    ]
+    assert len(shards.planned(LISTING, shards.GPU, 100)) == 2
+    assert shards.planned("ERROR tests/ops/test_norm.py - no\n", shards.GPU, 2) == []
+
+
+class Pytest:
+    """Stands in for the processes: `ends` says of each by its first file what it wrote, and how it ended."""
+
+    def __init__(self, ends, smoke=()):
+        self.ends, self.smoke, self.commands = ends, smoke, []
+
+    def __call__(self, command, seconds, environment=None, look_in=None, output=None):
+        assert seconds > 0
+        if "benchmarks.gpu.smoke" in command:
+            rows = Path(command[command.index("--rows") + 1])
+            rows.write_text("".join(json.dumps(line) + "\n" for line in self.smoke))
+            return process.Outcome(int(bool(self.smoke)), 1.0, False)
+        assert environment == {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        written = Path(next(x for x in command if x.startswith("--junitxml=")).removeprefix("--junitxml="))
+        if "--collect-only" in command:
+            found, code, text = self.ends.get("listed", junit()), 0, LISTING
+        else:
+            self.commands.append(command)
+            name = next(x for x in command if x.endswith(".py")) + " reference" * ("reference-gpu" in command)
+            found, code, text = *self.ends[name], ""
+        if found is not None:
+            written.write_text(found)
+        return process.Outcome(abs(code), 1.0, code == CUT_OFF, text)
+
+
+CUT_OFF = -99
+SKIPPED = '<skipped type="pytest.skip" message="no GPU"/>'
+GONE_WELL = {
+    "tests/ops/test_norm.py": (junit(("a[cuda-gpu]", ""), ("a[triton-gpu]", "")), 0),
+    "tests/gpu/test_gpu.py": (junit(("b[cuda]", ""), ("c[cuda]", "")), 0),
+    "tests/ops/test_step.py": (junit(("d[cuda]", "")), 0),
+    "tests/ops/test_step.py reference": (junit(("e[reference-gpu]", ""), ("f[reference-gpu]", "")), 0),
+    "tests/ops/test_norm.py reference": (junit(("g[reference-gpu]", "")), 0),
+}
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    monkeypatch.setattr(shards, "SIZE", 2)
+    monkeypatch.setattr(shards, "without_packages", lambda: [["tests/x.py", "not run: needs y"]])
+
+    def run(changed=(), smoke=(), seconds=60.0):
+        pytests = Pytest({**GONE_WELL, **dict(changed)}, smoke)
+        monkeypatch.setattr(shards, "run", pytests)
+        kept = []
+        return shards.tests("cuda", ("cuda", "triton"), seconds, kept.append), kept, pytests.commands
+
+    return run
+
+
+def test_the_shards_results_are_added_up(sharded):
+    found, kept, commands = sharded()
+    assert (found["passed"], found["failed"], found["skipped"]) == ({"cuda": 4, "triton": 1}, [], 0)
+    assert found["left_out"] == [["tests/x.py", "not run: needs y"]]
+    assert len(found["rows"]) == len(kept) == 5, "there is something to see after every shard"
+    assert [c[c.index("-k") + 1] for c in commands].count("reference-gpu") == 2
+    assert all(c[c.index("-m", 3) + 1] == "gpu" for c in commands)
+
+
+@pytest.mark.parametrize(
+    "changed, against",
+    [
+        ({"tests/gpu/test_gpu.py": (None, 134)}, {"tests", "gpu/test_gpu.py, gpu/test_graphs.py"}),
+        ({"tests/gpu/test_gpu.py": (junit(("b[cuda]", "")), 0)}, {"gpu/test_gpu.py, gpu/test_graphs.py"}),
+        ({"tests/ops/test_step.py": (junit(("d[cuda]", "")), CUT_OFF)}, {"ops/test_step.py"}),
+        ({"tests/ops/test_step.py": (junit(("d[cuda]", "")), 3)}, {"ops/test_step.py"}),
+        (
+            {"tests/ops/test_norm.py reference": (junit(("g[reference-gpu]", '<failure message="lost"/>')), 1)},
+            {"tests.test_gpu::g[reference-gpu]"},
+        ),
+        ({"listed": junit(("tests.ops.x", '<error message="collection failure"/>'))}, {"tests.test_gpu::tests.ops.x"}),
+        ({"listed": junit(("tests.ops.x", f"{SKIPPED[:-2]}>no</skipped>"))}, {"tests.test_gpu::tests.ops.x"}),
+    ],
+)
+def test_a_shard_that_fails_is_named_and_the_others_count(sharded, changed, against):
+    found, _, _ = sharded(changed)
+    assert {label for label, _ in found["failed"]} == against
+    assert len(found["rows"]) == 5
+    assert found["passed"]["triton"] == 1
+
+
+def test_a_file_that_skips_itself_for_want_of_a_package_is_named_and_is_no_failure(sharded):
+    said = "Skipped: could not import 'scipy.stats': No module named 'scipy'"
+    skips = f'<skipped message="collection skipped">("x.py", 3, "{said}")</skipped>'
+    found, _, _ = sharded({"listed": junit(("tests.ops.x", skips))})
+    assert found["failed"] == []
+    assert ["tests.test_gpu::tests.ops.x", "not run: needs scipy.stats"] in found["left_out"]
+
+
+def test_what_an_op_did_wrong_at_its_first_call_is_named_first(sharded):
+    lines = [{"row": {"check": "norm"}}, {"failed": ["check perturb_ plain fp32 cuda", "wrong by 1"]}]
+    found, _, _ = sharded({"tests/ops/test_step.py": (None, 134)}, lines)
+    assert found["failed"][0] == ["smoke: check perturb_ plain fp32 cuda", "wrong by 1"]
+    assert found["smoke"]["checked"] == 1
+
+
+def test_shards_for_which_there_is_no_time_are_named(sharded):
+    found, _, commands = sharded(seconds=0.5 * shards.LEAST)
+    assert commands == []
+    assert ["ops/test_norm.py (reference)", "no time was left"] in found["failed"]
+
+
+def test_an_interrupt_ends_the_commands_of_all_shards(tmp_path):
+    waiting = threading.Event()
+    run_of = shards.Tests(shards.GPU, "cuda", ("cuda",), 60.0, tmp_path)
+
+    def first():
+        assert waiting.wait(30)
+        raise KeyboardInterrupt
+
+    def second():
+        waiting.set()
+        process.run(["sleep", "60"], 60.0, look_in=run_of._look_in, every=0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run_of.all([first, second, lambda: pytest.fail("it began")], 2))
+
+
 # ---- the parameter sets
 
 
@@ -179,17 +384,11 @@ def test_single_tensors_have_their_size_and_filters(millions):
 # ---- how tests are judged
 
 
-def junit(*cases):
-    body = "".join(f'<testcase classname="tests.test_gpu" name="{name}">{inner}</testcase>' for name, inner in cases)
-    return f'<testsuites><testsuite name="pytest">{body}</testsuite></testsuites>'
-
-
 GOOD = (("test_a[cuda-gpu-float32]", ""), ("test_a[triton-gpu-float32]", ""))
-SKIPPED = '<skipped type="pytest.skip" message="no GPU"/>'
 
 
 def test_tests_that_passed_on_both_backends_are_a_pass():
-    assert checks.judge(junit(*GOOD), ("cuda", "triton")) == {
+    assert outcomes.judge(junit(*GOOD), ("cuda", "triton")) == {
         "passed": {"cuda": 1, "triton": 1},
         "skipped": 0,
         "failed": [],
@@ -211,11 +410,11 @@ def test_tests_that_passed_on_both_backends_are_a_pass():
     ],
 )
 def test_what_speaks_against_a_pass(cases, against):
-    assert sorted(label for label, _ in checks.judge(junit(*cases), ("cuda", "triton"))["failed"]) == sorted(against)
+    assert sorted(label for label, _ in outcomes.judge(junit(*cases), ("cuda", "triton"))["failed"]) == sorted(against)
 
 
 def test_no_results_of_pytest_are_no_pass():
-    assert checks.judge(None, ("cuda", "triton"))["failed"] == [["tests", "pytest wrote no results"]]
+    assert outcomes.judge(None, ("cuda", "triton"))["failed"][0] == ["tests", "pytest wrote no results"]
 
 
 @pytest.mark.parametrize(
@@ -404,6 +603,25 @@ def test_a_failed_case_is_named_and_three_in_a_row_end_the_step(work):
     assert written(work)["failed"] == [[name, "RuntimeError: lost"] for name in "abdef"]
 
 
+def test_a_step_ends_when_the_device_is_lost(work, monkeypatch):
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    class Faulty:
+        def __getattr__(self, op):
+            return getattr(reference, op)
+
+        def perturb_(self, *_):
+            monkeypatch.setattr(work.device, "synchronize", lost)
+
+    monkeypatch.setattr(ops, "load", lambda name: (Faulty(), ""))
+    with pytest.raises(SystemExit):
+        bench_ops.check_all(work)
+    first, second = written(work)["failed"]
+    assert first[0] == "check perturb_ plain fp32 cpu"
+    assert second == ["the device", "is lost: RuntimeError: an illegal memory access was encountered"]
+
+
 def test_no_case_begins_after_the_time_is_over(tmp_path):
     late = worker.Work(timing.Device("cpu"), time.time() - 1, tmp_path / "rows")
     late.write(plan=["a"])
@@ -411,15 +629,19 @@ def test_no_case_begins_after_the_time_is_over(tmp_path):
     assert written(late)["left_out"] == [["a", "no time was left"]]
 
 
-def test_a_command_that_takes_too_long_is_ended_with_its_children(tmp_path):
-    mark = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(6); pathlib.Path({str(mark)!r}).touch()"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    outcome = process.run([sys.executable, "-c", parent], 0.7, output=tmp_path / "log")
+# What a shell starts in the background ignores the request to end.
+@pytest.mark.parametrize("starts", ["sh -c '{child}'; true", "sh -c '{child}' & wait"], ids=["heeds", "ignores"])
+def test_a_command_that_takes_too_long_is_ended_with_its_children(tmp_path, starts):
+    fifo = tmp_path / "alive"
+    os.mkfifo(fifo)
+    end = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    child = f"exec 3> {fifo}; echo alive >&3; exec sleep 60"  # which holds its end of the FIFO as long as it lives
+    outcome = process.run(["sh", "-c", starts.format(child=child)], 0.5, output=tmp_path / "log")
     assert (outcome.cut_off, outcome.ok) == (True, False)
-    assert outcome.seconds < 6  # on a machine as busy as it may be
-    time.sleep(max(0.0, 6.5 - outcome.seconds))
-    assert not mark.exists()
+    assert outcome.seconds < process.GRACE  # on a machine as busy as it may be
+    with open(end, "rb") as alive:
+        os.set_blocking(end, True)
+        assert alive.read() == b"alive\n"  # to the end, which is there when no process has the FIFO open
 
 
 def test_what_a_step_did_not_come_to_is_left_out_by_name(tmp_path):

@@ -10,7 +10,6 @@ import math
 
 import pytest
 import torch
-from scipy import stats
 
 from lets_kernels.ops.reference.noise import words
 from support import oracle_vectors as oracle
@@ -30,6 +29,14 @@ KNOWN = [  # counter, key, words: kat_vectors of Random123, the authors' library
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 ]
+
+
+@pytest.fixture(scope="module")
+def stats():
+    """scipy's, which a machine that tests the GPU backends alone may lack."""
+    from scipy import stats
+
+    return stats
 
 
 # ---- words
@@ -70,7 +77,7 @@ def million_words(stream=DRAW[2], count=DRAW[1], seed=DRAW[0]):
     return words(0, MILLIONS, torch.tensor([seed, count]), stream)
 
 
-def test_every_value_of_a_words_bytes_is_as_frequent():
+def test_every_value_of_a_words_bytes_is_as_frequent(stats):
     for shift in (0, 8, 16, 24):
         found = torch.bincount(million_words() >> shift & 0xFF, minlength=256)
         assert stats.chisquare(found.numpy()).pvalue > P
@@ -83,7 +90,7 @@ def test_every_bit_is_set_in_half_of_the_words():
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 16, 1024])
-def test_words_near_each_other_have_nothing_in_common(lag):
+def test_words_near_each_other_have_nothing_in_common(stats, lag):
     """The upper four bits of one and of the other: each of 256 pairs is as frequent."""
     upper = million_words() >> 28
     found = torch.bincount(upper[:-lag] * 16 + upper[lag:], minlength=256)
@@ -117,7 +124,7 @@ def normal():
     return first.double()
 
 
-def test_normal_numbers_follow_the_normal_distribution(normal):
+def test_normal_numbers_follow_the_normal_distribution(stats, normal):
     """By Kolmogorov and Smirnov, who look at the middle, and Anderson and Darling, who look at the tails: their
     statistic is above 10.0 in one of 10^5 draws (by its tail, which falls as e^-x: 6.0 is exceeded by one in 10^3)."""
     assert stats.kstest(normal.numpy(), "norm").pvalue > P
@@ -136,7 +143,7 @@ def test_moments(normal):
         assert abs(float((normal**k).mean()) - mean) < Z * deviation, k
 
 
-def test_tails_are_as_long_as_they_should_be(normal):
+def test_tails_are_as_long_as_they_should_be(stats, normal):
     """How many are beyond t is Poisson's; no number exceeds the radius of the least word, sqrt(66 ln 2) = 6.76."""
     for t in (3.0, 4.0, 4.5, 5.0):
         for side in (normal, -normal):
@@ -159,7 +166,7 @@ def test_positions_near_each_other_are_independent(normal, lag):
     assert abs(correlation(square[:-lag], square[lag:])) < Z
 
 
-def test_the_numbers_of_one_call_are_independent(normal):
+def test_the_numbers_of_one_call_are_independent(stats, normal):
     """The four of a call, each against each, and each by itself normal."""
     four = normal.reshape(-1, 4).T
     for x, y in itertools.combinations(four, 2):

@@ -7,15 +7,10 @@ import math
 import multiprocessing
 import re
 
-import pytest
-import torch
-
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
-
 import matplotlib.image
 import numpy as np
+import pytest
+import torch
 from sklearn.datasets import load_digits
 
 import lets_kernels

@@ -1,0 +1,35 @@
+"""What some test files need beyond torch, triton and pytest.
+
+`make test` installs it all; `make gpu-check` does with what is there, and names the files that it leaves out. No file
+with tests for a GPU may be among them. benchmarks/gpu/checks.py reads this file, too, where support is no package.
+"""
+
+import importlib.util
+
+FRAMEWORKS = ("accelerate", "lightning", "transformers")
+NEEDS = {
+    "base/test_conformance.py": ("expecttest",),
+    "base/test_conformance_state.py": ("expecttest",),
+    "base/test_conformance_table.py": ("expecttest",),
+    "docs/test_examples.py": FRAMEWORKS,
+    "docs/test_federated.py": ("sklearn",),
+    "frameworks/test_frameworks_accelerate.py": ("accelerate",),
+    "frameworks/test_frameworks_lightning.py": ("lightning",),
+    "frameworks/test_frameworks_replicas.py": FRAMEWORKS,
+    "frameworks/test_frameworks_transformers.py": ("accelerate", "transformers"),
+    "ops/test_hypothesis.py": ("hypothesis",),
+    "ops/test_random_calls.py": ("hypothesis",),
+    "programs/test_demo.py": ("matplotlib", "numpy", "rich", "sklearn"),
+    "programs/test_experiments.py": ("matplotlib", "numpy", "rich", "scipy", "sklearn"),
+    "programs/test_experiments_batched.py": ("numpy", "rich", "sklearn"),
+    "space/test_layout_random.py": ("hypothesis",),
+    "step/test_sequences.py": ("hypothesis",),
+}
+
+
+def missing():
+    """The files that cannot be imported here, each with the packages that it lacks."""
+    lacking = {
+        file: [name for name in names if importlib.util.find_spec(name) is None] for file, names in NEEDS.items()
+    }
+    return {file: names for file, names in lacking.items() if names}
