@@ -164,7 +164,7 @@ class Bucket:
         self._chosen: dict[tuple[int, ...], Tensor] = {}
         if len(self.present) > 1:
             lines = {g: line for line, g in enumerate(self.present)}
-            self._lines = self._uploaded([lines[g] for g in self.group_of], torch.int64)
+            self._lines = uploaded([lines[g] for g in self.group_of], torch.int64, self.device)
         #: The base optimizer's state tensors of these parameters, as base/state.py found them last, by name and runs.
         self.found_state: dict[tuple[str, tuple[int, ...]], tuple[list[Tensor | None], list[Tensor]]] = {}
         #: Flat buffers of the parts' own state, and the views of the buffers that the state holds (passes.py).
@@ -311,11 +311,8 @@ class Bucket:
         key = tuple(map(float, values))
         if self._numbers is None or self._numbers[0] != key:
             each = dict(zip(self.present, key, strict=True))
-            self._numbers = key, self._uploaded([each[g] for g in self.group_of], torch.float64)
+            self._numbers = key, uploaded([each[g] for g in self.group_of], torch.float64, self.device)
         return self._numbers[1]
-
-    def _uploaded(self, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return uploaded(torch.tensor(numbers, dtype=dtype, device="cpu"), self.device)
 
     def of_runs(self, numbers: Tensor, indices: tuple[int, ...]) -> Tensor:
         """Out of what :meth:`numbers` returned, what these runs need."""
@@ -325,7 +322,7 @@ class Bucket:
             if len(self._chosen) >= _TABLES:
                 self._chosen.clear()
             refuse_while_capturing("the places of the parameters that take part")
-            self._chosen[indices] = self._uploaded(indices, torch.int64)
+            self._chosen[indices] = uploaded(indices, torch.int64, self.device)
         return numbers.index_select(0, self._chosen[indices])
 
     def is_current(self) -> bool:

@@ -149,8 +149,8 @@ def refuse_while_capturing(what: str) -> None:
         )
 
 
-def uploaded(numbers: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on a device; the host does not wait for the copy."""
-    if device.type in ("cpu", "meta"):
-        return numbers.to(device)
-    return numbers.pin_memory().to(device, non_blocking=True)
+def uploaded(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device; the host does not wait for the copy."""
+    if device.type == "cpu" or not torch.accelerator.is_available():
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, device="cpu").pin_memory().to(device, non_blocking=True)

@@ -148,7 +148,13 @@ class Call:
             return self.random.random() < 0.5
         if kind == "int":
             return self.random.choice([0, 1, 2, 7])
+        if kind == "List[float]":  # one for all runs, or one a run
+            count = self.random.choice([0, 0, 1, len(self.numels)])
+            return [self._float() for _ in range(count)] if count else self._float()
         assert kind == "float", f"{self.op}: {argument.name} is a {kind}, of which nothing is known here"
+        return self._float()
+
+    def _float(self):
         return self.random.choice([2.0, 2.0, 1.0, 1.5, 0.9, 0.5, 0.0])
 
     def _list(self, name):
@@ -176,6 +182,7 @@ class Call:
             "number": lambda: self._number(torch.float64),
             "count": lambda: self._number(torch.int64),
             "numbers": lambda: self._new((2,), torch.float64),
+            "radii": lambda: self._new((len(self.numels),), torch.float64, 0.0),
             "counts": lambda: self.arena.tensor((2,), torch.int64),
         }
         names = {
@@ -184,6 +191,8 @@ class Call:
             **dict.fromkeys(("dirty", "updates", "threshold", "skipped"), "count"),
             **dict.fromkeys(("gate", "total", "rho", "largest"), "number"),
         }  # fmt: skip
+        if name == "rho" and self.random.random() < 0.5:
+            return kinds["radii"]()
         return kinds[names.get(name) or self.random.choice(list(kinds))]()
 
     def _table(self):
@@ -206,7 +215,7 @@ class Call:
             return LIST
         if kind in ("Tensor", "Optional[Tensor]"):
             return TENSOR
-        return {"float": FLOAT, "int": INT, "bool": BOOL}[kind]
+        return {"float": FLOAT, "List[float]": NUMBERS, "int": INT, "bool": BOOL}[kind]
 
     def to_none(self, _):
         return None
@@ -386,6 +395,7 @@ LIST = (
     "one_for_all", "integers", "integers", "packed", "packed", "another_argument", "none",
 )  # fmt: skip
 FLOAT = ("nan", "number", "number", "whole", "none", "text")
+NUMBERS = (*FLOAT, "empty", "one_less", "one_more", "one_for_all", "another_argument")
 INT = ("whole", "whole", "nan", "none", "text")
 BOOL = ("none", "whole", "text")
 
