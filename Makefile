@@ -1,8 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# One more than CI has cores: ranks wait for each other, and parents for their children.
-WORKERS ?= 3
+WORKERS ?= 2
 READY := $(VENV)/.ready
 CSRC = $(shell find csrc tests/emulator tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -18,7 +17,7 @@ build: $(READY)    ## .venv with the pinned dependencies, and the compiled kerne
 demo: build    ## train on real data; options in ARGS: make demo ARGS="--help"
 	@$(PY) -m lets_kernels demo $(ARGS)
 
-test: build    ## the tests, by files in WORKERS processes (3); options for pytest in ARGS
+test: build    ## the tests, by files in WORKERS processes (2); options for pytest in ARGS
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fuzz: build    ## thousands of random parameters for tests/ops/test_hypothesis.py, new ones each time; EXAMPLES=n for n
