@@ -44,11 +44,11 @@ def assert_as_compiled(op, found, expected):
 
 @pytest.mark.parametrize("op", ON_RUNS)
 def test_rows_beyond_one_launch_go_into_the_next(op):
-    """As many rows as a short launch takes, and a long one, one less and one more."""
+    """More rows than a short launch takes, as many as a long one takes, and one more."""
     few, many = emulated.rows_of_a_launch(op)
     assert 1 < few < 300 < many
     one = counted(op, given(op, 1))[1]
-    for rows, launches in ((few, 1), (few + 1, 1), (many - 1, 1), (many, 1), (many + 1, 2)):
+    for rows, launches in ((few + 1, 1), (many, 1), (many + 1, 2)):
         found, took = counted(op, given(op, rows))
         assert took - one == (launches - 1) * (2 if op == "restore_adamw_" else 1)  # the counts have a launch as well
         assert_as_compiled(op, found, ran(native, op, given(op, rows)))

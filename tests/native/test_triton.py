@@ -37,11 +37,12 @@ def run(*arguments, interpret=True):
     return done.returncode, done.stdout + done.stderr
 
 
-VECTORS = ("combine", "average", "bsam_step", "lion", "fisher", "swapped", "noise", "mask", "peaks", "no_runs")
+VECTORS = ("combine", "average", "bsam_step", "fisher", "swapped", "noise", "mask", "peaks", "no_runs")
 #: Files with the tests that are chosen from them, and how many there are at least.
 INTERPRETED = (
     ([f"tests/ops/test_{stem}.py" for stem in ("norm", "perturb", "step", "rho")], CHOSEN, 500),
     ([f"tests/ops/test_{stem}.py" for stem in VECTORS], FEWER, 100),
+    (["tests/ops/test_lion.py"], "(unaligned-torch or starts_from) and float32", 1),
     ([f"tests/native/triton_interpreted{suffix}.py" for suffix in ("", "_tables", "_numbers")], "triton", 160),
 )
 
@@ -75,7 +76,7 @@ def passed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "files, least", [(files, least) for files, _, least in INTERPRETED], ids=["sam", "vectors", "own"]
+    "files, least", [(files, least) for files, _, least in INTERPRETED], ids=["sam", "vectors", "lion", "own"]
 )
 def test_the_op_tests_pass_in_the_interpreter(passed, files, least):
     assert all(passed[file] for file in files), passed
