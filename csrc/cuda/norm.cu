@@ -23,7 +23,7 @@ norm_kernel(LETS_PARAMETER BatchOf<launch_of::grad_norm, Capacity> batch, int32_
     const T* v = at<const T>(piece, 0);
     const T* theta = Scaled && piece.each.filter_length == kElementWise ? at<const T>(piece, 1) : nullptr;
     const auto scale = Scale<C, Scaled>::of(piece);
-    over_in_order<T, Kind == Q::other ? 1 : 4>(piece, all_aligned(v, theta), [&]<int V>(int i) {
+    over_in_order<T, Scaled || Kind == Q::other ? 1 : 4>(piece, all_aligned(v, theta), [&]<int V>(int i) {
       const auto x = fetch<C, V>(v, i);
       const auto t = Scale<C, Scaled>::at(scale, i, theta ? fetch<C, V>(theta, i) : x, x);
       each<V>([&](int j) { term(t.value[j] * x.value[j]); });

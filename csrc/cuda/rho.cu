@@ -15,7 +15,7 @@ diagonal_kernel(LETS_PARAMETER BatchOf<launch_of::rho_grad_diagonal, Capacity> b
     const T* v = at<const T>(piece, 3);
     const T* theta = Scaled && piece.each.filter_length == kElementWise ? at<const T>(piece, 4) : nullptr;
     const auto scale = Scale<C, Scaled>::of(piece);
-    over_in_order<T, Kind == Q::other ? 1 : 2>(piece, all_aligned(val, train, g_hat, v, theta), [&]<int V>(int i) {
+    over_in_order<T>(piece, all_aligned(val, train, g_hat, v, theta), [&]<int V>(int i) {
       const auto a = fetch<C, V>(val, i), h = fetch<C, V>(g_hat, i), x = fetch<C, V>(v, i);
       const auto b = train ? fetch<C, V>(train, i) : Values<C, V>{};
       const auto t = Scale<C, Scaled>::at(scale, i, theta ? fetch<C, V>(theta, i) : x, x);
