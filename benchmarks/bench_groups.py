@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import interleaved
+from benchmarks.common import host_step, interleaved
 from lets_kernels import SAM
 from lets_kernels.bench import eager
 from lets_kernels.bench.clock import CLOCK
@@ -49,17 +49,7 @@ def test_groups(base, benchmark, rounds, report):
         return params, eager.ForeachSwap(params, lambda _: kind(groups(params, count), fused=True, **options), 0.05)
 
     def step(params: list[Tensor], optimizer: Any) -> Callable[[], None]:
-        first, second = normal([(16,)] * len(params), 0.01, 1), normal([(16,)] * len(params), 0.01, 2)
-
-        def run() -> None:
-            for grads, half in ((first, optimizer.first_step), (second, optimizer.second_step)):
-                with CLOCK.stopped():
-                    for p in params:
-                        p.grad = None
-                    torch.autograd.backward(params, grads)
-                half()
-
-        return run
+        return host_step(params, optimizer, *(normal([(16,)] * len(params), 0.01, seed) for seed in (1, 2)))
 
     made = {(name, *case): build(*case) for case in CASES for name, build in (("lets", ours), ("eager", theirs))}
     runs = {key: step(*contender) for key, contender in made.items()}

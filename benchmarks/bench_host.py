@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import TINY, interleaved
+from benchmarks.common import TINY, host_step, interleaved
 from lets_kernels import SAM
 from lets_kernels.bench import eager
 from lets_kernels.bench.clock import CLOCK
@@ -54,18 +54,7 @@ def test_host(benchmark, rounds, report):
     }
     first, second = normal(TINY, 0.01, 1), normal(TINY, 0.01, 2)
 
-    def step(params: list[Tensor], optimizer: Any) -> Callable[[], None]:
-        def run() -> None:
-            for grads, half in ((first, optimizer.first_step), (second, optimizer.second_step)):
-                with CLOCK.stopped():
-                    for p in params:
-                        p.grad = None
-                    torch.autograd.backward(params, grads)
-                half()
-
-        return run
-
-    runs = {name: step(*contender) for name, contender in contenders.items()}
+    runs = {name: host_step(*contender, first, second) for name, contender in contenders.items()}
     for run in runs.values():
         run()
     for name, (params, _) in contenders.items():

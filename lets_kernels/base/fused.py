@@ -67,20 +67,17 @@ class FusedStep:
         """The runs that one call of the op can step, each time with one of their groups: the runs whose flags are the
         same, and which keep the same state.
         """
-        if len(runs.bucket.present) == 1:
-            return [(groups[runs.bucket.present[0]], runs)]
+        present, group_of = runs.bucket.present, runs.bucket.group_of
+        if len(present) == 1:
+            return [(groups[present[0]], runs)]
         options = (*self.flags, *(option for _, option in self.lists if option is not None))
+        kind_of = {g: tuple(bool(groups[g][option]) for option in options) for g in present}
         by_kind: dict[tuple[bool, ...], list[int]] = {}
-        for g in runs.bucket.present:
-            by_kind.setdefault(tuple(bool(groups[g][option]) for option in options), []).append(g)
+        for j, i in enumerate(runs.indices):
+            by_kind.setdefault(kind_of[group_of[i]], []).append(j)
         if len(by_kind) == 1:
-            return [(groups[runs.bucket.present[0]], runs)]
-        found, own = [], [runs.bucket.group_of[i] for i in runs.indices]
-        for members in by_kind.values():
-            places = [j for j, g in enumerate(own) if g in members]
-            if places:
-                found.append((groups[members[0]], runs.only(places)))
-        return found
+            return [(groups[group_of[runs.indices[0]]], runs)]
+        return [(groups[group_of[runs.indices[places[0]]]], runs.only(places)) for places in by_kind.values()]
 
     def prepare(self, runs: Runs, groups: Sequence[Group], state: State) -> list[TakenStep] | None:
         """The steps on these runs; None if the state has another memory layout."""

@@ -37,6 +37,8 @@ def begun_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
         whole = len(found[1]) == len(b.params) and not runs.copies
         if b.lie_here(found[1]) if whole else lies_as(found[1], runs.params):
             return found[1]
+    elif found is not None:  # the state has been replaced: what other sets of runs had found there must not live on
+        b.found_state.clear()
     tensors = []
     for i, p in zip(runs.indices, runs.params, strict=True):
         own = state[b.params[i]]

@@ -82,21 +82,16 @@ class Trial:
     #: The second gradients and their versions: no code may change them until the radius has learned.
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
-    def _alike(self, runs: Runs, per_group: bool) -> list[tuple[int, list[int]]]:
+    def _parted(self, runs: Runs, per_group: bool) -> list[tuple[int, list[int]]]:
         """The runs by their groups, each time a group and the places of runs. Groups with one learning rate stand
         together, unless there is a radius ``per_group``: otherwise they have one radius.
         """
-        found: list[tuple[int, list[int]]] = []
+        found: dict[object, tuple[int, list[int]]] = {}
         for group, places in runs.by_group():
-            like = [own for g, own in found if not per_group and self._same_rate(g, group)]
-            if like:
-                like[0].extend(places)
-            else:
-                found.append((group, places))
-        return found
-
-    def _same_rate(self, a: int, b: int) -> bool:
-        return not any(isinstance(self.lr[g], Tensor) for g in (a, b)) and self.lr[a] == self.lr[b]
+            lr = self.lr[group]
+            alone = per_group or isinstance(lr, Tensor)
+            found.setdefault((alone, group if alone else lr), (group, []))[1].extend(places)
+        return list(found.values())
 
     def secant(self, val: list[Gradients], train: list[Gradients] | None, per_group: bool = False) -> list[Share]:
         """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each group, for the mean over ranks. Groups stand together if they can, unless
@@ -109,7 +104,7 @@ class Trial:
         out = []
         for bucket, first, stepped in zip(self.buckets, self.first, self.stepped, strict=True):
             k, both = bucket.index, tuple(i for i in first if i in stepped)
-            for group, places in self._alike(Runs(bucket, both, [], []), per_group):
+            for group, places in self._parted(Runs(bucket, both, [], []), per_group):
                 indices = tuple(both[j] for j in places)
                 like = {i: first[i] for i in indices}
                 v, t = (bucket.pack(_listed(of, k, like)) for of in (val, train))
@@ -141,7 +136,7 @@ class Trial:
             k = a.bucket.index
             # Where ĝ is missing it is zero, and an op without tensors would not know its dtype.
             both = a.only([j for j, i in enumerate(a.runs.indices) if i in self.perturbed[k]])
-            for group, places in self._alike(both.runs, per_group):
+            for group, places in self._parted(both.runs, per_group):
                 part = both.only(places)
                 v, t = (_listed(of, k, _params(part.runs)) for of in (val, train))
                 share = part.rho_grad(v, t, [self.perturbed[k][i] for i in part.runs.indices])

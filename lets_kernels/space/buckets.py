@@ -42,6 +42,8 @@ T = TypeVar("T")
 # (filter_length, filter_count) of one parameter, as the ops' run table wants it: how T scales the parameter.
 Geometry = Callable[[Tensor, str | None, dict[str, Any]], tuple[int, int]]
 Groups = Sequence[Mapping[str, Any]]
+#: One number for all runs, or one a run.
+PerRun = float | list[float]
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Runs:
         copies = [pair for pair in self.copies if pair[0] in indices]
         return Runs(self.bucket, indices, params, grads, copies)
 
-    def option(self, groups: Groups, name: str) -> float | list[float]:
+    def option(self, groups: Groups, name: str) -> PerRun:
         """An option of the runs' groups: one number if they agree on it, otherwise one a run."""
         b = self.bucket
         if len(b.present) == 1:

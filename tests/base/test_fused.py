@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -159,3 +160,19 @@ def test_a_fused_step_has_the_options_and_lists_that_its_op_declares(fused):
     lists = names[names.index("grads") + 1 : names.index("saved")]
     stems = {"momenta": "momentum_buffer", "exp_avgs": "exp_avg", "exp_avg_sqs": "exp_avg_sq", "steps": "step"}
     assert [stems.get(name, name.removesuffix("s")) for name in lists] == [name for name, _ in fused.lists]
+
+
+def test_a_replaced_state_lives_on_for_no_set_of_runs():
+    """Steps of other parameters than the last have found tensors there, too."""
+    toy = Toy(shapes=((3,), (4, 2)))
+    opt = lk.SAM(toy.params, torch.optim.SGD, lr=0.1, momentum=0.9, backend="cpu")
+
+    def step(*those):
+        toy.two_steps(opt, toy.grads(0), [g if i in those else None for i, g in enumerate(toy.grads(1))])
+
+    step(0, 1)
+    step(1)
+    old = weakref.ref(opt.state[toy.params[1]]["momentum_buffer"])
+    opt.state[toy.params[1]]["momentum_buffer"] = torch.zeros(4, 2)
+    step(1)
+    assert old() is None

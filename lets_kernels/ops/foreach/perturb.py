@@ -34,6 +34,7 @@ def perturb_(
         reference.perturb_(params, vectors, saved, dirty, table, filter_norms, xi, q, total, rho)
         return
     if rho.numel() != 1 or differ(xi):
+        vectors = vectors if len(vectors) else [saved.clone()]  # the weights overwrite it part by part
         for part in alike(table, xi, rho.flatten().tolist()):
             numbers = part.numbers[0], q, total, rho.flatten()[part.places[0] if rho.numel() > 1 else 0]
             perturb_(part.of(params), part.of(vectors), saved, dirty, part.table, filter_norms, *numbers)

@@ -27,11 +27,8 @@ from lets_kernels.ops.declared import UNSCALED
 from lets_kernels.ops.memory import is_dense
 from lets_kernels.parts.part import Part, not_negative
 from lets_kernels.parts.passes import FirstPass
-from lets_kernels.space.buckets import Bucket, Groups, Runs
+from lets_kernels.space.buckets import Bucket, Groups, PerRun, Runs
 from lets_kernels.space.shards import local
-
-#: One number for all runs, or one a run.
-PerRun = float | list[float]
 
 
 def check_xi(xi: float) -> float:
