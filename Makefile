@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CSRC = $(shell find csrc tests/emulator tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz sequences mutants sanitize trust bench bench-compare experiments wheel gpu-check lint format clean
+.PHONY: help build demo test fuzz long mutants sanitize trust bench bench-compare experiments wheel gpu-check lint format clean
 
 help:    ## these targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
@@ -23,8 +23,8 @@ test: build    ## the tests, by files in WORKERS processes (2); options for pyte
 fuzz: build    ## thousands of random parameters for tests/ops/test_hypothesis.py, new ones each time; EXAMPLES=n for n
 	LETS_KERNELS_EXAMPLES=$(or $(EXAMPLES),5000) $(PY) -m pytest tests/ops/test_hypothesis.py $(ARGS)
 
-sequences: build    ## hundreds of random sequences of calls, and of calls of ops; writes tests/results/sequences.json
-	OMP_NUM_THREADS=1 $(PY) tests/support/sequenced.py $(ARGS)
+long: build    ## the tests of which `make test` runs a part, whole, and random calls; writes tests/results/long.json
+	OMP_NUM_THREADS=1 $(PY) tests/support/run_at_length.py $(ARGS)
 
 mutants: build    ## take the formulas apart one by one: does a test go red each time? Writes tests/results/mutants.json
 	$(PY) tests/mutations/mutants.py $(ARGS)
@@ -42,7 +42,7 @@ experiments: build    ## is there a radius that nobody has to search for? Hours,
 sanitize: $(READY)    ## the C++ kernels under sanitizers, at length; writes tests/results/sanitize.json
 	$(PY) tests/support/sanitized.py
 
-trust: sanitize mutants fuzz sequences    ## the long versions of what docs/trust.md promises; over an hour on two cores
+trust: sanitize mutants fuzz long    ## the long versions of what docs/trust.md promises; over an hour on two cores
 
 wheel: $(READY)    ## dist/*.whl with the CPU kernels and, where there is nvcc, the CUDA kernels
 	@$(PY) -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .

@@ -25,6 +25,7 @@ from support.ddp_training import (
 from support.family import ONE_EACH, assert_same, held
 from support.given_gradients import snapshot, weights
 from support.guard_bands import same_bits
+from support.lengths import at_length
 
 BOTH = pytest.mark.parametrize("sync", [True, False], ids=["one-perturbation", "one-a-rank"])
 PAIRS = [("sam", "momentum"), ("asam", "rmsprop"), ("lets-sam", "adam"), ("lets-asam", "momentum")]
@@ -32,8 +33,9 @@ PAIRS = [("sam", "momentum"), ("asam", "rmsprop"), ("lets-sam", "adam"), ("lets-
 OTHERS = [(method, base_of(method, i)) for i, method in enumerate(BESIDE_SAM)]
 #: Of these, what each rank can go along by its own first gradient.
 ALONE = [pair for pair in OTHERS if pair[0].startswith(("rsam", "fisher-sam", "esam", "delta-sam", "p-1"))]
+STEPS = at_length(200, 50)
 RUNS = [
-    *((*pair, sync, 200) for pair in PAIRS for sync in (True, False)),
+    *((*pair, sync, STEPS) for pair in PAIRS for sync in (True, False)),
     *((*pair, True, 30) for pair in OTHERS),
     *((*pair, False, 30) for pair in ALONE),
 ]
@@ -89,7 +91,7 @@ def test_replicas_are_equal_to_the_bit(ranks, method, base, sync, steps):
 
 def test_replicas_that_restore_by_subtraction_drift(ranks):
     """The control of the test above: its check sees what it is there for."""
-    assert not same_bits(*ranks.run(subtracted, 200))
+    assert not same_bits(*ranks.run(subtracted, STEPS))
 
 
 # ---- the step is that of the formulas over all ranks ---------------------------------------------------------------

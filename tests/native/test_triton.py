@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from support.lengths import at_length
+
 ROOT = Path(__file__).resolve().parents[2]
 #: Of the op tests, every layout in small, and everything that is the same for every dtype once (float32) or twice.
 CHOSEN = (
@@ -22,7 +24,8 @@ CHOSEN = (
 #: Of those of the ops on vectors, where the layout matters less: every dtype once, and each way an element can go.
 FEWER = (
     "not same_bits and (unaligned-torch or no_runs or same_size or arithmetic_type or 32_bits "
-    "or 300-filters and float32 or channels-last and bfloat16 or closed_gate and float16 or members and torch.float16 "
+    "or 300-filters and float32 or channels-last and bfloat16 or closed_gate and float16 "
+    f"or members and torch.float16 {at_length('', 'and (2-flat or -1-list)')} "
     "or bisection and 0.4 and False or nan and 719 "
     "or not several- and (as_plain_torch and precision and float32 or first_vector or would_stand and float64))"
 )

@@ -1,4 +1,4 @@
-"""Ten thousand interrupts at random points of a step: weights are never others than those of a step.
+"""Interrupts at random points of a step, ten thousand at length: weights are never others than those of a step.
 
 What is promised, wherever in a step an interrupt falls:
 
@@ -33,6 +33,7 @@ from support.given_gradients import weights
 from support.guard_bands import same_bits
 from support.interrupted_training import ENDED
 from support.interrupts import Problem, Timer, Tracer, by_closure, by_context, by_two_steps, strike
+from support.lengths import at_length
 
 BASES = {
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
@@ -47,11 +48,15 @@ METHODS = {
 TAKES = (by_closure, by_two_steps, by_context)
 COMBINATIONS = tuple(itertools.product(TAKES, (False, True), (torch.float32, torch.bfloat16)))
 #: Interrupts of one combination: fewer where a step takes longer.
-EACH = {"cpu": {"sam": 46, "asam": 46, "letssam": 22}, "reference": {"sam": 12, "asam": 12, "letssam": 4}}
-assert 2 * len(BASES) * len(COMBINATIONS) * sum(n for each in EACH.values() for n in each.values()) >= 10_000
+EACH = {
+    "cpu": {"sam": at_length(46, 12), "asam": at_length(46, 12), "letssam": at_length(22, 6)},
+    "reference": {"sam": at_length(12, 3), "asam": at_length(12, 3), "letssam": at_length(4, 2)},
+}
+COUNT = 2 * len(BASES) * len(COMBINATIONS) * sum(n for each in EACH.values() for n in each.values())
+assert at_length(10_000, 2_500) <= COUNT
 CASES = [(method, base) for method in METHODS for base in BASES]
 #: Of each method of the family, in each shape of a step.
-FEW = 12
+FEW = at_length(12, 4)
 CASES += [(method, "momentum") for method in [*ONE_EACH, "sparse-dynamic"]]
 BUCKETS, PARAMETERS = ((0, 1), (2, 3)), ((0,), (1,), (2,), (3,))
 
@@ -263,7 +268,7 @@ def test_a_handler_that_restores_and_returns_leaves_no_perturbation(backend, met
     seen, ended = [], {"taken": 0, "given up": 0}
     with Handler(f"{method} {base} {take.__name__}", problem.opt, lambda: seen.append(problem.weights())) as handler:
         handler.measure(lambda: take(problem, 0))
-        for i in range(150 if backend.name == "cpu" else 40):
+        for i in range(at_length(150, 60) if backend.name == "cpu" else at_length(40, 24)):
             twin.take_over(problem)
             before = problem.weights()
             take(twin, i)

@@ -1,6 +1,6 @@
-"""A program, `make sequences`: the long versions of test_sequences.py and test_random_calls.py, with new numbers.
+"""A program, `make long`: the tests of which `make test` runs a part, whole, and random ones with new numbers.
 
-Writes tests/results/sequences.json where nothing failed. The exit status is pytest's.
+Writes tests/results/long.json if nothing failed. The exit status is pytest's.
 """
 
 import argparse
@@ -18,31 +18,36 @@ from tempfile import TemporaryDirectory
 import torch
 
 TESTS = Path(__file__).resolve().parents[1]
-SUMMARY = TESTS / "results" / "sequences.json"
+SUMMARY = TESTS / "results" / "long.json"
+#: Files that ask support/lengths.py how long they are.
+LONG = ("test_interrupts.py", "test_ddp.py", "test_triton.py", "test_triton_aot.py")
 
 
-def ran(file, examples):
-    """pytest on one file with that many new examples: its exit status, and how many tests there were."""
+def ran(file, **environment):
+    """pytest on one file: its exit status, and how many tests there were."""
     (path,) = TESTS.glob(f"*/{file}")
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", str(path), f"--junitxml={report}"]
-        status = subprocess.run(command, env={**os.environ, "LETS_KERNELS_EXAMPLES": str(examples)}).returncode
+        status = subprocess.run(command, env=os.environ | environment).returncode
         suite = ET.parse(report).getroot().find("testsuite")
     return status, int(suite.get("tests")) - int(suite.get("skipped"))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=300, help="rows of 40 moves, of each method (300)")
-    parser.add_argument("--calls", type=int, default=10000, help="calls of each op (10000)")
+    parser.add_argument("--sequences", type=int, default=250, help="rows of 40 moves, of each method (250)")
+    parser.add_argument("--calls", type=int, default=5000, help="calls of each op (5000)")
     given = parser.parse_args()
+    examples = {"test_sequences.py": given.sequences, "test_random_calls.py": given.calls}
     found, begin = {}, time.monotonic()
-    for file, examples in (("test_sequences.py", given.sequences), ("test_random_calls.py", given.calls)):
-        status, tests = ran(file, examples)
+    for file in (*LONG, *examples):
+        count = examples.get(file)
+        options = {"LETS_KERNELS_LONG": "1"} if count is None else {"LETS_KERNELS_EXAMPLES": str(count)}
+        status, tests = ran(file, **options)
         if status:
             return status
-        found[file] = {"examples": examples, "tests": tests}
+        found[file] = {"tests": tests} if count is None else {"examples": count, "tests": tests}
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=TESTS).stdout
     summary = {
         "files": found,
