@@ -6,6 +6,9 @@ With g at θ_t, ĝ at θ_t + ε, ḡ_tr and ḡ_vl at θ_{t+1} and the learning 
 
 where H is the curvature: ``diagonal`` takes diag(ĝ²) as the paper does, ``secant`` takes H ε_t = ĝ − g, since the step
 has both gradients already. The derivation treats the base optimizer's step as −η ĝ.
+
+∂F/∂ν is linear in ḡ_vl and in ḡ_tr, so each of them is summed alone, −η ḡᵀ H ε, and can be dropped before the other one
+is computed: at most three gradients are there at once, g, ĝ and one of these.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,10 +24,8 @@ from lets_kernels.space.buckets import Bucket, Runs
 from lets_kernels.space.distributed import Replicas
 
 
-def _listed(gradients: list[Gradients] | None, k: int, like: Gradients) -> list[Tensor]:
-    """The gradients of bucket ``k`` in the order of ``like``, zeros for missing ones; None gives an empty list."""
-    if gradients is None:
-        return []
+def _listed(gradients: list[Gradients], k: int, like: Gradients) -> list[Tensor]:
+    """The gradients of bucket ``k`` in the order of ``like``, zeros for missing ones."""
     return [gradients[k][i] if i in gradients[k] else torch.zeros_like(p) for i, p in like.items()]
 
 
@@ -93,13 +94,12 @@ class Trial:
             found.setdefault((alone, group if alone else lr), (group, []))[1].extend(places)
         return list(found.values())
 
-    def secant(self, val: list[Gradients], train: list[Gradients] | None, per_group: bool = False) -> list[Share]:
-        """−η (ḡ_vl − ḡ_tr)ᵀ(d − g) of each group, for the mean over ranks. Groups stand together if they can, unless
-        ``per_group``.
+    def secant(self, there: list[Gradients], per_group: bool = False) -> list[Share]:
+        """−η ḡᵀ(d − g) of each group, for the mean over ranks. Groups stand together if they can, unless ``per_group``.
 
-        Without ``train``, ḡ_tr is 0. d is the vector along which the base optimizer stepped: ĝ, or the vector that the
-        descent computed from ĝ; that vector is g if ρ = 0. The sum is over all tensors, also those that were not
-        perturbed, since their gradients have changed too.
+        ḡ, ``there``, are the gradients of one loss at θ_{t+1}. d is the vector along which the base optimizer stepped:
+        ĝ, or the vector that the descent computed from ĝ; that vector is g if ρ = 0. The sum is over all tensors, also
+        those that were not perturbed, since their gradients have changed too.
         """
         out = []
         for bucket, first, stepped in zip(self.buckets, self.first, self.stepped, strict=True):
@@ -107,40 +107,37 @@ class Trial:
             for group, places in self._parted(Runs(bucket, both, [], []), per_group):
                 indices = tuple(both[j] for j in places)
                 like = {i: first[i] for i in indices}
-                v, t = (bucket.pack(_listed(of, k, like)) for of in (val, train))
+                outer = bucket.pack(_listed(there, k, like))
                 d, g = (bucket.pack([source[i] for i in indices]) for source in (stepped, first))
-                share = bucket.ops.rho_grad_secant(v, t, d, g, bucket.table(indices))
+                share = bucket.ops.rho_grad_secant(outer, [], d, g, bucket.table(indices))
                 out.append((group, -self.lr[group] * bucket.parts * share))
         return out
 
-    def diagonal(
-        self,
-        val: list[Gradients],
-        train: list[Gradients] | None,
-        along: list[Gradients] | None,
-        replicas: Replicas,
-        per_group: bool = False,
-    ) -> list[Share]:
-        """−η (ḡ_vl − ḡ_tr)ᵀ diag(ĝ²) ρ ε̂ of each group, for the mean over ranks; groups as in :meth:`secant`.
+    def along(self, gradients: list[Gradients], replicas: Replicas) -> "Trial":
+        """The trial with the ε̂ of these gradients, T at θ_t, in place of that of g, which it no longer holds."""
+        ascents = []
+        for a in self.ascents:
+            vectors = _listed(gradients, a.bucket.index, _params(a.runs))
+            ascents.append(replace(a, runs=replace(a.runs, grads=[]), vectors=vectors))
+        parts = [a.total(saved=True).to(self.total.device) for a in ascents]
+        total = replicas.mean(torch.stack(parts).sum() if parts else torch.zeros_like(self.total))
+        return replace(self, ascents=ascents, first=[{} for _ in self.first], total=total)
 
-        ``along``: gradients from which to compute ε̂, with T at θ_t (Algorithm 1 as printed takes ḡ_tr). None takes
-        ε̂_t, the perturbation that was applied.
+    def diagonal(self, there: list[Gradients], per_group: bool = False) -> list[Share]:
+        """−η ḡᵀ diag(ĝ²) ρ ε̂ of each group, for the mean over ranks; ḡ and groups as in :meth:`secant`.
+
+        ε̂ is that of the perturbation that was applied, or what :meth:`along` has put in its place.
         """
-        ascents, total = self.ascents, self.total
-        if along is not None:
-            ascents = [replace(a, vectors=_listed(along, a.bucket.index, _params(a.runs))) for a in ascents]
-            parts = [a.total(saved=True).to(total.device) for a in ascents]
-            total = replicas.mean(torch.stack(parts).sum() if parts else torch.zeros_like(total))
         out = []
-        for a in ascents:
+        for a in self.ascents:
             k = a.bucket.index
             # Where ĝ is missing it is zero, and an op without tensors would not know its dtype.
             both = a.only([j for j, i in enumerate(a.runs.indices) if i in self.perturbed[k]])
             for group, places in self._parted(both.runs, per_group):
                 part = both.only(places)
-                v, t = (_listed(of, k, _params(part.runs)) for of in (val, train))
-                share = part.rho_grad(v, t, [self.perturbed[k][i] for i in part.runs.indices])
-                near = total.to(a.bucket.device)
+                outer = _listed(there, k, _params(part.runs))
+                share = part.rho_grad(outer, [self.perturbed[k][i] for i in part.runs.indices])
+                near = self.total.to(a.bucket.device)
                 length = torch.where(near > 0, self.rho[group].to(near.device) / near.pow((a.q - 1) / a.q), 0.0)
                 out.append((group, -self.lr[group] * self.slope * length * share))
         return out

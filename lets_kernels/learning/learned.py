@@ -3,6 +3,7 @@
 import inspect
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -14,7 +15,7 @@ from lets_kernels.base.foreign import check_steps_alone
 from lets_kernels.base.fused import OwnStep, fused_by
 from lets_kernels.base.guarded import make_state
 from lets_kernels.learning.hypergradient import Trial, fit, placed
-from lets_kernels.learning.moving import Groups, MovingRadius, Observed
+from lets_kernels.learning.moving import Groups, MovingRadius, Observed, Summed
 from lets_kernels.learning.saved import check_learned
 from lets_kernels.parts.direction import Direction
 from lets_kernels.parts.radius import check_rho
@@ -47,6 +48,9 @@ class LearnedRadius(MovingRadius):
     ν is kept within ±80, so ρ within [1.8e-35, 5.5e34], whatever its optimizer does. So ρ is finite and positive in
     float32 after any step, and in any saved state.
 
+    A step holds three gradients at once: g, ĝ and one at the new weights, which is summed and dropped before the next
+    one.
+
     ``group["rho"]`` shows the radius, as a 0-d tensor; a value written there is not read.
 
     A step with this radius, and the learning after it, can be captured in a CUDA graph with ``interval=1``, with
@@ -75,7 +79,8 @@ class LearnedRadius(MovingRadius):
             signal then leans towards a smaller radius (docs/radius.md).
         interval: learn only on every ``interval``-th of the steps that perturb.
         reuse_train_gradient: takes the next step's first gradient, on the next batch, as ḡ_tr: three gradients a step
-            and not four. ν then moves at the beginning of the next step.
+            and not four. ν then moves at the beginning of the next step. The step's two gradients wait until then, with
+            ``direction="algorithm1"`` also ḡ_vl.
         per_group: one ν for each param group. With a secant, a group's ν sees only the group's part of ĝ − g.
 
     Raises:
@@ -135,7 +140,7 @@ class LearnedRadius(MovingRadius):
         self._step_nu = OwnStep()
         self.nu: list[Tensor] = []
         self.optimizer: torch.optim.Optimizer | None = None
-        self._pending: tuple[Trial, Observed | None] | None = None
+        self._pending: tuple[Trial, Observed | Summed | None] | None = None
         self._packed: dict[str, Any] | None = None
 
     @property
@@ -228,7 +233,12 @@ class LearnedRadius(MovingRadius):
     @property
     def needs_train_gradient(self) -> bool:
         """True if ∂F/∂ν contains ḡ_tr."""
-        return self.metric != "validation_loss" or (self.curvature, self.direction) == ("diagonal", "algorithm1")
+        return self.metric != "validation_loss" or self.goes_along_train
+
+    @property
+    def goes_along_train(self) -> bool:
+        """True if ε̂ is made of ḡ_tr, which then has to be there until ḡ_vl has been summed."""
+        return (self.curvature, self.direction) == ("diagonal", "algorithm1")
 
     @property
     def needs_vectors(self) -> bool:
@@ -250,22 +260,44 @@ class LearnedRadius(MovingRadius):
         """True if :meth:`complete` needs the loss of the next first gradient."""
         return self.metric == "squared_gap"
 
+    def take_train(self, trial: Trial, train: Observed, replicas: Replicas) -> tuple[Trial, Summed]:
+        """What the training gradients at the new weights give; they may be dropped afterwards.
+
+        Returns:
+            The trial to go on with, which holds them in place of g if ε̂ is made of them; and their sums, none if they
+            are not part of the metric.
+        """
+        if self.goes_along_train:
+            trial = trial.along(train.gradients, replicas)
+        if self.metric == "validation_loss":
+            return trial, Summed([], train.loss)
+        return trial, self._summed(trial, train)
+
+    def take_val(self, trial: Trial, val: Observed) -> Observed | Summed:
+        """What the validation gradients at the new weights give; the gradients themselves if ε̂ is not known yet.
+
+        Args:
+            trial: the step; after :meth:`take_train` what that returned.
+            val: these gradients.
+        """
+        return val if self.goes_along_train and self.reuse_train_gradient else self._summed(trial, val)
+
     def observe(
-        self, trial: Trial, val: Observed | None, train: Observed | None, groups: Groups, replicas: Replicas
+        self, trial: Trial, val: Observed | Summed | None, train: Summed | None, groups: Groups, replicas: Replicas
     ) -> None:
         """Learn from one step, or keep it until :meth:`complete`.
 
         Args:
-            trial: the step.
-            val: the validation gradients at the new weights. None with ``validation="next"``.
-            train: the training gradients at the new weights, if the radius needs them.
+            trial: the step; after :meth:`take_train` what that returned.
+            val: what :meth:`take_val` returned. None with ``validation="next"``.
+            train: what :meth:`take_train` returned, if the radius needs the training gradients.
             groups: the param groups.
             replicas: the ranks that take part.
         """
-        if val is None or (self.needs_train_gradient and self.reuse_train_gradient):
-            self._pending = trial.detached(), val
-        else:
+        if isinstance(val, Summed) and (train is not None or not self.needs_train_gradient):
             self._learn(trial, val, train, groups, replicas)
+        else:
+            self._pending = trial.detached(), val
 
     def complete(
         self, now: Observed, finite: Tensor, buckets: list[Bucket], groups: Groups, replicas: Replicas
@@ -276,9 +308,12 @@ class LearnedRadius(MovingRadius):
         """
         if self._packed is not None:
             state, self._packed = self._packed, None
-            val = state["val"]
-            if Trial.fits(state["trial"], buckets) and (val is None or fit(val, buckets)):
-                loaded = None if val is None else Observed(placed(val, buckets), state["val_loss"])
+            val, loss = state["val"], state["val_loss"]
+            summed = isinstance(val, Mapping)  # otherwise gradients, also in states from before they were summed
+            if Trial.fits(state["trial"], buckets) and (val is None or summed or fit(val, buckets)):
+                loaded: Observed | Summed | None = None
+                if val is not None:
+                    loaded = Summed(val["sums"], loss) if summed else Observed(placed(val, buckets), loss)
                 self._pending = Trial.unpack(state["trial"], buckets), loaded
         if self._pending is None:
             return
@@ -286,25 +321,29 @@ class LearnedRadius(MovingRadius):
         # If parameters have been frozen, added or moved since, that step's gradients do not belong to these parameters.
         if any(a.bucket not in buckets for a in trial.ascents):
             return
+        if isinstance(observed, Summed) and len(observed.sums) != len(self.nu):
+            return
         trial = replace(trial, gate=torch.where(finite, trial.gate, torch.zeros_like(trial.gate)))
         if observed is None:  # this step's first gradient validates, on a batch that the last step has not seen
-            self._learn(trial, now, None, groups, replicas)
+            self._learn(trial, self._summed(trial, now), None, groups, replicas)
         else:
-            self._learn(trial, observed, now, groups, replicas)
+            trial, train = self.take_train(trial, now, replicas)
+            val = observed if isinstance(observed, Summed) else self._summed(trial, observed)
+            self._learn(trial, val, train, groups, replicas)
 
-    def _learn(self, trial: Trial, val: Observed, train: Observed | None, groups: Groups, replicas: Replicas) -> None:
-        assert self.optimizer is not None
-        gradients_there = None if train is None else train.gradients
-        subtracted = None if self.metric == "validation_loss" else gradients_there
-        if self.curvature == "secant":
-            shares = trial.secant(val.gradients, subtracted, self.per_group)
-        else:
-            along = gradients_there if self.direction == "algorithm1" else None
-            shares = trial.diagonal(val.gradients, subtracted, along, replicas, self.per_group)
+    def _summed(self, trial: Trial, seen: Observed) -> Summed:
+        """The sums over the gradients of one pass, for each ν."""
+        shares = (trial.secant if self.curvature == "secant" else trial.diagonal)(seen.gradients, self.per_group)
         sums = [torch.zeros_like(nu) for nu in self.nu]
         for group, share in shares:
             sums[group if self.per_group else 0] += share.to(sums[0].device)
+        return Summed(sums, seen.loss)
 
+    def _learn(self, trial: Trial, val: Summed, train: Summed | None, groups: Groups, replicas: Replicas) -> None:
+        assert self.optimizer is not None
+        sums = [s.to(nu.device) for s, nu in zip(val.sums, self.nu, strict=True)]
+        if train is not None and train.sums:
+            sums = [v - t for v, t in zip(sums, train.sums, strict=True)]
         losses_there = (val.loss, None if train is None else train.loss)
         known = [t.to(sums[0].device) for t in losses_there if t is not None]
         means, first = replicas.agree([*sums, *known], [nu.detach() for nu in self.nu])
@@ -340,8 +379,10 @@ class LearnedRadius(MovingRadius):
         pending = self._packed
         if self._pending is not None:
             trial, val = self._pending
-            there = (None, None) if val is None else (val.gradients, val.loss)
-            pending = {"trial": trial.pack(), "val": there[0], "val_loss": there[1]}
+            there: Any = val.gradients if isinstance(val, Observed) else None
+            if isinstance(val, Summed):
+                there = {"curvature": self.curvature, "sums": val.sums}
+            pending = {"trial": trial.pack(), "val": there, "val_loss": None if val is None else val.loss}
         return {
             "nu": [nu.detach().clone() for nu in self.nu],
             "optimizer": self.optimizer.state_dict(),
@@ -356,7 +397,8 @@ class LearnedRadius(MovingRadius):
     def check_state_dict(self, state: dict[str, Any]) -> None:
         assert self.optimizer is not None
         super().check_state_dict(state)
-        check_learned(state, self.nu, self.optimizer, self.learns, self.needs_vectors)
+        curvature = None if self.goes_along_train else self.curvature
+        check_learned(state, self.nu, self.optimizer, self.learns, self.needs_vectors, curvature)
 
     def load_state_dict(self, state: dict[str, Any], groups: Groups) -> None:
         assert self.optimizer is not None

@@ -66,3 +66,11 @@ class Observed:
 
     gradients: list[Gradients]  # an entry for each bucket
     loss: Tensor | None  # 0-d float64
+
+
+@dataclass
+class Summed:
+    """What a pass has given to the gradient in ν, in place of its gradients; and its loss."""
+
+    sums: list[Tensor]  # −η ḡᵀ H ε for each ν, of this rank: 0-d float64
+    loss: Tensor | None  # 0-d float64

@@ -18,12 +18,18 @@ _TRIAL = {field.name for field in fields(Trial)} - {"captured", "buckets", "vers
 
 
 def check_learned(
-    state: Mapping[str, Any], nus: Sequence[Tensor], optimizer: torch.optim.Optimizer, closures: bool, vectors: bool
+    state: Mapping[str, Any],
+    nus: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    closures: bool,
+    vectors: bool,
+    curvature: str | None,
 ) -> None:
     """The state of a learned radius fits: the number of ν, their optimizer, and the waiting step if there is one.
 
-    ``closures``: a waiting step holds the validation gradient; otherwise it waits for it. ``vectors``: a waiting step
-    holds the vectors of the perturbation.
+    ``closures``: a waiting step holds what validates it; otherwise it waits for that. ``vectors``: a waiting step holds
+    the vectors of the perturbation. ``curvature``: that of the sums which may be held in place of the validation
+    gradient; None if the gradient itself is needed.
     """
     found = len(state["nu"]) if is_list(state["nu"]) else "no list of"
     if found != len(nus):
@@ -31,10 +37,12 @@ def check_learned(
     for nu in state["nu"]:
         check_scalar(nu, "log rho")
     check_optimizer(state["optimizer"], optimizer, "the radius's optimizer")
-    _check_waiting(state["pending"], "the step that waits", closures, vectors)
+    _check_waiting(state["pending"], "the step that waits", len(nus), closures, vectors, curvature)
 
 
-def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool) -> None:
+def _check_waiting(
+    pending: Any, what: str, count: int, closures: bool, needs_vectors: bool, curvature: str | None
+) -> None:
     """The value is None or a packed trial. Whether the trial fits the parameters is checked when it is unpacked."""
     if pending is None:
         return
@@ -50,7 +58,9 @@ def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool)
     slope = trial["slope"]
     expect(isinstance(slope, Real) and not isinstance(slope, bool), f"{what}: slope", f"is {slope!r}, not a number")
     lists = {name: trial[name] for name in ("first", "perturbed", "stepped")}
-    if closures:
+    if closures and isinstance(pending["val"], Mapping):
+        scalars += _checked_sums(pending["val"], f"{what}['val']", count, curvature)
+    elif closures:
         lists["val"] = pending["val"]
     by_group = {name: trial[name] for name in ("lr", "rho")}
     for name, entries in (*lists.items(), *by_group.items(), ("ascents", trial["ascents"])):
@@ -98,6 +108,18 @@ def _check_waiting(pending: Any, what: str, closures: bool, needs_vectors: bool)
     for k, i, t in named:  # each tensor is as large as its parameter
         kind = kinds.setdefault((k, i), (t.shape, t.dtype))
         expect(kind == (t.shape, t.dtype), what, f"holds tensors of different kinds for parameter {i} of bucket {k}")
+
+
+def _checked_sums(val: Mapping[str, Any], what: str, count: int, curvature: str | None) -> list[Any]:
+    """The sums over the validation gradient, one for each ν that there was, of the curvature that the radius has."""
+    check_keys(val, ("curvature", "sums"), what)
+    if val["curvature"] != curvature:
+        needs = "the gradient itself, for direction='algorithm1'" if curvature is None else f"curvature={curvature!r}"
+        refuse(what, f"holds sums with curvature={val['curvature']!r}, and this radius needs {needs}")
+    sums = val["sums"]
+    # Fewer if a group was added since: that step is then not learned from.
+    expect(is_list(sums) and 1 <= len(sums) <= count, what, f"has no list of {count} sums")
+    return list(sums)
 
 
 def _is_place(value: Any) -> bool:

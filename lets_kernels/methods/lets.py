@@ -63,11 +63,11 @@ class LETSASAM(ASAM):
         super().__init__(params, base_optimizer, learned, xi, filterwise=filterwise, scale_bias=scale_bias, **kwargs)
 
 
-#: Four gradients: θ and θ + ε, then the validation's and the training's after the step; they are there at once.
+#: Four gradients: at θ and θ + ε, then the training's and the validation's after the step, one after the other.
 _LEARNS: dict[str, Any] = {
     "gradients": "4",
     "holds": True,
-    "gradients_at_once": 4,
+    "gradients_at_once": 3,
     "remark": "`step(closure, val_closure)`",
 }
 METHODS = (

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from lets_kernels.around.amp import Scaler
-from lets_kernels.learning.moving import Observed
+from lets_kernels.learning.moving import Observed, Summed
 from lets_kernels.parts.passes import by_index
 from lets_kernels.parts.samples import Closure
+from lets_kernels.space.buckets import Bucket
 from lets_kernels.step.capture import check_same_graph
 from lets_kernels.step.engine import Engine
 from lets_kernels.step.losses import as_loss
@@ -14,7 +15,7 @@ from lets_kernels.step.losses import as_loss
 
 def learn(e: Engine, train_closure: Closure | None, val_closure: Closure | None, scaler: Scaler | None) -> None:
     """The body of :meth:`SAM.radius_step`."""
-    w, now, radius = e.work, e.now, e.work.setting.learning
+    w, now, radius, replicas = e.work, e.now, e.work.setting.learning, e.work.setting.replicas
     if radius is None or not radius.learns:
         raise RuntimeError(
             "radius_step() is for a learned radius with closures: rho=LearnedRadius(...); with validation='next' "
@@ -39,18 +40,22 @@ def learn(e: Engine, train_closure: Closure | None, val_closure: Closure | None,
         )
     buckets = trial.buckets  # the step's own buckets, even if parameters have been frozen since
     kept = [(p, p.grad) for b in buckets for p in b.params]
-    train: Observed | None = None
+    train: Summed | None = None
+    # No gradient has a name here: each is gone before the next one is there, unless the radius itself keeps it.
     w.setting.network.statistics.hold()  # running statistics do not count these passes
     try:
         if radius.needs_train_closure:
             assert train_closure is not None
             w.drop_gradients()
             train_loss = _loss(e, train_closure, scaler, "train_closure")
-            train = Observed([by_index(b.gather(own=True)) for b in buckets], train_loss)
+            with torch.no_grad():
+                trial, train = radius.take_train(
+                    trial, _observed(buckets, train_loss, radius.goes_along_train), replicas
+                )
         w.drop_gradients()
         val_loss = _loss(e, val_closure, scaler, "val_closure")
-        # The radius may wait for the next pass.
-        val = Observed([by_index(b.gather(own=train is None)) for b in buckets], val_loss)
+        with torch.no_grad():
+            val = radius.take_val(trial, _observed(buckets, val_loss, radius.goes_along_train and train is None))
     except BaseException:
         w.scaling.give_up()
         raise
@@ -61,7 +66,12 @@ def learn(e: Engine, train_closure: Closure | None, val_closure: Closure | None,
         e.mark_gradients()
     w.progress.gradients += 1 + (train is not None)
     with torch.no_grad():
-        radius.observe(trial, val, train, w.groups, w.setting.replicas)
+        radius.observe(trial, val, train, w.groups, replicas)
+
+
+def _observed(buckets: list[Bucket], loss: Tensor, own: bool) -> Observed:
+    """The gradients that are there now. ``own``: they are kept beyond the next backward."""
+    return Observed([by_index(b.gather(own=own)) for b in buckets], loss)
 
 
 def _loss(e: Engine, closure: Closure, scaler: Scaler | None, name: str) -> Tensor:

@@ -1,5 +1,6 @@
 """LETS whose validation gradient is the next step's first one, and radii that rise over the first steps."""
 
+import copy
 import math
 import warnings
 
@@ -185,6 +186,72 @@ def test_a_waiting_step_of_the_other_kind_of_validation_is_refused():
     assert saved["lets_kernels"]["radius"]["pending"] is not None
     with pytest.raises(ValueError, match="nothing of it was loaded: the step that waits"):
         opts[1].load_state_dict(saved)
+
+
+def reusing(**options):
+    """A step that waits for its training gradient; the loss is of both parameters, and the gradients are not alike."""
+    params = [torch.linspace(-1, 1, 3, dtype=dtype).requires_grad_() for dtype in (torch.float32, torch.float64)]
+    radius = lk.LearnedRadius(0.1, metric="gap", reuse_train_gradient=True, optimizer=SGD, lr=0.3, **options)
+    opt = lk.SAM(params[:1], SGD, radius, lr=0.1)
+
+    def closure(target):
+        opt.zero_grad()
+        loss = sum((p - target).pow(4).sum() for p in params)
+        loss.backward()
+        return loss
+
+    opt.step(lambda: closure(2.0), lambda: closure(-1.0))
+    return opt, params, closure
+
+
+def test_a_step_that_waits_is_saved_as_a_number_a_radius():
+    """In place of the validation gradient, which states from before have instead: those are learned from alike."""
+    ends = []
+    for older in (False, True):
+        opt, (p, _), closure = reusing()
+        state = opt.state_dict()
+        pending = state["lets_kernels"]["radius"]["pending"]
+        assert [(s.dtype, s.dim()) for s in pending["val"]["sums"]] == [(torch.float64, 0)]
+        if older:  # the gradient at the new weights, by bucket and parameter
+            closure(-1.0)
+            pending["val"] = [{0: p.grad.clone()}]
+        opt.load_state_dict(state)
+        rho = opt.rho.clone()
+        opt.step(lambda: closure(2.0), lambda: closure(-1.0))
+        assert opt.rho != rho
+        ends.append([p.detach().clone(), opt.rho])
+    assert same_bits(*ends)
+
+
+@pytest.mark.parametrize(
+    ("options", "damage", "match"),
+    [
+        ({"curvature": "secant"}, {}, "sums with curvature='diagonal', and this radius needs curvature='secant'"),
+        ({"direction": "algorithm1"}, {}, "needs the gradient itself"),
+        ({}, {"sums": []}, "no list of 1 sums"),
+        ({}, {"sums": [torch.zeros((), dtype=torch.float64)] * 2}, "no list of 1 sums"),
+    ],
+)
+def test_sums_that_wait_are_those_of_the_radius(options, damage, match):
+    state, (opt, *_) = reusing()[0].state_dict(), reusing(**options)
+    state["lets_kernels"]["radius"]["pending"]["val"].update(damage)
+    before = opt.rho.clone()
+    with pytest.raises(ValueError, match=rf"nothing of it was loaded: .*{match}"):
+        opt.load_state_dict(state)
+    assert opt.rho == before
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_a_step_from_before_a_group_was_added_is_not_learned_from(load):
+    """Its sums are not for each radius that there is now. The next one is."""
+    opt, (_, other), closure = reusing(per_group=True)
+    opt.add_param_group({"params": [other], "rho": 0.2})
+    if load:
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for learned in (False, True):
+        rho = opt.rho.clone()
+        opt.step(lambda: closure(2.0), lambda: closure(-1.0))
+        assert bool((opt.rho != rho).all() if learned else (opt.rho == rho).all())
 
 
 # ---- a radius that nobody lets learn -------------------------------------------------------------------------------

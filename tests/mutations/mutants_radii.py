@@ -106,7 +106,21 @@ GROUPS = [
             (
                 "now.radius_waits, now.missed = now.lesson, None, False, None",
                 "now.radius_waits = now.lesson, None, False",
-            )
+            ),
+            (
+                "_observed(buckets, train_loss, radius.goes_along_train)",
+                "(found := _observed(buckets, train_loss, True))",
+                "tests/methods/test_catalogue.py -k 'peak_of_a_step and LETS'",
+            ),
+        ],
+    ),
+    (
+        "lets_kernels/learning/saved.py",
+        "tests/learning/test_following.py -k sums_that_wait",
+        [
+            ('if val["curvature"] != curvature:', "if False:"),
+            ("1 <= len(sums) <= count", "len(sums) <= count"),
+            ("1 <= len(sums) <= count", "1 <= len(sums)"),
         ],
     ),
 ]

@@ -49,6 +49,11 @@ GROUPS = [
             ("near.pow((a.q - 1) / a.q)", "near.pow(1 / a.q)", "tests/methods/test_methods.py -k every_direction"),
             ("a.total(saved=True)", "a.total()"),
             (
+                "replace(a, runs=replace(a.runs, grads=[]), vectors=vectors)",
+                "replace(a, vectors=vectors)",
+                "tests/methods/test_catalogue.py -k 'learned_radius and algorithm1'",
+            ),
+            (
                 "for source in (stepped, first))",
                 "for source in (self.perturbed[k], first))",
                 "tests/methods/test_parts.py",
@@ -101,7 +106,18 @@ GROUPS = [
                 "tests/step/test_finite.py -k 'reference and learned'",
             ),
             ("(step + 1) % self.interval == 0", "step % self.interval == 0"),
-            ('None if self.metric == "validation_loss" else gradients_there', "gradients_there"),
+            ('if self.metric == "validation_loss":', "if False:"),
+            ("sums = [v - t for v, t in", "sums = [v + t for v, t in"),
+            ("            trial = trial.along(train.gradients, replicas)", "            pass"),
+            (
+                "return val if self.goes_along_train and self.reuse_train_gradient else",
+                "return val if self.goes_along_train else",
+            ),
+            (
+                "if isinstance(observed, Summed) and len(observed.sums) != len(self.nu):",
+                "if False:",
+                "tests/learning/test_following.py -k was_added",
+            ),
             ("d / nu.detach().exp() for d", "d for d"),
             ("trial.detached(), val", "trial, val", "tests/step/test_hazards.py"),
         ],

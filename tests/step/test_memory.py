@@ -139,21 +139,36 @@ def test_auto_holds_the_first_gradient_through_the_second_pass_and_no_memory_of_
     assert sizes([opt.radius.memory]) <= 64
 
 
-@pytest.mark.parametrize("curvature", ["diagonal", "secant"])
-def test_what_waits_for_the_next_gradient_is_two_buffers(curvature):
+WAITING = {
+    "next": ({"validation": "next"}, 2),
+    "next-secant": ({"validation": "next", "curvature": "secant"}, 2),
+    "reuse": ({"reuse_train_gradient": True, "metric": "gap"}, 2),
+    "reuse-secant": ({"reuse_train_gradient": True, "metric": "gap", "curvature": "secant"}, 2),
+    "reuse-algorithm1": ({"reuse_train_gradient": True, "metric": "gap", "direction": "algorithm1"}, 3),
+}
+
+
+@pytest.mark.parametrize("kind", WAITING)
+def test_what_waits_for_the_next_gradient_is_two_buffers(kind):
+    """g and ĝ. Algorithm 1's direction is not known yet, so there the validation gradient waits too."""
     p, options = problem()
-    radius = lets_kernels.LearnedRadius(0.05, validation="next", curvature=curvature)
+    kind, buffers = WAITING[kind]
+    radius = lets_kernels.LearnedRadius(0.05, **kind)
     opt = lets_kernels.SAM([p], torch.optim.SGD, radius, **options)
     backward(p)
     opt.first_step(zero_grad=True)
     backward(p)
     opt.second_step(zero_grad=True)
-    trial = radius._pending[0]
+    if radius.learns:
+        opt.radius_step(None, lambda: backward(p) or torch.tensor(1.0))
+    trial, val = radius._pending
     waiting = [g for each in (*trial.first, *trial.perturbed, *trial.stepped) for g in each.values()]
     waiting += [v for a in trial.ascents for v in a.vectors]
-    assert sizes(waiting) == 2 * 4 * 4096
+    if val is not None:
+        waiting += val.sums if hasattr(val, "sums") else [g for each in val.gradients for g in each.values()]
+    assert buffers * 4 * 4096 <= sizes(waiting) <= buffers * 4 * 4096 + 64
     known = [weakref.ref(t) for t in waiting]
-    del trial, waiting
+    del trial, val, waiting
     backward(p)
     opt.first_step(zero_grad=True)
     assert all(t() is None for t in known), "kept once the radius has learned from it"

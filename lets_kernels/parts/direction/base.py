@@ -118,11 +118,11 @@ class Ascent:
         r.forget()
         r.write_back()
 
-    def rho_grad(self, val: list[Tensor], train: list[Tensor], perturbed: list[Tensor]) -> Tensor:
-        """Like :meth:`total`, but Σ (val - train) · perturbed² · T sign(Tv)|Tv|^(q-1), with T at the saved weights."""
+    def rho_grad(self, outer: list[Tensor], perturbed: list[Tensor]) -> Tensor:
+        """Like :meth:`total`, but Σ outer · perturbed² · T sign(Tv)|Tv|^(q-1), with T at the saved weights."""
         b = self.bucket
-        v, t, h, g = map(b.pack, (val, train, perturbed, self.vectors))
-        share = b.ops.rho_grad_diagonal(v, t, h, g, self._weights(True), self.table, b.filter_norms, self.xi, self.q)
+        o, h, v = map(b.pack, (outer, perturbed, self.vectors))
+        share = b.ops.rho_grad_diagonal(o, [], h, v, self._weights(True), self.table, b.filter_norms, self.xi, self.q)
         return share * b.parts if b.parts != 1 else share
 
 
