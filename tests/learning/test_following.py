@@ -241,17 +241,18 @@ def test_sums_that_wait_are_those_of_the_radius(options, damage, match):
     assert opt.rho == before
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("load", [False, True])
-def test_a_step_from_before_a_group_was_added_is_not_learned_from(load):
-    """Its sums are not for each radius that there is now. The next one is."""
+def test_a_step_from_before_a_group_was_added_is_not_learned_from(load, frozen):
+    """Its sums are not for each radius that there is now, also if the new group has no gradient. The next step's are."""
     opt, (_, other), closure = reusing(per_group=True)
-    opt.add_param_group({"params": [other], "rho": 0.2})
+    opt.add_param_group({"params": [other.requires_grad_(not frozen)], "rho": 0.2})
     if load:
         opt.load_state_dict(copy.deepcopy(opt.state_dict()))
     for learned in (False, True):
         rho = opt.rho.clone()
         opt.step(lambda: closure(2.0), lambda: closure(-1.0))
-        assert bool((opt.rho != rho).all() if learned else (opt.rho == rho).all())
+        assert (opt.rho != rho).tolist() == [learned, learned and not frozen]
 
 
 # ---- a radius that nobody lets learn -------------------------------------------------------------------------------
