@@ -244,7 +244,7 @@ def test_sums_that_wait_are_those_of_the_radius(options, damage, match):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("load", [False, True])
 def test_a_step_from_before_a_group_was_added_is_not_learned_from(load, frozen):
-    """Its sums are not for each radius that there is now, also if the new group has no gradient. The next step's are."""
+    """Its sums are not for each radius that there is now, also if the new group has no gradient. The next one is."""
     opt, (_, other), closure = reusing(per_group=True)
     opt.add_param_group({"params": [other.requires_grad_(not frozen)], "rho": 0.2})
     if load:
