@@ -31,8 +31,8 @@ RHO_GRAD_TOLERANCE = 1e-4  # a float32 sum of products that partly cancel
 DRY_STEPS = [("SAM", "SGD"), ("ASAM filter-wise", "AdamW"), ("LETS secant", "SGD")]
 UNCOMPILED = 0.65  # of the time; torch.compile may have what is left
 # Parameter-sized buffers moved: norm 1 (2 where T is read from the weights), perturb 4, restore and step 5 or 7, radius
-# 4; and 1 for check_finite.
-FLOOR = {"SAM": 5, "ASAM": 6, "ASAM filter-wise": 7, "LETS secant": 9, "LETS diagonal": 9}
+# 6, which are g, ĝ and one more for each of two sums; and 1 for check_finite.
+FLOOR = {"SAM": 5, "ASAM": 6, "ASAM filter-wise": 7, "LETS secant": 11, "LETS diagonal": 11}
 BASE_FLOOR = {"SGD": 5, "AdamW": 7}
 Make = Callable[[list[Tensor]], Any]
 
