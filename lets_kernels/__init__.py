@@ -9,6 +9,7 @@ from lets_kernels.methods.esam import ESAM, DeltaSAM
 from lets_kernels.methods.fisher import FisherSAM, SparseSAM
 from lets_kernels.methods.friendly import FriendlySAM, VaSSO
 from lets_kernels.methods.gsam import GSAM, RGSAM, GradientNormPenalty
+from lets_kernels.methods.lengths import LESAM, USAM, LightSAM
 from lets_kernels.methods.lets import LETSASAM, LETSSAM
 from lets_kernels.methods.looksam import AESAM, AELookSAM, LookSAM
 from lets_kernels.methods.msam import MSAM
@@ -30,6 +31,7 @@ from lets_kernels.parts.direction import (
     RandomStart,
     Smoothed,
 )
+from lets_kernels.parts.length import Accumulated, Length, LossEquated, Unified
 from lets_kernels.parts.radius import ConstantRadius, LearningRateRadius, Radius, RadiusWarning, ScheduledRadius
 from lets_kernels.parts.samples import Samples, SelectedSamples, WeightedSamples
 from lets_kernels.parts.schedule import Always, Bernoulli, Every, NormThreshold, Schedule
@@ -44,6 +46,7 @@ __all__ = [
     "BSAM",
     "ESAM",
     "GSAM",
+    "LESAM",
     "LETSASAM",
     "LETSSAM",
     "MESA",
@@ -53,7 +56,9 @@ __all__ = [
     "RST",
     "SAF",
     "SAM",
+    "USAM",
     "AELookSAM",
+    "Accumulated",
     "Adaptive",
     "Always",
     "AutoConstants",
@@ -76,7 +81,10 @@ __all__ = [
     "GradientNormPenalty",
     "LearnedRadius",
     "LearningRateRadius",
+    "Length",
+    "LightSAM",
     "LookSAM",
+    "LossEquated",
     "Masked",
     "Momentum",
     "NormPenalty",
@@ -96,6 +104,7 @@ __all__ = [
     "Smoothed",
     "SparseSAM",
     "SurrogateGap",
+    "Unified",
     "VaSSO",
     "WeightedSamples",
     "__version__",

@@ -16,6 +16,7 @@ from lets_kernels.base.state import Look
 from lets_kernels.learning.auto import as_radius
 from lets_kernels.parts.descent import Descent, Perturbed
 from lets_kernels.parts.direction import Adaptive, Direction
+from lets_kernels.parts.length import Length
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.radius import Radius, RadiusLike, radii
 from lets_kernels.parts.samples import Closure, Samples
@@ -54,8 +55,9 @@ class SAM(torch.optim.Optimizer):
         rho: the radius ρ ≥ 0 of the perturbation, a :class:`~lets_kernels.Radius`, or ``"auto"`` for ``AutoRadius()``,
             which finds the radius during training.
         adaptive: ASAM's T = |θ|, element-wise and with ξ = 0 unless a group has its own ``xi``.
-        direction, schedule, descent: the other three parts of a method. Default: ``adaptive`` as above, ``Always()``,
+        direction, schedule, descent: the other parts of a method. Default: ``adaptive`` as above, ``Always()``,
             ``Perturbed()``.
+        length: how long the perturbation is for a given ρ; default ρ. See :class:`~lets_kernels.Length`.
         samples: which samples of a batch each pass counts; default all. See :mod:`lets_kernels.parts.samples`.
         seed: the seed of the method's random numbers, if it draws any. All ranks take the first rank's seed, so they
             draw the same numbers. A saved state holds the seed. Default: drawn from torch's generator.
@@ -103,6 +105,7 @@ class SAM(torch.optim.Optimizer):
         direction: Direction | None = None,
         schedule: Schedule | None = None,
         descent: Descent | None = None,
+        length: Length | None = None,
         samples: Samples | None = None,
         seed: int | None = None,
         backend: str = "auto",
@@ -131,6 +134,7 @@ class SAM(torch.optim.Optimizer):
             schedule=schedule or Always(),
             descent=descent or Perturbed(),
             radius=radius,
+            length=length or Length(),
             samples=samples or Samples(),
             network=Network(model, sync_perturbation, same_rng, running_state),
             replicas=Replicas(process_group),
@@ -186,6 +190,11 @@ class SAM(torch.optim.Optimizer):
         return self._engine.work.setting.radius
 
     @property
+    def length(self) -> Length:
+        """How long the perturbation is for a given radius."""
+        return self._engine.work.setting.length
+
+    @property
     def samples(self) -> Samples:
         """Which samples of a batch each pass counts."""
         return self._engine.work.setting.samples
@@ -231,7 +240,8 @@ class SAM(torch.optim.Optimizer):
         micro-batches have perturbations of their own, and ‖g‖ on a step that does not perturb. ``perturbed_grad_norm``
         is ‖ĝ‖ (with ``check_finite``), ``rho`` the present radius. ``skipped_steps`` counts skipped steps, and
         ``gradients`` the gradients that all steps have taken. ``loss``, ``perturbed_loss`` and ``loss_gap`` are there
-        if the optimizer saw the losses; with ``rho_warmup`` also ``applied_rho``, the radius that the last step used.
+        if the optimizer saw the losses; with ``rho_warmup`` or ``length`` also ``applied_rho``, the length of the last
+        perturbation.
         The radius adds its own: ``rho_grad`` = ∂F/∂ρ, ``val_loss``, ``train_loss``. With 16-bit weights, from the first
         step and then from every hundredth: ``perturbation_cosine`` between ε and what rounding left of it,
         ``perturbation_length``, the ratio of their lengths, and ``perturbed_fraction``, the share of weights that

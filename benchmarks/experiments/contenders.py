@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.experiments.radii import LossEquated, RandomWalk, Shuffled
+from benchmarks.experiments.radii import RandomWalk, Shuffled
 from benchmarks.experiments.tasks import Task
-from lets_kernels import ASAM, LETSSAM, SAM, AutoRadius, LearnedRadius, ScheduledRadius
+from lets_kernels import ASAM, LETSSAM, SAM, AutoRadius, LearnedRadius, LossEquated, ScheduledRadius
 from lets_kernels.parts.radius import Radius
 
 RHO = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -71,7 +71,7 @@ FAMILIES = {
         Family("sam", 2, lambda s, rho: s.sam(rho), RHO, "radius"),
         Family("sam-ramp", 2, _ramp, RHO, "radius"),
         Family("asam", 2, lambda s, rho: s.sam(rho, ASAM), ADAPTIVE_RHO, "radius"),
-        Family("loss-equated", 2, lambda s, rise: s.sam(LossEquated(rise, rho_max=0.2)), RISES, "setting"),
+        Family("loss-equated", 2, lambda s, rise: s.sam(rise, length=LossEquated(rho_max=0.2)), RISES, "setting"),
         Family("auto", 2, lambda s, rho: s.sam(AutoRadius(rho)), STARTS),
         Family("auto-asam", 2, lambda s, rho: s.sam(AutoRadius(rho), ASAM), (0.005,)),
         Family("auto-shuffled", 2, lambda s, rho: s.sam(Shuffled(rho, seed=s.seed)), (0.005,)),

@@ -66,7 +66,7 @@ class Trial:
     """One step's perturbation and the gradients around it.
 
     ``ascents`` holds the perturbations. ``lr`` and ``rho`` have an entry for each param group, every other list has one
-    for each bucket.
+    for each bucket. ``rho`` is the length of ε; where it is not the radius, ``lr`` contains ∂ log length/∂ log radius.
     """
 
     buckets: list[Bucket]

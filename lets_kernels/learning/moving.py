@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from lets_kernels.parts.direction import Direction
-from lets_kernels.parts.passes import Gradients
+from lets_kernels.parts.passes import Gradients, Moment
 from lets_kernels.parts.radius import Radius
 from lets_kernels.parts.samples import Samples
 
@@ -39,7 +39,7 @@ class MovingRadius(Radius):
     def shared(self) -> bool:
         return not self.per_group
 
-    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+    def value(self, index: int, group: dict[str, Any], moment: Moment) -> float | Tensor:
         group["rho"] = self._log(index if self.per_group else 0).exp()
         return group["rho"]
 

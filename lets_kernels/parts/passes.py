@@ -193,6 +193,25 @@ class FirstPass:
         return self.random.at(bucket.device, bucket.part), bucket.index * _STREAMS + purpose
 
 
+@dataclass
+class Moment:
+    """What a schedule and a radius can use of the present step."""
+
+    step: int  # from 0
+    random: Randomness
+    first: FirstPass | None  # None if there is no first gradient yet
+    loss: Tensor | None = None  # of the first pass on this rank, 0-d, if the optimizer has seen it
+
+    def uniform(self) -> float:
+        """A random number in [0, 1): the same on all ranks, and again the same if the step is taken again."""
+        return self.random.uniform(self.step, 0)
+
+    def squared_norm(self) -> float:
+        """‖g‖² over all parameters and ranks. Waits for the device; ``first.squared_norm`` does not."""
+        assert self.first is not None
+        return float(self.first.squared_norm)
+
+
 def displacements(runs: Iterable[Runs], held: Held, count: int, home: torch.device) -> Tensor:
     """This rank's shares of g·Δ and Δ·Δ, for the mean over ranks. Δ is how far the weights have moved.
 

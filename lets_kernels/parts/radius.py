@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lets_kernels.parts.part import at_least_one
+from lets_kernels.parts.part import at_least_one, share
+from lets_kernels.parts.passes import Moment
 
 
 class RadiusWarning(UserWarning):
@@ -60,8 +61,11 @@ class Radius:
         """Called when groups are set or added; each group has its ``rho``."""
         self.check_groups(groups)
 
-    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
-        """ρ of one group at step number ``step`` (from 0): a float or a 0-d tensor."""
+    def value(self, index: int, group: dict[str, Any], moment: Moment) -> float | Tensor:
+        """ρ of one group at the present step: a float, or a 0-d tensor on any device.
+
+        ``moment`` has the step's number and, on the device, the first gradients with ‖g‖² and the loss.
+        """
         raise NotImplementedError
 
     def present(self, index: int, group: dict[str, Any]) -> float | Tensor:
@@ -114,7 +118,7 @@ class ConstantRadius(Radius):
     def __init__(self, rho: float) -> None:
         self.rho = check_rho(rho)
 
-    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+    def value(self, index: int, group: dict[str, Any], moment: Moment) -> float | Tensor:
         rho = group["rho"]
         if isinstance(rho, Tensor) and rho.device.type != "cpu":
             return rho.detach().reshape(())
@@ -142,8 +146,8 @@ class ScheduledRadius(Radius):
         if any(float(group["rho"]) not in (self.rho, self._present) for group in groups):
             raise ValueError("a group has its own rho, but a scheduled radius is the same for all groups")
 
-    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
-        group["rho"] = self._present = check_rho(self.schedule(step))
+    def value(self, index: int, group: dict[str, Any], moment: Moment) -> float | Tensor:
+        group["rho"] = self._present = check_rho(self.schedule(moment.step))
         return self._present
 
     def not_capturable(self) -> str | None:
@@ -161,6 +165,23 @@ class ScheduledRadius(Radius):
     def cosine(cls, start: float, end: float, steps: int) -> "ScheduledRadius":
         """From ``start`` to ``end`` along half a cosine over ``steps`` steps, ``end`` from then on."""
         return cls(_Ramp(check_rho(start), check_rho(end), steps, cosine=True))
+
+    @classmethod
+    def trapezoid(cls, rho: float, steps: int, *, warmup: float = 0.05, decay: float = 0.2) -> "ScheduledRadius":
+        """Up to ``rho`` in equal parts, constant, and down to 0 along half a cosine; 0 from then on.
+
+        The first step has one part, not 0.
+
+        Args:
+            rho: the radius between the two.
+            steps: the number of steps of the whole training.
+            warmup: the share of ``steps`` for the rise, in [0, 1].
+            decay: the share of ``steps`` for the fall; with ``warmup`` at most 1.
+
+        Raises:
+            ValueError: a share is outside of [0, 1], or both together are more than 1.
+        """
+        return cls(_Trapezoid(check_rho(rho), steps, warmup, decay))
 
 
 class LearningRateRadius(Radius):
@@ -204,7 +225,7 @@ class LearningRateRadius(Radius):
                 raise ValueError(f"lr_max must be above lr_min, but is {top}, and lr_min is {self.lr_min}")
             self._highest.append(top)
 
-    def value(self, index: int, group: dict[str, Any], step: int) -> float | Tensor:
+    def value(self, index: int, group: dict[str, Any], moment: Moment) -> float | Tensor:
         lr, top = group["lr"], self._highest[index]
         done: float | Tensor
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
@@ -245,3 +266,20 @@ class _Ramp:
         if self.cosine:
             done = (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * done
+
+
+class _Trapezoid:
+    """A schedule that can be pickled."""
+
+    def __init__(self, rho: float, steps: int, warmup: float, decay: float) -> None:
+        self.rho, self.steps = rho, at_least_one(steps, "steps")
+        self.rise, self.fall = share(warmup, "warmup") * steps, share(decay, "decay") * steps
+        if self.rise + self.fall > steps:
+            raise ValueError(f"warmup and decay must be at most 1 together, not {warmup} and {decay}")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.steps:
+            return 0.0
+        left = (self.steps - step) / self.fall if self.fall else 1.0
+        down = (1 - math.cos(math.pi * min(left, 1.0))) / 2
+        return self.rho * min((step + 1) / self.rise if self.rise else 1.0, 1.0) * down

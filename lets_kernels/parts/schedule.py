@@ -1,30 +1,10 @@
 """Which steps perturb: the schedule part of a method."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-from lets_kernels.around.randomness import Randomness
 from lets_kernels.parts.part import Part, at_least_one, share
-from lets_kernels.parts.passes import FirstPass
-
-
-@dataclass
-class Moment:
-    """What a schedule can use when it decides whether a step perturbs."""
-
-    step: int  # from 0
-    random: Randomness
-    first: FirstPass | None  # None if there is no first gradient yet
-
-    def uniform(self) -> float:
-        """A random number in [0, 1): the same on all ranks, and again the same if the step is taken again."""
-        return self.random.uniform(self.step, 0)
-
-    def squared_norm(self) -> float:
-        """‖g‖² over all parameters and ranks. Waits for the device."""
-        assert self.first is not None
-        return float(self.first.squared_norm)
+from lets_kernels.parts.passes import Moment
 
 
 class Schedule(Part):

@@ -12,10 +12,9 @@ from lets_kernels.around.amp import unscale_by
 from lets_kernels.around.publication import Publication
 from lets_kernels.base.foreign import own_step
 from lets_kernels.learning.hypergradient import Trial
-from lets_kernels.parts.passes import FirstPass
+from lets_kernels.parts.passes import Moment
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.radius import RadiusWarning
-from lets_kernels.parts.schedule import Moment
 from lets_kernels.space.shards import versions
 from lets_kernels.step.capture import check_same_graph
 from lets_kernels.step.convention import Convention
@@ -152,12 +151,12 @@ class Engine:
 
     # ---- the first half ----------------------------------------------------------------------------------------------
 
-    def _decide(self, first: FirstPass | None) -> bool:
+    def _decide(self, moment: Moment) -> bool:
         """Whether the present step perturbs."""
         known, schedule, progress = self.now.decision, self.work.setting.schedule, self.work.progress
         # A schedule that looks at the gradient is asked once a first pass. A step that is begun again has a new one.
         if known is None or known[0] != progress.step or schedule.looks_at_gradient:
-            known = progress.step, schedule.decide(Moment(progress.step, progress.random, first))
+            known = progress.step, schedule.decide(moment)
             self.now.decision = known
         return known[1]
 
@@ -166,7 +165,7 @@ class Engine:
         self.now.started = False
         if self.work.setting.direction.starts:
             self.work.tables.agreed()  # the schedule may draw random numbers
-            if self._decide(None):
+            if self._decide(Moment(self.work.progress.step, self.work.progress.random, None)):
                 self._forget_lesson()
                 self.now.start = start = Start(self.work)
                 start.move()

@@ -64,8 +64,9 @@ def _check(s: Setting) -> None:
         reason = f"{type(s.schedule).__name__} decides by the gradient of the whole batch"
     elif not s.direction.needs_gradient:
         reason = f"{type(s.direction).__name__} perturbs all micro-batches alike, so accumulate them in one closure"
-    elif s.direction.remembers:
-        reason = f"{type(s.direction).__name__} remembers one first gradient a step"
+    elif s.direction.remembers or s.length.remembers:
+        what = type(s.direction if s.direction.remembers else s.length).__name__
+        reason = f"{what} remembers one first gradient a step"
     elif s.samples.per_sample:
         reason = f"{type(s.samples).__name__} looks at the samples of one batch"
     if reason is not None:

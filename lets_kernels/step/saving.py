@@ -20,6 +20,11 @@ KEY = "lets_kernels"
 _PARTS = ("direction", "schedule", "descent")
 
 
+def _parts(w: Workspace) -> tuple[str, ...]:
+    """The parts that have an entry: the length only if it keeps something, since older states have none."""
+    return (*_PARTS, "length") if w.setting.length.state_dict() else _PARTS
+
+
 def saved(e: Engine) -> dict[str, Any]:
     """The base optimizer's state and groups, with our own state as a further entry and inside the first group."""
     w = e.work
@@ -35,7 +40,7 @@ def saved(e: Engine) -> dict[str, Any]:
 
 def own_state(w: Workspace) -> dict[str, Any]:
     """Our own state: radius, parts and counters."""
-    parts = {name: getattr(w.setting, name).state_dict() for name in (*_PARTS, "radius")}
+    parts = {name: getattr(w.setting, name).state_dict() for name in (*_parts(w), "radius")}
     own = {**parts, **w.progress.state_dict()}
     if w.setting.held:  # without held tensors the entry is left out
         held = [w.progress.held.state.get(p, {}) for p in w.params()]
@@ -53,7 +58,7 @@ def _check_own(w: Workspace, own: Any, groups: Sequence[dict[str, Any]]) -> None
         check_keys(own[carried.KEPT], present[carried.KEPT], "the numbers of what is kept")
         for name, count in own[carried.KEPT].items():
             check_count(count, f"the number of parameters with {name}")
-    for part in _PARTS:
+    for part in _parts(w):
         check_part(own[part], getattr(w.setting, part).state_dict(), f"the {part}")
     w.progress.check_state_dict(own)
     w.setting.radius.check_state_dict(own["radius"])
@@ -146,6 +151,6 @@ def load(e: Engine, state_dict: dict[str, Any]) -> None:
     if own is not None:
         held_by.load(held, params)
         w.progress.load_state_dict(own)
-        for part in _PARTS:
+        for part in _parts(w):
             getattr(setting, part).load_state_dict(own[part])
         setting.radius.load_state_dict(own["radius"], w.groups)

@@ -12,6 +12,7 @@ from lets_kernels.learning.learned import LearnedRadius
 from lets_kernels.learning.moving import MovingRadius
 from lets_kernels.parts.descent import Descent
 from lets_kernels.parts.direction import Direction
+from lets_kernels.parts.length import Length
 from lets_kernels.parts.radius import Radius
 from lets_kernels.parts.samples import Samples
 from lets_kernels.parts.schedule import Schedule
@@ -20,12 +21,13 @@ from lets_kernels.space.distributed import ALONE, Replicas
 
 @dataclass(frozen=True)
 class Setting:
-    """The five parts of the method, and the options. None is replaced later; parts and network keep their own state."""
+    """The parts of the method, and the options. None is replaced later; parts and network keep their own state."""
 
     direction: Direction
     schedule: Schedule
     descent: Descent
     radius: Radius
+    length: Length
     samples: Samples
     network: Network
     replicas: Replicas
@@ -61,13 +63,18 @@ class Setting:
         """``ValueError`` where two parts of an optimizer, or a part and an option, contradict each other."""
         direction, schedule, descent = self.direction, self.schedule, self.descent
         synced = self.network.sync_perturbation
-        names = {part: type(part).__name__ for part in (direction, schedule, descent)}
+        length = self.length
+        names = {part: type(part).__name__ for part in (direction, schedule, descent, length)}
         if isinstance(self.radius, MovingRadius):
             self.radius.check_passes(synced, direction, self.samples)
         if self.rho_warmup and self.comparing is not None:
             raise ValueError("rho='auto' begins small by itself: leave rho_warmup out")
         if not direction.needs_gradient:
-            for part, wanted in ((descent, descent.holds_first), (schedule, schedule.looks_at_gradient)):
+            for part, wanted in (
+                (descent, descent.holds_first),
+                (schedule, schedule.looks_at_gradient),
+                (length, not length.fixed),
+            ):
                 if wanted:
                     raise ValueError(
                         f"{names[part]} needs a first gradient, and {names[direction]} takes none: a step has one pass "
@@ -95,12 +102,13 @@ class Setting:
                 f"sync_perturbation=False with {names[schedule]}: a step that does not perturb would go along each "
                 "rank's own gradient; perturb at every step (schedule=Always()), or leave it out"
             )
-        if not synced and direction.remembers:
-            raise ValueError(
-                f"sync_perturbation=False with {names[direction]}: it would keep an average or a mask of each rank's "
-                "own first gradients, but replicas must hold the same one, and a saved state can hold only one; leave "
-                "it out"
-            )
+        for one, remembers in ((direction, direction.remembers), (length, length.remembers)):
+            if not synced and remembers:
+                raise ValueError(
+                    f"sync_perturbation=False with {names[one]}: it would keep an average, a sum or a mask of each "
+                    "rank's own first gradients, but replicas must hold the same one, and a saved state can hold only "
+                    "one; leave it out"
+                )
         if not synced and descent.holds_first:
             raise ValueError(
                 f"sync_perturbation=False with {names[descent]}: it would combine each rank's own first gradient with "

@@ -12,7 +12,7 @@ from lets_kernels.base.guarded import guarded_step
 from lets_kernels.learning.hypergradient import Trial
 from lets_kernels.learning.moving import Observed
 from lets_kernels.parts.direction import Ascent, Perturbation
-from lets_kernels.parts.passes import FirstPass, Gradients, SecondPass, add_up, by_index, displacements, squared
+from lets_kernels.parts.passes import FirstPass, Gradients, Moment, SecondPass, add_up, by_index, displacements, squared
 from lets_kernels.parts.radius import radii
 from lets_kernels.space.buckets import Runs
 from lets_kernels.space.shards import versions
@@ -115,7 +115,7 @@ class Step:
             )
         return first
 
-    def prepare(self, decide: Callable[[FirstPass], bool], started: bool) -> None:
+    def prepare(self, decide: Callable[[Moment], bool], started: bool) -> None:
         """Let a radius that has waited learn, and find the perturbation of a step that perturbs.
 
         Args:
@@ -132,7 +132,8 @@ class Step:
         first = self.work.first_pass(runs, keeps, setting.network.sync_perturbation)
         if setting.learning is not None and setting.learning.waits and direction.needs_gradient:
             self._complete(first)
-        self.perturbs = decide(first)
+        moment = Moment(progress.step, progress.random, first, self.loss)
+        self.perturbs = decide(moment)
         if direction.starts and self.perturbs and not started:
             raise RuntimeError(
                 f"{type(direction).__name__} takes the first gradients at moved weights: put the first forward and "
@@ -158,15 +159,23 @@ class Step:
         #: gradients of its pass is not.
         self.totals = [found.total]
         share = setting.rho_share(progress.step) if setting.rho_warmup else 1.0
-        #: ρ of each group, and of each bucket's parameters.
+        length = setting.length
+        norm = self.total if length.fixed else self._norm()
+        if self.perturbs and not length.fixed:
+            length.begin(norm)
+        #: ρ of each group, and of each bucket's parameters: the length of ε.
         self.radii: dict[int, float | Tensor] = {}
         one: float | Tensor | None = None
         self.rho = []
         for b in self.buckets:
             for g in b.present:
                 if g not in self.radii:
-                    rho = radius.value(g, first.groups[g], progress.step) if one is None else one
-                    self.radii[g] = rho if share == 1 or one is not None else rho * share
+                    if one is None:
+                        rho = radius.value(g, first.groups[g], moment)
+                        rho = rho if share == 1 else rho * share
+                        self.radii[g] = rho if length.fixed else length.of(rho, norm)
+                    else:
+                        self.radii[g] = one
                     one = self.radii[g] if radius.shared else None
             self.rho.append(b.numbers(self.radii))
         self.gate, self.gated = torch.ones_like(self.total), False
@@ -344,7 +353,11 @@ class Step:
         return values[0] if len(values) == 1 else torch.stack(values)
 
     def _trial(self, hats: list[Gradients], stepped: list[Gradients]) -> Trial:
-        groups = self.work.groups
+        groups, length = self.work.groups, self.work.setting.length
+        lr = [g["lr"].clone().reshape(()) if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+        rho = radii([self.radii.get(g, 0.0) for g in range(len(groups))])
+        if not length.fixed:
+            lr = [rate * length.slope(r) for rate, r in zip(lr, rho, strict=True)]
         return Trial(
             buckets=self.buckets,
             ascents=self.perturbation.ascents,
@@ -352,13 +365,18 @@ class Step:
             perturbed=hats,
             stepped=stepped,
             total=self.total,
-            lr=[g["lr"].clone().reshape(()) if isinstance(g["lr"], Tensor) else g["lr"] for g in groups],
-            rho=radii([self.radii.get(g, 0.0) for g in range(len(groups))]),
+            lr=lr,
+            rho=rho,
             gate=self.gate,
             slope=self.work.setting.descent.slope,
             captured=self.captured,
             versions=[(g, g._version) for h in hats for g in h.values()],
         )
+
+    def _norm(self) -> Tensor:
+        """The dual norm of what the perturbation goes along: float64, 0-d."""
+        norm = self.perturbation.norm
+        return self.total.pow(1 / self.work.setting.direction.q) if norm is None else norm
 
     def metrics(self) -> dict[str, Tensor]:
         """For :meth:`SAM.metrics`."""
@@ -366,9 +384,9 @@ class Step:
         if len(self.totals) > 1 or self.totals[0] is not self.total:  # totals of several passes, or means over ranks
             norm = torch.stack(self.totals).mean().pow(1 / q)
         else:
-            norm = self.total.pow(1 / q) if self.perturbation.norm is None else self.perturbation.norm
+            norm = self._norm()
         found = {"grad_norm": norm} if setting.direction.needs_gradient else {}
-        if setting.rho_warmup:
+        if setting.rho_warmup or not setting.length.fixed:
             found["applied_rho"] = self._applied()
         if self.hats:
             found["perturbed_grad_norm"] = self.hats[0].sqrt()

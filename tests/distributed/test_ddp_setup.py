@@ -155,10 +155,11 @@ NOT_ALONE = {
     "rgsam": "combine each rank's own first gradient",
     "norm-penalty": "combine each rank's own first gradient",
     **dict.fromkeys(ONE_PASS, "is about the first of two passes"),
-    "friendly": "keep an average or a mask",
-    "vasso": "keep an average or a mask",
-    "sparse": "keep an average or a mask",
-    "bsam": "keep an average or a mask",
+    "friendly": "keep an average, a sum or a mask",
+    "vasso": "keep an average, a sum or a mask",
+    "sparse": "keep an average, a sum or a mask",
+    "bsam": "keep an average, a sum or a mask",
+    "lightsam": "keep an average, a sum or a mask",
 }
 
 

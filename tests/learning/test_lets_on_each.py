@@ -52,6 +52,9 @@ METHODS = {
     "friendly": (method(lk.FriendlySAM, sigma=0.7), EXACT, EXACT),
     "friendly-update-first": (method(lk.FriendlySAM, sigma=0.7, update_first=True), EXACT, EXACT),
     "vasso": (method(lk.VaSSO, theta=0.4), EXACT, EXACT),
+    "le-sam": (method(lk.LESAM, rho_max=1.0), EXACT, EXACT),
+    "usam": (method(lk.USAM, lam=0.3), EXACT, EXACT),
+    "lightsam": (method(lk.LightSAM), EXACT, EXACT),
     "esam": (method(lk.ESAM, beta=0.6), EXACT, WARNED),
     "esam-tensor": (method(lk.ESAM, beta=0.8, granularity="tensor", gamma=1.0), EXACT, EXACT),
     "delta": (method(lk.DeltaSAM), EXACT, WARNED),
@@ -216,6 +219,9 @@ def scales_of(name, weights, along):
     return [torch.ones_like(v) for v in along]
 
 
+LENGTHS = ("le-sam", "usam", "lightsam")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_along_the_training_gradient_as_algorithm_1_prints_it(name):
     """ε̂ is then the direction of ḡ_tr, whatever the method perturbed along, over the tensors that were perturbed."""
@@ -247,4 +253,6 @@ def test_along_the_training_gradient_as_algorithm_1_prints_it(name):
     terms = zip(val, train, hat, directions, strict=True)
     slope = 0.7 if name == "penalty" else 1.0
     expected = -LR * slope * gap * sum(((v - t) * h * h * d).sum() for v, t, h, d in terms)
+    if name in LENGTHS:  # ε has another length than ρ: that of the step
+        expected *= problem.opt.metrics()["applied_rho"] / RHO
     torch.testing.assert_close(problem.opt.metrics()["rho_grad"], expected, rtol=1e-12, atol=0)

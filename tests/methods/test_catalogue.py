@@ -91,7 +91,7 @@ def test_every_default_of_the_signature_says_whose_it_is_and_no_other(method):
 def test_a_constructor_takes_its_parts_and_its_first_row_its_defaults(method):
     """The parts are those in which the optimizer differs from plain SAM; what the first row shows is the defaults."""
     opt, plain = Line(method, method.rows[0]).opt, lk.SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1)
-    parts = [(o.direction, o.schedule, o.descent, o.samples, o.radius) for o in (opt, plain)]
+    parts = [(o.direction, o.schedule, o.descent, o.samples, o.radius, o.length) for o in (opt, plain)]
     others = {type(mine) for mine, its in zip(*parts, strict=True) if type(mine) is not type(its)}
     if type(opt.direction) is lk.Adaptive and opt.direction.defaults != plain.direction.defaults:
         others.add(lk.Adaptive)

@@ -18,6 +18,7 @@ COUNTED = {
     lk.AESAM: ("schedule.mean", "schedule.variance"),
     lk.AELookSAM: ("schedule.mean", "schedule.variance"),
     lk.BSAM: (".precision",),
+    lk.LightSAM: ("length.sum",),
 }
 
 

@@ -81,6 +81,7 @@ def test_the_closure_is_called_as_often_as_needed_and_gradients_are_counted(name
 # What goes by one micro-batch after the other. The others remember one first gradient a step, or look at the batch.
 def goes_one_by_one(opt):
     remembers = opt.direction.remembers or opt.descent.holds_first or opt.schedule.looks_at_gradient
+    remembers = remembers or opt.length.remembers
     return opt.direction.needs_gradient and not (remembers or opt.samples.per_sample)
 
 
@@ -88,7 +89,13 @@ ONE_BY_ONE = [n for n in FAMILY if goes_one_by_one(build(n, Task(steps=1)))]
 
 
 def test_those_that_go_by_micro_batches_are_those_that_should():
-    assert {FAMILY[n].cls for n in ONE_BY_ONE if n in TUNED} == {lk.RST, lk.RSAM, lk.FisherSAM}
+    assert {FAMILY[n].cls for n in ONE_BY_ONE if n in TUNED} == {
+        lk.RST,
+        lk.RSAM,
+        lk.FisherSAM,
+        lk.LESAM,
+        lk.USAM,
+    }
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
@@ -145,12 +152,12 @@ def test_a_first_pass_at_the_weights_themselves_is_refused(name):
     assert all(map(torch.equal, task.bits(), before))
 
 
-REMEMBER = (lk.FriendlySAM, lk.VaSSO, lk.BSAM, lk.SparseSAM, lk.AESAM, lk.AELookSAM)
+REMEMBER = (lk.FriendlySAM, lk.VaSSO, lk.BSAM, lk.SparseSAM, lk.AESAM, lk.AELookSAM, lk.LightSAM)
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_step_that_is_given_up_is_taken_again_with_the_same_draws(name):
-    """An error in the second pass leaves the weights and the base optimizer as they were. Averages, precisions
+    """An error in the second pass leaves the weights and the base optimizer as they were. Averages, sums, precisions
     and AE-SAM's mean have counted the gradient, and a mask has been selected by it, as their docstrings say; what has
     no such memory takes the step as if nothing had been."""
     task, twin = Task(steps=1), Task(steps=1)
@@ -176,7 +183,7 @@ def test_a_step_that_is_given_up_is_taken_again_with_the_same_draws(name):
     assert all(map(torch.equal, task.bits(), before))
     opt.step(inner)
     take(other, twin.net, batch)
-    remembers = opt.direction.remembers or opt.schedule.looks_at_gradient
+    remembers = opt.direction.remembers or opt.schedule.looks_at_gradient or opt.length.remembers
     assert remembers == (FAMILY[name].cls in REMEMBER)
     if not remembers or name == "sparse":  # whose one selection stays, and is the same
         assert_same(held(opt), held(other))

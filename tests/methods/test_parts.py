@@ -1,4 +1,4 @@
-"""A method is four parts: each can be one's own, and plugs in without the optimizer knowing its name."""
+"""A method is made of parts: each can be one's own, and plugs in without the optimizer knowing its name."""
 
 import math
 
@@ -40,8 +40,8 @@ class Half(lk.Descent):
 class Harmonic(lk.Radius):
     rho = 1.0
 
-    def value(self, index, group, step):
-        return 1.0 / (1 + step)
+    def value(self, index, group, moment):
+        return 1.0 / (1 + moment.step)
 
 
 def transcription(toy, steps, perturbs=lambda t: True, sign=False, half=False, rho=lambda t: 0.5, lr=0.1):

@@ -63,6 +63,21 @@ GROUPS = [
         ],
     ),
     (
+        "lets_kernels/parts/length.py",
+        "tests/methods/test_lengths.py",
+        [
+            ("rho / norm, 0.0)", "rho * norm, 0.0)"),
+            (".clamp(max=self.rho_max)", ""),
+            ("(length < self.rho_max).to(length.dtype)", "torch.ones_like(length)"),
+            ("torch.where(torch.isfinite(norm), rho / norm, 0.0)", "(rho / norm)"),
+            ("((1 - self.lam) *", "(self.lam *", TEN.format("usam")),
+            ("torch.where(torch.isfinite(squared), squared, 0.0)", "squared"),
+            ("norm / self._sum.sqrt()", "norm / self._sum", TEN.format("lightsam")),
+            ("self.eps**2", "self.eps", TEN.format("lightsam")),
+            ('self._sum.fill_(float(state["sum"]))', "pass"),
+        ],
+    ),
+    (
         "lets_kernels/parts/samples.py",
         TEN.format("esam or delta"),
         [

@@ -256,7 +256,7 @@ ALONE = {
     **dict.fromkeys(family.ONE_PASS, "perturbs all micro-batches alike"),
     "esam": "looks at the samples",
     "delta-sam": "looks at the samples",
-    **dict.fromkeys(("friendly", "vasso", "sparse", "bsam"), "remembers one first gradient"),
+    **dict.fromkeys(("friendly", "vasso", "sparse", "bsam", "lightsam"), "remembers one first gradient"),
 }
 
 

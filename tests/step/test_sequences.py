@@ -566,7 +566,13 @@ class Machine(RuleBasedStateMachine):
         if shape == "older":
             opt.zero_grad()
             plan.make(self.params)
-            asks = self.made_by_closures or opt.direction.remembers or waits(opt) or not opt.schedule.capturable
+            asks = (
+                self.made_by_closures
+                or opt.direction.remembers
+                or opt.length.remembers
+                or waits(opt)
+                or not opt.schedule.capturable
+            )
             said = {"first_backward": True} if asks else {}  # else one call more would find it out, once
             return opt.step(adding, *val, **said)
         opt.zero_grad()

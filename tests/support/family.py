@@ -61,6 +61,9 @@ FAMILY = {
     "norm-penalty": Member(lk.GradientNormPenalty, {"rho": 0.1, "alpha": 0.8}, papers.norm_penalty),
     "rsam": Member(lk.RSAM, {"rho": 0.1, **START}, papers.rsam, {"transposed": TRANSPOSED}),
     "rsam-std": Member(lk.RSAM, {"rho": 0.1, **START, "noise_scale": "std"}, papers.rsam, {"transposed": TRANSPOSED}),
+    "le-sam": Member(lk.LESAM, {"rho": 0.1, "rho_max": 0.12}, papers.le_sam),
+    "usam": Member(lk.USAM, {"rho": 0.1, "lam": 0.3}, papers.usam),
+    "lightsam": Member(lk.LightSAM, {"rho": 0.3, "eps": 0.5}, papers.lightsam),
     "random-sam": Member(lk.RandomSAM, {"rho": 0.3}, papers.random_sam),
     "friendly": Member(lk.FriendlySAM, {"rho": 0.1, "sigma": 0.8, "decay": 0.7}, papers.friendly),
     "friendly-text": Member(
@@ -110,6 +113,7 @@ COUNTED = {
     "bsam": {"precision"},
     "aesam": {"schedule.mean", "schedule.variance"},
     "aelooksam": {"schedule.mean", "schedule.variance"},
+    "lightsam": {"length.sum"},
 }
 
 
@@ -253,8 +257,9 @@ def held(opt):
     for i, entry in saved["state"].items():
         found |= {f"{i}.{k}": v.clone() for k, v in entry.items() if torch.is_tensor(v)}
     found |= {f"radius.{k}": torch.as_tensor(v).clone() for k, v in numbers(saved["lets_kernels"]["radius"]).items()}
-    for part in ("direction", "schedule", "descent", "random"):
-        found |= {f"{part}.{k}": torch.as_tensor(v).clone() for k, v in saved["lets_kernels"][part].items()}
+    for part in ("direction", "schedule", "descent", "length", "random"):
+        own = saved["lets_kernels"].get(part, {})  # a length that keeps nothing has no entry
+        found |= {f"{part}.{k}": torch.as_tensor(v).clone() for k, v in own.items()}
     return found
 
 

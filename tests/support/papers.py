@@ -171,6 +171,34 @@ def norm_penalty(run, rho, alpha):
         run.descend(lin((1 - alpha, g), (alpha, sam_gradient(run, batch, g, rho))))
 
 
+# -------------------------------------------------------------------------------------------------------- how far
+
+
+def le_sam(run, rho, rho_max):
+    """Wang et al. 2026: rho_t = min(sigma/||g||, rho_max); ``rho`` is sigma."""
+    for _, batch in run.steps():
+        g = run.grad(batch)
+        norm, radii = math.sqrt(dot(g, g)), rho if isinstance(rho, dict) else dict.fromkeys(g, rho)
+        run.descend(sam_gradient(run, batch, g, {k: min(sigma / norm, rho_max) for k, sigma in radii.items()}))
+
+
+def usam(run, rho, lam):
+    """Oikonomou & Loizou 2025: eps = rho (1 - lambda + lambda/||g||) g."""
+    for _, batch in run.steps():
+        g = run.grad(batch)
+        eps = lin((1 - lam + lam / math.sqrt(dot(g, g)), g))
+        run.descend(run.grad(batch, run.moved(rho, eps)))
+
+
+def lightsam(run, rho, eps=1e-8):
+    """Cheng et al. 2025, the ascent of LightSAM-I: eps = rho g/sqrt(u), u <- u + ||g||^2."""
+    u = eps**2
+    for _, batch in run.steps():
+        g = run.grad(batch)
+        u += float(dot(g, g))
+        run.descend(run.grad(batch, run.moved(rho, lin((1 / math.sqrt(u), g)))))
+
+
 # --------------------------------------------------------------------------------- which direction to perturb along
 
 
