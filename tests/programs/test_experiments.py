@@ -193,7 +193,7 @@ def test_the_first_order_rise_of_the_loss_is_the_one_asked_for(short):
             optimizer.zero_grad()
             optimizer.step(closure)
             # One rounding to float32 an addend of the norm, some 26,000 of them; far below the bound.
-            assert float(optimizer.rho) == pytest.approx(expected or rise / norm, rel=1e-4)
+            assert float(optimizer.metrics()["applied_rho"]) == pytest.approx(expected or rise / norm, rel=1e-4)
 
 
 def test_wrong_labels_are_exactly_that_share():
