@@ -1,9 +1,9 @@
-"""``python -m lets_kernels``: what runs here and why; ``methods``: all methods; ``demo``: train on real data;
-``bench``: what a step costs here, against other code that takes the same step, in two minutes.
-"""
+"""``lets-kernels``, or ``python -m lets_kernels``: what runs here, the methods, a demo, a benchmark."""
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -12,7 +12,7 @@ from lets_kernels import ops
 from lets_kernels.methods import catalogue
 
 
-def _report() -> None:
+def _info() -> None:
     print(f"lets_kernels {lets_kernels.__version__}, torch {torch.__version__}")
     for name, reason in lets_kernels.backends().items():
         print(f"  {name:<10} {reason}")
@@ -28,28 +28,60 @@ def _report() -> None:
             print(f"  not on {better}: {ops.refusal(better, device)}")
 
 
+def _demo(arguments: list[str]) -> int:
+    from lets_kernels.demo import cli
+
+    return cli.main(arguments)
+
+
+def _bench(arguments: list[str]) -> int:
+    from lets_kernels.bench import cli
+
+    return cli.main(arguments)
+
+
+#: Commands with options of their own, which ``--help`` after the command shows; they are imported when asked for.
+_PROGRAMS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "demo": (_demo, "train a small network with many radii, and draw what comes of it"),
+    "bench": (_bench, "what a step costs here, against other code that takes the same step"),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m lets_kernels", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["backends", "methods", "demo", "bench"], default="backends")
-    options = parser.parse_args(arguments[:1])
-    if options.command == "demo":
-        from lets_kernels.demo import cli as demo
-
-        return demo.main(arguments[1:])
-    if options.command == "bench":
-        from lets_kernels.bench import cli as bench
-
-        return bench.main(arguments[1:])
-    if arguments[1:]:
-        parser.error(f"unrecognized arguments: {' '.join(arguments[1:])}")
-    if options.command == "methods":
+    parser = argparse.ArgumentParser(
+        prog="lets-kernels",
+        description="Sharpness-aware training for PyTorch. Without a command: info.",
+        epilog="The same as a module: python -m lets_kernels COMMAND",
+    )
+    parser.add_argument("--version", action="version", version=f"lets_kernels {lets_kernels.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("info", help="which kernels run here, and why others do not")
+    commands.add_parser("methods", help="all methods: what they are made of, what they cost, whose their defaults are")
+    for name, (_, what) in _PROGRAMS.items():
+        commands.add_parser(name, help=what, add_help=False)
+    known = arguments[:1] if arguments[:1] and arguments[0] in _PROGRAMS else arguments
+    command = parser.parse_args(known).command
+    if command in _PROGRAMS:
+        return _PROGRAMS[command][0](arguments[1:])
+    if command == "methods":
         print(catalogue.text())
     else:
-        _report()
+        _info()
     return 0
 
 
+def run() -> int:
+    """:func:`main` as a program: quiet if whoever reads its output has seen enough (``lets-kernels methods | head``)."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 1
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

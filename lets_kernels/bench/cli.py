@@ -68,7 +68,7 @@ def _write(options: argparse.Namespace, settings: Settings, found: Findings, abo
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser = argparse.ArgumentParser(
-        prog="python -m lets_kernels bench",
+        prog="lets-kernels bench",
         description="What a SAM step costs outside forward and backward: this package, the SAM that most code uses, "
         "the best of eager PyTorch, and installed packages. Each is validated first, then all are timed in turn. "
         "This is for CPUs; for GPUs there is 'make gpu-check' in the repository.",

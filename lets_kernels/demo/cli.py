@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m lets_kernels demo",
+        prog="lets-kernels demo",
         description="Trains a small CNN on 8x8 digits with wrong labels: SGD, and SAM with radii that are fixed, find "
         "themselves or are learned (LETS). Prints a table, and writes a JSON file and a plot.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -139,9 +139,20 @@ class LearnedRadius(MovingRadius):
         self._optimizer_kwargs = {"lr": 1e-2, **optimizer_kwargs}
         self._step_nu = OwnStep()
         self.nu: list[Tensor] = []
-        self.optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
         self._pending: tuple[Trial, Observed | Summed | None] | None = None
         self._packed: dict[str, Any] | None = None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of ν, for an LR scheduler.
+
+        Raises:
+            RuntimeError: it is made when an optimizer is built with this radius, and none has been built yet.
+        """
+        if self._optimizer is None:
+            raise RuntimeError("build the optimizer first, SAM(..., rho=radius): with it the radius gets its own")
+        return self._optimizer
 
     @property
     def learns(self) -> bool:  # type: ignore[override]
@@ -154,13 +165,13 @@ class LearnedRadius(MovingRadius):
         for group in groups[len(self.nu) :] if self.per_group else groups[: 1 - len(self.nu)]:
             start = math.log(float(group["rho"]))
             nu = torch.tensor(start, dtype=torch.float64, device=device, requires_grad=True)
-            if self.optimizer is None:
-                self.optimizer = self._make_optimizer([nu], **{**self._optimizer_kwargs, **self._on(device)})
+            if self._optimizer is None:
+                self._optimizer = self._make_optimizer([nu], **{**self._optimizer_kwargs, **self._on(device)})
             else:
                 self.optimizer.add_param_group({"params": [nu]})
             self.nu.append(nu)
-        if self.optimizer is not None:
-            self._step_nu.make_state(self.optimizer)
+        if self._optimizer is not None:
+            self._step_nu.make_state(self._optimizer)
         self._publish(groups)
 
     def _on(self, device: torch.device) -> dict[str, bool]:
@@ -197,7 +208,6 @@ class LearnedRadius(MovingRadius):
 
     def to(self, device: torch.device) -> None:
         if self.nu and self.nu[0].device != device:
-            assert self.optimizer is not None
             for nu in self.nu:
                 nu.data, nu.grad = nu.detach().to(device), None
             self._load_optimizer(self.optimizer.state_dict())
@@ -340,7 +350,6 @@ class LearnedRadius(MovingRadius):
         return Summed(sums, seen.loss)
 
     def _learn(self, trial: Trial, val: Summed, train: Summed | None, groups: Groups, replicas: Replicas) -> None:
-        assert self.optimizer is not None
         sums = [s.to(nu.device) for s, nu in zip(val.sums, self.nu, strict=True)]
         if train is not None and train.sums:
             sums = [v - t for v, t in zip(sums, train.sums, strict=True)]
@@ -375,7 +384,6 @@ class LearnedRadius(MovingRadius):
 
     def state_dict(self) -> dict[str, Any]:
         """ν, the optimizer for ν, and the step that waits to be learned from, if there is one."""
-        assert self.optimizer is not None
         pending = self._packed
         if self._pending is not None:
             trial, val = self._pending
@@ -390,18 +398,15 @@ class LearnedRadius(MovingRadius):
         }
 
     def make_state(self) -> None:
-        assert self.optimizer is not None
         if isinstance(fused_by(self.optimizer), str):  # a fused optimizer's state was made with ν
             make_state(self.optimizer)
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
-        assert self.optimizer is not None
         super().check_state_dict(state)
         curvature = None if self.goes_along_train else self.curvature
         check_learned(state, self.nu, self.optimizer, self.learns, self.needs_vectors, curvature)
 
     def load_state_dict(self, state: dict[str, Any], groups: Groups) -> None:
-        assert self.optimizer is not None
         with torch.no_grad():
             for nu, value in zip(self.nu, state["nu"], strict=True):
                 nu.copy_(value)
@@ -412,7 +417,6 @@ class LearnedRadius(MovingRadius):
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Load the optimizer's state as torch does, with the options and the step counts that this device needs."""
-        assert self.optimizer is not None
         self.optimizer.load_state_dict(state)
         wanted = self._on(self.nu[0].device)
         for group in self.optimizer.param_groups:
