@@ -392,7 +392,8 @@ def test_the_json_has_every_number_with_what_it_means(ran):
     assert [one["step"] for one in found["comparisons"]] == ["SAM + SGD", "SAM + AdamW"]
     for one in found["comparisons"]:
         assert {row["contender"] for row in one["contenders"]} == {c.name for c in installed(full=False)[0]}
-        assert min(row["times_fastest"] for row in one["contenders"]) == 1.0
+        # Of pairs of rounds: where others disturb, another may be ahead of the one with the least median.
+        assert 1.0 in [row["times_fastest"] for row in one["contenders"]]
         assert one["tolerance"] == 1e-5 and one["elements"] == 15 and one["tensors"] == 2
         for row in one["contenders"]:
             assert 0 <= row["error"] <= one["tolerance"] and row["refused"] is None
