@@ -14,6 +14,7 @@ from lets_kernels.bench import own, report
 from lets_kernels.bench.clock import Budget, threads
 from lets_kernels.bench.compare import TOLERANCES
 from lets_kernels.bench.contenders import DEFAULT, installed
+from lets_kernels.bench.memory import free_bytes
 from lets_kernels.bench.run import Findings, Settings, expected, measure, needed_bytes, probe
 from lets_kernels.bench.shapes import Shape, resnet18, resnet50, vit_b16
 from lets_kernels.record import environment, write_json
@@ -78,7 +79,10 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("--dtype", default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)")
     count = torch.get_num_threads()
     parser.add_argument("--threads", type=int, default=count, help="default: torch's own, %(default)s")
-    full = "torch.compile'd code as well, and how a step grows with elements and tensors: a quarter of an hour"
+    full = (
+        "torch.compile'd code as well; how a step grows with elements, tensors and param groups; whole steps of SAM "
+        "and LETS on three small networks (or yours, with a batch), as multiples of two gradients: a quarter of an hour"
+    )
     parser.add_argument("--full", action="store_true", help=full)
     limit = f"at most about so long (default: {SECONDS:.0f}; with --full {FULL_SECONDS:.0f})"
     parser.add_argument("--seconds", type=float, help=limit)
@@ -114,9 +118,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
 def _check_memory(settings: Settings, contenders: int) -> None:
     """Refuses what would make the machine swap, which is no measurement."""
     needed = needed_bytes(settings, contenders)
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+    free = free_bytes()
     if free is not None and needed > free:
         raise MemoryError(
             f"{settings.model} with {contenders} contenders side by side needs about {needed / 2**30:.1f} GiB of "

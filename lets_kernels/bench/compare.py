@@ -1,13 +1,9 @@
 """One comparison: every contender takes the same three steps, and those that step as the oracle are timed in turn."""
 
-import contextlib
-import ctypes
-import gc
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +12,7 @@ from torch import Tensor
 from lets_kernels import ops
 from lets_kernels.bench.clock import CLOCK, LEAST_ROUNDS, Budget, Others, Timing, in_turn, threads, timings
 from lets_kernels.bench.contenders import Base, Contender, Stepper
+from lets_kernels.bench.memory import Memory
 from lets_kernels.bench.oracle import Oracle
 from lets_kernels.bench.shapes import Shape, normal, numel
 from lets_kernels.sam import SAM
@@ -31,7 +28,6 @@ TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 4 * tor
 LONG, LOSS = 2**22, 0.3 * 2**-29
 WEIGHT_SD, GRAD_SD = 0.02, 0.01
 RADIUS = 0.05 * WEIGHT_SD  # for every √element: ε is then 5 % of the weights, and an error in it shows
-LARGE_ENOUGH = 2**24  # bytes: below, the memory that a process holds says little about what it needs
 MANY_ROUNDS, SHORT = 500, 3.0  # of short rounds there are more, as long as they take no longer than this, in seconds
 COPY, STREAMED = "torch's copy_", "a streamed copy"
 
@@ -207,6 +203,7 @@ def _validated(
     expected = [oracle.perturbed(grads[0])]
     oracle.step(grads[1])
     expected.append(oracle.theta)
+    del oracle  # its momenta, which growth has no memory for
     right: dict[str, tuple[list[Tensor], Stepper]] = {}
     longest = 0.0  # of one contender, which its first round and the least number of others cost once more
     for contender in contenders:
@@ -263,41 +260,6 @@ def _three_steps(
     if isinstance(stepper, SAM) and not stepper.fused:
         raise RuntimeError(f"not fused: {stepper.fused_reason}")
     return stepper
-
-
-class Memory:
-    """The memory that this process takes from here on, where Linux tells and lets its peak be reset.
-
-    Args:
-        parameters: their bytes; for few, there is no answer.
-    """
-
-    STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def __init__(self, parameters: int) -> None:
-        self.before = 0
-        if parameters < LARGE_ENOUGH:
-            return
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # else what is free in the heap already would not show
-        with contextlib.suppress(OSError):
-            self.before = self._read("VmRSS")
-        self.reset()
-
-    def reset(self) -> None:
-        """The peak is what there is now."""
-        try:
-            self.RESET.write_text("5")
-        except OSError:
-            self.before = 0
-
-    def _read(self, key: str) -> int:
-        return next(int(x.split()[1]) * 1024 for x in self.STATUS.read_text().splitlines() if x.startswith(key))
-
-    def peak(self, known: int) -> int | None:
-        """Bytes at the peak since the reset, above those of the beginning and the ``known`` ones; None: not known."""
-        return max(0, self._read("VmHWM") - self.before - known) if self.before else None
 
 
 def _state_bytes(stepper: Any) -> int:

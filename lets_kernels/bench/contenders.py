@@ -33,6 +33,7 @@ class Base:
         moved: parameter-sized reads and writes of its step, fused.
         foreach_moved: those of its foreach step, if that is taken for bfloat16: torch 2.13's fused SGD on CPUs computes
             a wrong step there. None: fused for every dtype.
+        groups: into how many param groups the parameters are split, the first into the first, and so on in turn.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Base:
     options: dict[str, float]
     moved: int
     foreach_moved: int | None = None
+    groups: int = 1
 
     def fused(self, dtype: torch.dtype) -> bool:
         return dtype != torch.bfloat16 or self.foreach_moved is None
@@ -48,8 +50,21 @@ class Base:
         """The arguments, and with them which of torch's implementations steps."""
         return {**self.options, "fused" if self.fused(dtype) else "foreach": True}
 
+    def of(self, tensor: int) -> dict[str, float]:
+        """The options of this tensor: each group has its own learning rate, from all to half of that of the first,
+        and its own weight decay, from once to twice that.
+        """
+        at = tensor % self.groups / self.groups
+        scaled = {"lr": self.options["lr"] * (1 - at / 2), "weight_decay": self.options["weight_decay"] * (1 + at)}
+        return {**self.options, **scaled}
+
+    def split(self, params: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """The parameters in groups, with the options of each; no group is empty."""
+        count = min(self.groups, len(params))
+        return [{"params": list(params[i :: self.groups]), **self.of(i)} for i in range(count)]
+
     def __call__(self, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-        return self.kind(params, **self.how(params[0].dtype))
+        return self.kind(self.split(params), **self.how(params[0].dtype))
 
 
 #: SGD's foreach step: ĝ + λθ 3, μm 2, and two sums of 3.
@@ -82,7 +97,7 @@ class Contender:
 def ours(**options: Any) -> Callable[[list[Tensor], Base, float], Stepper]:
     def make(params: list[Tensor], base: Base, rho: float) -> Stepper:
         given: dict[str, Any] = {**base.options, **options}
-        return SAM(params, base.kind, rho, **given)
+        return SAM(base.split(params), base.kind, rho, **given)
 
     return make
 

@@ -36,9 +36,8 @@ class Oracle:
     def step(self, grads: Sequence[Tensor]) -> None:
         """The base optimizer's step, along ĝ."""
         self.steps += 1
-        o = self.base.options
         for i, (theta, g) in enumerate(zip(self.theta, grads, strict=True)):
-            m, g = self.first[i], g.double()
+            o, m, g = self.base.of(i), self.first[i], g.double()
             if self.base.name == "SGD":
                 m.mul_(o["momentum"]).add_(g + o["weight_decay"] * theta)
                 theta.sub_(o["lr"] * m)

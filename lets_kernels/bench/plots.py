@@ -1,4 +1,4 @@
-"""One PNG file: bars of each comparison and of whole training steps; with ``--full`` the roofline and growth too."""
+"""One PNG file: bars of each comparison and of whole steps; with ``--full`` multiples, the roofline and growth too."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,10 +11,13 @@ matplotlib.use("Agg")  # draws to files, needs no screen
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 from lets_kernels.bench.compare import Comparison
 from lets_kernels.bench.contenders import DEFAULT
-from lets_kernels.bench.report import counted, name_of
+from lets_kernels.bench.growth import Growth
+from lets_kernels.bench.multiples import LOOPED, PLAIN, UNIT, Multiples
+from lets_kernels.bench.report import counted, ms, name_of
 from lets_kernels.bench.run import Findings, Settings
 from lets_kernels.bench.training import Training
 
@@ -32,8 +35,10 @@ def write_plot(found: Findings, settings: Settings, path: Path) -> bool:
     """Whether there was anything to draw."""
     timed = [one for one in found.comparisons if one.order]
     trained = [one for one in found.training if one.rows()]
-    grown = [[one for one in part if one.order] for part in (found.sizes, found.counts)]
-    panels = len(timed) + len(trained) + sum(map(bool, grown)) + bool(grown[0] or grown[1])
+    multiples = [one for one in found.multiples if one.timings]
+    grown = {by: [one for one in part if one.order] for by, part in found.growth.parts.items()}
+    roofed = [*grown["elements"], *grown["tensors"]]
+    panels = len(timed) + len(trained) + len(multiples) + sum(map(bool, grown.values())) + bool(roofed)
     if not panels:
         return False
     columns = min(panels, 3)
@@ -44,11 +49,13 @@ def write_plot(found: Findings, settings: Settings, path: Path) -> bool:
         _bars(next(free), one)
     for training in trained:
         _shares(next(free), training)
-    if grown[0] or grown[1]:
-        _roofline(next(free), [*grown[0], *grown[1]])
-    for part, label in zip(grown, ("elements, in 161 tensors", "tensors, 25.6 M elements in all"), strict=True):
+    for whole in multiples:
+        _multiples(next(free), whole)
+    for by, part in grown.items():
         if part:
-            _growth(next(free), part, label)
+            _growth(next(free), by, part)
+    if roofed:
+        _roofline(next(free), roofed)
     for axes in free:
         axes.set_visible(False)
     figure.suptitle(
@@ -114,17 +121,40 @@ def _roofline(axes: Axes, comparisons: Sequence[Comparison]) -> None:
     _plain(axes, "both")
 
 
-def _growth(axes: Axes, comparisons: Sequence[Comparison], label: str) -> None:
-    by_count = label.startswith("tensors")
+def _multiples(axes: Axes, one: Multiples) -> None:
+    """Whole steps as multiples of two gradients, with a line at one."""
+    found, names = one.timings, [name for name in one.timings if name != UNIT]
+    times = [one.over(name, UNIT) or 0.0 for name in names]
+    axes.barh(names, times, color=[OTHERS if name in (PLAIN, LOOPED) else OURS for name in names])
+    for place, name in enumerate(names):
+        said = f"{times[place]:.2f}, {ms(found[name].median)} ms"
+        text = axes.annotate(said, (times[place], place), (4, 0), textcoords="offset points", va="center")
+        text.set_bbox({"color": "white", "pad": 0.5})
+    axes.axvline(1.0, color="0.4", linestyle="--", zorder=2)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.45 * max(times, default=1.0))
+    axes.set(title="A whole step, in times of two gradients")
+    axes.set_xlabel(
+        f"times two gradients ({ms(found[UNIT].median)} ms)\n{textwrap.fill(one.network, 46)}", fontsize="small"
+    )
+    _plain(axes, "x")
+
+
+def _growth(axes: Axes, by: str, comparisons: Sequence[Comparison]) -> None:
+    """Times by what grows. The legend says where a line ends before the last comparison."""
+    last = Growth.at(by, comparisons[-1])
     for name, style in LINES.items():
-        points = [
-            (len(one.shapes) if by_count else one.numel, 1e3 * one.timings[name].median)
-            for one in comparisons
-            if name in one.order
-        ]
+        points = [(Growth.at(by, one), 1e3 * one.timings[name].median) for one in comparisons if name in one.order]
         if points:
-            axes.plot(*zip(*points, strict=True), markerfacecolor="none", **style, label=name)
-    axes.set(title="Growth, SAM + SGD", xlabel=label, ylabel="ms", xscale="log", yscale="log")
+            end = points[-1][0]
+            label = name if end == last else f"{name} (up to {_short(end)})"
+            axes.plot(*zip(*points, strict=True), markerfacecolor="none", **style, label=label)
+    axes.set(title="Growth, SAM + SGD", ylabel="ms", xscale="log", yscale="log")
+    axes.set_xlabel(textwrap.fill(Growth.label(by), 46))
+    axes.xaxis.set_major_formatter(lambda x, _: _short(x))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.legend(frameon=False, fontsize="small")
     _plain(axes, "both")
 
@@ -132,3 +162,7 @@ def _growth(axes: Axes, comparisons: Sequence[Comparison], label: str) -> None:
 def _plain(axes: Axes, grid: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3, axis=grid)
+
+
+def _short(number: float) -> str:
+    return f"{number / 1e6:,.4g} M" if number >= 999_500 else f"{number:,.4g}"

@@ -11,6 +11,8 @@ import torch
 from lets_kernels.bench.clock import Timing
 from lets_kernels.bench.compare import COPY, STREAMED, Comparison
 from lets_kernels.bench.contenders import DEFAULT, LOOP, Contender
+from lets_kernels.bench.growth import Growth
+from lets_kernels.bench.multiples import OURS, UNIT, Multiples
 from lets_kernels.bench.run import Findings, Settings
 from lets_kernels.bench.training import Training
 
@@ -18,7 +20,8 @@ WIDTH = 118
 COPY_TARGET = 0.85  # of a copy's bandwidth
 HOST = 0.5  # below this share of a copy's bandwidth it is the host that takes the time
 DEFINITIONS = {
-    "median_ms": "a SAM step outside forward and backward, first_step and second_step: median of the rounds",
+    "median_ms": "a SAM step outside forward and backward, first_step and second_step: median of the rounds; in "
+    "training and multiples a whole step",
     "p20_ms, p80_ms": "20th and 80th percentile of the rounds",
     "times_fastest": "median over the rounds of this contender's time over that of the fastest one",
     "buffers": "parameter-sized reads and writes that the step has to make; bytes: the same in bytes; null: not known",
@@ -29,6 +32,10 @@ DEFINITIONS = {
     "error": "largest |weight - float64's| / max(|float64's|, rms of its tensor), at θ + ε and after three steps",
     "others_cores": "cores that other processes kept busy during the rounds",
     "share_outside": "of a whole training step, the share outside forward and backward",
+    "gradients, steps_a_round": "in multiples: forward and backward passes of a step, as counted; steps of a round, by "
+    "which its seconds are divided",
+    "times_two_gradients, times_sam": "in multiples: median over the rounds of a whole step's time over that of two "
+    "gradients without an optimizer, and over that of this package's SAM",
     "disturbed": "whether other processes were busier than the idle cores could bear; no target is judged then",
 }
 
@@ -66,11 +73,11 @@ def text(found: Findings, settings: Settings) -> str:
     ]
     parts += [comparison_text(one) for one in found.comparisons]
     parts += [training_text(one) for one in found.training]
-    if found.sizes:
-        parts.append(growth_text("ms of SAM + SGD by elements, in 161 tensors", found.sizes, by_count=False))
-    if found.counts:
-        parts.append(growth_text("ms of SAM + SGD by tensors, 25.6 M elements in all", found.counts, by_count=True))
-    parts += found.left_out
+    if found.multiples:
+        parts.append(multiples_head())
+    parts += [multiples_text(one) for one in found.multiples]
+    parts += [growth_text(by, part) for by, part in found.growth.parts.items() if part]
+    parts += [_wrapped(line) for line in found.left_out]
     if found.interrupted:
         parts.append("Interrupted: this is what had been measured by then.")
     return "\n\n".join(parts)
@@ -177,16 +184,47 @@ def training_text(one: Training) -> str:
     return "\n".join([_wrapped(head), table(rows) if rows else one.note or "not timed"])
 
 
-def growth_text(title: str, comparisons: Sequence[Comparison], by_count: bool) -> str:
+def multiples_head() -> str:
+    return _wrapped(
+        "Whole training steps with SGD as the base, as multiples of two gradients (forward and backward, twice, no "
+        "optimizer). The networks are small: the larger a batch, the smaller the part of a step that is outside its "
+        "gradients. 'gradients' are counted. LETS every tenth step is timed over ten steps, all others over one. The "
+        "first steps of SAM, and of LETS, were compared with the per-tensor loop's."
+    )
+
+
+def multiples_text(one: Multiples) -> str:
+    rows = [
+        {
+            "a whole training step": name,
+            "gradients": f"{one.gradients[name]:g}",
+            "ms": ms(t.median),
+            "p20 - p80": f"{ms(t.quantile(0.2))} - {ms(t.quantile(0.8))}",
+            **{f"of {unit}": _times_over(one.over(name, unit)) for unit in (UNIT, OURS)},
+        }
+        for name, t in one.timings.items()
+    ]
+    lines = [_wrapped(f"On {one.network}:"), table(rows) if rows else one.note or "not timed"]
+    lines += [f"{name}: {why}" for name, why in one.refused.items()]
+    if rows:
+        lines.append(f"{counted(one.rounds, 'round')}; other processes kept {one.others:.1f} cores busy.")
+    return "\n".join(lines)
+
+
+def _times_over(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def growth_text(by: str, comparisons: Sequence[Comparison]) -> str:
     rows: list[dict[str, str]] = []
     refused = []
     for one in comparisons:
-        what = f"{len(one.shapes):,}" if by_count else f"{one.numel:,}"
+        what = f"{Growth.at(by, one):,}"
         cells = {name: ms(t.median) for name, t in one.timings.items() if name in one.results}
-        rows.append({"tensors" if by_count else "elements": what, **cells})
-        refused += [f"{what}: {name}: {r.refused}" for name, r in one.results.items() if r.refused]
-        refused += [f"{what}: {one.note}"] if one.note else []
-    return "\n".join([title, table(rows), *refused])
+        rows.append({by: what, **cells})
+        refused += [f"{what} {by}: {name}: {r.refused}" for name, r in one.results.items() if r.refused]
+        refused += [f"{what} {by}: {one.note}"] if one.note else []
+    return "\n".join([f"ms of SAM + SGD by {Growth.label(by)}", table(rows), *refused])
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
@@ -219,10 +257,8 @@ def document(found: Findings, settings: Settings, environment: dict[str, Any]) -
         "definitions": DEFINITIONS,
         "comparisons": [_comparison(one) for one in found.comparisons],
         "training": [_training(one) for one in found.training],
-        "growth": {
-            "elements": [_comparison(one) for one in found.sizes],
-            "tensors": [_comparison(one) for one in found.counts],
-        },
+        "multiples": [_multiples(one) for one in found.multiples],
+        "growth": {by: [_comparison(one) for one in part] for by, part in found.growth.parts.items()},
         "left_out": found.left_out,
     }
 
@@ -252,6 +288,7 @@ def _comparison(one: Comparison) -> dict[str, Any]:
         "step": f"SAM + {one.base.name}",
         "dtype": name_of(one.dtype),
         "tensors": len(one.shapes),
+        "groups": one.base.groups,
         "elements": one.numel,
         "tolerance": one.tolerance,
         "contenders": rows,
@@ -267,6 +304,34 @@ def _comparison(one: Comparison) -> dict[str, Any]:
 def _training(one: Training) -> dict[str, Any]:
     rows = [{"contender": n, "median_ms": w * 1e3, "share_outside": s} for n, (w, s) in one.rows().items()]
     return {"network": one.network, "base": "SGD", "contenders": rows, "note": one.note or None}
+
+
+def _multiples(one: Multiples) -> dict[str, Any]:
+    rows = [
+        {
+            "method": name,
+            "gradients": one.gradients[name],
+            "steps_a_round": one.steps[name],
+            **_times(t),
+            **{
+                key: _rounded(one.over(name, unit))
+                for key, unit in (("times_two_gradients", UNIT), ("times_sam", OURS))
+            },
+        }
+        for name, t in one.timings.items()
+    ]
+    return {
+        "network": one.network,
+        "base": "SGD",
+        "methods": rows,
+        "refused": one.refused,
+        "others_cores": round(one.others, 2),
+        "note": one.note or None,
+    }
+
+
+def _rounded(ratio: float | None) -> float | None:
+    return None if ratio is None else round(ratio, 4)
 
 
 def _times(t: Timing) -> dict[str, Any]:

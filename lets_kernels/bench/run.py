@@ -1,4 +1,4 @@
-"""All of it in the time there is: the comparisons, whole training steps, and with ``--full`` how a step grows."""
+"""All of it in the time there is: the comparisons, whole training steps, and with ``--full`` multiples and growth."""
 
 import time
 import warnings
@@ -11,7 +11,9 @@ import torch
 from lets_kernels.bench.clock import Budget
 from lets_kernels.bench.compare import Comparison, Say, compare
 from lets_kernels.bench.contenders import ADAMW, DEFAULT, LOOP, SGD, Contender
-from lets_kernels.bench.growth import growth
+from lets_kernels.bench.growth import Growth, growth
+from lets_kernels.bench.multiples import Multiples, multiples
+from lets_kernels.bench.networks import networks
 from lets_kernels.bench.own import Own
 from lets_kernels.bench.shapes import Shape, normal, numel
 from lets_kernels.bench.training import Training, train
@@ -40,8 +42,8 @@ class Findings:
 
     comparisons: list[Comparison] = field(default_factory=list)
     training: list[Training] = field(default_factory=list)
-    sizes: list[Comparison] = field(default_factory=list)
-    counts: list[Comparison] = field(default_factory=list)
+    multiples: list[Multiples] = field(default_factory=list)
+    growth: Growth = field(default_factory=Growth)
     left_out: list[str] = field(default_factory=list)
     interrupted: bool = False
     seconds: float = 0.0
@@ -74,11 +76,13 @@ def _measure(settings: Settings, contenders: Sequence[Contender], found: Finding
     racing = [c for c in contenders if c.name in (DEFAULT, LOOP, eager) and c.name in first.order]
     if racing and budget.left() > 0:
         say("whole training steps")
-        train(racing, SGD, settings.own, budget, found.training, 0.3 if settings.full else 0.8)
+        network = networks(settings.own)[0]()
+        train(racing, SGD, network, budget, found.training, 0.15 if settings.full else 0.8)
     else:
         found.left_out.append("Whole training steps are left out: there was no time left for them")
     if settings.full:
-        growth(settings.dtype, budget, found.sizes, found.counts, say)
+        multiples(networks(settings.own), budget, found.multiples, 0.3, say=say)
+        growth(settings.dtype, budget, found.growth, found.left_out, say)
 
 
 def expected(settings: Settings, contenders: int, copy_rate: float, draw: float) -> float:

@@ -6,17 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lets_kernels.bench.clock import Budget, in_turn
 from lets_kernels.bench.contenders import Base, Contender
-from lets_kernels.bench.own import Own
-from lets_kernels.bench.resnet import ResNet18
+from lets_kernels.bench.networks import Network
 
 RHO = 0.05
-WIDTH, BATCH, SIDE = 16, 32, 32
 
 
 @dataclass
@@ -42,36 +38,22 @@ class Training:
         return {name: (gradients + step, step / (gradients + step)) for name, step in steps.items()}
 
 
-def stand_in() -> tuple[str, nn.Module, Callable[[nn.Module], Tensor]]:
-    """A ResNet-18 of a quarter of its width, for small images, and its loss on a batch."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = ResNet18(WIDTH)
-        images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(10, (BATCH,))
-    count = sum(p.numel() for p in net.parameters())
-    name = f"a stand-in: ResNet-18 of width {WIDTH} ({count:,} weights), {BATCH} images of {SIDE}x{SIDE}"
-    return name, net, lambda module: cross_entropy(module(images), labels)
-
-
 def train(
     contenders: Sequence[Contender],
     base: Base,
-    own: Own | None,
+    network: Network,
     budget: Budget,
     into: list[Training],
     share: float = 1.0,
     most: int = 15,
 ) -> Training:
     """Times whole steps in turn, each contender on a copy of the network; float32, or as the user's module has it."""
-    if own is None or own.batch is None:
-        name, net, loss_of = stand_in()
-    else:
-        net, loss_of = own.module, own.loss
-        name = f"your module ({sum(p.numel() for p in net.parameters()):,} weights)"
-    found = Training(name)
+    found = Training(network.name)
     into.append(found)
     found.outside = {c.name: [] for c in contenders}
-    runs = {c.name: _step(c, base, copy.deepcopy(net), loss_of, found.outside[c.name]) for c in contenders}
+    runs = {
+        c.name: _step(c, base, copy.deepcopy(network.module), network.loss, found.outside[c.name]) for c in contenders
+    }
     start = budget.used()
     in_turn(runs, {name: [] for name in runs}, 1)
     rounds = budget.rounds(budget.used() - start, share, most)

@@ -1,7 +1,9 @@
 """``python -m lets_kernels bench``: who is timed, what is refused, what it prints and writes, and how long it takes."""
 
+import dataclasses
 import io
 import json
+import math
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from lets_kernels import __main__ as program
-from lets_kernels.bench import cli, eager, growth, own, report, run
+from lets_kernels.bench import cli, eager, growth, multiples, networks, own, report, run
 from lets_kernels.bench import compare as comparing
 from lets_kernels.bench.clock import LEAST_ROUNDS, Budget, in_turn, timings
 from lets_kernels.bench.compare import TOLERANCES, compare, error
@@ -20,6 +22,7 @@ from lets_kernels.bench.run import Findings, Settings, expected, measure
 from lets_kernels.bench.shapes import normal, numel, resnet18, resnet50, vit_b16
 
 SHAPES = [(8, 5), (5,), (), (3, 4, 2)]
+GROUPED = dataclasses.replace(SGD, groups=3)
 MINE = """
 import torch
 
@@ -83,13 +86,13 @@ def contender(name, kind, **options):
 # ---- validation
 
 
-@pytest.mark.parametrize("base", [SGD, ADAMW], ids=lambda base: base.name)
+@pytest.mark.parametrize("base", [SGD, ADAMW, GROUPED], ids=lambda base: f"{base.name}-{base.groups}")
 def test_the_oracle_steps_as_torch_does_in_float64(base):
     """Torch's own loops in float64, at θ + ε by the formula: the same but for the order of a handful of operations."""
     start, grads = normal(SHAPES, 0.02, 0), normal(SHAPES, 0.01, 1)
     oracle = Oracle(start, base, rho=0.3)
     theirs = [p.double().requires_grad_() for p in start]
-    optimizer = base.kind(theirs, **base.options, foreach=False)
+    optimizer = base.kind(base.split(theirs), **base.options, foreach=False)
     for _ in range(3):
         total = sum(float(g.double().square().sum()) for g in grads) ** 0.5
         moved = [p.detach() + 0.3 * g.double() / total for p, g in zip(theirs, grads, strict=True)]
@@ -100,6 +103,23 @@ def test_the_oracle_steps_as_torch_does_in_float64(base):
         oracle.step(grads)
         assert error(oracle.theta, theirs) < 1e-13
     assert error(start, normal(SHAPES, 0.02, 0)) == 0.0
+
+
+def test_every_group_has_its_own_learning_rate_and_weight_decay():
+    params = normal([(2,)] * 7, 1.0, 0)
+    groups, places = GROUPED.split(params), {id(p): i for i, p in enumerate(params)}
+    assert [[places[id(p)] for p in group["params"]] for group in groups] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.1 * 5 / 6, 0.1 * 4 / 6])
+    assert [group["weight_decay"] for group in groups] == pytest.approx([1e-4, 4e-4 / 3, 5e-4 / 3])
+    assert len(GROUPED.split(params[:2])) == 2  # none is empty
+
+
+def test_who_steps_all_groups_alike_is_not_timed():
+    everyone = [c for c in CONTENDERS if c.name in growth.RACING]
+    alike = Contender("alike", lambda params, base, rho: eager.Foreach(params, SGD, rho), "for a test", 8)
+    found = compare([*everyone, alike], GROUPED, SHAPES, torch.float32, Budget(60), [], most=1)
+    assert sorted(found.order) == sorted(growth.RACING)
+    assert "steps elsewhere" in found.results["alike"].refused
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=report.name_of)
@@ -411,25 +431,170 @@ def test_the_picture_is_there(ran):
     assert image.std() > 0.05  # not blank
 
 
-def test_full_draws_the_roofline_and_growth(tmp_path, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """Growth over a handful of elements."""
+    values = {"SIZES": (200, 400), "ELEMENTS": 64, "COUNTS": (1, 8), "TENSORS": 4}
+    for name, value in {**values, "GROUPS": (1, 3), "GROUPED": 6, "EACH": 5}.items():
+        monkeypatch.setattr(growth, name, value)
+
+
+def test_full_draws_multiples_the_roofline_and_growth(small, tmp_path):
     pytest.importorskip("matplotlib")
     from lets_kernels.bench.plots import write_plot
 
-    monkeypatch.setattr(growth, "SIZES", (200, 400))
-    monkeypatch.setattr(growth, "ELEMENTS", 64)
-    monkeypatch.setattr(growth, "COUNTS", (1, 8))
-    monkeypatch.setattr(growth, "TENSORS", 4)
     found, asked = Findings(), settings(full=True)
-    measure(asked, [c for c in CONTENDERS if c.name in growth.RACING], found, Budget(2))
-    assert [one.numel for one in found.sizes] == [200, 400]
-    assert [len(one.shapes) for one in found.counts] == [1, 8]
+    measure(asked, [c for c in CONTENDERS if c.name in growth.RACING], found, Budget(600))
+    assert [one.numel for one in found.growth.sizes] == [200, 400]
+    assert [len(one.shapes) for one in found.growth.counts] == [1, 8]
+    assert [(one.base.groups, len(one.shapes), one.numel) for one in found.growth.groups] == [(1, 6, 30), (3, 6, 30)]
+    assert all(sorted(one.order) == sorted(growth.RACING) for one in found.growth.all)
     assert write_plot(found, asked, tmp_path / "full.png")
     assert (tmp_path / "full.png").stat().st_size > 10_000
     said = report.text(found, asked)
-    assert "by elements" in said and "by tensors" in said
+    for by in ("elements, in 4 tensors", "tensors, 6.4e-05 M elements", "param groups, over 6 tensors of 5 elements"):
+        assert f"by {by}" in said
+    assert "On your module (3 weights):" in said and "of two gradients" in said
     content = report.document(found, asked, {})
-    assert [len(content["growth"][part]) for part in ("elements", "tensors")] == [2, 2]
+    assert {by: len(part) for by, part in content["growth"].items()} == {"elements": 2, "tensors": 2, "groups": 2}
+    assert [one["groups"] for one in content["growth"]["groups"]] == [1, 3]
+    (one,) = content["multiples"]
+    assert one["refused"] == {} and one["note"] is None
+    counted = {row["method"]: row["gradients"] for row in one["methods"]}
+    assert counted == {
+        "two gradients": 2,
+        "SGD": 1,
+        "SAM": 2,
+        'SAM, rho="auto"': 2,
+        "LETS-SAM": 4,
+        "LETS-SAM, every tenth step": 2.2,
+        'LETS-SAM, validation="next"': 2,
+        "SAM, per-tensor loop": 2,
+    }
+    for row in one["methods"]:
+        assert row["rounds"] >= LEAST_ROUNDS and row["times_two_gradients"] > 0
+        assert row["times_sam"] == 1.0 or row["method"] != "SAM"
     assert not write_plot(Findings(), asked, tmp_path / "none.png")
+
+
+def test_growth_says_what_has_no_room_and_what_no_time(small, monkeypatch):
+    """Two contenders need 56 bytes a float32 element, four 80, one 44: sums by hand of what lies there at the peak."""
+    monkeypatch.setattr(growth, "SIZES", (100, 200, 300, 1000))
+    monkeypatch.setattr(growth, "free_bytes", lambda: int(56 * 300 / growth.USABLE) + 1)
+    found, left_out, time = growth.Growth(), [], Time()
+    monkeypatch.setattr(growth, "COUNTS", ())
+    growth.growth(torch.float32, Budget(60), found, left_out)
+    assert [[r.refused for r in one.results.values()] for one in found.sizes] == [
+        [""] * 4,
+        [""] * 4,
+        ["", "", growth.NO_ROOM, growth.NO_ROOM],
+    ]
+    assert "300 elements: foreach: left out: it did not fit into the free memory" in report.growth_text(
+        "elements", found.sizes
+    )
+    (said,) = left_out
+    assert said.startswith("Growth, 0.001 M elements in 4 tensors: left out: it needs 0.0 GiB")
+    assert growth.that_fit(CONTENDERS[:4], 10**9, torch.float32, None) == (CONTENDERS[:4], 80 * 10**9)
+    assert growth.that_fit(CONTENDERS[:4], 10**9, torch.float32, 10**9) == ([], 44 * 10**9)
+
+    budget, late = Budget(10.0, time), []
+    time.now = 10.0
+    growth.growth(torch.float32, budget, growth.Growth(), late)
+    assert late[-1].startswith("Growth, left out, as it did not fit into the time that was left: ")
+    assert "30" not in late[-1] and "0.0003 M elements in 4 tensors" in late[-1]
+
+
+def test_a_line_that_ends_early_says_where():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from lets_kernels.bench import plots
+
+    racing = [c for c in CONTENDERS if c.name in growth.RACING]
+    part = [
+        compare(who, SGD, growth.even(n, 2), torch.float32, Budget(60), [], most=1)
+        for who, n in ((racing, 2000), (racing[:1], 4000))
+    ]
+    axes = pyplot.figure().subplots()
+    plots._growth(axes, "elements", part)
+    labels = axes.get_legend_handles_labels()[1]
+    pyplot.close(axes.figure)
+    assert sorted(labels) == sorted([DEFAULT, *(f"{c.name} (up to 2,000)" for c in racing[1:])])
+
+
+# ---- multiples of two gradients
+
+
+def network():
+    """Its loss has a curvature, so that ε changes the step."""
+    x, y = torch.ones(3, 2), torch.full((3, 2), 0.5)
+    torch.manual_seed(0)
+    return networks.Network(
+        "tiny",
+        nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1)),
+        lambda net: net(x).square().mean(),
+        lambda net: net(y).square().mean(),
+    )
+
+
+def test_a_step_is_a_tenth_of_a_round_of_ten():
+    found = multiples.Multiples("n", steps={"two gradients": 1, "SAM": 1, "tenth": 10})
+    found.seconds = {"two gradients": [1.0, 2.0, 8.0], "SAM": [2.0, 2.0, 9.0], "tenth": [30.0, 20.0]}
+    assert found.rounds == 2
+    assert found.timings["tenth"].seconds == (3.0, 2.0)
+    assert found.over("tenth", "two gradients") == 2.0 and found.over("tenth", "SAM") == 1.25
+    assert found.over("SAM", "nobody") is None
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.97 * multiples.RHO])
+def test_whose_first_step_is_not_the_loops_is_not_timed(rho, monkeypatch):
+    wrong = multiples.Method("wrong", multiples._sam(lambda: rho), first=True)
+    broken = multiples.Method("broken", lambda params, closure, validation: lambda: 1 / 0)
+    monkeypatch.setattr(multiples, "METHODS", (*multiples.METHODS, wrong, broken))
+    found = []
+    multiples.multiples([network], Budget(60), found, most=3)
+    assert set(found[0].refused) == {"wrong", "broken"}
+    assert set(found[0].timings) == {m.name for m in multiples.METHODS} - {"wrong", "broken"}
+    said = report.multiples_text(found[0])
+    assert "wrong: steps elsewhere" in said and "broken: does not run here: ZeroDivisionError" in said
+
+
+def test_multiples_that_do_not_fit_are_left_out():
+    time, found = Time(), []
+
+    def slow():
+        made = network()
+
+        def loss(net):
+            time.now += 1.0
+            return made.loss(net)
+
+        return dataclasses.replace(made, loss=loss, validation=loss)
+
+    multiples.multiples([slow, network], Budget(100.0, time), found)
+    # 19 first gradients in 8 steps; in a round 17 steps, of about 40 s; four of these do not fit into 40 s
+    assert time.now == 19.0
+    assert found[0].note.startswith("left out") and not found[0].timings and found[1].timings
+    assert "left out" in report.multiples_text(found[0])
+
+
+def test_the_stand_ins_are_what_they_are_called():
+    made = [make() for make in networks.networks(None)]
+    assert [one.name.split(" (")[0].removeprefix("a stand-in: ") for one in made] == [
+        "ResNet-18 of width 16",
+        "a ViT of 4 layers of width 96",
+        "a language model of 4 layers of width 96",
+    ]
+    for one, classes in zip(made, (10, 10, networks.WORDS), strict=True):
+        losses = [loss(one.module).item() for loss in (one.loss, one.validation)]
+        assert losses[0] != losses[1]
+        assert all(0.5 < value / math.log(classes) < 2.0 for value in losses)  # about that of a guess, before training
+    model = made[2].module
+    words = torch.zeros(1, networks.LENGTH, dtype=torch.int64)
+    later = words.clone()
+    later[:, 40:] = 7
+    with torch.no_grad():
+        before, after = model(words), model(later)
+    torch.testing.assert_close(before[:, :40], after[:, :40])  # sees no later word
+    assert (before[:, 40:] - after[:, 40:]).abs().amin((0, 2)).max() > 0
 
 
 def test_without_matplotlib_it_says_what_to_install(mine, tmp_path, monkeypatch, capsys):
