@@ -154,6 +154,10 @@ def compare(
     start = budget.used()
     in_turn(runs, warm, 1)
     a_round = budget.used() - start
+    if (1 + LEAST_ROUNDS) * a_round <= budget.left():  # without what the first one compiled for these threads
+        start = budget.used()
+        in_turn(runs, warm, 1)
+        a_round = budget.used() - start
     rounds = budget.rounds(a_round, share, max(most, min(MANY_ROUNDS, int(SHORT / max(a_round, 1e-9)))))
     if not rounds:
         found.note = f"{LEAST_ROUNDS} rounds did not fit into the time that was left"

@@ -161,8 +161,9 @@ def _measure(network: Network, budget: Budget, into: list[Multiples], share: flo
     start = budget.used()
     in_turn(runs, warm, 1, clock=time.perf_counter)
     found.gradients = {name: len(counted[name]) / found.steps[name] for name in runs}
-    rounds = budget.rounds(budget.used() - start, share, most)
-    if not rounds:
+    a_round = budget.used() - start
+    rounds = budget.rounds(a_round, share, most)
+    if not rounds or LEAST_ROUNDS * a_round > MOST_SHARE * budget.left():
         found.note = "left out: it did not fit into the time that was left"
         return
     end, elsewhere = budget.used() + share * budget.left(), Others()

@@ -133,7 +133,7 @@ def _multiples(axes: Axes, one: Multiples) -> None:
     axes.axvline(1.0, color="0.4", linestyle="--", zorder=2)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.45 * max(times, default=1.0))
-    axes.set(title="A whole step, in times of two gradients")
+    axes.set(title="Whole steps in units of two gradients")
     axes.set_xlabel(
         f"times two gradients ({ms(found[UNIT].median)} ms)\n{textwrap.fill(one.network, 46)}", fontsize="small"
     )

@@ -72,8 +72,9 @@ def _measure(settings: Settings, contenders: Sequence[Contender], found: Finding
         one = compare(contenders, base, settings.shapes, settings.dtype, budget, found.comparisons, share, ROUNDS, say)
         validation = one.validation
     first = found.comparisons[0]
-    eager = next((name for name in first.order if not first.results[name].contender.ours and name != LOOP), None)
-    racing = [c for c in contenders if c.name in (DEFAULT, LOOP, eager) and c.name in first.order]
+    right = first.order or [name for name, result in first.results.items() if not result.refused]
+    eager = next((name for name in right if not first.results[name].contender.ours and name != LOOP), None)
+    racing = [c for c in contenders if c.name in (DEFAULT, LOOP, eager) and c.name in right]
     if racing and budget.left() > 0:
         say("whole training steps")
         network = networks(settings.own)[0]()

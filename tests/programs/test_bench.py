@@ -412,8 +412,7 @@ def test_the_json_has_every_number_with_what_it_means(ran):
     assert [one["step"] for one in found["comparisons"]] == ["SAM + SGD", "SAM + AdamW"]
     for one in found["comparisons"]:
         assert {row["contender"] for row in one["contenders"]} == {c.name for c in installed(full=False)[0]}
-        # Of pairs of rounds: where others disturb, another may be ahead of the one with the least median.
-        assert 1.0 in [row["times_fastest"] for row in one["contenders"]]
+        assert 1.0 in [row["times_fastest"] for row in one["contenders"]]  # over itself; another may be less, by rounds
         assert one["tolerance"] == 1e-5 and one["elements"] == 15 and one["tensors"] == 2
         for row in one["contenders"]:
             assert 0 <= row["error"] <= one["tolerance"] and row["refused"] is None
@@ -478,16 +477,16 @@ def test_full_draws_multiples_the_roofline_and_growth(small, tmp_path):
 
 
 def test_growth_says_what_has_no_room_and_what_no_time(small, monkeypatch):
-    """Two contenders need 56 bytes a float32 element, four 80, one 44: sums by hand of what lies there at the peak."""
+    """Three contenders need 68 bytes a float32 element, four 80, one 44: by hand, what lies there at the peak."""
     monkeypatch.setattr(growth, "SIZES", (100, 200, 300, 1000))
-    monkeypatch.setattr(growth, "free_bytes", lambda: int(56 * 300 / growth.USABLE) + 1)
+    monkeypatch.setattr(growth, "free_bytes", lambda: 80 * 300 + 1000)
     found, left_out, time = growth.Growth(), [], Time()
     monkeypatch.setattr(growth, "COUNTS", ())
     growth.growth(torch.float32, Budget(60), found, left_out)
     assert [[r.refused for r in one.results.values()] for one in found.sizes] == [
         [""] * 4,
         [""] * 4,
-        ["", "", growth.NO_ROOM, growth.NO_ROOM],
+        ["", "", "", growth.NO_ROOM],  # four need no more than what is free, but more than 0.9 of it
     ]
     assert "300 elements: foreach: left out: it did not fit into the free memory" in report.growth_text(
         "elements", found.sizes
@@ -587,7 +586,8 @@ def test_the_stand_ins_are_what_they_are_called():
         losses = [loss(one.module).item() for loss in (one.loss, one.validation)]
         assert losses[0] != losses[1]
         assert all(0.5 < value / math.log(classes) < 2.0 for value in losses)  # about that of a guess, before training
-    model = made[2].module
+    model, copies = made[2].module, lambda words: 100.0 * nn.functional.one_hot(words, networks.WORDS)
+    assert made[2].loss(copies) > 90  # the word that is asked for is not the one that is shown
     words = torch.zeros(1, networks.LENGTH, dtype=torch.int64)
     later = words.clone()
     later[:, 40:] = 7
