@@ -19,8 +19,9 @@ from lets_kernels.learning.learned import LearnedRadius
 from lets_kernels.sam import SAM
 
 UNIT, PLAIN, OURS, LOOPED = "two gradients", "SGD", "SAM", "SAM, per-tensor loop"
-#: How far off the loop's a first SAM step may be, as a share of how far off one without ε is.
-#: Both are float32: an ε that is off by some ulps makes a ĝ that is off, too. 1e-4 was the most, on the language model.
+#: How far off the loop's a first SAM step may be, as a share of how far off one without ε is; an ulp of the weights is
+#: added, since a loss may have no curvature. Both are float32: an ε that is off by ulps makes a ĝ that is off, too.
+#: 1e-4 was the most, on the language model.
 TOLERANCE = 0.01
 MOST_SHARE = 0.5  # of the time left: a network that needs more is left out
 
@@ -184,10 +185,9 @@ def _first_steps(network: Network, found: Multiples) -> tuple[dict[str, list[Non
     for method in (unperturbed, *METHODS):
         net, calls = copy.deepcopy(network.module), counted.setdefault(method.name, [])
         params: list[Tensor] = [p for p in net.parameters() if p.requires_grad]
-        step = method.make(
-            params, *(_gradient(net, params, loss, calls) for loss in (network.loss, network.validation))
-        )
+        closures = [_gradient(net, params, loss, calls) for loss in (network.loss, network.validation)]
         try:
+            step = method.make(params, *closures)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # the same dropout for everyone
                 step()
@@ -199,7 +199,8 @@ def _first_steps(network: Network, found: Multiples) -> tuple[dict[str, list[Non
     exact = all(p.dtype in (torch.float32, torch.float64) for p in network.module.parameters())
     if exact and LOOPED in made and unperturbed.name in made:
         loop = made[LOOPED][0]
-        limit = TOLERANCE * _distance(made[unperturbed.name][0], loop)
+        rounding = torch.finfo(torch.float32).eps * _distance(loop, [torch.zeros_like(p) for p in loop])
+        limit = TOLERANCE * _distance(made[unperturbed.name][0], loop) + rounding
         for name in [method.name for method in METHODS if method.first and method.name in made]:
             off = _distance(made[name][0], loop)
             if not off <= limit:

@@ -556,6 +556,18 @@ def test_whose_first_step_is_not_the_loops_is_not_timed(rho, monkeypatch):
     assert "wrong: steps elsewhere" in said and "broken: does not run here: ZeroDivisionError" in said
 
 
+def test_a_loss_without_curvature_refuses_nobody():
+    found, x = [], torch.ones(3, 2)
+
+    def linear(net):
+        return net(x).mean()
+
+    torch.manual_seed(0)
+    net = networks.Network("linear", nn.Linear(2, 1), linear, linear)
+    multiples.multiples([lambda: net], Budget(60), found, most=3)
+    assert found[0].refused == {} and len(found[0].timings) == len(multiples.METHODS)
+
+
 def test_multiples_that_do_not_fit_are_left_out():
     time, found = Time(), []
 
