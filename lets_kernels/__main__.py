@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> int:
-    """:func:`main` as a program: quiet if whoever reads its output has seen enough (``lets-kernels methods | head``)."""
+    """:func:`main` as a program: quiet if whoever reads its output has seen enough (``lets-kernels info | head``)."""
     try:
         status = main()
         sys.stdout.flush()
