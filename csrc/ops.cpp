@@ -1,7 +1,4 @@
-// The ops on the CPU: their schemas, their registration, and the Python module _C.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// The ops on the CPU: their schemas and their registration.
 #include <algorithm>
 
 #include "call.h"
@@ -126,11 +123,3 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY(lets_kernels, m) { lets::define(m); }
 STABLE_TORCH_LIBRARY_IMPL(lets_kernels, CPU, m) { lets::implement<lets::Cpu>(m); }
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled CPU kernels of lets_kernels; importing it registers torch.ops.lets_kernels.*";
-  m.def("cpu_isa", &lets::cpu::current_isa, "The instruction set that the CPU kernels use.");
-  m.def("supported_cpu_isas", &lets::cpu::supported_isas, "Built in and supported here, the best one last.");
-  m.def("use_cpu_isa", &lets::cpu::use_isa, pybind11::arg("name"),
-        "Use another supported instruction set; ValueError names the choices. Not while an op runs.");
-}

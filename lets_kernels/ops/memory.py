@@ -1,5 +1,7 @@
 """What ops need to know of the memory of tensors."""
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,12 @@ def is_dense(t: Tensor) -> bool:
             return t.numel() == 0
         expected *= size
     return True
+
+
+def is_fake(t: Tensor) -> bool:
+    """True for a tensor of torch's tracers, which has a shape but no memory."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    return fakes is not None and isinstance(t, fakes.FakeTensor)
 
 
 def capturing() -> bool:

@@ -26,6 +26,7 @@ globals().update(OPS)
 # The numbers are those of csrc/layout.h.
 _NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _WORTH_PACKING = 4
+_READS: bool = _C.reads_lists()
 _LEAST_ADDRESS = 1 << 32  # lower addresses are mostly offsets of tensors without memory
 #: As in csrc/runs.h: two words that mark a list of two int64 tensors as packed here.
 _PACKED = (0x6C65747353414D2B, -0x3D9B1F8A7C52E046)
@@ -44,19 +45,21 @@ def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
     """
     if len(tensors) < _WORTH_PACKING or torch.compiler.is_compiling():
         return tensors
-    addresses = tuple(map(Tensor.data_ptr, tensors))
-    least = min(addresses)
-    if least < _LEAST_ADDRESS and any(t.numel() and not t.untyped_storage().nbytes() for t in tensors):
-        return tensors  # a tensor has no memory of its own; the op will raise the error
+    addresses: bytes | None = _C.addresses(tensors, _LEAST_ADDRESS) if _READS else None
+    if addresses is None:
+        found = list(map(Tensor.data_ptr, tensors))
+        if min(found) < _LEAST_ADDRESS and any(t.numel() and not t.untyped_storage().nbytes() for t in tensors):
+            return tensors  # a tensor has no memory of its own; the op will raise the error
+        addresses = array("q", found).tobytes()
     packed = Packed((_table(_NUMBERS[tensors[0].dtype], addresses), anchor))
     packed.tensors = tensors
     return packed
 
 
 @functools.lru_cache(maxsize=256)
-def _table(number: int, addresses: tuple[int, ...]) -> Tensor:
+def _table(number: int, addresses: bytes) -> Tensor:
     """The number of a dtype, then addresses, as the ops read them. Mostly they are the addresses of the last step."""
-    return torch.frombuffer(array("q", (*_PACKED, number, *addresses)), dtype=torch.int64)
+    return torch.frombuffer(bytearray(array("q", (*_PACKED, number)).tobytes() + addresses), dtype=torch.int64)
 
 
 def _fake_numbers(shape: tuple[int, ...], *args: object, **kwargs: object) -> Tensor:

@@ -19,8 +19,9 @@ from torch.autograd.graph import increment_version
 
 from lets_kernels import ops
 from lets_kernels.ops.declared import ELEMENT_WISE, UNSCALED
+from lets_kernels.ops.layouts import layout_of
 from lets_kernels.ops.memory import capturing, is_dense
-from lets_kernels.space.memory import addresses, is_fake, is_lent, refuse_while_capturing, uploaded
+from lets_kernels.space.memory import is_lent, refuse_while_capturing, uploaded
 from lets_kernels.space.shards import (
     filter_groups,
     is_apart,
@@ -32,7 +33,7 @@ from lets_kernels.space.shards import (
     whole_gradient,
 )
 
-_dtype, _grad = operator.attrgetter("dtype"), operator.attrgetter("grad")
+_grad = operator.attrgetter("grad")
 
 PADDING = 16
 _TABLES = 64
@@ -203,11 +204,10 @@ class Bucket:
         if flatten and self._all_dense:
             self._flatten()
             memory = self.memory
-        self._device_index = memory[0].get_device()
         self._shapes, self._strides = [p.shape for p in memory], [p.stride() for p in memory]
         self.numels = [p.numel() for p in memory]
-        self._fake = is_fake(memory[0])
-        self._addresses = addresses(memory)
+        self._layout = layout_of(memory)
+        self._addresses = self._layout.addresses(memory)
         #: True if a parameter got other memory since the last check for shared memory.
         self.moved = False
 
@@ -330,29 +330,18 @@ class Bucket:
     def is_current(self) -> bool:
         """False once a parameter was re-typed, moved, resized or re-strided (or, where flattened, re-pointed)."""
         memory = self.memory
-        if (
-            list(map(Tensor.stride, memory)) != self._strides
-            or list(map(Tensor.numel, memory)) != self.numels
-            or set(map(_dtype, memory)) != {self.dtype}
-        ):
+        found = self._layout.addresses(memory)
+        if found is None:
             return False
-        found = self._addresses if self._fake else list(map(Tensor.data_ptr, memory))
-        if found != self._addresses:  # only the address shows a change of device
-            if self.flat is not None or {p.get_device() for p in memory} != {self._device_index}:
-                return False
-            if any(map(Tensor.is_neg, memory)):  # p.data = x.conj().imag
+        if found != self._addresses:
+            if self.flat is not None or any(map(Tensor.is_neg, memory)):  # p.data = x.conj().imag
                 return False
             self._addresses, self.moved = found, True
         return True
 
     def lie_here(self, tensors: list[Tensor]) -> bool:
         """True if the tensors, one for each parameter, have the parameters' memory layout, dtype and device."""
-        return (
-            list(map(Tensor.stride, tensors)) == self._strides
-            and list(map(Tensor.numel, tensors)) == self.numels
-            and set(map(_dtype, tensors)) == {self.dtype}
-            and set(map(Tensor.get_device, tensors)) == {self._device_index}
-        )
+        return self._layout.addresses(tensors) is not None
 
     def gather(self, own: bool = False, whole: bool = False, current: bool = False) -> Runs:
         """The runs of the parameters that have a gradient.
@@ -382,14 +371,9 @@ class Bucket:
         if self.apart:
             pairs = zip(grads, self.params, strict=True)
             grads = [g if g is None else local_gradient(g, p) for g, p in pairs]
-        if self._all_dense and not any(map(operator.is_, grads, repeat(None))):
-            found = cast(list[Tensor], grads)
-            try:
-                strides = list(map(Tensor.stride, found))
-            except RuntimeError:  # a sparse gradient has none
-                strides = []
-            same = strides == self._strides and list(map(Tensor.numel, found)) == self.numels
-            if same and set(map(_dtype, found)) == {self.dtype} and not any(map(Tensor.is_neg, found)):
+        if self._all_dense:
+            found = cast(list[Tensor], grads)  # if one is missing, or sparse, it does not lie here
+            if self.lie_here(found) and not any(map(Tensor.is_neg, found)):
                 return Runs(self, self._all, memory, found)
         return self._gather_some(memory, grads)
 

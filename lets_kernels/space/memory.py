@@ -1,6 +1,5 @@
 """Where tensors lie in memory, and which parameters no method can perturb."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels import ops
-from lets_kernels.ops.memory import capturing, is_dense
+from lets_kernels.ops.memory import capturing, is_dense, is_fake
 from lets_kernels.space.shards import check_spread, is_spread, local
 
 
@@ -60,19 +59,6 @@ def _keeps_elsewhere(p: Tensor) -> type | None:
     return None
 
 
-def is_fake(t: Tensor) -> bool:
-    """True for a tensor of torch's tracers, which has a shape but no memory."""
-    fakes = sys.modules.get("torch._subclasses.fake_tensor")
-    return fakes is not None and isinstance(t, fakes.FakeTensor)
-
-
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """The addresses of tensors of one kind; zero for a tensor without memory (meta and fake tensors)."""
-    if tensors and is_fake(tensors[0]):
-        return [0] * len(tensors)
-    return list(map(Tensor.data_ptr, tensors))
-
-
 def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse tensors that share memory: a step would move the shared elements twice.
 
@@ -84,7 +70,7 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
     """
     places = []
     for name, t in named:
-        begin = addresses([t])[0]
+        begin = 0 if is_fake(t) else t.data_ptr()  # zero, too, on the meta device
         if t.numel() and begin:
             last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
             places.append(_Place(str(t.device), begin, begin + (last + 1) * t.element_size(), name, t))

@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Sequence
 
 from lets_kernels import ops
+from lets_kernels.ops.memory import is_fake
 from lets_kernels.space.buckets import Bucket
-from lets_kernels.space.memory import is_fake
 
 #: The devices that there are kernels for.
 _COULD = ("cpu", "cuda", "xpu")

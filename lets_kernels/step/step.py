@@ -173,10 +173,11 @@ class Step:
                     if one is None:
                         rho = radius.value(g, first.groups[g], moment)
                         rho = rho if share == 1 else rho * share
-                        self.radii[g] = rho if length.fixed else length.of(rho, norm)
+                        rho = rho if length.fixed else length.of(rho, norm)
                     else:
-                        self.radii[g] = one
-                    one = self.radii[g] if radius.shared else None
+                        rho = one
+                    self.radii[g] = rho
+                    one = rho if radius.shared else None
             self.rho.append(b.numbers(self.radii))
         self.gate, self.gated = torch.ones_like(self.total), False
 

@@ -93,9 +93,9 @@ GROUPS = [
         "lets_kernels/step/step.py",
         GROUPS_TESTS.format("shared_radius and reference"),
         [
-            ("rho if share == 1 or one is not None else rho", "rho if share == 1 else rho"),
-            ("one = self.radii[g] if radius.shared else None", "one = self.radii[g]", OWN),
-            ("radius.value(g, first.groups[g], progress.step)", "radius.value(0, first.groups[0], progress.step)", OWN),
+            ("rho = one\n", "rho = one * share\n"),
+            ("one = rho if radius.shared else None", "one = rho", OWN),
+            ("radius.value(g, first.groups[g], moment)", "radius.value(0, first.groups[0], moment)", OWN),
             (
                 "self.rho.append(b.numbers(self.radii))",
                 "self.rho.append(b.numbers(dict.fromkeys(self.radii, self.radii[0])))",

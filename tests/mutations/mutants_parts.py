@@ -63,6 +63,17 @@ GROUPS = [
         ],
     ),
     (
+        "lets_kernels/ops/layouts.py",
+        "tests/space/test_layouts.py",
+        [
+            ("list(map(Tensor.stride, tensors)) != self._strides or ", ""),
+            (" or list(map(Tensor.numel, tensors)) != self._numels", ""),
+            ("if {(t.dtype, t.device) for t in tensors} != self._kinds:", "if False:"),
+            ("return () if any(map(is_fake, tensors)) else", "return"),
+            ("compiled is not None and not any(map(is_fake, tensors))", "compiled is not None"),
+        ],
+    ),
+    (
         "lets_kernels/parts/length.py",
         "tests/methods/test_lengths.py",
         [

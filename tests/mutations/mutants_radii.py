@@ -96,7 +96,7 @@ GROUPS = [
         WARMUP,
         [
             ("setting.rho_share(progress.step) if", "setting.rho_share(progress.perturbed_steps) if"),
-            ("rho if share == 1 or one is not None else rho * share", "rho"),
+            ("rho if share == 1 else rho * share", "rho"),
         ],
     ),
     (

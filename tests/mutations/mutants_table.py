@@ -128,7 +128,7 @@ GROUPS = [
         [
             ("flags = [*known, *means[:1], *self.totals]", "flags = [*known, *self.totals]"),
             ("flags = [*known, *means[:1], *self.totals]", "flags = [*known, *means[:1]]"),
-            ("self.total.pow(1 / q) if", "self.total.sqrt() if", "tests/methods/test_parts.py"),
+            ("self.total.pow(1 / self.work.setting.direction.q)", "self.total.sqrt()", "tests/methods/test_parts.py"),
             ("mean().pow(1 / q)", "mean().sqrt()", "tests/step/test_micro.py -k power_mean"),
             (RESTORING, "            try:\n                pass\n            except"),
             ("if self.is_perturbed and second[a.runs.bucket.index].indices != a.runs.indices:", "if False:"),

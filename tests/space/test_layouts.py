@@ -1,0 +1,118 @@
+"""How lists of tensors lie: read in C through DLPack's functions, and by calls of Python, with the same answers."""
+
+import array
+import itertools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lets_kernels import _C
+from lets_kernels.ops import layouts, native
+from lets_kernels.ops.layouts import _Plain, layout_of
+
+LIKE = [(2, 3), (), (0, 4), (5,), (2, 1, 3)]
+
+
+def tensors(dtype=torch.float32):
+    return [torch.zeros(shape, dtype=dtype) for shape in LIKE]
+
+
+def with_one(place, other):
+    found = tensors()
+    found[place] = other
+    return found
+
+
+FIT = {
+    "others": tensors(),
+    "parameters": [torch.nn.Parameter(t) for t in tensors()],
+    "another-shape-of-the-same-strides": with_one(4, torch.zeros(2, 3, 1).as_strided((2, 1, 3), (3, 3, 1))),
+    "views": [torch.zeros(64)[7:].as_strided(t.shape, t.stride()) for t in tensors()],
+}
+DO_NOT = {
+    "transposed": with_one(0, torch.zeros(3, 2).T),
+    "fewer-elements": with_one(3, torch.zeros(4)),
+    "more-dimensions": with_one(1, torch.zeros(1)),
+    "dtype": tensors(torch.bfloat16),
+    "dtype-of-as-many-bits": with_one(3, torch.zeros(5, dtype=torch.int32)),
+    "meta": [t.to("meta") for t in tensors()],
+    "sparse": with_one(0, torch.zeros(2, 3).to_sparse()),
+    "missing": with_one(3, None),
+    "no-tensor": with_one(3, 3.0),
+    "too-few": tensors()[:-1],
+    "too-many": [*tensors(), torch.zeros(1)],
+    "none": [],
+}
+
+
+def test_this_torch_lets_lists_be_read():
+    """Otherwise everything works, too, and slower, so nothing else would say it."""
+    assert _C.reads_lists() and type(layout_of(tensors())) is _C.Layout
+
+
+@pytest.mark.parametrize("kind", [_C.Layout, _Plain], ids=["compiled", "plain"])
+def test_what_lies_so_and_what_does_not(kind):
+    layout = kind(tensors())
+    for name, these in FIT.items():
+        assert layout.addresses(these) is not None, name
+    for name, these in DO_NOT.items():
+        assert layout.addresses(these) is None, name
+
+
+@pytest.mark.parametrize("kind", [_C.Layout, _Plain], ids=["compiled", "plain"])
+def test_the_same_tensors_have_the_same_addresses_until_one_moves(kind):
+    these = tensors()
+    layout = kind(these)
+    before = layout.addresses(these)
+    assert before == layout.addresses(list(these)) != layout.addresses(tensors())
+    these[3].data = torch.zeros(5)
+    assert layout.addresses(these) not in (None, before)
+    these[3].data = torch.zeros(6)
+    assert layout.addresses(these) is None
+
+
+def test_the_addresses_are_those_of_data_ptr():
+    these = FIT["views"]
+    expected = array.array("q", [t.data_ptr() for t in these])
+    assert layout_of(these).addresses(these) == _C.addresses(these, 0) == expected.tobytes()
+    assert _Plain(these).addresses(these) == tuple(expected)
+
+
+def test_a_layout_without_memory_is_read_in_python():
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in tensors()]
+    for these in (fake, DO_NOT["meta"]):
+        layout = layout_of(these)
+        assert type(layout) is _Plain
+        assert layout.addresses(these) is not None and layout.addresses(tensors()[:-1]) is None
+    assert layout_of(fake).addresses([fake[0].T, *fake[1:]]) is None
+
+
+def test_without_the_library_layouts_are_read_in_python(monkeypatch):
+    monkeypatch.setattr(layouts, "_compiled", lambda: None)
+    assert type(layout_of(tensors())) is _Plain
+
+
+def test_tensors_whose_memory_was_given_back_have_no_address():
+    these = [torch.zeros(4) for _ in range(5)]
+    these[2].untyped_storage().resize_(0)
+    assert _C.addresses(these, native._LEAST_ADDRESS) is None
+    assert native.pack(these, torch.tensor(0)) is these  # the op then says what is wrong
+    these[2] = torch.zeros(0)
+    assert _C.addresses(these, native._LEAST_ADDRESS) is not None
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_packed_list_is_the_same_however_it_was_read(monkeypatch, reads):
+    these = [torch.full((3,), float(i)) for i in range(6)]
+    monkeypatch.setattr(native, "_READS", reads)
+    packed = native.pack(these, torch.tensor(0))
+    assert packed[0].tolist()[3:] == [t.data_ptr() for t in these]
+    assert packed.tensors is these
+
+
+def test_every_pair_of_dtypes_is_told_apart():
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for one, other in itertools.product(dtypes, dtypes):
+        assert (layout_of(tensors(one)).addresses(tensors(other)) is not None) is (one is other)
