@@ -3,6 +3,7 @@
 The gradients come from a backward in every round, as in training: Python sees each of them for the first time.
 """
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,13 @@ from lets_kernels.bench import eager
 from lets_kernels.bench.clock import CLOCK
 from lets_kernels.bench.compare import error
 from lets_kernels.bench.shapes import normal
-
-pytest.importorskip("lets_kernels.ops.native", reason="the compiled extension is what is measured here")
+from lets_kernels.ops import native
+from lets_kernels.parts.direction import Ascent
+from lets_kernels.space.buckets import Bucket, Runs
+from lets_kernels.space.layout import ParameterSpace
+from lets_kernels.step import step as of_a_step
+from lets_kernels.step.engine import Engine
+from lets_kernels.step.step import Step
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 ROUNDS_FACTOR = 20  # a round takes microseconds
@@ -73,3 +79,83 @@ def test_host(benchmark, rounds, report):
             row["aim"] = f"{times:.2f}x swapped: {verdict} (<= {AIMED[name]}x)"
         kept = {"median_us": micro[0.5], "p20_us": micro[0.2], "p80_us": micro[0.8], "rounds": len(t.seconds)}
         table.add(row, contender=name, disturbed=t.disturbed, **{k: round(v, 2) for k, v in kept.items()})
+
+
+#: What a step is made of, each without what stands inside it: (owner, function, phase).
+PHASES: list[tuple[Any, str, str]] = [
+    (ParameterSpace, "is_current", "are the tables still those of the parameters"),
+    (Bucket, "gather", "read the gradients, and where the parameters lie"),
+    (Runs, "pack", "pack addresses"),
+    (Bucket, "pack", "pack addresses"),
+    (native, "grad_norm", "op: norm, and the finite check"),
+    (native, "all_finite_", "op: norm, and the finite check"),
+    (native, "perturb_", "op: perturb"),
+    (native, "restore_sgd_", "op: restore and step"),
+    (Runs, "write_back", "tell autograd of the writes"),
+    (of_a_step, "prepared", "find the base optimizer's state and options"),
+    (Ascent, "perturb", "perturb, beside its op"),
+    (Step, "prepare", "the perturbation: schedule, direction, radius"),
+    (Step, "metrics", "numbers for metrics()"),
+    (Engine, "mark_gradients", "mark which gradients were used"),
+    (Engine, "begin", "the rest of first_step()"),
+    (Engine, "finish", "the rest of second_step()"),
+    (SAM, "first_step", "torch's wrappers of an optimizer's methods"),
+    (SAM, "second_step", "torch's wrappers of an optimizer's methods"),
+]
+
+
+class Stopwatch:
+    """Times functions by phase; while one runs inside another, only its own phase counts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys((phase for _, _, phase in PHASES), 0.0)
+        self._running: list[str] = []
+        self._since = 0.0
+
+    def _turn(self) -> None:
+        now = CLOCK()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    def around(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._turn()
+            self._running.append(phase)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._turn()
+                self._running.pop()
+
+        return timed
+
+
+def test_phases(monkeypatch, rounds, report):
+    """Where the host's time goes. The stopwatch itself takes part of it: the shares count, not their sum."""
+    table = report("host_phases", "Host time of a SAM + SGD step by phase, in us: 161 tensors of 16 elements, and one")
+    found: list[dict[str, float]] = []
+    for shapes in (TINY, TINY[:1]):
+        params = [p.requires_grad_() for p in normal(shapes, 0.02, 0)]
+        optimizer = SAM(params, torch.optim.SGD, rho=0.05, **SGD)
+        watch = Stopwatch()
+        with monkeypatch.context() as patch:
+            for owner, name, phase in PHASES:
+                patch.setattr(owner, name, watch.around(getattr(owner, name), phase))
+            run = host_step(params, optimizer, normal(shapes, 0.01, 1), normal(shapes, 0.01, 2))
+            each: list[dict[str, float]] = []
+            for _ in range(20 + rounds * ROUNDS_FACTOR):
+                watch.seconds = dict.fromkeys(watch.seconds, 0.0)
+                run()
+                each.append(watch.seconds)
+        assert int(optimizer.metrics()["gradients"]) == 2 * len(each)
+        found.append({phase: 1e6 * statistics.median(one[phase] for one in each[20:]) for phase in watch.seconds})
+    for phase, micro in sorted(found[0].items(), key=lambda item: -item[1]):
+        one = found[1][phase]
+        table.add(
+            {"phase": phase, "161 tensors": f"{micro:.0f}", "one": f"{one:.0f}"},
+            phase=phase,
+            median_us=round(micro, 1),
+            median_us_of_one=round(one, 1),
+        )
+        assert micro > 0
