@@ -55,7 +55,7 @@ class LossEquated(Length):
         self.rho_max = not_negative(rho_max, "rho_max")
 
     def of(self, rho: float | Tensor, norm: Tensor) -> float | Tensor:
-        return torch.where(torch.isfinite(norm), rho / norm, 0.0).nan_to_num(0.0).clamp(max=self.rho_max)
+        return (rho / norm).nan_to_num(0.0).clamp(max=self.rho_max)
 
     def slope(self, length: Tensor) -> Tensor:
         return (length < self.rho_max).to(length.dtype)

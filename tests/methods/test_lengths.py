@@ -80,6 +80,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_leaves_no_trace(cls, f
     toy, opt = stepped(cls, 2, [1.0, factor])
     twin, other = stepped(cls, 1)
     assert same_bits(weights(toy), weights(twin)) and int(opt.skipped) == 1
+    assert math.isfinite(opt.metrics()["applied_rho"])
     assert opt.length.state_dict() == other.length.state_dict()
     toy.set_grads([p.detach() ** 3 for p in toy.params])
     opt.first_step()

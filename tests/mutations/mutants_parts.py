@@ -77,10 +77,10 @@ GROUPS = [
         "lets_kernels/parts/length.py",
         "tests/methods/test_lengths.py",
         [
-            ("rho / norm, 0.0)", "rho * norm, 0.0)"),
+            ("(rho / norm)", "(rho * norm)"),
             (".clamp(max=self.rho_max)", ""),
             ("(length < self.rho_max).to(length.dtype)", "torch.ones_like(length)"),
-            ("torch.where(torch.isfinite(norm), rho / norm, 0.0)", "(rho / norm)"),
+            (".nan_to_num(0.0)", ""),
             ("((1 - self.lam) *", "(self.lam *", TEN.format("usam")),
             ("torch.where(torch.isfinite(squared), squared, 0.0)", "squared"),
             ("norm / self._sum.sqrt()", "norm / self._sum", TEN.format("lightsam")),
