@@ -3,7 +3,7 @@
 from typing import Any
 
 from lets_kernels.base.variational import VariationalSGD
-from lets_kernels.methods.catalogue import CODE, OURS, PAPER, STARTS, Method
+from lets_kernels.methods.catalogue import CODE, OURS, STARTS, Method
 from lets_kernels.parts.direction import Posterior
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.sam import SAM, Params
@@ -52,12 +52,12 @@ class BSAM(SAM):
 METHODS = (
     Method(BSAM, "bSAM", "Möllenhoff & Khan, ICLR 2023", (Posterior,))
     .whose(
-        rho=f"{OURS}; the authors' code has 0.1",
-        beta1=PAPER,
-        beta2=PAPER,
-        weight_decay=PAPER,
-        damping=PAPER,
-        precision=f"ours, and {CODE} (--custominit)",
+        rho=f"{OURS}; the authors' commands have 0.01 and 5e-5, the default of their code is 0.1",
+        beta1=CODE,
+        beta2=CODE,
+        weight_decay=f"{OURS}; the authors' code has --priorprec over N: 5e-5 and 2.5e-4 in its commands",
+        damping=CODE,
+        precision=f"{CODE} (--custominit)",
     )
     .row(
         "Variational SAM (bSAM)", "rho=0.05, lr=0.1, data_size=50000", state=2.0, remark=f"no base optimizer; {STARTS}"

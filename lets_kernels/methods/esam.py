@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lets_kernels.methods.catalogue import AS_SAM, OURS, PAPER, Method
+from lets_kernels.methods.catalogue import AS_SAM, OURS, Method
 from lets_kernels.parts.direction import Dropped
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.parts.samples import SelectedSamples, WeightedSamples
@@ -61,8 +61,8 @@ METHODS = (
     Method(ESAM, "ESAM", "Du et al., ICLR 2022", (Dropped, SelectedSamples))
     .whose(
         rho="the authors' code's, and SAM's",
-        beta=f"{PAPER}, which has 0.6 too",
-        gamma=PAPER,
+        beta="the authors' commands', which have 0.6 too; their class has 1",
+        gamma="the authors' commands'; their class has 1",
         granularity=f"{OURS}; public code has 'tensor'",
     )
     .row(

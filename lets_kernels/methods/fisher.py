@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lets_kernels.methods.catalogue import AS_SAM, CODE, OURS, PAPER, Method
+from lets_kernels.methods.catalogue import AS_SAM, CODE, OURS, Method
 from lets_kernels.parts.direction import Fisher, Masked
 from lets_kernels.parts.part import at_least_one
 from lets_kernels.parts.radius import RadiusLike
@@ -65,7 +65,7 @@ class SparseSAM(SAM):
 
         Args:
             closure: as for ``step``, but for one sample, a new one at each call. It must not scale the loss.
-            samples: n, the number of calls. The default is ours.
+            samples: n, the number of calls. The authors' commands have 128, 512 and 1024, their code 1024 by default.
 
         Raises:
             RuntimeError: the weights are perturbed.
@@ -115,10 +115,10 @@ METHODS = (
     .row("Fisher SAM", "rho=0.05, eta=1.0, lr=0.1"),
     Method(SparseSAM, "Sparse SAM", "Mi et al., NeurIPS 2022", (Masked,))
     .whose(
-        rho=CODE,
-        sparsity=f"{PAPER}; the authors' code has 0.2",
+        rho=f"{CODE} (its commands have 0.1)",
+        sparsity=f"{OURS}; the default of the authors' code is 0.2, its commands have 0.5 to 0.99",
         kind=OURS,
-        interval=f"{OURS}; the authors' code has 5 epochs",
+        interval=f"{OURS}; the default of the authors' code is 5 epochs, its commands have 1 to 10",
         drop=CODE,
         steps="none: kind='dynamic' needs it",
     )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lets_kernels.methods.catalogue import AS_SAM, CODE, PAPER, Method
+from lets_kernels.methods.catalogue import CODE, Method
 from lets_kernels.parts.direction import Friendly, Smoothed
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.sam import SAM, BaseLike, Params
@@ -53,7 +53,12 @@ class VaSSO(SAM):
 
 METHODS = (
     Method(FriendlySAM, "Friendly SAM", "Li et al., CVPR 2024", (Friendly,))
-    .whose(rho=AS_SAM, sigma=PAPER, decay=PAPER, update_first=f"{CODE}; the paper's text has the other order")
+    .whose(
+        rho=f"{CODE} class's (its script has 0.2)",
+        sigma=CODE,
+        decay=f"{CODE} class's (its script has 0.95, one of its logs 0.6, both with ρ = 0.2)",
+        update_first=f"{CODE}; the paper's text has the other order",
+    )
     .row("Friendly SAM", "rho=0.05, sigma=1.0, lr=0.1", state=1.0),
     Method(VaSSO, "VaSSO", "Li & Giannakis, NeurIPS 2023", (Smoothed,))
     .whose(rho=CODE, theta=f"{CODE}; the paper tunes it between 0.2 and 0.9")

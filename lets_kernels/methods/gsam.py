@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lets_kernels.methods.catalogue import AS_SAM, OURS, STARTS, Method
+from lets_kernels.methods.catalogue import AS_SAM, CODE, OURS, STARTS, Method
 from lets_kernels.parts.descent import NormPenalty, SurrogateGap
 from lets_kernels.parts.direction import RandomStart
 from lets_kernels.parts.radius import RadiusLike
@@ -70,13 +70,16 @@ class GradientNormPenalty(SAM):
 
 METHODS = (
     Method(GSAM, "GSAM", "Zhuang et al., ICLR 2022", (SurrogateGap,))
-    .whose(rho=AS_SAM, alpha=f"{OURS}; 0.6 is in use for ViTs, 0.2 in the authors' CIFAR example")
+    .whose(
+        rho="SAM's; the authors' CIFAR example has 2.0, adaptive",
+        alpha=f"{OURS}; 0.6 is in use for ViTs, 0.2 in the authors' CIFAR example",
+    )
     .row("GSAM", "rho=0.05, alpha=0.4, lr=0.1", holds=True)
     .row("GSAM, ρ by learning rate", "rho=LearningRateRadius(rho_max=0.05, rho_min=0.01), lr=0.1", holds=True),
     Method(RGSAM, "R-GSAM", "Liu et al., NeurIPS 2022", (RandomStart, SurrogateGap))
     .whose(rho=AS_SAM, alpha="as GSAM", gamma="as R-SAM", lam="as R-SAM", noise_scale="as R-SAM")
     .row("R-GSAM", "rho=0.05, alpha=0.4, gamma=1e-4, lr=0.1", holds=True, remark=STARTS),
     Method(GradientNormPenalty, "Gradient-norm penalty", "Zhao et al., ICML 2022", (NormPenalty,))
-    .whose(rho=AS_SAM, alpha=OURS)
+    .whose(rho=f"{CODE}, for ImageNet; 0.1 for CIFAR", alpha=CODE)
     .row("Gradient-norm penalty", "rho=0.05, alpha=0.8, lr=0.1", holds=True),
 )
