@@ -1,9 +1,9 @@
 """SAM, the public face of every method: it takes the parts of a method and its settings, and hands the steps on."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from types import SimpleNamespace
-from typing import Any, TypeAlias, cast
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from lets_kernels.parts.samples import Closure, Samples
 from lets_kernels.parts.schedule import Always, Schedule
 from lets_kernels.space.distributed import Replicas, check_whole
 from lets_kernels.step import saving
+from lets_kernels.step.arguments import check_arguments
 from lets_kernels.step.capture import check_capture
 from lets_kernels.step.closures import closure_step
 from lets_kernels.step.contexts import FirstPassContext, PerturbedContext
@@ -86,11 +87,15 @@ class SAM(torch.optim.Optimizer):
             module replaces (``self.ema = ...``).
 
     Raises:
-        TypeError: parameters of a dtype without gradients, or a base optimizer that is no torch optimizer.
+        TypeError: parameters of a dtype without gradients; a base optimizer that is no torch optimizer; or an argument
+            that neither this class nor the base optimizer has.
         ValueError: no parameters; ρ or ξ negative or not finite; settings that contradict each other; ``model`` holds
             none of the parameters.
         RuntimeError: the backend asked for does not run here.
     """
+
+    #: The arguments of a method by the names that they have in its authors' code; an error says what is meant.
+    called: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     #: Makes ``GradScaler.step`` call ``step()`` always, and hand over its overflow flag on the device: nothing waits.
     _step_supports_amp_scaling = True
@@ -150,6 +155,7 @@ class SAM(torch.optim.Optimizer):
         if radius.moves and radius.bound:
             raise ValueError("this radius belongs to another optimizer already, with which it moves; give each its own")
         check_is_optimizer(base_optimizer)
+        check_arguments(type(self), base_optimizer, kwargs, self.called)
         #: A complete optimizer that shares groups and state with this one. Before it is built, a stand-in holds both.
         self.base_optimizer: torch.optim.Optimizer = cast(Any, SimpleNamespace())
         super().__init__(params, dict(setting.group_keys))

@@ -1,5 +1,6 @@
 """ASAM (Kwon et al., ICML 2021)."""
 
+from types import MappingProxyType
 from typing import Any
 
 from lets_kernels.methods.catalogue import CODE, OURS, Method
@@ -18,6 +19,8 @@ class ASAM(SAM):
         filterwise: T = ‖filter‖ + ξ for convolution filters (LETS, 2024, Eq. 7); see :class:`Adaptive`.
         scale_bias: False for T = 1 on biases; see :class:`Adaptive`.
     """
+
+    called = MappingProxyType({"eta": "xi"})
 
     def __init__(
         self,

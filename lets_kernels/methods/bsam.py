@@ -1,5 +1,6 @@
 """Variational SAM, bSAM (Möllenhoff & Khan, ICLR 2023)."""
 
+from types import MappingProxyType
 from typing import Any
 
 from lets_kernels.base.variational import VariationalSGD
@@ -29,6 +30,16 @@ class BSAM(SAM):
         precision: the s to begin with.
         kwargs: as :class:`SAM`.
     """
+
+    called = MappingProxyType(
+        {
+            "learningrate": "lr",
+            "Ndata": "data_size",
+            "wdecay": "weight_decay",
+            "s_init": "precision",
+            "custominit": "precision",
+        }
+    )
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Methods that use Fisher information: Fisher SAM (Kim et al., ICML 2022), Sparse SAM (Mi et al., NeurIPS 2022)."""
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class SparseSAM(SAM):
         kind: ``"fisher"`` or ``"dynamic"``.
         interval, drop, steps: see :class:`~lets_kernels.Masked`.
     """
+
+    called = MappingProxyType(
+        {"update_freq": "interval", "drop_rate": "drop", "T_end": "steps", "num_samples": "update_mask(samples=...)"}
+    )
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Methods with a moving average of gradients: Friendly SAM (Li et al., 2024), VaSSO (Li & Giannakis, 2023)."""
 
+from types import MappingProxyType
 from typing import Any
 
 from lets_kernels.methods.catalogue import CODE, Method
@@ -19,6 +20,8 @@ class FriendlySAM(SAM):
         decay: λ in (0, 1).
         update_first: see :class:`~lets_kernels.Friendly`.
     """
+
+    called = MappingProxyType({"lmbda": "decay"})
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Methods that step along both gradients: GSAM (Zhuang et al., ICLR 2022), the penalty of Zhao et al. (ICML 2022)."""
 
+from types import MappingProxyType
 from typing import Any
 
 from lets_kernels.methods.catalogue import AS_SAM, CODE, OURS, STARTS, Method
@@ -20,6 +21,8 @@ class GSAM(SAM):
         alpha: α ≥ 0; 0 is SAM.
     """
 
+    called = MappingProxyType({"gsam_alpha": "alpha", "rho_scheduler": "rho"})
+
     def __init__(
         self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, alpha: float = 0.4, **kwargs: Any
     ) -> None:
@@ -37,6 +40,8 @@ class RGSAM(SAM):
         alpha: as :class:`GSAM`.
         gamma, lam, noise_scale: as :class:`RSAM`.
     """
+
+    called = MappingProxyType({"gsam_alpha": "alpha", "rho_scheduler": "rho"})
 
     def __init__(
         self,
@@ -61,6 +66,8 @@ class GradientNormPenalty(SAM):
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         alpha: α ≥ 0; 1 is SAM, 0 the base optimizer.
     """
+
+    called = MappingProxyType({"r": "rho", "sync_perturbations": "sync_perturbation"})
 
     def __init__(
         self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, alpha: float = 0.8, **kwargs: Any

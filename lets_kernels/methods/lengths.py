@@ -1,5 +1,6 @@
 """Methods that go along SAM's direction, and how far the norm of the gradient says: LE-SAM, USAM, LightSAM."""
 
+from types import MappingProxyType
 from typing import Any
 
 from lets_kernels.methods.catalogue import AS_SAM, CODE, OURS, Method
@@ -28,6 +29,8 @@ class LESAM(SAM):
         TypeError: ``steps`` with a radius that is no number.
         ValueError: a number is out of its range.
     """
+
+    called = MappingProxyType({"sigma": "rho"})
 
     def __init__(
         self,
@@ -58,6 +61,8 @@ class USAM(SAM):
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         lam: λ in [0, 1].
     """
+
+    called = MappingProxyType({"lambd": "lam"})
 
     def __init__(
         self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, lam: float = 0.5, **kwargs: Any
