@@ -62,17 +62,29 @@ class RGSAM(SAM):
 class GradientNormPenalty(SAM):
     """Steps along (1 − α) g + α ĝ: the gradient of L + λ‖∇L‖ with λ = αρ (Zhao et al., ICML 2022).
 
+    The authors' recipes, however, step along (1 − α) g/‖g‖ + α ĝ: ``normalized=True``.
+
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         alpha: α ≥ 0; 1 is SAM, 0 the base optimizer.
+        normalized: see :class:`~lets_kernels.NormPenalty`.
     """
 
-    called = MappingProxyType({"r": "rho", "sync_perturbations": "sync_perturbation"})
+    called = MappingProxyType(
+        {"r": "rho", "norm_perturbations": "normalized", "sync_perturbations": "sync_perturbation"}
+    )
 
     def __init__(
-        self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, alpha: float = 0.8, **kwargs: Any
+        self,
+        params: Params,
+        base_optimizer: BaseLike,
+        rho: RadiusLike = 0.05,
+        alpha: float = 0.8,
+        *,
+        normalized: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(params, base_optimizer, rho, descent=NormPenalty(alpha), **kwargs)
+        super().__init__(params, base_optimizer, rho, descent=NormPenalty(alpha, normalized=normalized), **kwargs)
 
 
 METHODS = (
@@ -87,6 +99,10 @@ METHODS = (
     .whose(rho=AS_SAM, alpha="as GSAM", gamma="as R-SAM", lam="as R-SAM", noise_scale="as R-SAM")
     .row("R-GSAM", "rho=0.05, alpha=0.4, gamma=1e-4, lr=0.1", holds=True, remark=STARTS),
     Method(GradientNormPenalty, "Gradient-norm penalty", "Zhao et al., ICML 2022", (NormPenalty,))
-    .whose(rho=f"{CODE}, for ImageNet; 0.1 for CIFAR", alpha=CODE)
+    .whose(
+        rho=f"{CODE}, for ImageNet; 0.1 for CIFAR",
+        alpha=CODE,
+        normalized="as the paper's equations read; the authors' code has True",
+    )
     .row("Gradient-norm penalty", "rho=0.05, alpha=0.8, lr=0.1", holds=True),
 )

@@ -79,6 +79,9 @@ class NormPenalty(Descent):
 
     Args:
         alpha: α; 1 is SAM, 0 the base optimizer.
+        normalized: along (1 − α) g/‖g‖ + α ĝ, as the authors' code does unless told otherwise. This is not the gradient
+            of the penalised loss: its first part has the same length at every step. On a step that does not perturb,
+            along g.
 
     Raises:
         ValueError: α is negative or not finite.
@@ -86,12 +89,24 @@ class NormPenalty(Descent):
 
     holds_first = True
 
-    def __init__(self, alpha: float = 0.8) -> None:
+    def __init__(self, alpha: float = 0.8, *, normalized: bool = False) -> None:
         self.alpha = self.slope = not_negative(alpha, "alpha")
+        self.normalized = normalized
+        self._products: Tensor | None = None
+
+    def look(self, second: SecondPass) -> Tensor | None:
+        self._products = None  # drops the products of a step that was given up after ``look``
+        if not (second.perturbed and self.normalized and self.alpha != 1):
+            return None
+        self._products = second.compared()
+        return self._products[0, 0]
 
     def choose(self, second: SecondPass) -> None:
+        products, self._products = self._products, None
         if second.perturbed and self.alpha != 1:
             coefficients = second.numbers(self.alpha, 1 - self.alpha)
+            if products is not None:
+                coefficients[:, 1] *= _ratio(torch.ones_like(products[:, 2]), products[:, 2].sqrt())
             second.step_along([second.firsts(runs) for runs in second.runs], coefficients)
 
 

@@ -164,11 +164,11 @@ def gsam(run, rho, alpha):
         run.descend(surrogate_gap(g, sam_gradient(run, batch, g, radius), alpha))
 
 
-def norm_penalty(run, rho, alpha):
-    """Zhao et al. 2022 (gradient norm), Eq. 10."""
+def norm_penalty(run, rho, alpha, normalized=False):
+    """Zhao et al. 2022 (gradient norm), Eq. 10; their code has the unit vector along the first gradient."""
     for _, batch in run.steps():
         g = run.grad(batch)
-        run.descend(lin((1 - alpha, g), (alpha, sam_gradient(run, batch, g, rho))))
+        run.descend(lin((1 - alpha, unit(g) if normalized else g), (alpha, sam_gradient(run, batch, g, rho))))
 
 
 # -------------------------------------------------------------------------------------------------------- how far
