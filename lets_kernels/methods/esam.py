@@ -22,6 +22,7 @@ class ESAM(SAM):
         beta: β in (0, 1]; 1 perturbs all weights.
         gamma: γ in (0, 1]; 1 takes all samples. β = γ = 1 is SAM.
         granularity: ``"element"`` or ``"tensor"``; see :class:`~lets_kernels.Dropped`.
+        drawn_norm: with ``"tensor"``, True divides by the norm of the chosen tensors only, as the authors' code does.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class ESAM(SAM):
         gamma: float = 0.5,
         *,
         granularity: str = "element",
+        drawn_norm: bool = False,
         **kwargs: Any,
     ) -> None:
-        direction, samples = Dropped(beta, granularity), SelectedSamples(gamma)
+        direction, samples = Dropped(beta, granularity, drawn_norm=drawn_norm), SelectedSamples(gamma)
         super().__init__(params, base_optimizer, rho, direction=direction, samples=samples, **kwargs)
 
 
@@ -63,7 +65,8 @@ METHODS = (
         rho="the authors' code's, and SAM's",
         beta="the authors' commands', which have 0.6 too; their class has 1",
         gamma="the authors' commands'; their class has 1",
-        granularity=f"{OURS}; public code has 'tensor'",
+        granularity=f"{OURS}; the authors' code has 'tensor'",
+        drawn_norm="as the paper's equations read; the authors' code has True",
     )
     .row(
         "ESAM",

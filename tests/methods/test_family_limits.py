@@ -74,6 +74,7 @@ SAM_WHERE = {
     "sparse-dynamic": {"sparsity": 0.0},
     "esam": {"beta": 1.0, "gamma": 1.0},
     "esam-tensor": {"beta": 1.0, "gamma": 1.0},
+    "esam-drawn": {"beta": 1.0, "gamma": 1.0},
     "delta-sam": {"power": 0.0},
 }
 

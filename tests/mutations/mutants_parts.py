@@ -34,6 +34,7 @@ GROUPS = [
         DIRECTION + "mask.py",
         TEN.format("sparse or esam"),
         [
+            ("if self.drawn_norm else first.squared_norm", "if not self.drawn_norm else first.squared_norm"),
             ("total * self.beta**2, norm", "total * self.beta, norm"),
             ("kept = max(1, round((1 - self.sparsity) * size))", "kept = max(1, round(self.sparsity * size))"),
             ("(low >> 1) + (high >> 1) + (low & high & 1)", "low + (high - low) // 2"),

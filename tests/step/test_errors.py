@@ -68,6 +68,11 @@ CONSTRUCTION = {
         ValueError,
         "adaptive",
     ),
+    "norm-of-drawn-elements": (
+        lambda p: lk.ESAM(p, SGD, drawn_norm=True, lr=0.1),
+        ValueError,
+        "drawn_norm=True goes with granularity='tensor', not with 'element'",
+    ),
     "no-parameters": (lambda p: lk.SAM([], SGD, lr=0.1), ValueError, "empty parameter list"),
     "a-parameter-twice": (lambda p: lk.SAM([{"params": p}, {"params": p}], SGD, lr=0.1), ValueError, "more than one"),
     "float8-parameters": (

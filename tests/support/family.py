@@ -81,6 +81,7 @@ FAMILY = {
     ),
     "esam": Member(lk.ESAM, {"rho": 0.1, "beta": 0.6, "gamma": 0.5}, papers.esam),
     "esam-tensor": Member(lk.ESAM, {"rho": 0.1, "gamma": 0.3, "granularity": "tensor"}, papers.esam),
+    "esam-drawn": Member(lk.ESAM, {"rho": 0.1, "gamma": 0.3, "granularity": "tensor", "drawn_norm": True}, papers.esam),
     "delta-sam": Member(lk.DeltaSAM, {"rho": 0.1}, papers.delta_sam),
     "bsam": Member(lk.BSAM, {"rho": 0.05, **VARIATIONAL}, papers.bsam, base=False),
 }

@@ -298,8 +298,8 @@ def sparse(run, rho, sparsity=0.5, kind="fisher", interval=None, drop=0.5, steps
         run.descend(run.grad(batch, run.moved(rho, {k: x * run.held["mask"][k] for k, x in eps.items()})))
 
 
-def esam(run, rho, gamma, beta=0.5, granularity="element"):
-    """Du et al. 2022, Algorithm 1."""
+def esam(run, rho, gamma, beta=0.5, granularity="element", drawn_norm=False):
+    """Du et al. 2022, Algorithm 1; in their code the norm is that of the drawn tensors."""
     for t, batch in run.steps():
         g = run.grad(batch)
         eps = unit(g)
@@ -308,6 +308,8 @@ def esam(run, rho, gamma, beta=0.5, granularity="element"):
             part = {k: float(u < beta) for k, u in zip(g, draws, strict=True)}
         else:
             part = {k: (w / 2.0**32 < beta).double() for k, w in run.draw(words, t, DRAWS).items()}
+        if drawn_norm:
+            eps = unit({k: part[k] * x for k, x in g.items()})
         there = run.moved(rho, {k: part[k] * x / beta for k, x in eps.items()})
         with torch.no_grad():
             rise = run.losses(there, batch) - run.losses(run.theta, batch)

@@ -28,20 +28,25 @@ class Dropped(Direction):
 
     Args:
         beta: β in (0, 1]; 1 is SAM.
-        granularity: what is chosen: single elements, ``"element"``, or whole tensors, ``"tensor"``, as in public code.
+        granularity: what is chosen: single elements, ``"element"``, or whole tensors, ``"tensor"``, as in the authors'
+            code.
+        drawn_norm: ‖g‖ is that of the chosen tensors, as in the authors' code: ε then has the length ρ/β, however many
+            were chosen. They choose at the end of the step before, so their first step has all tensors.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or ``drawn_norm`` with single elements.
     """
 
     draws = True
 
-    def __init__(self, beta: float = 0.5, granularity: str = "element") -> None:
+    def __init__(self, beta: float = 0.5, granularity: str = "element", *, drawn_norm: bool = False) -> None:
         if not beta > 0:
             raise ValueError(f"beta must be in (0, 1], not {beta}: at 0 nothing is perturbed")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}")
-        self.beta, self.granularity = share(beta, "beta"), granularity
+        if drawn_norm and granularity != "tensor":
+            raise ValueError(f"drawn_norm=True goes with granularity='tensor', not with {granularity!r}")
+        self.beta, self.granularity, self.drawn_norm = share(beta, "beta"), granularity, drawn_norm
 
     def not_capturable(self) -> str | None:
         if self.granularity == "tensor" and self.beta < 1:
@@ -60,7 +65,7 @@ class Dropped(Direction):
         return Perturbation(ascents, first.total(shares))
 
     def _tensors(self, first: FirstPass) -> Perturbation:
-        total, ascents = first.squared_norm, []
+        ascents = []
         # Numbered by places in the groups, which are the same on ranks that lack a gradient, and for spread tensors.
         offsets = list(accumulate((len(group["params"]) for group in first.groups), initial=0))
         draws = first.random.uniforms(first.step, offsets[-1] if self.beta < 1 else 0, DRAWS)
@@ -71,6 +76,7 @@ class Dropped(Direction):
                 chosen = runs.only([j for j, place in enumerate(places) if draws[place] < self.beta])
             if chosen.indices:
                 ascents.append(Ascent(chosen, chosen.grads, 0.0, 2.0, scaled=False))
+        total = first.total([ascent.total() for ascent in ascents]) if self.drawn_norm else first.squared_norm
         return Perturbation(ascents, total * self.beta**2, norm=total.sqrt())
 
 
