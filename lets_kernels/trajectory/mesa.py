@@ -24,17 +24,21 @@ class MESA(Term):
             ...                                        # backward, and the optimizer's step
             mesa.update(model)                         # at the weights after the step, never at perturbed weights
 
-    The defaults are those of the authors' code and README (λ 0.3 or 0.8 there). The paper leaves open what
-    normalisation layers do in the averaged model: here the model runs in evaluation mode, and its running statistics
-    are averaged too.
+    λ is that of the authors' command and one of two in their README (0.3 and 0.8); the default of their code is 0.3.
+    Their λ is meant with the factor τ², which the printed equation lacks: without it (``rescale=False``) the term is 25
+    times weaker. The other defaults are those of their code. The average begins with the weights at the first
+    ``update``; theirs begins with the initial weights: call ``mesa.update(model)`` once before the first step for that.
+    The paper leaves open what normalisation layers do in the averaged model: here the model runs in evaluation mode,
+    and its running statistics are averaged too.
 
     Args:
         model: the model to average, without the wrapper of DistributedDataParallel, and not sharded.
         decay: the decay of the average, in [0, 1).
-        start: the first epoch (from 0) whose loss has the term.
+        start: the first epoch (from 0) whose loss has the term. The authors' code has ``--kl_start_epoch 5``, and the
+            term in the epochs after that one.
         weight: λ ≥ 0.
         temperature: τ > 0.
-        rescale: see :func:`trajectory_loss`.
+        rescale: the factor τ²; see :func:`trajectory_loss`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -45,10 +49,10 @@ class MESA(Term):
         model: torch.nn.Module,
         *,
         decay: float = 0.9998,
-        start: int = 5,
+        start: int = 6,
         weight: float = 0.8,
         temperature: float = 5.0,
-        rescale: bool = False,
+        rescale: bool = True,
     ) -> None:
         super().__init__(weight, temperature, start, rescale)
         if not 0 <= decay < 1:

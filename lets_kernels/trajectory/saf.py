@@ -18,7 +18,7 @@ def _pinned(records: torch.device, outputs: torch.device) -> bool:
 class SAF(Term):
     """Sharpness-aware training for free: outputs should not have moved far since E epochs ago.
 
-    Du et al., NeurIPS 2022: the loss gains (λ/B) Σ KL(softmax(y_past/τ) ‖ softmax(y/τ)), where y_past are the
+    Du et al., NeurIPS 2022: the loss gains (λτ²/B) Σ KL(softmax(y_past/τ) ‖ softmax(y/τ)), where y_past are the
     outputs recorded for the same samples E epochs ago. Any optimizer steps on the sum, with one gradient a step::
 
         saf = lets_kernels.SAF(len(dataset), classes)
@@ -33,7 +33,9 @@ class SAF(Term):
     pass through pinned memory, one batch in each direction, and no step waits for the copy of its own outputs. Indices
     should be on the CPU, where a loader leaves them. Time: two copies of [B, classes] a step.
 
-    λ, E, τ and ``start`` are the defaults of the authors' code (E 2 or 3). The paper leaves open what to do with
+    λ is that of the authors' command and one of two in their README (0.3 and 0.8); the default of their code is 0.16. E
+    and τ are the defaults of their code (the command has E = 2). Their λ is meant with the factor τ², which the printed
+    equation lacks: without it (``rescale=False``) the term is 25 times weaker. The paper leaves open what to do with
     samples without a record, such as samples of a dropped last batch: here they count as zero. The second visit to a
     sample in one epoch also counts as zero, since its record has been overwritten. So does a sample that another rank
     had E epochs ago: each rank has its own records, so its sampler should shuffle within its own share of the data set.
@@ -46,12 +48,13 @@ class SAF(Term):
         samples: N, the size of the data set; indices are 0 ... N-1.
         classes: the width of the outputs.
         epochs: E, at least 1.
-        start: the first epoch (from 0) whose loss has the term. Recording begins E epochs before.
+        start: the first epoch (from 0) whose loss has the term. Recording begins E epochs before. The authors' code has
+            ``--kl_start_epoch 5``, and the term in the epochs after that one.
         weight: λ ≥ 0.
         temperature: τ > 0.
         dtype: the dtype of the records. The error of float16 is at most 2⁻¹¹ of a class's distance from the likeliest.
         device: the device of the records.
-        rescale: see :func:`trajectory_loss`.
+        rescale: the factor τ²; see :func:`trajectory_loss`.
 
     Raises:
         TypeError: ``dtype`` has no fractions.
@@ -64,12 +67,12 @@ class SAF(Term):
         classes: int,
         *,
         epochs: int = 3,
-        start: int = 5,
+        start: int = 6,
         weight: float = 0.3,
         temperature: float = 5.0,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str = "cpu",
-        rescale: bool = False,
+        rescale: bool = True,
     ) -> None:
         super().__init__(weight, temperature, start, rescale)
         for name, value in (("samples", samples), ("classes", classes), ("epochs", epochs)):

@@ -34,7 +34,9 @@ def logits(*shape, dtype=torch.float64, scale=3.0):
 
 
 def saf(**options):
-    return lk.SAF(SAMPLES, CLASSES, **{"epochs": EPOCHS, "start": 0, "dtype": torch.float64, **options})
+    return lk.SAF(
+        SAMPLES, CLASSES, **{"epochs": EPOCHS, "start": 0, "dtype": torch.float64, "rescale": False, **options}
+    )
 
 
 def epochs_of(batches, count, term, outputs):
@@ -268,6 +270,24 @@ def test_training_takes_one_gradient_a_step_and_moves_less_far():
     assert trained(2.0) < trained(0.0)
 
 
+def test_by_default_the_strength_and_the_first_epoch_are_the_authors():
+    """lambda tau^2 = 0.3 * 25 and 0.8 * 25, from the epoch after number 5 on."""
+    net = small_net().double()
+    outputs, inputs = [logits(9, 5) for _ in range(7)], logits(9, 6)
+    saf, mesa = lk.SAF(9, 5, dtype=torch.float64), lk.MESA(net)
+    mesa.update(net)
+    for epoch in range(7):
+        for term in (saf, mesa):
+            term.set_epoch(epoch)
+        found = saf(outputs[epoch], torch.arange(9)), mesa(outputs[epoch], inputs)
+        assert epoch == 6 or found == (0, 0)
+    # Recorded in float64; y - max(y) is rounded once, to 2^-53 of some 10.
+    pasts = (0.3, outputs[3]), (0.8, net.eval()(inputs))
+    expected = (25 * weight * transcription(outputs[6], y, 5.0) for weight, y in pasts)
+    for term, value in zip(found, expected, strict=True):
+        assert term.item() == pytest.approx(value, rel=1e-11, abs=1e-13)
+
+
 # ---- MESA -----------------------------------------------------------------------------------------------------------
 
 
@@ -275,11 +295,16 @@ def small_net():
     return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
 
 
-def test_mesa_is_the_loss_against_an_average_of_the_model():
+@pytest.mark.parametrize("initial", [False, True])
+def test_mesa_is_the_loss_against_an_average_of_the_model(initial):
+    """An update before the first step begins the average with the initial weights, as in the authors' code."""
     net = small_net().double()
-    mesa = lk.MESA(net, decay=0.8, start=1, weight=0.7, temperature=2.0)
+    mesa = lk.MESA(net, decay=0.8, start=1, weight=0.7, temperature=2.0, rescale=False)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
     average = None
+    if initial:
+        mesa.update(net)
+        average = {k: v.clone() for k, v in net.state_dict().items()}
     twin = small_net().double().eval()
     for step in range(6):
         mesa.set_epoch(step // 2)
