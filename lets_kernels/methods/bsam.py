@@ -19,6 +19,10 @@ class BSAM(SAM):
     first pass into ``with opt.first_pass():``, unless ``step(closure)`` makes it. The average s includes every finite
     first gradient, also if its step is given up later.
 
+    The authors' code differs in two points. It steps ω along the s of the step before, and updates s afterwards. And it
+    cuts each batch in eight, with a sample and a perturbation for each piece, and takes the means of √s|g| and of ĝ:
+    ``step([closures])`` would be that, and is refused.
+
     Args:
         params: as :class:`SAM`.
         rho: ρ, which scales g/s.

@@ -44,7 +44,8 @@ class RandomStart(Direction):
 
     δ₀ ~ N(0, γ² diag(‖w_j‖)), with one ‖w_j‖ for each filter. Filters are the slices along the first dimension of
     weights with two or more dimensions (along the second for transposed convolutions, which only ``model=`` can tell);
-    any other parameter is one filter. State: none; δ₀ is drawn again wherever it is used. Two gradients a step. With
+    any other parameter is one filter. ε is that of Algorithm 1; the text of the paper's sensitivity section has
+    λĝ₀/‖ĝ₀‖ in place of λĝ₀. State: none; δ₀ is drawn again wherever it is used. Two gradients a step. With
     ``first_step()`` or ``perturbed()``, put the first forward and backward into ``with opt.first_pass():``, which moves
     the weights to θ + δ₀.
 
@@ -110,7 +111,8 @@ class Posterior(Direction):
 
     bSAM: Möllenhoff & Khan, ICLR 2023. The precision s is state of the base optimizer
     (:class:`lets_kernels.base.variational.VariationalSGD`), but this direction updates it, since it has g:
-    s ← β₂s + (1 − β₂)(√s|g| + δ + γ).
+    s ← β₂s + (1 − β₂)(√s|g| + δ + γ). That is before the step, which divides by the new s; the authors' code updates s
+    after it.
 
     Args:
         data_size: N, the number of training examples; infinity samples ω itself.
