@@ -525,6 +525,9 @@ class SAM(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state. A state of the bare base optimizer is allowed, and leaves the radius as it is.
 
+        So is a state of the SAM in common use (davda54/sam). The weights before the perturbation that it keeps,
+        ``old_p``, are dropped.
+
         Raises:
             RuntimeError: while the weights are perturbed.
             ValueError: the groups or the number of learned radii do not match, or the state is damaged. Nothing has

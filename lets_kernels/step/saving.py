@@ -18,6 +18,8 @@ from lets_kernels.step.workspace import Workspace
 #: The key of our own state in a saved state, and once more in the first group of it.
 KEY = "lets_kernels"
 _PARTS = ("direction", "schedule", "descent")
+#: The weights before ε, and ε: what the SAM in common use keeps between its two passes, and never takes away.
+_LEFT_BEHIND = ("old_p", "e_w")
 
 
 def _parts(w: Workspace) -> tuple[str, ...]:
@@ -113,6 +115,20 @@ def _check_kept(
             )
 
 
+def _without_left_behind(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> Mapping[Any, Any]:
+    """The state of a parameter, without what another SAM has left there: one whose groups have a ρ as ours have."""
+    if not any("rho" in group for group in groups):
+        return state
+    kept: dict[Any, Any] = {}
+    for key, entry in state.items():
+        if isinstance(entry, Mapping) and not entry.keys().isdisjoint(_LEFT_BEHIND):
+            entry = {name: value for name, value in entry.items() if name not in _LEFT_BEHIND}
+            if not entry:
+                continue
+        kept[key] = entry
+    return kept
+
+
 def load(e: Engine, state_dict: dict[str, Any]) -> None:
     """Take over a saved state, unless it is damaged or another optimizer's."""
     w, setting, held_by = e.work, e.work.setting, e.work.progress.held
@@ -127,6 +143,8 @@ def load(e: Engine, state_dict: dict[str, Any]) -> None:
     before = [{name: group[name] for name in setting.group_keys} for group in w.groups]
     rest = {name: value for name, value in state_dict.items() if name != KEY}
     rest["state"], held = Held.take_from(state_dict["state"])
+    if own is None:
+        rest["state"] = _without_left_behind(rest["state"], groups)
     # As in torch: the groups say which parameter a state belongs to; some tools put names there instead of numbers.
     places = {key: i for i, key in enumerate(key for group in groups for key in group["params"])}
     held = {places.get(key, f"{key}"): own_tensors for key, own_tensors in held.items()}

@@ -155,6 +155,44 @@ def test_the_state_of_the_bare_base_optimizer_can_be_loaded(backend):
     toy.steps(opt, 1)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("name", ["old_p", "e_w"])
+def test_the_state_of_the_sam_in_common_use_is_loaded_without_the_weights_that_it_keeps(name, momentum):
+    """It leaves the weights before the perturbation, or the perturbation, with every parameter for ever."""
+    toy, theirs = Toy(), Toy()
+    inner = torch.optim.SGD([{"params": theirs.params, "rho": 0.05, "adaptive": False}], lr=0.1, momentum=momentum)
+    theirs.set_grads(theirs.grads(0))
+    inner.step()
+    bare = copy.deepcopy(inner.state_dict())
+    for p in theirs.params:
+        inner.state[p][name] = p.detach().clone()
+    saved = inner.state_dict()
+    opt = lk.SAM(toy.params, torch.optim.SGD, rho=0.3, lr=0.1, momentum=momentum)
+    opt.load_state_dict(saved)
+    assert opt.rho.item() == pytest.approx(0.3)
+    assert opt.state_dict()["state"].keys() == bare["state"].keys()
+    for own, before in zip(opt.state_dict()["state"].values(), bare["state"].values(), strict=True):
+        assert own.keys() == before.keys() and all(same_bits(own[k], before[k]) for k in before)
+    assert all(name in entry for entry in saved["state"].values())  # the caller's dict is as it was
+    toy.steps(opt, 1)
+    assert opt.fused
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["of-the-bare-base", "of-ours"])
+def test_a_base_optimizer_may_keep_something_of_that_name(base):
+    toy = Toy()
+    opt = lk.SAM(toy.params, torch.optim.SGD, lr=0.1, momentum=0.9)
+    toy.steps(opt, 1)
+    for p in toy.params:
+        opt.state[p]["old_p"] = p.detach().clone()
+    saved = opt.state_dict()
+    if base:
+        plain = torch.optim.SGD(toy.params, lr=0.1, momentum=0.9)
+        saved = {"state": saved["state"], "param_groups": plain.state_dict()["param_groups"]}
+    opt.load_state_dict(saved)
+    assert all("old_p" in opt.state[p] for p in toy.params)
+
+
 def test_the_saved_state_is_a_torch_state_dict_with_one_more_key(backend):
     """What tools expect ("state", "param_groups") is there and is the base optimizer's own."""
     toy = Toy()
