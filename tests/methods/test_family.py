@@ -63,10 +63,10 @@ def task_for(name, backend):
     return Task(steps=STEPS)
 
 
-def check(backend, name, base):
+def check(backend, name, base, **options):
     task = task_for(name, backend)
-    run = transcribe(name, task, base)
-    opt = build(name, task, base, backend=backend.name)
+    run = transcribe(name, task, base, **options)
+    opt = build(name, task, base, backend=backend.name, **options)
     with backend.watch("perturb_", *OPS.get(FAMILY[name].cls, ())):
         family.run(opt, task)
     assert opt.fused is (BASES[base][3] is not None)
@@ -84,6 +84,18 @@ def test_every_method_has_a_transcription():
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_method_takes_its_papers_ten_steps(backend, name):
     check(backend, name, "momentum")
+
+
+#: Options that are not those of a member's line in FAMILY.
+OTHERWISE = [
+    ("norm-penalty", {"normalized": True}),
+    ("esam-tensor", {"drawn_norm": True}),
+]
+
+
+@pytest.mark.parametrize("name, options", OTHERWISE, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_every_method_takes_its_papers_ten_steps_with_other_options(backend, name, options):
+    check(backend, name, "momentum", **options)
 
 
 @pytest.mark.parametrize("name", [name for name in ONE_EACH if FAMILY[name].base])

@@ -64,7 +64,6 @@ SAM_WHERE = {
     "aelooksam": {"lambda1": -1e6, "lambda2": -1e6},
     "gsam": {"alpha": 0.0},
     "norm-penalty": {"alpha": 1.0},
-    "norm-penalty-unit": {"alpha": 1.0},
     "rsam": {"gamma": 0.0},
     "friendly": {"sigma": 0.0},
     "friendly-text": {"sigma": 0.0},
@@ -74,7 +73,6 @@ SAM_WHERE = {
     "sparse-dynamic": {"sparsity": 0.0},
     "esam": {"beta": 1.0, "gamma": 1.0},
     "esam-tensor": {"beta": 1.0, "gamma": 1.0},
-    "esam-drawn": {"beta": 1.0, "gamma": 1.0},
     "delta-sam": {"power": 0.0},
 }
 
@@ -104,8 +102,8 @@ def test_ae_looksam_without_reuse_is_ae_sam(backend):
 
 
 # bSAM has no base optimizer, R-GSAM goes along a gradient beside theta too. LookSAM's g_v is what is left of
-# g_hat - g: nothing at all, where the two passes give the same bits. A unit vector along g is not g.
-AT_ZERO = [name for name in FAMILY if name not in ("bsam", "rgsam", "norm-penalty-unit")]
+# g_hat - g: nothing at all, where the two passes give the same bits.
+AT_ZERO = [name for name in FAMILY if name not in ("bsam", "rgsam")]
 #: What they add to the plain gradient cancels out but for rounding.
 ROUNDS = ("gsam", "norm-penalty", *PER_SAMPLE)
 
@@ -123,6 +121,15 @@ def test_rho_0_is_the_base_optimizer(name, backend):
 
 def test_p_0_of_rst_is_the_base_optimizer(backend):
     assert same(weights_after("rst", backend, p=0.0), sam(backend, rho=0.0))
+
+
+@pytest.mark.parametrize(
+    "name, options", [("norm-penalty", {"normalized": True}), ("esam-tensor", {"drawn_norm": True})]
+)
+def test_where_what_the_authors_code_does_is_sam_too(name, options, backend):
+    """To the bits of the method without this option, which is SAM there."""
+    options = {**options, **SAM_WHERE[name]}
+    assert same(weights_after(name, backend, **options), weights_after(name, backend, **SAM_WHERE[name]))
 
 
 def test_alpha_0_of_the_norm_penalty_is_the_base_optimizer(backend):

@@ -128,15 +128,24 @@ def test_zero_gradients_leave_the_weights_where_they_are(backend, name):
 
 
 # Others go along random numbers, or have no base optimizer.
-@pytest.mark.parametrize("name", [n for n in (*ONE_EACH, "norm-penalty-unit") if n not in (*BESIDE, *ONE_PASS)])
+@pytest.mark.parametrize("name", [n for n in ONE_EACH if n not in (*BESIDE, *ONE_PASS)])
 def test_a_zero_first_gradient_perturbs_nothing_and_the_step_is_taken(backend, name):
     """Along the second gradient: epsilon is zero, not NaN."""
     toy, opt = made(name, backend=backend.name, base="sgd")
     before, grads = weights(toy), toy.grads(1)
     assert same(step(opt, toy, [torch.zeros(s) for s in SHAPES], grads), before)
-    factor = 0.8 if name.startswith("norm-penalty") else 1.0  # alpha
+    factor = 0.8 if name == "norm-penalty" else 1.0  # alpha
     for p, x, g in zip(toy.params, before, grads, strict=True):
         torch.testing.assert_close(p.detach(), x - 0.1 * factor * g)
+
+
+def test_a_zero_first_gradient_has_no_unit_vector(backend):
+    """The normalised part of the gradient penalty is zero, not NaN."""
+    toy, opt = made("norm-penalty", backend=backend.name, base="sgd", normalized=True)
+    before, grads = weights(toy), toy.grads(1)
+    assert same(step(opt, toy, [torch.zeros(s) for s in SHAPES], grads), before)
+    for p, x, g in zip(toy.params, before, grads, strict=True):
+        torch.testing.assert_close(p.detach(), x - 0.08 * g)
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

@@ -59,9 +59,6 @@ FAMILY = {
     "gsam": Member(lk.GSAM, {"rho": 0.1, "alpha": 0.4}, papers.gsam),
     "rgsam": Member(lk.RGSAM, {"rho": 0.1, "alpha": 0.4, **START}, papers.rgsam, {"transposed": TRANSPOSED}),
     "norm-penalty": Member(lk.GradientNormPenalty, {"rho": 0.1, "alpha": 0.8}, papers.norm_penalty),
-    "norm-penalty-unit": Member(
-        lk.GradientNormPenalty, {"rho": 0.1, "alpha": 0.8, "normalized": True}, papers.norm_penalty
-    ),
     "rsam": Member(lk.RSAM, {"rho": 0.1, **START}, papers.rsam, {"transposed": TRANSPOSED}),
     "rsam-std": Member(lk.RSAM, {"rho": 0.1, **START, "noise_scale": "std"}, papers.rsam, {"transposed": TRANSPOSED}),
     "le-sam": Member(lk.LESAM, {"rho": 0.1, "rho_max": 0.12}, papers.le_sam),
@@ -81,7 +78,6 @@ FAMILY = {
     ),
     "esam": Member(lk.ESAM, {"rho": 0.1, "beta": 0.6, "gamma": 0.5}, papers.esam),
     "esam-tensor": Member(lk.ESAM, {"rho": 0.1, "gamma": 0.3, "granularity": "tensor"}, papers.esam),
-    "esam-drawn": Member(lk.ESAM, {"rho": 0.1, "gamma": 0.3, "granularity": "tensor", "drawn_norm": True}, papers.esam),
     "delta-sam": Member(lk.DeltaSAM, {"rho": 0.1}, papers.delta_sam),
     "bsam": Member(lk.BSAM, {"rho": 0.05, **VARIATIONAL}, papers.bsam, base=False),
 }
