@@ -55,7 +55,8 @@ class SAM(torch.optim.Optimizer):
             built on the same parameters. It stays a complete optimizer, and shares its groups and state with this one.
         rho: the radius ρ ≥ 0 of the perturbation, a :class:`~lets_kernels.Radius`, or ``"auto"`` for ``AutoRadius()``,
             which finds the radius during training.
-        adaptive: ASAM's T = |θ|, element-wise and with ξ = 0 unless a group has its own ``xi``.
+        adaptive: ASAM's T = |θ|, element-wise and with ξ = 0 unless a group has its own ``xi``. It goes with the
+            directions of Friendly SAM, VaSSO and ESAM, too.
         direction, schedule, descent: the other parts of a method. Default: ``adaptive`` as above, ``Always()``,
             ``Perturbed()``.
         length: how long the perturbation is for a given ρ; default ρ. See :class:`~lets_kernels.Length`.
@@ -132,7 +133,10 @@ class SAM(torch.optim.Optimizer):
             direction = Adaptive(xi=0.0)
             direction.defaults = {**direction.defaults, "adaptive": adaptive}
         elif adaptive and "adaptive" not in direction.defaults:
-            raise ValueError(f"adaptive=True goes with an adaptive direction, not with {type(direction).__name__}")
+            raise ValueError(
+                f"adaptive=True goes with a direction that T can scale, such as Adaptive (ASAM's), not with "
+                f"{type(direction).__name__}: leave it out"
+            )
         radius = as_radius(rho)
         setting = Setting(
             direction=direction,
@@ -148,7 +152,8 @@ class SAM(torch.optim.Optimizer):
             check_finite=check_finite,
             rho_warmup=rho_warmup,
             # Tools that load a saved state key by key must find the key at which the first group carries numbers.
-            group_keys={"rho": radius.rho, "adaptive": False, **direction.defaults, saving.KEY: None},
+            group_keys={"rho": radius.rho, "adaptive": False, **direction.defaults, saving.KEY: None}
+            | ({"adaptive": True} if adaptive else {}),
         )
         setting.check()
         random = Randomness(seed, used=direction.draws or setting.schedule.draws)

@@ -16,6 +16,7 @@ class ESAM(SAM):
     gradient of the batch, one gradient of a share γ of it, and one forward pass. ``step(closure)`` takes
     ``closure(subset=None)``, which returns the loss of each sample and leaves ``backward`` to the optimizer
     (:mod:`lets_kernels.parts.samples`); with the other call shapes, ``opt.samples.subset(before, after)`` chooses.
+    ``adaptive=True`` is ASAM's T: ε = ρ T²g/(β ‖Tg‖).
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.

@@ -13,6 +13,7 @@ class FriendlySAM(SAM):
     """ε along d = g − σm, where m is a moving average of the gradients: d lacks the part that all batches share.
 
     Li et al., CVPR 2024. The order of the two updates is the one in the authors' code, unless ``update_first`` is True.
+    ``adaptive=True`` is ASAM's T along d: ε = ρ T²d/‖Td‖.
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.

@@ -65,7 +65,10 @@ def check_groups(groups: Sequence[dict[str, Any]], direction: Direction) -> None
         check_rho(group["rho"])
         check_xi(group.get("xi", 0.0))
         if group["adaptive"] and "adaptive" not in direction.defaults:
-            raise ValueError(f"param_groups[{index}]: adaptive=True goes with an adaptive direction")
+            raise ValueError(
+                f"param_groups[{index}]: adaptive=True goes with a direction that T can scale, such as Adaptive "
+                f"(ASAM's), not with {type(direction).__name__}: leave it out"
+            )
         for p in group["params"]:
             check_parameter(p, f"param_groups[{index}]")
 

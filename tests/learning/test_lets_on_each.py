@@ -51,6 +51,7 @@ METHODS = {
     "sparse-dynamic": (method(lk.SparseSAM, kind="dynamic", interval=2, steps=9), EXACT, EXACT),
     "friendly": (method(lk.FriendlySAM, sigma=0.7), EXACT, EXACT),
     "friendly-update-first": (method(lk.FriendlySAM, sigma=0.7, update_first=True), EXACT, EXACT),
+    "friendly-adaptive": (method(lk.FriendlySAM, sigma=0.7, adaptive=True), EXACT, EXACT),
     "vasso": (method(lk.VaSSO, theta=0.4), EXACT, EXACT),
     "le-sam": (method(lk.LESAM, rho_max=1.0), EXACT, EXACT),
     "usam": (method(lk.USAM, lam=0.3), EXACT, EXACT),
@@ -216,6 +217,8 @@ def scales_of(name, weights, along):
         wise = name == "asam-filterwise"
         filters = [x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.dim() - 1)) if x.dim() > 2 else None for x in weights]
         return [x.abs() + 0.1 if f is None or not wise else f + 0.1 for x, f in zip(weights, filters, strict=True)]
+    if name == "friendly-adaptive":
+        return [x.abs() for x in weights]
     return [torch.ones_like(v) for v in along]
 
 

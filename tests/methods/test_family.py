@@ -90,6 +90,11 @@ def test_every_method_takes_its_papers_ten_steps(backend, name):
 OTHERWISE = [
     ("norm-penalty", {"normalized": True}),
     ("esam-tensor", {"drawn_norm": True}),
+    ("esam-tensor", {"drawn_norm": True, "adaptive": True}),
+    ("esam-tensor", {"adaptive": True}),
+    ("esam", {"adaptive": True}),
+    ("friendly", {"adaptive": True}),
+    ("vasso", {"adaptive": True}),
 ]
 
 

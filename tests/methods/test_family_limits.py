@@ -1,5 +1,6 @@
 """Where a method is another one: the base optimizer, SAM, or itself at another argument."""
 
+import functools
 import math
 
 import pytest
@@ -84,6 +85,23 @@ def test_where_a_method_is_sam(backend, name):
         assert strayed(found, expected) <= TIGHT
     else:
         assert same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["friendly", "vasso", "esam", "esam-tensor"])
+def test_where_an_adaptive_method_is_adaptive_sam(name, backend):
+    """With a T for one group, another ξ for the next, and none for the last."""
+    found = []
+    for adaptive in (functools.partial(build, name, **SAM_WHERE[name]), adaptive_sam):
+        task = Task(steps=4)
+        p = list(task.net.parameters())
+        groups = [{"params": p[:2]}, {"params": p[2:4], "xi": 0.05}, {"params": p[4:], "adaptive": False}]
+        opt = adaptive(groups, adaptive=True, rho=0.5, model=task.net, backend=backend.name)
+        found.append(ran(opt, task, 4))
+    assert strayed(*found) <= TIGHT if name in PER_SAMPLE else same(*found)
+
+
+def adaptive_sam(params, **options):
+    return lk.SAM(params, BASES["momentum"][0], **options, **BASES["momentum"][2])
 
 
 def test_p_2_is_sam(backend):

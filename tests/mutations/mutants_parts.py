@@ -12,6 +12,7 @@ GROUPS = [
             ("super().__init__(1 - self.theta, 0.0, 1.0)", "super().__init__(self.theta, 0.0, 1.0)"),
             ("(1 + old * (1 - self.decay), -old)", "(1.0, -old)"),
             ("(1.0, -self.sigma) if update_first", "(1.0, self.sigma) if update_first"),
+            ("squared if share is None else share", "squared"),
             ("gate = finite.double()", "gate = torch.ones_like(finite).double()", ROBUST),
         ],
     ),
@@ -34,7 +35,9 @@ GROUPS = [
         DIRECTION + "mask.py",
         TEN.format("sparse or esam"),
         [
-            ("if self.drawn_norm else first.squared_norm", "if not self.drawn_norm else first.squared_norm"),
+            ("        if self.drawn_norm:\n", "        if not self.drawn_norm:\n"),
+            ("first.total([self.ascent(runs, first.groups).total() for runs in first.runs])", "first.squared_norm"),
+            ("squared if share is None else share", "squared"),
             ("total * self.beta**2, norm", "total * self.beta, norm"),
             ("kept = max(1, round((1 - self.sparsity) * size))", "kept = max(1, round(self.sparsity * size))"),
             ("(low >> 1) + (high >> 1) + (low & high & 1)", "low + (high - low) // 2"),

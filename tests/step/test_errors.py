@@ -66,7 +66,7 @@ CONSTRUCTION = {
     "adaptive-along-the-gradient": (
         lambda p: lk.SAM(p, SGD, adaptive=True, direction=lk.Gradient(), lr=0.1),
         ValueError,
-        "adaptive",
+        "adaptive=True goes with a direction that T can scale.*not with Gradient: leave it out",
     ),
     "norm-of-drawn-elements": (
         lambda p: lk.ESAM(p, SGD, drawn_norm=True, lr=0.1),

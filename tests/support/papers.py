@@ -77,6 +77,14 @@ def unit(g):
     return lin((1 / math.sqrt(dot(g, g)), g)) if dot(g, g) > 0 else lin((0.0, g))
 
 
+def scaled_unit(v, theta):
+    """T^2 v/||Tv|| with T = |theta|; the unit vector along v without theta."""
+    if theta is None:
+        return unit(v)
+    scaled = {k: theta[k].abs() * x for k, x in v.items()}
+    return {k: theta[k].abs() * x for k, x in unit(scaled).items()}
+
+
 def sam_gradient(run, batch, g, rho):
     return run.grad(batch, run.moved(rho, unit(g)))
 
@@ -241,24 +249,24 @@ def msam(run, rho):
         run.descend(run.grad(batch, run.moved(rho, lin((-1.0, unit(v))))))
 
 
-def friendly(run, rho, sigma, decay, update_first=False):
-    """Li et al. 2024, Algorithm 1; in the first step d and m are the gradient."""
+def friendly(run, rho, sigma, decay, update_first=False, adaptive=False):
+    """Li et al. 2024, Algorithm 1; in the first step d and m are the gradient. ``adaptive`` is that of their code."""
     m = None
     for _, batch in run.steps():
         g = run.grad(batch)
         new = g if m is None else lin((decay, m), (1 - decay, g))
         d = g if m is None else lin((1.0, g), (-sigma, new if update_first else m))
         m = run.held["average"] = new
-        run.descend(sam_gradient(run, batch, d, rho))
+        run.descend(run.grad(batch, run.moved(rho, scaled_unit(d, run.theta if adaptive else None))))
 
 
-def vasso(run, rho, theta):
+def vasso(run, rho, theta, adaptive=False):
     """Li & Giannakis 2023, Eqs. 8 and 9."""
     d = None
     for _, batch in run.steps():
         g = run.grad(batch)
         d = run.held["average"] = g if d is None else lin((1 - theta, d), (theta, g))
-        run.descend(sam_gradient(run, batch, d, rho))
+        run.descend(run.grad(batch, run.moved(rho, scaled_unit(d, run.theta if adaptive else None))))
 
 
 def fisher_sam(run, rho, eta):
@@ -298,18 +306,18 @@ def sparse(run, rho, sparsity=0.5, kind="fisher", interval=None, drop=0.5, steps
         run.descend(run.grad(batch, run.moved(rho, {k: x * run.held["mask"][k] for k, x in eps.items()})))
 
 
-def esam(run, rho, gamma, beta=0.5, granularity="element", drawn_norm=False):
-    """Du et al. 2022, Algorithm 1; in their code the norm is that of the drawn tensors."""
+def esam(run, rho, gamma, beta=0.5, granularity="element", drawn_norm=False, adaptive=False):
+    """Du et al. 2022, Algorithm 1; ``adaptive`` and the norm of the drawn tensors are those of their code."""
     for t, batch in run.steps():
-        g = run.grad(batch)
-        eps = unit(g)
+        g, T = run.grad(batch), run.theta if adaptive else None
+        eps = scaled_unit(g, T)
         if granularity == "tensor":
             draws = Randomness(run.seed, True).uniforms(t, len(g), DRAWS)
             part = {k: float(u < beta) for k, u in zip(g, draws, strict=True)}
         else:
             part = {k: (w / 2.0**32 < beta).double() for k, w in run.draw(words, t, DRAWS).items()}
         if drawn_norm:
-            eps = unit({k: part[k] * x for k, x in g.items()})
+            eps = scaled_unit({k: part[k] * x for k, x in g.items()}, T)
         there = run.moved(rho, {k: part[k] * x / beta for k, x in eps.items()})
         with torch.no_grad():
             rise = run.losses(there, batch) - run.losses(run.theta, batch)

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation
+from lets_kernels.parts.direction.base import Ascent, Perturbation, Scalable
 from lets_kernels.parts.part import not_negative, share
 from lets_kernels.parts.passes import FirstPass
 
 
-class _Averaged(Direction):
+class _Averaged(Scalable):
     """Along a·g + b·m, where m is the moving average of the first gradients, including the present one.
 
     A first gradient that is not finite leaves the average as it was. A finite first gradient is counted even if its
@@ -38,8 +38,11 @@ class _Averaged(Direction):
             table, seen = b.unscaled_table(runs.indices), updates.to(b.device, copy=True)
             lists = (b.pack(averages), runs.pack(runs.grads), room)
             numbers = (self._decay, self._a, self._b)
-            shares.append(b.parts * b.ops.average_(*lists, seen, table, gate.to(b.device), *numbers))
-            ascents.append(Ascent.along(runs, room) if room else Ascent(runs, averages, 0.0, 2.0, scaled=False))
+            squared = b.parts * b.ops.average_(*lists, seen, table, gate.to(b.device), *numbers)
+            plain = Ascent.along(runs, room) if room else Ascent(runs, averages, 0.0, 2.0, scaled=False)
+            ascent, share = self.scaled(plain, room or lists[0], first.groups)
+            ascents.append(ascent)
+            shares.append(squared if share is None else share)
         updates += finite  # in place, so that replays of a captured step go on counting
         return Perturbation(ascents, first.total(shares))
 
@@ -72,7 +75,8 @@ class Smoothed(_Averaged):
 class Friendly(_Averaged):
     """Friendly SAM: ε = ρ d/‖d‖, d = g − σm, m ← λm + (1 − λ)g (Li et al., CVPR 2024).
 
-    State: m, one parameter-sized buffer. Two gradients a step. The gradients themselves are left alone.
+    State: m, one parameter-sized buffer. Two gradients a step. The gradients themselves are left alone. In groups with
+    ``adaptive=True`` it is ε = ρ T²d/‖Td‖ with ASAM's T, as in the authors' code.
 
     Args:
         sigma: σ ≥ 0; 0 is SAM.

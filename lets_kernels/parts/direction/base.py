@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.state import Look
-from lets_kernels.ops.declared import UNSCALED
+from lets_kernels.ops.declared import ELEMENT_WISE, UNSCALED
 from lets_kernels.ops.memory import is_dense
 from lets_kernels.parts.part import Part, not_negative
 from lets_kernels.parts.passes import FirstPass
@@ -201,3 +201,30 @@ class Direction(Part):
     def start(self, runs: Runs, first: FirstPass) -> None:
         """Write δ into ``first.room``. The weights of the bucket move by δ for the first pass."""
         raise NotImplementedError
+
+
+class Scalable(Direction):
+    """A direction along vectors v that it makes, and in groups with ``adaptive=True`` along T²v, with T = |θ| + ξ.
+
+    ASAM's T (Kwon et al., ICML 2021, §3), element-wise; ξ is 0 unless a group has its own ``xi``.
+    """
+
+    defaults: Mapping[str, Any] = MappingProxyType({"adaptive": False, "xi": 0.0})
+
+    def geometry(self, p: Tensor, name: str | None, group: dict[str, Any]) -> tuple[int, int]:
+        return (ELEMENT_WISE if group["adaptive"] else UNSCALED), 0
+
+    def ascent(self, runs: Runs, groups: Groups) -> Ascent:
+        return Ascent(runs, runs.grads, runs.option(groups, "xi"), self.q)
+
+    @staticmethod
+    def scaled(ascent: Ascent, counted: list[Tensor], groups: Groups) -> tuple[Ascent, Tensor | None]:
+        """The ascent with T, and its bucket's share of ‖Tv‖²; None for that where no group of the bucket is adaptive.
+
+        ``counted``: the v of the norm, packed; those of the ascent may stand in the copy of the weights.
+        """
+        r, b = ascent.runs, ascent.bucket
+        if not b.scaled:
+            return ascent, None
+        whole = replace(ascent, xi=r.option(groups, "xi"), scaled=True)
+        return whole, b.parts * b.ops.grad_norm(counted, r.weights, whole.table, b.filter_norms, whole.xi, whole.q)

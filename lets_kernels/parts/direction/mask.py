@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation
+from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, Scalable
 from lets_kernels.parts.part import at_least_one, share
 from lets_kernels.parts.passes import DRAWS, MASK, REGROWTH, FirstPass
 from lets_kernels.space.buckets import Bucket
@@ -20,11 +20,12 @@ KINDS = ("fisher", "dynamic")
 _MOST = (1 << 63) - 1
 
 
-class Dropped(Direction):
+class Dropped(Scalable):
     """ESAM's stochastic weight perturbation: each weight takes part with probability β, and then ε = ρ g/(β ‖g‖).
 
     Du et al., ICLR 2022. The norm is that of the whole gradient, so the mean of ε over the draws is SAM's. State: none;
-    the choice is drawn again wherever it is used.
+    the choice is drawn again wherever it is used. In groups with ``adaptive=True`` it is ε = ρ T²g/(β ‖Tg‖) with ASAM's
+    T, as in the authors' code.
 
     Args:
         beta: β in (0, 1]; 1 is SAM.
@@ -60,8 +61,10 @@ class Dropped(Direction):
         for runs in first.runs:
             b, room = runs.bucket, first.room(runs)
             grads, table = runs.pack(runs.grads), b.unscaled_table(runs.indices)
-            shares.append(b.parts * b.ops.masked_(room, grads, None, table, *first.draw(b, DRAWS), self.beta))
-            ascents.append(Ascent.along(runs, room))
+            squared = b.parts * b.ops.masked_(room, grads, None, table, *first.draw(b, DRAWS), self.beta)
+            ascent, share = self.scaled(Ascent.along(runs, room), grads, first.groups)
+            ascents.append(ascent)
+            shares.append(squared if share is None else share)
         return Perturbation(ascents, first.total(shares))
 
     def _tensors(self, first: FirstPass) -> Perturbation:
@@ -75,8 +78,13 @@ class Dropped(Direction):
                 places = [offsets[b.group_of[i]] + b.places[i] for i in runs.indices]
                 chosen = runs.only([j for j, place in enumerate(places) if draws[place] < self.beta])
             if chosen.indices:
-                ascents.append(Ascent(chosen, chosen.grads, 0.0, 2.0, scaled=False))
-        total = first.total([ascent.total() for ascent in ascents]) if self.drawn_norm else first.squared_norm
+                ascents.append(self.ascent(chosen, first.groups))
+        if self.drawn_norm:
+            total = first.total([ascent.total() for ascent in ascents])
+        elif any(runs.bucket.scaled for runs in first.runs):
+            total = first.total([self.ascent(runs, first.groups).total() for runs in first.runs])
+        else:
+            total = first.squared_norm
         return Perturbation(ascents, total * self.beta**2, norm=total.sqrt())
 
 
