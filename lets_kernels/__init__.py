@@ -9,6 +9,7 @@ from lets_kernels.methods.esam import ESAM, DeltaSAM
 from lets_kernels.methods.fisher import FisherSAM, SparseSAM
 from lets_kernels.methods.friendly import FriendlySAM, VaSSO
 from lets_kernels.methods.gsam import GSAM, RGSAM, GradientNormPenalty
+from lets_kernels.methods.late import LateSAM
 from lets_kernels.methods.lengths import LESAM, USAM, LightSAM
 from lets_kernels.methods.lets import LETSASAM, LETSSAM
 from lets_kernels.methods.looksam import AESAM, AELookSAM, LookSAM
@@ -34,7 +35,7 @@ from lets_kernels.parts.direction import (
 from lets_kernels.parts.length import Accumulated, Length, LossEquated, Unified
 from lets_kernels.parts.radius import ConstantRadius, LearningRateRadius, Radius, RadiusWarning, ScheduledRadius
 from lets_kernels.parts.samples import Samples, SelectedSamples, WeightedSamples
-from lets_kernels.parts.schedule import Always, Bernoulli, Every, NormThreshold, Schedule
+from lets_kernels.parts.schedule import Always, Bernoulli, Every, NormThreshold, Schedule, Tail
 from lets_kernels.sam import SAM
 from lets_kernels.step.convention import ClosureWarning
 from lets_kernels.step.precision import PrecisionWarning
@@ -79,6 +80,7 @@ __all__ = [
     "Gaussian",
     "Gradient",
     "GradientNormPenalty",
+    "LateSAM",
     "LearnedRadius",
     "LearningRateRadius",
     "Length",
@@ -104,6 +106,7 @@ __all__ = [
     "Smoothed",
     "SparseSAM",
     "SurrogateGap",
+    "Tail",
     "Unified",
     "VaSSO",
     "WeightedSamples",

@@ -56,6 +56,27 @@ class Every(Schedule):
         return step % self.k == 0
 
 
+class Tail(Schedule):
+    """The last steps of the training perturb, the steps before them do not: late SAM (Zhou et al., ICLR 2025).
+
+    With a share near 1 it is a warm start instead: where a large ρ fails, it often fails in the first steps.
+
+    Args:
+        steps: T, the number of steps of the whole training. Steps beyond it perturb as the last one does.
+        fraction: f in [0, 1]; the last f T steps perturb, to the nearest whole number. 1 is SAM, 0 the base optimizer.
+
+    Raises:
+        ValueError: ``steps`` is below 1, or ``fraction`` outside of [0, 1].
+    """
+
+    def __init__(self, steps: int, fraction: float = 0.125) -> None:
+        self.steps, self.fraction = at_least_one(steps, "steps"), share(fraction, "fraction")
+        self._perturbed = round(self.fraction * self.steps)
+
+    def perturbs(self, step: int) -> bool:
+        return self._perturbed > 0 and step >= self.steps - self._perturbed
+
+
 SHAPES = ("constant", "linear", "trigonometric")
 
 

@@ -148,6 +148,7 @@ def test_a_perturbation_a_rank_needs_ranks():
 #: What stands against perturbing each rank along its own first gradient; the others may.
 NOT_ALONE = {
     "rst": "perturb at every step",
+    "late-sam": "perturb at every step",
     "looksam": "perturb at every step",
     "aesam": "perturb at every step",
     "aelooksam": "perturb at every step",

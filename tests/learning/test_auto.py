@@ -181,7 +181,9 @@ def test_all_call_shapes_find_the_same_radius_to_the_bit(backend, method, shape)
 
 
 @pytest.mark.parametrize(
-    "schedule", [lk.Every(3), lk.Bernoulli(0.5), lk.NormThreshold(STEPS)], ids=lambda s: type(s).__name__
+    "schedule",
+    [lk.Every(3), lk.Bernoulli(0.5), lk.NormThreshold(STEPS), lk.Tail(STEPS, 0.5)],
+    ids=lambda s: type(s).__name__,
 )
 def test_steps_that_do_not_perturb_do_not_count(schedule):
     task = Task(torch.float32, steps=STEPS)

@@ -46,6 +46,7 @@ METHODS = {
     "looksam": (method(lk.LookSAM, k=WARM), EXACT, EXACT),
     "ae-sam": (method(lk.AESAM, steps=10, lambda1=-9.0, lambda2=-9.0), EXACT, EXACT),
     "ae-looksam": (method(lk.AELookSAM, steps=10, lambda1=-9.0, lambda2=-9.0), EXACT, EXACT),
+    "late-sam": (method(lk.LateSAM, steps=WARM + 1, fraction=0.5), EXACT, EXACT),
     "fisher": (method(lk.FisherSAM, eta=2.0), EXACT, EXACT),
     "sparse": (method(lk.SparseSAM, sparsity=0.6), EXACT, EXACT),
     "sparse-dynamic": (method(lk.SparseSAM, kind="dynamic", interval=2, steps=9), EXACT, EXACT),

@@ -112,6 +112,9 @@ def expected_gradients(row, opt):
     if words == "1 + p":  # four standard deviations of a binomial: wrong once in 16,000 seeds, and the seed is fixed
         mean, deviation = opt.schedule.p * STEPS, math.sqrt(STEPS * opt.schedule.p * (1 - opt.schedule.p))
         return STEPS + mean - 4 * deviation, STEPS + mean + 4 * deviation
+    if words == "1 + f":  # f STEPS is rounded to a whole number
+        late = STEPS * (1 + opt.schedule.fraction)
+        return late - 0.5, late + 0.5
     if words == "1 + 1/k":
         return (STEPS + STEPS // opt.schedule.k,) * 2
     return (int(words) * STEPS,) * 2
@@ -119,7 +122,7 @@ def expected_gradients(row, opt):
 
 @ENTRIES
 def test_it_takes_the_gradients_that_the_table_says_and_counts_them(method, row):
-    line = Line(method, row)
+    line = Line(method, replace(row, arguments=row.arguments.replace("steps=1000", f"steps={STEPS}")))
     for _ in range(STEPS):
         line.step()
     least, most = expected_gradients(row, line.opt)

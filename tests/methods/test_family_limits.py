@@ -63,6 +63,7 @@ SAM_WHERE = {
     "looksam-per-tensor": {"k": 1},
     "aesam": {"lambda1": -1e6, "lambda2": -1e6},
     "aelooksam": {"lambda1": -1e6, "lambda2": -1e6},
+    "late-sam": {"fraction": 1.0},
     "gsam": {"alpha": 0.0},
     "norm-penalty": {"alpha": 1.0},
     "rsam": {"gamma": 0.0},
@@ -148,6 +149,10 @@ def test_where_what_the_authors_code_does_is_sam_too(name, options, backend):
     """To the bits of the method without this option, which is SAM there."""
     options = {**options, **SAM_WHERE[name]}
     assert same(weights_after(name, backend, **options), weights_after(name, backend, **SAM_WHERE[name]))
+
+
+def test_no_late_step_is_the_base_optimizer(backend):
+    assert same(weights_after("late-sam", backend, fraction=0.0), sam(backend, rho=0.0))
 
 
 def test_alpha_0_of_the_norm_penalty_is_the_base_optimizer(backend):

@@ -11,8 +11,15 @@ from support.family import FAMILY, ONE_EACH, SEED, TUNED, assert_same, build, fe
 from support.inside import progress
 
 # Steps before the interruption, where it matters: in the middle of LookSAM's cycle of three, between two selections of
-# a mask, before AE-LookSAM has a g_v (its first perturbed step is the fifth) and after.
-BEFORE = {"aelooksam": (3, 6), "looksam": (2,), "looksam-per-tensor": (2,), "sparse-dynamic": (3,), "rst": (0, 3)}
+# a mask, before AE-LookSAM has a g_v (its first perturbed step is the fifth) and after, before SAM sets in and after.
+BEFORE = {
+    "aelooksam": (3, 6),
+    "looksam": (2,),
+    "looksam-per-tensor": (2,),
+    "sparse-dynamic": (3,),
+    "rst": (0, 3),
+    "late-sam": (1, 3),
+}
 
 
 def through_bytes(state):

@@ -58,12 +58,15 @@ GROUPS = [
     ),
     (
         "lets_kernels/parts/schedule.py",
-        TEN.format("rst or ae"),
+        TEN.format("rst or ae or late"),
         [
             ("return moment.uniform() < self.probability", "return moment.uniform() > self.probability"),
             ("(squared - self._mean) ** 2", "squared - self._mean"),
             ("done * self.lambda1 + (1 - done) * self.lambda2", "done * self.lambda2 + (1 - done) * self.lambda1"),
             ("done = (1 - math.cos(math.pi * done)) / 2", "done = 1 - math.cos(math.pi * done) / 2"),
+            ("step >= self.steps - self._perturbed", "step < self.steps - self._perturbed"),
+            ("round(self.fraction * self.steps)", "int(self.fraction * self.steps)", "tests/methods/test_late.py"),
+            ("self._perturbed > 0 and step", "step", "tests/methods/test_late.py"),
             ("return step % self.k == 0", "return step % self.k == 1", TEN.format("looksam")),
         ],
     ),

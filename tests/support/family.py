@@ -22,7 +22,7 @@ from support.core_methods import BASES
 from support.inside import progress
 
 SEED = 1
-STEPS = 10  # of AE-SAM's c, of schedules of p, of the dynamic mask: the length of training here
+STEPS = 10  # of AE-SAM's c, of schedules of p, of late SAM, of the dynamic mask: the length of training here
 SHAPES = ("closure", "two-steps", "context")
 
 
@@ -56,6 +56,7 @@ FAMILY = {
     "looksam-per-tensor": Member(lk.LookSAM, {"rho": 0.1, "k": 3, "per_tensor": True}, papers.looksam),
     "aesam": Member(lk.AESAM, {"rho": 0.1, **AE}, papers.aesam),
     "aelooksam": Member(lk.AELookSAM, {"rho": 0.1, **AE, "lambda2": 2.0, "alpha": 0.5}, papers.aelooksam),
+    "late-sam": Member(lk.LateSAM, {"rho": 0.1, "steps": STEPS, "fraction": 0.8}, papers.late_sam),
     "gsam": Member(lk.GSAM, {"rho": 0.1, "alpha": 0.4}, papers.gsam),
     "rgsam": Member(lk.RGSAM, {"rho": 0.1, "alpha": 0.4, **START}, papers.rgsam, {"transposed": TRANSPOSED}),
     "norm-penalty": Member(lk.GradientNormPenalty, {"rho": 0.1, "alpha": 0.8}, papers.norm_penalty),
@@ -105,6 +106,7 @@ ALWAYS = {
     "looksam": {"k": 1},
     "aesam": {"lambda1": -9.0, "lambda2": -9.0},
     "aelooksam": {"lambda1": -9.0, "lambda2": -9.0},
+    "late-sam": {"fraction": 1.0},
 }
 #: What has counted a finite first gradient although its step is given up or skipped later: their docstrings say so.
 COUNTED = {

@@ -156,6 +156,13 @@ def aelooksam(run, rho, alpha, **threshold):
         run.descend(d, perturbs)
 
 
+def late_sam(run, rho, steps, fraction):
+    """Zhou et al. 2025: the base optimizer first, SAM in the last steps."""
+    for t, batch in run.steps():
+        g, perturbs = run.grad(batch), steps - t <= fraction * steps
+        run.descend(sam_gradient(run, batch, g, rho) if perturbs else g, perturbs)
+
+
 # --------------------------------------------------------------------------------------- which gradient to step along
 
 
