@@ -16,8 +16,9 @@ from lets_kernels.methods.looksam import AESAM, AELookSAM, LookSAM
 from lets_kernels.methods.msam import MSAM
 from lets_kernels.methods.rsam import RSAM, RandomSAM
 from lets_kernels.methods.rst import RST
+from lets_kernels.methods.stable import StableSAM
 from lets_kernels.ops import backends
-from lets_kernels.parts.descent import Descent, NormPenalty, Perturbed, Reuse, SurrogateGap
+from lets_kernels.parts.descent import Descent, NormPenalty, Perturbed, Renormalized, Reuse, SurrogateGap
 from lets_kernels.parts.direction import (
     Adaptive,
     Direction,
@@ -98,6 +99,7 @@ __all__ = [
     "RadiusWarning",
     "RandomSAM",
     "RandomStart",
+    "Renormalized",
     "Reuse",
     "Samples",
     "Schedule",
@@ -105,6 +107,7 @@ __all__ = [
     "SelectedSamples",
     "Smoothed",
     "SparseSAM",
+    "StableSAM",
     "SurrogateGap",
     "Tail",
     "Unified",

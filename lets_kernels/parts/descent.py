@@ -16,8 +16,15 @@ class Descent(Part):
 
     #: True if the step must keep the first gradients until ``choose`` is called.
     holds_first = False
+    #: True if ``choose`` needs ``second.first_squared_norm``, for which no gradient is held.
+    needs_first_norm = False
     #: The factor of the second gradient in the gradient of the step, for the diagonal ρ-gradient of LETS.
     slope = 1.0
+
+    @property
+    def looks_back(self) -> bool:
+        """True if the step depends on the first gradients otherwise than by ε."""
+        return self.holds_first or self.needs_first_norm
 
     def look(self, second: SecondPass) -> Tensor | None:
         """Compute the sums that ``choose`` needs. Returns ‖ĝ‖² over all parameters and ranks if the sums contain it."""
@@ -70,6 +77,26 @@ class SurrogateGap(Descent):
         a = 1 + self.alpha * _ratio(across, squared)
         firsts = [second.firsts(runs) for runs in second.runs]
         second.step_along(firsts, torch.stack([a, torch.full_like(a, -self.alpha)], dim=1))
+
+
+class Renormalized(Descent):
+    """Along (‖g‖/‖ĝ‖) ĝ, which is as long as the first gradient: stable SAM (Tan et al., JMLR 2025).
+
+    Norms are over all parameters together. Only ‖g‖ is kept until the step, not g. If ĝ is zero, so is the step. The
+    ρ-gradient of LETS does not see how the factor depends on ρ, and the diagonal takes the factor for 1.
+    """
+
+    needs_first_norm = True
+
+    def look(self, second: SecondPass) -> Tensor | None:
+        return second.squared_norm if second.perturbed else None
+
+    def choose(self, second: SecondPass) -> None:
+        if second.perturbed:
+            assert second.first_squared_norm is not None
+            factor = _ratio(second.first_squared_norm, second.squared_norm).sqrt()
+            coefficients = torch.stack([factor, torch.zeros_like(factor)])[None]
+            second.step_along([runs.grads for runs in second.runs], coefficients)
 
 
 class NormPenalty(Descent):

@@ -262,7 +262,18 @@ class SecondPass:
     keeps: bool  # the gradients themselves are needed after the step
     gate: Tensor
     offsets: Sequence[int]  # the place of each bucket's first parameter among all parameters; last, their number
+    first_squared_norm: Tensor | None = None  # ‖g‖² of a step that perturbs, if the descent needs it: 0-d float64
     _compared: Tensor | None = None
+    _squared: Tensor | None = None
+
+    @property
+    def squared_norm(self) -> Tensor:
+        """‖ĝ‖², over all parameters and ranks: 0-d float64, computed once, before the gradients are replaced."""
+        if self._squared is None and self._compared is not None:
+            self._squared = self._compared[0, 0]
+        elif self._squared is None:
+            self._squared = self.replicas.mean(add_up([squared(runs) for runs in self.runs], self.home))
+        return self._squared
 
     def compared(self) -> Tensor:
         """ĝ·ĝ, ĝ·g and g·g over all buckets and ranks: float64 of shape [1, 3], made once a step."""

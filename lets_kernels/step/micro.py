@@ -57,7 +57,7 @@ def micro_step(e: Engine, closures: Sequence[Closure], scaler: Scaler | None) ->
 def _check(s: Setting) -> None:
     """``ValueError`` if the method cannot perturb along each micro-batch's own gradient."""
     reason = None
-    if s.radius.moves or s.descent.holds_first:
+    if s.radius.moves or s.descent.looks_back:
         what = type(s.radius if s.radius.moves else s.descent).__name__
         reason = f"{what} compares the two gradients of one step"
     elif s.schedule.looks_at_gradient:

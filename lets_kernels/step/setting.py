@@ -71,7 +71,7 @@ class Setting:
             raise ValueError("rho='auto' begins small by itself: leave rho_warmup out")
         if not direction.needs_gradient:
             for part, wanted in (
-                (descent, descent.holds_first),
+                (descent, descent.looks_back),
                 (schedule, schedule.looks_at_gradient),
                 (length, not length.fixed),
             ):
@@ -109,7 +109,7 @@ class Setting:
                     "rank's own first gradients, but replicas must hold the same one, and a saved state can hold only "
                     "one; leave it out"
                 )
-        if not synced and descent.holds_first:
+        if not synced and descent.looks_back:
             raise ValueError(
                 f"sync_perturbation=False with {names[descent]}: it would combine each rank's own first gradient with "
                 "the mean of the second ones, and replicas would drift apart; leave it out"

@@ -148,6 +148,9 @@ class Step:
         self._moved: Tensor | None = None
         if self.perturbs and setting.comparing is not None:
             self._moved = displacements(runs, progress.held, len(setting.comparing.memory), first.home)
+        #: ‖g‖², if the descent needs it; the direction then does not read the gradients a second time.
+        needed = self.perturbs and setting.descent.needs_first_norm
+        self._first_squared_norm = first.squared_norm if needed else None
         if self.perturbs:
             found = direction.prepare(first)
         elif direction.needs_gradient:
@@ -278,6 +281,7 @@ class Step:
             keeps=learns,
             gate=self.gate,
             offsets=list(accumulate([len(b.params) for b in self.buckets], initial=0)),
+            first_squared_norm=self._first_squared_norm,
         )
         products, memory = self._compared(passed)
         squared_norm = setting.descent.look(passed)

@@ -185,12 +185,13 @@ def counted(rank, kind, sync):
     [
         *[("sam", True, 2), ("sam", False, 1), ("secant", True, 3), ("diagonal", False, 2), ("algorithm1", True, 4)],
         *((kind, True, 2) for kind in ("looksam", "aelooksam", "gsam", "norm-penalty", "fisher-sam")),
-        *((kind, True, 3) for kind in ("friendly", "vasso")),
+        *((kind, True, 3) for kind in ("friendly", "vasso", "stable-sam")),
     ],
 )
 def test_a_pass_costs_one_collective_of_a_few_numbers(ranks, kind, sync, count):
     """The first norm, the second's, and what the radius learns from (Algorithm 1 as printed needs a norm there too).
-    A moving average takes in what is finite on all ranks, and its own norm is known after that."""
+    A moving average takes in what is finite on all ranks, and its own norm is known after that. Stable SAM asks for ‖g‖
+    beside the norm of the direction, which may be another one."""
     for calls, numbers in ranks.run(counted, kind, sync):
         assert calls == count
         assert numbers <= 4

@@ -73,6 +73,7 @@ METHODS = {
     ),
     # The gradient that is stepped along is not linear in ĝ.
     "gsam": (method(lk.GSAM, alpha=0.4), 0.5, 0.1),
+    "stable-sam": (method(lk.StableSAM), 0.7, 0.1),
     # The first gradient is not that at θ: the secant takes the way there for a part of ε.
     "r-sam": (method(lk.RSAM, gamma=1e-2), EXACT, WARNED),
     "r-gsam": (method(lk.RGSAM, gamma=1e-2), 0.5, WARNED),

@@ -27,6 +27,7 @@ OPS = {
     lk.GSAM: ("dots", "combine_"),
     lk.RGSAM: ("noise_", "filter_norms", "dots", "combine_"),
     lk.GradientNormPenalty: ("combine_",),
+    lk.StableSAM: ("combine_",),
     lk.RSAM: ("noise_", "filter_norms"),
     lk.RandomSAM: ("noise_",),
     lk.FriendlySAM: ("average_",),
@@ -108,7 +109,9 @@ def test_and_with_adamw(name):
     check(Backend("cpu"), name, "adamw")
 
 
-@pytest.mark.parametrize("name", ["looksam", "looksam-per-tensor", "gsam", "norm-penalty", "friendly", "rsam", "esam"])
+@pytest.mark.parametrize(
+    "name", ["looksam", "looksam-per-tensor", "gsam", "norm-penalty", "stable-sam", "friendly", "rsam", "esam"]
+)
 def test_and_with_a_base_optimizer_that_steps_by_itself(name):
     """It reads what the descent has made from the parameters' own gradients."""
     check(Backend("cpu"), name, "rmsprop")

@@ -46,12 +46,13 @@ GROUPS = [
     ),
     (
         "lets_kernels/parts/descent.py",
-        TEN.format("looksam or gsam or penalty"),
+        TEN.format("looksam or gsam or penalty or stable"),
         [
             ("a = 1 + self.alpha * _ratio(across, squared)", "a = 1 + self.alpha * across"),
             ("torch.full_like(a, -self.alpha)", "torch.full_like(a, self.alpha)"),
             ("_ratio(torch.ones_like(products[:, 2]), products[:, 2].sqrt())", "products[:, 2].rsqrt() / 2"),
             ("second.numbers(self.alpha, 1 - self.alpha)", "second.numbers(1 - self.alpha, self.alpha)"),
+            ("_ratio(second.first_squared_norm, squared).sqrt()", "_ratio(second.first_squared_norm, squared)"),
             ("-_ratio(across, other)], dim=1", "-_ratio(across, squared)], dim=1"),
             ("_ratio(squared, other).sqrt()", "_ratio(squared, other)"),
         ],

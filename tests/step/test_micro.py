@@ -252,6 +252,7 @@ ALONE = {
     "aelooksam": "compares the two gradients",
     "gsam": "compares the two gradients",
     "rgsam": "compares the two gradients",
+    "stable-sam": "compares the two gradients",
     "norm-penalty": "compares the two gradients",
     **dict.fromkeys(family.ONE_PASS, "perturbs all micro-batches alike"),
     "esam": "looks at the samples",

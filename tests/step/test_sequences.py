@@ -93,7 +93,7 @@ class Formula:
     scale: str = "one"  # T: one, element, filter
     every: int = 1
     average: str = ""  # "", friendly, vasso
-    descent: str = ""  # "", gsam, penalty, looksam
+    descent: str = ""  # "", gsam, penalty, stable, looksam
     learned: str = ""  # "", closures, next
     narrow: bool = True  # float32 too
     anchored: bool = False
@@ -109,6 +109,7 @@ METHODS = {
     "p-inf": Formula(lambda: {"direction": lk.Gradient(math.inf)}, 0.05, p=math.inf, narrow=False),
     "gsam": Formula(lambda: {"descent": lk.SurrogateGap(ALPHA)}, descent="gsam"),
     "norm-penalty": Formula(lambda: {"descent": lk.NormPenalty(ALPHA)}, descent="penalty"),
+    "stable": Formula(lambda: {"descent": lk.Renormalized()}, descent="stable"),
     "every-second": Formula(lambda: {"schedule": lk.Every(2)}, every=2),
     "looksam": Formula(
         lambda: {"schedule": lk.Every(3), "descent": lk.Reuse(ALPHA)}, 0.3, every=3, descent="looksam", anchored=True
@@ -243,6 +244,9 @@ class Model:
 
     def along(self, g, g_hat, perturbed):
         """What the base optimizer steps along."""
+        if self.formula.descent == "stable" and perturbed:
+            factor = math.sqrt(ratio(dot(g, g), dot(g_hat, g_hat)))
+            return {k: factor * x for k, x in g_hat.items()}
         g = {k: g.get(k, torch.zeros_like(x)) for k, x in g_hat.items()}
         if self.formula.descent == "gsam":
             across = ratio(dot(g, g_hat), dot(g_hat, g_hat))

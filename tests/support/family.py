@@ -60,6 +60,7 @@ FAMILY = {
     "gsam": Member(lk.GSAM, {"rho": 0.1, "alpha": 0.4}, papers.gsam),
     "rgsam": Member(lk.RGSAM, {"rho": 0.1, "alpha": 0.4, **START}, papers.rgsam, {"transposed": TRANSPOSED}),
     "norm-penalty": Member(lk.GradientNormPenalty, {"rho": 0.1, "alpha": 0.8}, papers.norm_penalty),
+    "stable-sam": Member(lk.StableSAM, {"rho": 0.1}, papers.stable_sam),
     "rsam": Member(lk.RSAM, {"rho": 0.1, **START}, papers.rsam, {"transposed": TRANSPOSED}),
     "rsam-std": Member(lk.RSAM, {"rho": 0.1, **START, "noise_scale": "std"}, papers.rsam, {"transposed": TRANSPOSED}),
     "le-sam": Member(lk.LESAM, {"rho": 0.1, "rho_max": 0.12}, papers.le_sam),

@@ -186,6 +186,14 @@ def norm_penalty(run, rho, alpha, normalized=False):
         run.descend(lin((1 - alpha, unit(g) if normalized else g), (alpha, sam_gradient(run, batch, g, rho))))
 
 
+def stable_sam(run, rho):
+    """Tan et al. 2025: the second gradient, as long as the first."""
+    for _, batch in run.steps():
+        g = run.grad(batch)
+        g_hat = sam_gradient(run, batch, g, rho)
+        run.descend(lin((math.sqrt(dot(g, g)) / math.sqrt(dot(g_hat, g_hat)), g_hat)))
+
+
 # -------------------------------------------------------------------------------------------------------- how far
 
 
