@@ -17,8 +17,9 @@ from lets_kernels.methods.msam import MSAM
 from lets_kernels.methods.rsam import RSAM, RandomSAM
 from lets_kernels.methods.rst import RST
 from lets_kernels.methods.stable import StableSAM
+from lets_kernels.methods.wsam import WSAM
 from lets_kernels.ops import backends
-from lets_kernels.parts.descent import Descent, NormPenalty, Perturbed, Renormalized, Reuse, SurrogateGap
+from lets_kernels.parts.descent import Decoupled, Descent, NormPenalty, Perturbed, Renormalized, Reuse, SurrogateGap
 from lets_kernels.parts.direction import (
     Adaptive,
     Direction,
@@ -59,6 +60,7 @@ __all__ = [
     "SAF",
     "SAM",
     "USAM",
+    "WSAM",
     "AELookSAM",
     "Accumulated",
     "Adaptive",
@@ -69,6 +71,7 @@ __all__ = [
     "ClosureWarning",
     "ConstantRadius",
     "CurvatureWarning",
+    "Decoupled",
     "DeltaSAM",
     "Descent",
     "Direction",

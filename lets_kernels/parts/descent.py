@@ -137,6 +137,30 @@ class NormPenalty(Descent):
             second.step_along([second.firsts(runs) for runs in second.runs], coefficients)
 
 
+class Decoupled(Descent):
+    """Along g, and the weights then move by −η α (ĝ − g) outside of the base optimizer: WSAM (Yue et al., KDD 2023).
+
+    η is the group's learning rate, and the base optimizer neither averages nor scales that part of the step. With SGD
+    without momentum it is :class:`NormPenalty`; a momentum μ makes the other part 1/(1 − μ) times as large. Keeps the
+    first gradients until the step.
+
+    Args:
+        alpha: α; 0 is the base optimizer.
+
+    Raises:
+        ValueError: α is negative or not finite.
+    """
+
+    holds_first = True
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self.alpha = self.slope = not_negative(alpha, "alpha")
+
+    def choose(self, second: SecondPass) -> None:
+        if second.perturbed:
+            second.step_apart([second.firsts(runs) for runs in second.runs], self.alpha)
+
+
 class Reuse(Descent):
     """LookSAM: a step that perturbs finds g_v, and the steps after it use g_v again (Liu et al., CVPR 2022).
 

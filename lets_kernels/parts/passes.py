@@ -262,7 +262,10 @@ class SecondPass:
     keeps: bool  # the gradients themselves are needed after the step
     gate: Tensor
     offsets: Sequence[int]  # the place of each bucket's first parameter among all parameters; last, their number
+    groups: Sequence[Mapping[str, Any]]  # the base optimizer's
     first_squared_norm: Tensor | None = None  # ‖g‖² of a step that perturbs, if the descent needs it: 0-d float64
+    #: Vectors along which the weights move after the base optimizer's step, and a factor of the learning rate.
+    _apart: tuple[list[list[Tensor]], float] | None = None
     _compared: Tensor | None = None
     _squared: Tensor | None = None
 
@@ -372,3 +375,42 @@ class SecondPass:
         self.combine(outs, others, coefficients)
         for runs, out in zip(self.runs, outs, strict=True):
             runs.grads = out
+
+    def step_apart(self, others: list[list[Tensor]], factor: float) -> None:
+        """Let the base optimizer step along y, and :meth:`follow` along x − y; x and y as in :meth:`combine`.
+
+        Raises:
+            ValueError: a group has no learning rate.
+        """
+        if any("lr" not in group for group in self.groups):
+            raise ValueError(
+                "a part of the step goes by the learning rate, and the base optimizer's groups have no 'lr'"
+            )
+        outs = [self.targets(runs) for runs in self.runs]
+        self.combine(outs, others, self.numbers(1.0, -1.0))
+        for runs, other in zip(self.runs, others, strict=True):
+            runs.grads = other
+        self._apart = outs, factor
+
+    def follow(self) -> None:
+        """After the base optimizer's step: θ ← θ − factor · lr · (x − y), where the gate is open.
+
+        If the gradients are kept, they are y + factor (x − y) afterwards: the vector along which the whole step went.
+        """
+        if self._apart is None:
+            return
+        vectors, factor = self._apart
+        for runs, own in zip(self.runs, vectors, strict=True):
+            b = runs.bucket
+            for group, places in runs.by_group():
+                part, move = runs.only(places), -factor * self.groups[group]["lr"]
+                part.renew()
+                pair = self.numbers(1.0, 0.0)[0].to(b.device)
+                pair[1] = move  # a tensor, if the learning rate is one: nothing waits for it
+                lists = (part.weights, part.weights, b.pack([own[j] for j in places]))
+                b.ops.combine_(*lists, b.unscaled_table(part.indices), pair, self.gate.to(b.device))
+                part.write_back()
+        if self.keeps:
+            self.combine(vectors, vectors, self.numbers(1.0, factor))
+            for runs, own in zip(self.runs, vectors, strict=True):
+                runs.grads = own

@@ -59,7 +59,8 @@ class Every(Schedule):
 class Tail(Schedule):
     """The last steps of the training perturb, the steps before them do not: late SAM (Zhou et al., ICLR 2025).
 
-    With a share near 1 it is a warm start instead: where a large ρ fails, it often fails in the first steps.
+    With a share near 1 it is a warm start instead, for a large ρ that fails in the first steps: with ρ = 0.2 the demo's
+    task (digits, 40 % wrong labels, three seeds) ends at 94.1 % with f = 0.8, at 15.5 % with f = 1.
 
     Args:
         steps: T, the number of steps of the whole training. Steps beyond it perturb as the last one does.

@@ -123,6 +123,12 @@ class Runs:
             p = self.bucket.params[i]
             p.grad = whole_gradient(g, p)
 
+    def renew(self) -> None:
+        """Read the copies of weights anew, after other code has changed the parameters."""
+        memory = self.bucket.memory if self.copies else []
+        for i, copy in self.copies:
+            copy.copy_(memory[i].detach())
+
     def write_back(self) -> None:
         """After an op wrote the weights: write copies back, and tell autograd that the parameters have changed."""
         b = self.bucket

@@ -281,6 +281,7 @@ class Step:
             keeps=learns,
             gate=self.gate,
             offsets=list(accumulate([len(b.params) for b in self.buckets], initial=0)),
+            groups=w.groups,
             first_squared_norm=self._first_squared_norm,
         )
         products, memory = self._compared(passed)
@@ -301,6 +302,7 @@ class Step:
                 guarded_step(w.base, self.gate)
             else:
                 own_step(w.base)
+        passed.follow()
         if learns and (self.perturbation.ascents or setting.replicas.groups):
             self.lesson = self._trial(hats, [by_index(r) for r in second])
         if products is not None:

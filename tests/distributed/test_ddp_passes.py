@@ -28,7 +28,18 @@ class Single(nn.Module):
 
 
 #: Methods that keep gradients, or make others of them where they lie; and those that move the weights for a first pass.
-KEEPING = ("looksam", "looksam-per-tensor", "aelooksam", "gsam", "rgsam", "norm-penalty", "friendly", "vasso", "bsam")
+KEEPING = (
+    "looksam",
+    "looksam-per-tensor",
+    "aelooksam",
+    "gsam",
+    "rgsam",
+    "norm-penalty",
+    "wsam",
+    "friendly",
+    "vasso",
+    "bsam",
+)
 NETS = {"layers": net, "single": Single}
 
 

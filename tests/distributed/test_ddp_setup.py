@@ -155,6 +155,8 @@ NOT_ALONE = {
     "gsam": "combine each rank's own first gradient",
     "rgsam": "combine each rank's own first gradient",
     "stable-sam": "combine each rank's own first gradient",
+    "wsam": "combine each rank's own first gradient",
+    "wsam-coupled": "combine each rank's own first gradient",
     "norm-penalty": "combine each rank's own first gradient",
     **dict.fromkeys(ONE_PASS, "is about the first of two passes"),
     "friendly": "keep an average, a sum or a mask",

@@ -61,6 +61,8 @@ METHODS = {
     "esam-tensor": (method(lk.ESAM, beta=0.8, granularity="tensor", gamma=1.0), EXACT, EXACT),
     "delta": (method(lk.DeltaSAM), EXACT, WARNED),
     "penalty": (method(lk.GradientNormPenalty, alpha=0.7), EXACT, EXACT),
+    "wsam": (method(lk.WSAM, gamma=0.6), EXACT, EXACT),
+    "wsam-coupled": (method(lk.WSAM, gamma=0.6, decouple=False), EXACT, EXACT),
     "random": (method(lk.RandomSAM), EXACT, None),
     "msam": (method(lk.MSAM, momentum=0.9), EXACT, None),
     # Whose step is -lr m/s: with m = ĝ and a precision that stays at one it is what the derivation takes it for.
@@ -256,7 +258,7 @@ def test_along_the_training_gradient_as_algorithm_1_prints_it(name):
     with torch.no_grad():
         gap = problem.loss("val") - problem.loss("train")
     terms = zip(val, train, hat, directions, strict=True)
-    slope = 0.7 if name == "penalty" else 1.0
+    slope = {"penalty": 0.7, "wsam": 1.5, "wsam-coupled": 1.5}.get(name, 1.0)
     expected = -LR * slope * gap * sum(((v - t) * h * h * d).sum() for v, t, h, d in terms)
     if name in LENGTHS:  # ε has another length than ρ: that of the step
         expected *= problem.opt.metrics()["applied_rho"] / RHO

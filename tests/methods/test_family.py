@@ -28,6 +28,7 @@ OPS = {
     lk.RGSAM: ("noise_", "filter_norms", "dots", "combine_"),
     lk.GradientNormPenalty: ("combine_",),
     lk.StableSAM: ("combine_",),
+    lk.WSAM: ("combine_",),
     lk.RSAM: ("noise_", "filter_norms"),
     lk.RandomSAM: ("noise_",),
     lk.FriendlySAM: ("average_",),
@@ -110,7 +111,7 @@ def test_and_with_adamw(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["looksam", "looksam-per-tensor", "gsam", "norm-penalty", "stable-sam", "friendly", "rsam", "esam"]
+    "name", ["looksam", "looksam-per-tensor", "gsam", "norm-penalty", "stable-sam", "wsam", "friendly", "rsam", "esam"]
 )
 def test_and_with_a_base_optimizer_that_steps_by_itself(name):
     """It reads what the descent has made from the parameters' own gradients."""

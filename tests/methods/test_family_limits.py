@@ -66,6 +66,7 @@ SAM_WHERE = {
     "late-sam": {"fraction": 1.0},
     "gsam": {"alpha": 0.0},
     "norm-penalty": {"alpha": 1.0},
+    "wsam-coupled": {"gamma": 0.5},
     "rsam": {"gamma": 0.0},
     "friendly": {"sigma": 0.0},
     "friendly-text": {"sigma": 0.0},
@@ -124,7 +125,7 @@ def test_ae_looksam_without_reuse_is_ae_sam(backend):
 # g_hat - g: nothing at all, where the two passes give the same bits.
 AT_ZERO = [name for name in FAMILY if name not in ("bsam", "rgsam")]
 #: What they add to the plain gradient cancels out but for rounding.
-ROUNDS = ("gsam", "norm-penalty", *PER_SAMPLE)
+ROUNDS = ("gsam", "norm-penalty", "wsam-coupled", *PER_SAMPLE)
 
 
 @pytest.mark.parametrize("name", AT_ZERO)
@@ -153,6 +154,17 @@ def test_where_what_the_authors_code_does_is_sam_too(name, options, backend):
 
 def test_no_late_step_is_the_base_optimizer(backend):
     assert same(weights_after("late-sam", backend, fraction=0.0), sam(backend, rho=0.0))
+
+
+def test_gamma_0_of_wsam_is_the_base_optimizer(backend):
+    """Decoupled with its bits; coupled but for rounding, as the norm penalty."""
+    assert same(weights_after("wsam", backend, gamma=0.0), sam(backend, rho=0.0))
+    assert strayed(weights_after("wsam-coupled", backend, gamma=0.0), bare()) <= TIGHT
+
+
+def test_wsam_is_the_same_either_way_with_plain_sgd(backend):
+    either = [weights_after("wsam", backend, "sgd", gamma=0.7, decouple=d) for d in (True, False)]
+    assert strayed(*either) <= TIGHT
 
 
 def test_alpha_0_of_the_norm_penalty_is_the_base_optimizer(backend):

@@ -52,9 +52,29 @@ GROUPS = [
             ("torch.full_like(a, -self.alpha)", "torch.full_like(a, self.alpha)"),
             ("_ratio(torch.ones_like(products[:, 2]), products[:, 2].sqrt())", "products[:, 2].rsqrt() / 2"),
             ("second.numbers(self.alpha, 1 - self.alpha)", "second.numbers(1 - self.alpha, self.alpha)"),
-            ("_ratio(second.first_squared_norm, squared).sqrt()", "_ratio(second.first_squared_norm, squared)"),
+            (
+                "_ratio(second.first_squared_norm, second.squared_norm).sqrt()",
+                "_ratio(second.first_squared_norm, second.squared_norm)",
+            ),
             ("-_ratio(across, other)], dim=1", "-_ratio(across, squared)], dim=1"),
             ("_ratio(squared, other).sqrt()", "_ratio(squared, other)"),
+        ],
+    ),
+    (
+        "lets_kernels/parts/passes.py",
+        TEN.format("wsam"),
+        [
+            ("others, self.numbers(1.0, -1.0))", "others, self.numbers(-1.0, 1.0))"),
+            ("-factor * self.groups[group]", "-1.0 * self.groups[group]"),
+            ("-factor * self.groups[group]", "-factor * self.groups[0]", "tests/methods/test_wsam.py"),
+            ("            runs.grads = other\n        self._apart", "            pass\n        self._apart"),
+            ("part.renew()", "pass", "tests/methods/test_wsam.py"),
+            ("pair, self.gate.to", "pair, torch.ones_like(self.gate).to", "tests/methods/test_wsam.py"),
+            (
+                "self.combine(vectors, vectors, self.numbers(1.0, factor))",
+                "pass",
+                "tests/learning/test_lets_on_each.py -k 'wsam and finite'",
+            ),
         ],
     ),
     (

@@ -43,7 +43,7 @@ def test_who_holds_the_first_gradient_through_the_second_pass(name):
         backward(p)
     first = weakref.ref(p.grad)
     opt.first_step(zero_grad=True)
-    assert (first() is not None) is (name in ("gsam", "rgsam", "norm-penalty", "looksam", "aelooksam"))
+    assert (first() is not None) is (name in ("gsam", "rgsam", "norm-penalty", "wsam", "looksam", "aelooksam"))
     backward(p)
     opt.second_step(zero_grad=True)
     assert first() is None

@@ -253,6 +253,8 @@ ALONE = {
     "gsam": "compares the two gradients",
     "rgsam": "compares the two gradients",
     "stable-sam": "compares the two gradients",
+    "wsam": "compares the two gradients",
+    "wsam-coupled": "compares the two gradients",
     "norm-penalty": "compares the two gradients",
     **dict.fromkeys(family.ONE_PASS, "perturbs all micro-batches alike"),
     "esam": "looks at the samples",

@@ -93,7 +93,7 @@ class Formula:
     scale: str = "one"  # T: one, element, filter
     every: int = 1
     average: str = ""  # "", friendly, vasso
-    descent: str = ""  # "", gsam, penalty, stable, looksam
+    descent: str = ""  # "", gsam, penalty, apart, stable, looksam
     learned: str = ""  # "", closures, next
     narrow: bool = True  # float32 too
     anchored: bool = False
@@ -109,6 +109,7 @@ METHODS = {
     "p-inf": Formula(lambda: {"direction": lk.Gradient(math.inf)}, 0.05, p=math.inf, narrow=False),
     "gsam": Formula(lambda: {"descent": lk.SurrogateGap(ALPHA)}, descent="gsam"),
     "norm-penalty": Formula(lambda: {"descent": lk.NormPenalty(ALPHA)}, descent="penalty"),
+    "wsam": Formula(lambda: {"descent": lk.Decoupled(ALPHA)}, descent="apart"),
     "stable": Formula(lambda: {"descent": lk.Renormalized()}, descent="stable"),
     "every-second": Formula(lambda: {"schedule": lk.Every(2)}, every=2),
     "looksam": Formula(
@@ -239,6 +240,10 @@ class Model:
         d = self.along(g, g_hat, perturbed) if ok else {}
         if ok:
             self.descend(d)
+        if ok and self.formula.descent == "apart" and perturbed:
+            with torch.no_grad():
+                for k, x in g_hat.items():
+                    self.x[k] -= lr[k] * ALPHA * (x - d[k])
         if perturbed and g:
             self.waiting = signature, ok, lr, g, d, eps, g_hat
 
@@ -253,6 +258,8 @@ class Model:
             return {k: x - ALPHA * (g[k] - across * x) for k, x in g_hat.items()}
         if self.formula.descent == "penalty":
             return {k: (1 - ALPHA) * g[k] + ALPHA * x for k, x in g_hat.items()}
+        if self.formula.descent == "apart" and perturbed:
+            return g
         if self.formula.descent == "looksam" and perturbed:
             across = ratio(dot(g, g_hat), dot(g, g))
             self.held |= {k: x - across * g[k] for k, x in g_hat.items()}

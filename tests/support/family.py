@@ -61,6 +61,8 @@ FAMILY = {
     "rgsam": Member(lk.RGSAM, {"rho": 0.1, "alpha": 0.4, **START}, papers.rgsam, {"transposed": TRANSPOSED}),
     "norm-penalty": Member(lk.GradientNormPenalty, {"rho": 0.1, "alpha": 0.8}, papers.norm_penalty),
     "stable-sam": Member(lk.StableSAM, {"rho": 0.1}, papers.stable_sam),
+    "wsam": Member(lk.WSAM, {"rho": 0.1, "gamma": 0.6}, papers.wsam),
+    "wsam-coupled": Member(lk.WSAM, {"rho": 0.1, "gamma": 0.4, "decouple": False}, papers.wsam),
     "rsam": Member(lk.RSAM, {"rho": 0.1, **START}, papers.rsam, {"transposed": TRANSPOSED}),
     "rsam-std": Member(lk.RSAM, {"rho": 0.1, **START, "noise_scale": "std"}, papers.rsam, {"transposed": TRANSPOSED}),
     "le-sam": Member(lk.LESAM, {"rho": 0.1, "rho_max": 0.12}, papers.le_sam),

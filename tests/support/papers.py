@@ -186,6 +186,17 @@ def norm_penalty(run, rho, alpha, normalized=False):
         run.descend(lin((1 - alpha, unit(g) if normalized else g), (alpha, sam_gradient(run, batch, g, rho))))
 
 
+def wsam(run, rho, gamma, decouple=True):
+    """Yue et al. 2023: g + alpha (g_hat - g), alpha = gamma/(1 - gamma); decoupled, the second term beside the base."""
+    alpha = gamma / (1 - gamma)
+    for _, batch in run.steps():
+        g = run.grad(batch)
+        sharpness = lin((1.0, sam_gradient(run, batch, g, rho)), (-1.0, g))
+        run.descend(g if decouple else lin((1.0, g), (alpha, sharpness)))
+        if decouple:
+            run.theta = lin((1.0, run.theta), (-run.base.lr * alpha, sharpness))
+
+
 def stable_sam(run, rho):
     """Tan et al. 2025: the second gradient, as long as the first."""
     for _, batch in run.steps():
