@@ -56,6 +56,7 @@ GROUPS = [
                 "_ratio(second.first_squared_norm, second.squared_norm).sqrt()",
                 "_ratio(second.first_squared_norm, second.squared_norm)",
             ),
+            ("for runs in second.runs], self.alpha)", "for runs in second.runs], 1.0)", TEN.format("wsam")),
             ("-_ratio(across, other)], dim=1", "-_ratio(across, squared)], dim=1"),
             ("_ratio(squared, other).sqrt()", "_ratio(squared, other)"),
         ],
