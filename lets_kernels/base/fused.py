@@ -254,11 +254,11 @@ def fused_by(base: torch.optim.Optimizer) -> FusedStep | str:
     return kind
 
 
-def prepared(base: torch.optim.Optimizer, runs: Iterable[Runs]) -> tuple[list[Callable[[Tensor], None]], str | None]:
-    """The fused steps on these runs, each a function of the gate, and the reason, in words, if the base optimizer must
-    step by itself; or None.
+def prepared(base: torch.optim.Optimizer, runs: Iterable[Runs]) -> tuple[list[Callable[..., None]], str | None]:
+    """The fused steps on these runs, each a function of the gate (and of what follows: see ``_take``), and the reason,
+    in words, if the base optimizer must step by itself; or None.
     """
-    kind, steps = fused_by(base), list[Callable[[Tensor], None]]()
+    kind, steps = fused_by(base), list[Callable[..., None]]()
     if isinstance(kind, str):
         return [], kind
     for each in runs:
@@ -269,12 +269,21 @@ def prepared(base: torch.optim.Optimizer, runs: Iterable[Runs]) -> tuple[list[Ca
     return steps, None
 
 
-def _take(bucket: Bucket, steps: list[TakenStep], gate: Tensor) -> None:
-    """Step all runs of a bucket, and leave it unperturbed: each call sets the flag that it is given to 0."""
-    gate = gate.to(bucket.device)
+def _take(bucket: Bucket, steps: list[TakenStep], gate: Tensor, then: Callable[[], None] | None = None) -> None:
+    """Step all runs of a bucket, and leave it unperturbed: each call sets the flag that it is given to 0.
+
+    ``then`` moves the weights on. An interrupt before it has ended brings back the weights from before the step.
+    """
+    gate, dirty = gate.to(bucket.device), bucket.dirty
+    if then is not None:
+        dirty = dirty.clone()
+        bucket.dirty.fill_(1)
     for place, (runs, step) in enumerate(steps):
-        step(gate, bucket.dirty if place == len(steps) - 1 else bucket.dirty.clone())
+        step(gate, dirty if place == len(steps) - 1 else dirty.clone())
         runs.write_back()
+    if then is not None:
+        then()
+        bucket.dirty.zero_()
 
 
 def _unscaled(*_: Any) -> tuple[int, int]:

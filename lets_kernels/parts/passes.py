@@ -1,8 +1,9 @@
 """What the parts of a method see of a step: its first and second gradients, and the sums over them."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -377,7 +378,7 @@ class SecondPass:
             runs.grads = out
 
     def step_apart(self, others: list[list[Tensor]], factor: float) -> None:
-        """Let the base optimizer step along y, and :meth:`follow` along x − y; x and y as in :meth:`combine`.
+        """Let the base optimizer step along y, and :meth:`follow_ups` along x − y; x and y as in :meth:`combine`.
 
         Raises:
             ValueError: a group has no learning rate.
@@ -392,25 +393,29 @@ class SecondPass:
             runs.grads = other
         self._apart = outs, factor
 
-    def follow(self) -> None:
-        """After the base optimizer's step: θ ← θ − factor · lr · (x − y), where the gate is open.
+    def follow_ups(self) -> list[Callable[[], None]]:
+        """What is to be done after the base optimizer's step, for each of ``runs``; nothing without :meth:`step_apart`.
 
-        If the gradients are kept, they are y + factor (x − y) afterwards: the vector along which the whole step went.
+        θ ← θ − factor · lr · (x − y), where the gate is open. If the gradients are kept, they are y + factor (x − y)
+        afterwards: the vector along which the whole step went.
         """
         if self._apart is None:
-            return
+            return []
         vectors, factor = self._apart
-        for runs, own in zip(self.runs, vectors, strict=True):
-            b = runs.bucket
-            for group, places in runs.by_group():
-                part, move = runs.only(places), -factor * self.groups[group]["lr"]
-                part.renew()
-                pair = self.numbers(1.0, 0.0)[0].to(b.device)
-                pair[1] = move  # a tensor, if the learning rate is one: nothing waits for it
-                lists = (part.weights, part.weights, b.pack([own[j] for j in places]))
-                b.ops.combine_(*lists, b.unscaled_table(part.indices), pair, self.gate.to(b.device))
-                part.write_back()
+        return [partial(self._follow, *pair, factor) for pair in zip(self.runs, vectors, strict=True)]
+
+    def _follow(self, runs: Runs, own: list[Tensor], factor: float) -> None:
+        b = runs.bucket
+        gate = self.gate.to(b.device)
+        for group, places in runs.by_group():
+            part, move = runs.only(places), -factor * self.groups[group]["lr"]
+            part.renew()
+            pair = self.numbers(1.0, 0.0)[0].to(b.device)
+            pair[1] = move  # a tensor, if the learning rate is one: nothing waits for it
+            lists = (part.weights, part.weights, b.pack([own[j] for j in places]))
+            b.ops.combine_(*lists, b.unscaled_table(part.indices), pair, gate)
+            part.write_back()
         if self.keeps:
-            self.combine(vectors, vectors, self.numbers(1.0, factor))
-            for runs, own in zip(self.runs, vectors, strict=True):
-                runs.grads = own
+            pair, packed = self.numbers(1.0, factor)[0].to(b.device), b.pack(own)
+            b.ops.combine_(packed, b.pack(runs.grads), packed, b.unscaled_table(runs.indices), pair, gate)
+            runs.grads = own

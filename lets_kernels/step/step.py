@@ -1,7 +1,7 @@
 """One step, from the first gradients to the base optimizer's step; and the start of a first pass that is not at θ."""
 
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
@@ -293,7 +293,7 @@ class Step:
         setting.descent.choose(passed)
         steps, reason = prepared(w.base, active)
         if reason is None:
-            self._take(second, steps)
+            self._take(second, steps, passed)
         else:
             self.restore()
             for runs in active:
@@ -302,7 +302,8 @@ class Step:
                 guarded_step(w.base, self.gate)
             else:
                 own_step(w.base)
-        passed.follow()
+            for then in passed.follow_ups():
+                then()
         if learns and (self.perturbation.ascents or setting.replicas.groups):
             self.lesson = self._trial(hats, [by_index(r) for r in second])
         if products is not None:
@@ -310,14 +311,16 @@ class Step:
             setting.comparing.compare(products, self.gate, w.groups, memory)
         return reason is None, reason or ""
 
-    def _take(self, second: list[Runs], steps: list[Callable[[Tensor], None]]) -> None:
+    def _take(self, second: list[Runs], steps: list[Callable[..., None]], passed: SecondPass) -> None:
         """Take the fused steps, which also restore the weights that they step."""
         for a in self.perturbation.ascents:  # where the two passes reach different parameters
             if self.is_perturbed and second[a.runs.bucket.index].indices != a.runs.indices:
                 a.bucket.restore(a.runs)
         self.torn = True  # an interrupt between buckets ends the step, so that no bucket is stepped twice
-        for take in steps:
-            take(self.gate)
+        follow_ups = passed.follow_ups()
+        self.is_perturbed |= bool(follow_ups)
+        for take, then in zip(steps, follow_ups or repeat(None), strict=False):
+            take(self.gate, then)
         self.work.setting.network.statistics.release()
         self.is_perturbed = self.torn = False
 

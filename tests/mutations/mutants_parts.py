@@ -70,10 +70,10 @@ GROUPS = [
             ("-factor * self.groups[group]", "-factor * self.groups[0]", "tests/methods/test_wsam.py"),
             ("            runs.grads = other\n        self._apart", "            pass\n        self._apart"),
             ("part.renew()", "pass", "tests/methods/test_wsam.py"),
-            ("pair, self.gate.to", "pair, torch.ones_like(self.gate).to", "tests/methods/test_wsam.py"),
+            ("pair, gate)\n            part", "pair, gate + 1)\n            part", "tests/methods/test_wsam.py"),
             (
-                "self.combine(vectors, vectors, self.numbers(1.0, factor))",
-                "pass",
+                "self.numbers(1.0, factor)[0]",
+                "self.numbers(1.0, 1.0)[0]",
                 "tests/learning/test_lets_on_each.py -k 'wsam and finite'",
             ),
         ],
