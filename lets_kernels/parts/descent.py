@@ -142,7 +142,7 @@ class Decoupled(Descent):
 
     η is the group's learning rate, and the base optimizer neither averages nor scales that part of the step. With SGD
     without momentum it is :class:`NormPenalty`; a momentum μ makes the other part 1/(1 − μ) times as large. Keeps the
-    first gradients until the step. Where the step is not fused, an interrupt between its parts leaves the first of them.
+    first gradients until the step. Where the step is not fused, an interrupt between its parts leaves the first one.
 
     Args:
         alpha: α; 0 is the base optimizer.
