@@ -69,9 +69,9 @@ GROUPS = [
             ("kind_of[group_of[i]], []).append(j)", "kind_of[group_of[j]], []).append(j)"),
             ("[(groups[group_of[runs.indices[places[0]]]], runs.only", "[(groups[0], runs.only"),
             ("runs.only(places)) for places in by_kind", "runs) for places in by_kind"),
-            ("bucket.dirty if place == len(steps) - 1 else", "bucket.dirty if place == 0 else"),
-            ("bucket.dirty if place == len(steps) - 1 else bucket.dirty.clone()", "bucket.dirty"),
-            ("bucket.dirty if place == len(steps) - 1 else bucket.dirty.clone()", "bucket.dirty.clone()"),
+            ("dirty if place == len(steps) - 1 else", "dirty if place == 0 else"),
+            ("dirty if place == len(steps) - 1 else dirty.clone()", "dirty"),
+            ("dirty if place == len(steps) - 1 else dirty.clone()", "dirty.clone()"),
             ("options.append(runs.option(groups, name))", "options.append(float(group[name]))", STEPS),
             ('float(groups[g]["betas"][k])', 'float(group["betas"][k])', STEPS),
             (
