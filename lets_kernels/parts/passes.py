@@ -408,7 +408,10 @@ class SecondPass:
         b = runs.bucket
         gate = self.gate.to(b.device)
         for group, places in runs.by_group():
-            part, move = runs.only(places), -factor * self.groups[group]["lr"]
+            move = -factor * self.groups[group]["lr"]
+            if not isinstance(move, Tensor) and move == 0:
+                continue  # a sum with zeros would make 0.0 of -0.0
+            part = runs.only(places)
             part.renew()
             pair = self.numbers(1.0, 0.0)[0].to(b.device)
             pair[1] = move  # a tensor, if the learning rate is one: nothing waits for it

@@ -92,7 +92,8 @@ class Convention:
             return Guess.CALLER if setting.replicas.groups else Guess.KNOWN_CALLER
         # A step cannot always undo what it does between its passes. Where it cannot, the closure is called first.
         waits = setting.learning is not None and setting.learning.waits
-        undone = setting.schedule.capturable and not (setting.direction.remembers or waits)
+        remembers = setting.direction.remembers or setting.length.remembers
+        undone = setting.schedule.capturable and not (remembers or waits)
         return Guess.LIKELY_CALLER if undone else Guess.OPEN
 
     def are_callers(self, gradients: Sequence[Tensor]) -> bool:
