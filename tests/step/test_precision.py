@@ -99,7 +99,7 @@ def test_the_measures_of_any_method_are_those_of_what_float64_weights_would_do(b
         for p in toy.params:
             p.data = p.data.to(dtype)
         toy.dtype = dtype
-        rho = 0.3 if name == "le-sam" else 0.05  # a rise of the loss, over a norm of some five
+        rho = 0.3 if name == "le-sam" else 0.05  # a rise of the loss; the norm is 9.3
         opt = family.build(name, toy.params, rho=rho, backend=backend.name, **ALWAYS.get(name, {}))
         before = torch.cat([w.detach().double().flatten() for w in toy.params])
         with opt.first_pass():
