@@ -269,16 +269,18 @@ def prepared(base: torch.optim.Optimizer, runs: Iterable[Runs]) -> tuple[list[Ca
     return steps, None
 
 
-def _take(bucket: Bucket, steps: list[TakenStep], gate: Tensor, then: Callable[[], None] | None = None) -> None:
+def _take(
+    bucket: Bucket, steps: list[TakenStep], gate: Tensor, then: Callable[[], None] | None = None, saved: bool = False
+) -> None:
     """Step all runs of a bucket, and leave it unperturbed: each call sets the flag that it is given to 0.
 
-    ``then`` moves the weights on. An interrupt before it has ended brings back the weights from before the step. State
-    of the base optimizer that the step has moved stays moved.
+    ``then`` moves the weights on. If the weights from before the step are ``saved``, an interrupt before it has ended
+    brings them back; state of the base optimizer that the step has moved stays moved.
     """
     gate, dirty = gate.to(bucket.device), bucket.dirty
     if then is not None:
         dirty = dirty.clone()
-        bucket.dirty.fill_(1)
+        bucket.dirty.fill_(int(saved))
     for place, (runs, step) in enumerate(steps):
         step(gate, dirty if place == len(steps) - 1 else dirty.clone())
         runs.write_back()

@@ -318,9 +318,17 @@ class Step:
                 a.bucket.restore(a.runs)
         self.torn = True  # an interrupt between buckets ends the step, so that no bucket is stepped twice
         follow_ups = passed.follow_ups()
+        # Where the step goes on after the base optimizer's, these buckets can go back to before both, as one.
+        saved = [a.bucket for a in self.perturbation.ascents if second[a.bucket.index].indices == a.runs.indices]
         self.is_perturbed |= bool(follow_ups)
-        for take, then in zip(steps, follow_ups or repeat(None), strict=False):
-            take(self.gate, then)
+        for runs, take, then in zip(passed.runs, steps, follow_ups or repeat(None), strict=False):
+            take(self.gate, then, then is not None and runs.bucket in saved)
+        if follow_ups and self.given_up:  # so the weights of some were brought back, and were moved on afterwards
+            self.is_perturbed = True
+            for b in saved:
+                b.dirty.fill_(1)
+            self.restore()
+            raise given_up()
         self.work.setting.network.statistics.release()
         self.is_perturbed = self.torn = False
 

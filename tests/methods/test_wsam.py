@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lets_kernels as lk
+from lets_kernels.parts.passes import SecondPass
 
 SGD, AdamW, RMSprop = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
 RHO, GAMMA, ALPHA = 0.1, 0.6, 1.5
@@ -121,3 +122,37 @@ def test_a_base_optimizer_without_a_learning_rate_is_refused_before_a_weight_mov
 def test_what_is_refused(gamma):
     with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\)"):
         lk.WSAM(weights(), SGD, gamma=gamma, lr=0.1)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["a-bucket-that-was-perturbed", "a-bucket-of-the-second-pass-alone"])
+def test_an_interrupt_between_the_two_parts_brings_back_no_older_weights(monkeypatch, which):
+    """Two dtypes are two buckets. The second one's copy of the weights is that of the step before."""
+    first, second = weights()
+    params = [first, torch.nn.Parameter(second.detach().float())]
+    opt = lk.WSAM(params, SGD, rho=RHO, gamma=GAMMA, lr=0.1)
+    taken(params, opt, 1)
+    before, follow = [p.detach().clone() for p in params], SecondPass._follow
+
+    def cut_short(self, runs, *rest):
+        if runs.bucket.params[0] is params[which]:
+            raise KeyboardInterrupt
+        follow(self, runs, *rest)
+
+    params[0].grad = params[0].detach() ** 3
+    opt.first_step(zero_grad=True)
+    backward(params)
+    with monkeypatch.context() as patch:
+        patch.setattr(SecondPass, "_follow", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            opt.second_step(zero_grad=True)
+    assert torch.equal(params[0].detach(), before[0]) is (which == 0)  # otherwise its whole step was taken
+    # Of what no pass had perturbed there is no copy: it is as before, or the base optimizer's part has moved it.
+    stepped = before[1] - 0.1 * before[1] ** 3
+    assert torch.equal(params[1].detach(), before[1]) or torch.allclose(params[1].detach(), stepped, rtol=1e-6)
+    left, opt.param_groups[0]["lr"] = [p.detach().clone() for p in params], 0.0
+    opt.zero_grad()
+    params[0].grad = params[0].detach() ** 3
+    opt.first_step(zero_grad=True)
+    backward(params)
+    opt.second_step(zero_grad=True)
+    assert all(map(torch.equal, [p.detach() for p in params], left)), "an older copy came back"

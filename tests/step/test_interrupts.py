@@ -253,7 +253,9 @@ class Handler(Tracer):
 
 
 @pytest.mark.parametrize("take", TAKES)
-@pytest.mark.parametrize("method, base", [("sam", "momentum"), ("sam", "rmsprop"), ("rsam", "momentum")])
+@pytest.mark.parametrize(
+    "method, base", [("sam", "momentum"), ("sam", "rmsprop"), ("rsam", "momentum"), ("wsam", "momentum")]
+)
 def test_a_handler_that_restores_and_returns_leaves_no_perturbation(backend, method, base, take):
     """At any instruction: for the handler the weights are home, and so they are when the call is over."""
     optimizer, options = BASES[base]
