@@ -58,9 +58,9 @@ class VaSSO(SAM):
 METHODS = (
     Method(FriendlySAM, "Friendly SAM", "Li et al., CVPR 2024", (Friendly,))
     .whose(
-        rho=f"{CODE} class's (its script has 0.2)",
+        rho=f"{CODE}, in its class (its script has 0.2)",
         sigma=CODE,
-        decay=f"{CODE} class's (its script has 0.95, one of its logs 0.6, both with ρ = 0.2)",
+        decay=f"{CODE}, in its class (its script has 0.95, one of its logs 0.6, both with ρ = 0.2)",
         update_first=f"{CODE}; the paper's text has the other order",
     )
     .row("Friendly SAM", "rho=0.05, sigma=1.0, lr=0.1", state=1.0),

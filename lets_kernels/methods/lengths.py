@@ -91,11 +91,11 @@ class LightSAM(SAM):
 METHODS = (
     Method(LESAM, "LE-SAM", "Wang et al., ICML 2026", (LossEquated,))
     .whose(
-        rho=f"{CODE} class's (its script has 0.35, with a warm-up)",
-        rho_max=f"{CODE} script's (its class has 0.05, its CIFAR-100 command 999)",
+        rho=f"{CODE}, in its class (its script has 0.35, with a warm-up)",
+        rho_max=f"{CODE}, in its script (its class has 0.05, its CIFAR-100 command 999)",
         steps="none: σ stays",
-        warmup=f"{CODE} script's: 10 of 200 epochs",
-        decay=f"{CODE} script's: the last 40 of 200 epochs",
+        warmup=f"{CODE}, in its script: 10 of 200 epochs",
+        decay=f"{CODE}, in its script: the last 40 of 200 epochs",
     )
     .row("LE-SAM", "rho=0.1, rho_max=0.3, lr=0.1", remark="`rho` is σ, a rise of the loss")
     .row("LE-SAM, σ scheduled", "rho=0.1, rho_max=0.3, steps=1000, lr=0.1", remark="the same"),
