@@ -14,12 +14,22 @@ from lets_kernels.methods.lengths import LESAM, USAM, LightSAM
 from lets_kernels.methods.lets import LETSASAM, LETSSAM
 from lets_kernels.methods.looksam import AESAM, AELookSAM, LookSAM
 from lets_kernels.methods.msam import MSAM
+from lets_kernels.methods.multistep import Lookbehind, MultiStepSAM
 from lets_kernels.methods.rsam import RSAM, RandomSAM
 from lets_kernels.methods.rst import RST
 from lets_kernels.methods.stable import StableSAM
 from lets_kernels.methods.wsam import WSAM
 from lets_kernels.ops import backends
-from lets_kernels.parts.descent import Decoupled, Descent, NormPenalty, Perturbed, Renormalized, Reuse, SurrogateGap
+from lets_kernels.parts.descent import (
+    Decoupled,
+    Descent,
+    Gathered,
+    NormPenalty,
+    Perturbed,
+    Renormalized,
+    Reuse,
+    SurrogateGap,
+)
 from lets_kernels.parts.direction import (
     Adaptive,
     Direction,
@@ -30,6 +40,7 @@ from lets_kernels.parts.direction import (
     Gradient,
     Masked,
     Momentum,
+    MultiStep,
     Posterior,
     RandomStart,
     Smoothed,
@@ -81,6 +92,7 @@ __all__ = [
     "FisherSAM",
     "Friendly",
     "FriendlySAM",
+    "Gathered",
     "Gaussian",
     "Gradient",
     "GradientNormPenalty",
@@ -90,9 +102,12 @@ __all__ = [
     "Length",
     "LightSAM",
     "LookSAM",
+    "Lookbehind",
     "LossEquated",
     "Masked",
     "Momentum",
+    "MultiStep",
+    "MultiStepSAM",
     "NormPenalty",
     "NormThreshold",
     "Perturbed",

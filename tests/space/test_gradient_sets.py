@@ -40,8 +40,9 @@ class Sets(Toy):
 
 
 def by_closure(opt, toy, number, sets, learned):
-    numbers = iter(range(number, number + 3))
-    left = iter(sets)
+    again = opt.direction.ascents - 1
+    numbers = iter([number, *[number + 1] * (1 + again), number + 2])
+    left = iter([sets[0], *[sets[0]] * again, *sets[1:]])
 
     def closure():
         return toy.pass_(next(numbers), next(left))
@@ -56,6 +57,9 @@ def by_closure(opt, toy, number, sets, learned):
 def by_two_steps(opt, toy, number, sets, learned, context=False):
     with opt.first_pass():
         toy.pass_(number, sets[0])
+    for _ in range(opt.direction.ascents - 1):
+        with opt.perturbed():
+            toy.pass_(number + 1, sets[0])
     if context:
         with opt.perturbed():
             toy.pass_(number + 1, sets[1])

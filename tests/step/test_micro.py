@@ -257,6 +257,7 @@ ALONE = {
     "wsam-coupled": "compares the two gradients",
     "norm-penalty": "compares the two gradients",
     **dict.fromkeys(family.ONE_PASS, "perturbs all micro-batches alike"),
+    **dict.fromkeys(family.SEVERAL, "takes several gradients before the last one"),
     "esam": "looks at the samples",
     "delta-sam": "looks at the samples",
     **dict.fromkeys(("friendly", "vasso", "sparse", "bsam", "lightsam"), "remembers one first gradient"),

@@ -5,6 +5,7 @@ from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, c
 from lets_kernels.parts.direction.gradient import Adaptive, Fisher, Gradient
 from lets_kernels.parts.direction.mask import Dropped, Masked
 from lets_kernels.parts.direction.momentum import Momentum
+from lets_kernels.parts.direction.multistep import MultiStep
 from lets_kernels.parts.direction.noise import Gaussian, Posterior, RandomStart
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Gradient",
     "Masked",
     "Momentum",
+    "MultiStep",
     "Perturbation",
     "Posterior",
     "RandomStart",
