@@ -17,6 +17,7 @@ from lets_kernels.methods.msam import MSAM
 from lets_kernels.methods.multistep import Lookbehind, MultiStepSAM
 from lets_kernels.methods.rsam import RSAM, RandomSAM
 from lets_kernels.methods.rst import RST
+from lets_kernels.methods.sampa import SAMPa
 from lets_kernels.methods.stable import StableSAM
 from lets_kernels.methods.wsam import WSAM
 from lets_kernels.ops import backends
@@ -32,6 +33,7 @@ from lets_kernels.parts.descent import (
 )
 from lets_kernels.parts.direction import (
     Adaptive,
+    Ahead,
     Direction,
     Dropped,
     Fisher,
@@ -75,6 +77,7 @@ __all__ = [
     "AELookSAM",
     "Accumulated",
     "Adaptive",
+    "Ahead",
     "Always",
     "AutoConstants",
     "AutoRadius",
@@ -119,6 +122,7 @@ __all__ = [
     "RandomStart",
     "Renormalized",
     "Reuse",
+    "SAMPa",
     "Samples",
     "Schedule",
     "ScheduledRadius",

@@ -187,7 +187,7 @@ class SameRandomNumbers:
                 states[device] = torch.get_device_module(device.type).get_rng_state(device)
         self._states = states
 
-    def replay(self, last: bool) -> None:
+    def replay(self, last: bool = True) -> None:
         """Set the generators back: another pass begins, the last one that draws the same numbers or one before it."""
         states = self._states or {}
         if last:

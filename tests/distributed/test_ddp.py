@@ -218,7 +218,16 @@ def spoiled(rank, method, which):
 
 
 #: What has counted a first gradient that was finite, also where the step is skipped for the second.
-COUNTED = ("average", "precision", "direction.updates", "schedule.", "mask", "direction.selected", "length.sum")
+COUNTED = (
+    "average",
+    "ahead",
+    "precision",
+    "direction.updates",
+    "schedule.",
+    "mask",
+    "direction.selected",
+    "length.sum",
+)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])

@@ -68,8 +68,8 @@ SAM_WHERE = {
     "norm-penalty": {"alpha": 1.0},
     "wsam-coupled": {"gamma": 0.5},
     "multi-step-sam": {"k": 1},
-    "multi-step-sam-growing": {"k": 1},
-    "lookbehind": {"k": 1, "alpha": 1.0},
+    "multi-step-sam-growing": {"k": 1, "rho": 0.1},
+    "lookbehind": {"k": 1, "alpha": 1.0, "rho": 0.1},
     "rsam": {"gamma": 0.0},
     "friendly": {"sigma": 0.0},
     "friendly-text": {"sigma": 0.0},
@@ -137,6 +137,7 @@ def test_rho_0_is_the_base_optimizer(name, backend):
     base, steps = "adamw" if backend.name == "cpu" else "momentum", few(name, backend)
     whole = {"gamma": 1.0} if FAMILY[name].cls is lk.ESAM else {}
     whole |= {"alpha": 1 / 3} if name == "lookbehind" else {}  # the mean of its three gradients
+    whole |= {"lam": 0.0} if name == "sampa" else {}
     found = weights_after(name, backend, base, rho=0.0, **whole)
     expected = sam(backend, base, rho=0.0, steps=steps)
     assert strayed(found, expected) <= TIGHT if name in ROUNDS else same(found, expected)

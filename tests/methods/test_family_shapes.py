@@ -161,7 +161,7 @@ def test_a_first_pass_at_the_weights_themselves_is_refused(name):
     assert all(map(torch.equal, task.bits(), before))
 
 
-REMEMBER = (lk.FriendlySAM, lk.VaSSO, lk.BSAM, lk.SparseSAM, lk.AESAM, lk.AELookSAM, lk.LightSAM)
+REMEMBER = (lk.FriendlySAM, lk.VaSSO, lk.BSAM, lk.SparseSAM, lk.AESAM, lk.AELookSAM, lk.LightSAM, lk.SAMPa)
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -3,6 +3,7 @@
 DIRECTION = "lets_kernels/parts/direction/"
 ROBUST = "tests/methods/test_family_robust.py -k 'cpu and not_finite'"
 ZERO = "tests/methods/test_family_robust.py -k 'cpu and zero'"
+SAMPA = "tests/methods/test_sampa.py"
 SEVERAL = "tests/methods/test_multistep.py"
 TEN = "tests/methods/test_family.py -k 'cpu and every_method and ({})'"
 
@@ -44,6 +45,18 @@ GROUPS = [
             ("kept = max(1, round((1 - self.sparsity) * size))", "kept = max(1, round(self.sparsity * size))"),
             ("(low >> 1) + (high >> 1) + (low & high & 1)", "low + (high - low) // 2"),
             ("first.squared_norm if due else first.total(shares))", "first.total(shares) / 2)"),
+        ],
+    ),
+    (
+        DIRECTION + "ahead.py",
+        SAMPA + " -k cpu",
+        [
+            ("minus * decay", "minus"),
+            ("minus * momentum", "minus"),
+            ("if moving and momentum:", "if False:"),
+            ("finite.double().to(b.device)", "one.to(b.device)"),
+            ("torch.where(finite, first.total(shares), torch.nan)", "first.total(shares)"),
+            ("if issubclass(first.base.kind, torch.optim.SGD):", 'if "momentum" in group:', SAMPA + " -k alone"),
         ],
     ),
     (

@@ -43,7 +43,7 @@ def test_who_holds_the_first_gradient_through_the_second_pass(name):
         backward(p)
     first = weakref.ref(p.grad)
     opt.first_step(zero_grad=True)
-    assert (first() is not None) is (name in ("gsam", "rgsam", "norm-penalty", "wsam", "looksam", "aelooksam"))
+    assert (first() is not None) is (name in ("gsam", "rgsam", "norm-penalty", "wsam", "sampa", "looksam", "aelooksam"))
     backward(p)
     while opt.ascents_left:
         opt.first_step(zero_grad=True)
@@ -72,7 +72,7 @@ def test_a_learned_radius_holds_it_until_it_has_learned():
 
 
 #: Beside the saved copy: an average, what is orthogonal, the mask. bSAM's are its base optimizer's state.
-KEPT = {"looksam": 1, "aelooksam": 1, "friendly": 1, "vasso": 1, "sparse": 1}
+KEPT = {"looksam": 1, "aelooksam": 1, "friendly": 1, "vasso": 1, "sparse": 1, "sampa": 1}
 
 
 @pytest.mark.parametrize("name", ["adaptive", *ONE_EACH])

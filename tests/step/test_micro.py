@@ -255,6 +255,7 @@ ALONE = {
     "stable-sam": "compares the two gradients",
     "wsam": "compares the two gradients",
     "wsam-coupled": "compares the two gradients",
+    "sampa": "compares the two gradients",
     "norm-penalty": "compares the two gradients",
     **dict.fromkeys(family.ONE_PASS, "perturbs all micro-batches alike"),
     **dict.fromkeys(family.SEVERAL, "takes several gradients before the last one"),

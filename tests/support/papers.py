@@ -282,6 +282,20 @@ def rgsam(run, rho, alpha, gamma, lam, transposed, noise_scale="variance"):
         run.descend(surrogate_gap(g, g_hat, alpha))
 
 
+def sampa(run, rho, lam):
+    """Xie et al. 2024: the gradient at y, where SGD would go along the last one; the other at theta + rho a/||a||."""
+    a, base = lin((0.0, run.theta)), run.base
+    sgd = isinstance(base, oracle.SGD)
+    for _, batch in run.steps():
+        ahead = a
+        if sgd:
+            ahead = lin((1.0, a), (base.weight_decay, run.theta))
+            ahead = lin((1.0, ahead), (base.momentum, base.buffers)) if base.buffers else ahead
+        g = run.grad(batch, lin((1.0, run.theta), (-base.lr, ahead)))
+        run.descend(lin((1 - lam, run.grad(batch, run.moved(rho, unit(a)))), (lam, g)))
+        a = g
+
+
 def random_sam(run, rho):
     """Ujvary et al. 2022: eps ~ N(0, rho^2/d)."""
     d = sum(x.numel() for x in run.theta.values())

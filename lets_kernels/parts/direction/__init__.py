@@ -1,5 +1,6 @@
 """In which direction to perturb: the direction part of a method."""
 
+from lets_kernels.parts.direction.ahead import Ahead
 from lets_kernels.parts.direction.average import Friendly, Smoothed
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi
 from lets_kernels.parts.direction.gradient import Adaptive, Fisher, Gradient
@@ -10,6 +11,7 @@ from lets_kernels.parts.direction.noise import Gaussian, Posterior, RandomStart
 
 __all__ = [
     "Adaptive",
+    "Ahead",
     "Ascent",
     "Direction",
     "Dropped",
