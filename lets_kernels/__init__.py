@@ -8,6 +8,7 @@ from lets_kernels.methods.bsam import BSAM
 from lets_kernels.methods.esam import ESAM, DeltaSAM
 from lets_kernels.methods.fisher import FisherSAM, SparseSAM
 from lets_kernels.methods.friendly import FriendlySAM, VaSSO
+from lets_kernels.methods.functional import FunctionalSAM
 from lets_kernels.methods.gsam import GSAM, RGSAM, GradientNormPenalty
 from lets_kernels.methods.late import LateSAM
 from lets_kernels.methods.lengths import LESAM, USAM, LightSAM
@@ -49,7 +50,7 @@ from lets_kernels.parts.direction import (
 )
 from lets_kernels.parts.length import Accumulated, Length, LossEquated, Unified
 from lets_kernels.parts.radius import ConstantRadius, LearningRateRadius, Radius, RadiusWarning, ScheduledRadius
-from lets_kernels.parts.samples import Samples, SelectedSamples, WeightedSamples
+from lets_kernels.parts.samples import FunctionalSamples, Samples, SelectedSamples, WeightedSamples
 from lets_kernels.parts.schedule import Always, Bernoulli, Every, NormThreshold, Schedule, Tail
 from lets_kernels.sam import SAM
 from lets_kernels.step.convention import ClosureWarning
@@ -95,6 +96,8 @@ __all__ = [
     "FisherSAM",
     "Friendly",
     "FriendlySAM",
+    "FunctionalSAM",
+    "FunctionalSamples",
     "Gathered",
     "Gaussian",
     "Gradient",

@@ -37,6 +37,8 @@ class Samples:
     per_sample = False
     #: True if the first gradient (and the second) is the gradient of the mean loss of the whole batch.
     first_is_whole = second_is_whole = True
+    #: True if there is a forward pass without a backward between the two passes.
+    looks_between = False
 
     def first(self, passed: Pass, closure: Closure) -> Any:
         """Make the pass at θ. Leaves the gradients; returns what the closure returned."""
@@ -105,6 +107,7 @@ class SelectedSamples(_PerSample):
             raise ValueError(f"gamma must be in (0, 1], not {gamma}")
         self.gamma = float(gamma)
         self.second_is_whole = self.gamma == 1
+        self.looks_between = self.gamma < 1
         self._before: Tensor | None = None
 
     def subset(self, before: Tensor, after: Tensor) -> Tensor:
@@ -182,3 +185,57 @@ class WeightedSamples(_PerSample):
             return (self.weights(*returned) * losses).sum()
 
         return self._weighted(passed, closure, loss_of)
+
+
+class FunctionalSamples(_PerSample):
+    """Functional SAM: the second gradient has the Jacobian at θ + ε, and the loss's derivative at θ.
+
+    Singh, Mobahi, Agarwala & Dauphin, ICML 2025 (arXiv 2502.02407). With the outputs F(θ) (logits) and v = ∂L/∂F at θ,
+    the step goes along ∂(v·F(θ + ε))/∂θ; SAM would take v at θ + ε, too. The closure returns ``(losses, outputs)`` in
+    both passes, for the same samples in the same order.
+
+    Raises:
+        ValueError: the closure returned no outputs, or in the second pass outputs of another shape.
+    """
+
+    second_is_whole = False
+
+    def __init__(self) -> None:
+        self._derivative: Tensor | None = None
+
+    def derivative(self, losses: Tensor, outputs: Tensor) -> Tensor:
+        """v = ∂(mean loss)/∂(outputs), of the outputs' shape, without a graph.
+
+        For the two-step shape: before the first backward, ``v = opt.samples.derivative(losses, outputs)``; the second
+        one is ``(v * outputs).sum().backward()``.
+        """
+        return torch.autograd.grad(losses.mean(), outputs, retain_graph=True)[0].detach()
+
+    def first(self, passed: Pass, closure: Closure) -> Any:
+        def loss_of(returned: Any) -> Tensor:
+            self._derivative = self.derivative(*self._pair(returned))
+            return _losses(returned).mean()
+
+        return self._weighted(passed, closure, loss_of)
+
+    def second(self, passed: Pass, closure: Closure) -> Any:
+        derivative, self._derivative = self._derivative, None
+        if derivative is None:
+            return self.whole(passed, closure)
+
+        def loss_of(returned: Any) -> Tensor:
+            outputs = self._pair(returned)[1]
+            if outputs.shape != derivative.shape:
+                raise ValueError(
+                    f"the outputs have shape {tuple(outputs.shape)} in the second pass, and {tuple(derivative.shape)} "
+                    "in the first: return those of the same samples"
+                )
+            return (derivative * outputs).sum()
+
+        return self._weighted(passed, closure, loss_of)
+
+    @staticmethod
+    def _pair(returned: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(returned, (tuple, list)) or len(returned) < 2:
+            raise ValueError("this closure must return (losses, outputs): the derivative is taken in the outputs")
+        return _losses(returned), returned[1]

@@ -85,7 +85,7 @@ class Setting:
                 raise ValueError(
                     f"{option} is about the first of two passes, and {names[direction]} takes one; leave it out"
                 )
-        if self.network.same_rng and not self.samples.second_is_whole:
+        if self.network.same_rng and self.samples.looks_between:
             raise ValueError(
                 f"same_rng=True with {type(self.samples).__name__}: the forward pass that selects samples uses up the "
                 "numbers that the second pass would draw again; leave it out"

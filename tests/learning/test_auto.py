@@ -377,7 +377,7 @@ def test_auto_goes_with_every_method_that_has_a_first_gradient(name):
     assert all(bool(torch.isfinite(metrics[k])) for k in ("relative_change", "headway", "aimed_rho"))
 
 
-@pytest.mark.parametrize("cls", [lk.RSAM, lk.RGSAM, lk.ESAM, lk.DeltaSAM])
+@pytest.mark.parametrize("cls", [lk.RSAM, lk.RGSAM, lk.ESAM, lk.DeltaSAM, lk.FunctionalSAM])
 def test_where_the_two_gradients_differ_in_more_than_the_perturbation_a_warning_says_so(cls):
     with pytest.warns(lk.CurvatureWarning, match="rho='auto' takes the difference of the two gradients"):
         cls(Toy().params, SGD, rho="auto", lr=0.1)

@@ -60,6 +60,8 @@ METHODS = {
     "esam": (method(lk.ESAM, beta=0.6), EXACT, WARNED),
     "esam-tensor": (method(lk.ESAM, beta=0.8, granularity="tensor", gamma=1.0), EXACT, EXACT),
     "delta": (method(lk.DeltaSAM), EXACT, WARNED),
+    # The loss is linear in the outputs here, so the secant, of which a warning comes, happens to be exact.
+    "functional": (method(lk.FunctionalSAM), EXACT, None),
     "penalty": (method(lk.GradientNormPenalty, alpha=0.7), EXACT, EXACT),
     # Where later ascents go depends on ρ, and is taken as it is; Lookbehind's first gradients depend on it, too.
     "multi-step": (method(lk.MultiStepSAM, k=3), 0.003, 0.02),

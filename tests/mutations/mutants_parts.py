@@ -178,6 +178,7 @@ GROUPS = [
         [
             ("torch.topk((after - before).detach(), count)", "torch.topk((before - after).detach(), count)"),
             ("norms.pow(self.power)", "norms.pow(-self.power)"),
+            ("(derivative * outputs).sum()", "outputs.sum()", TEN.format("functional")),
         ],
     ),
     (

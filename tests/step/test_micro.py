@@ -261,6 +261,7 @@ ALONE = {
     **dict.fromkeys(family.SEVERAL, "takes several gradients before the last one"),
     "esam": "looks at the samples",
     "delta-sam": "looks at the samples",
+    "functional-sam": "looks at the samples",
     **dict.fromkeys(("friendly", "vasso", "sparse", "bsam", "lightsam"), "remembers one first gradient"),
 }
 

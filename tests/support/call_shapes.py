@@ -48,7 +48,12 @@ class Passes:
                 raise MemoryError
             found = family.losses(opt, self.task.net, batch, subset)
             if self.count == self.spoil and torch.is_grad_enabled():
-                found = (found[0] * torch.inf, found[1]) if isinstance(found, tuple) else found * torch.inf
+                by = torch.inf if self.count > 1 else 1.0  # the outputs of the first pass stay in the losses' graph
+                found = (
+                    (found[0] * torch.inf, found[1] * by if by != 1 else found[1])
+                    if isinstance(found, tuple)
+                    else found * torch.inf
+                )
             return found
 
         return run

@@ -78,10 +78,11 @@ def closure(model, data, factor=1.0, samples=None):
 
     def by_sample(subset=None):
         x, y = data if subset is None else (data[0][subset], data[1][subset])
-        outputs = model(x)
+        by, functional = factor if factors is None else next(factors), isinstance(samples, lk.FunctionalSamples)
+        outputs = model(x) * by if functional else model(x)
         losses = nn.functional.cross_entropy(outputs, y, reduction="none")
-        losses = losses * (factor if factors is None else next(factors))
-        return (losses, outputs) if isinstance(samples, lk.WeightedSamples) else losses
+        losses = losses if functional else losses * by
+        return (losses, outputs) if isinstance(samples, (lk.WeightedSamples, lk.FunctionalSamples)) else losses
 
     return by_sample if samples is not None and samples.per_sample else run
 

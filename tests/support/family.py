@@ -41,6 +41,8 @@ class Member:
         return {**self.options, **self.formula}
 
 
+#: Whose closure returns the network's outputs beside the losses.
+WITH_OUTPUTS = (lk.WeightedSamples, lk.FunctionalSamples)
 AE = {"steps": STEPS, "delta": 0.5}
 START = {"gamma": 0.1, "lam": 0.7}
 VARIATIONAL = {"lr": 0.05, "data_size": 500.0, "beta2": 0.9, "weight_decay": 0.01}
@@ -89,6 +91,7 @@ FAMILY = {
     "esam": Member(lk.ESAM, {"rho": 0.1, "beta": 0.6, "gamma": 0.5}, papers.esam),
     "esam-tensor": Member(lk.ESAM, {"rho": 0.1, "gamma": 0.3, "granularity": "tensor"}, papers.esam),
     "delta-sam": Member(lk.DeltaSAM, {"rho": 0.1}, papers.delta_sam),
+    "functional-sam": Member(lk.FunctionalSAM, {"rho": 0.1}, papers.functional_sam),
     "bsam": Member(lk.BSAM, {"rho": 0.05, **VARIATIONAL}, papers.bsam, base=False),
 }
 
@@ -205,7 +208,7 @@ def losses(opt, net, batch, subset=None):
     x, y = batch if subset is None else (batch[0][subset], batch[1][subset])
     outputs = net(x)
     found = nn.functional.cross_entropy(outputs, y, reduction="none")
-    return (found, outputs) if isinstance(opt.samples, lk.WeightedSamples) else found
+    return (found, outputs) if isinstance(opt.samples, WITH_OUTPUTS) else found
 
 
 def _first_backward(opt, net, batch):
@@ -216,6 +219,10 @@ def _first_backward(opt, net, batch):
     found = losses(opt, net, batch)
     if isinstance(opt.samples, lk.WeightedSamples):
         (opt.samples.weights(*found) * found[0]).sum().backward()
+    elif isinstance(opt.samples, lk.FunctionalSamples):
+        derivative = opt.samples.derivative(*found)
+        found[0].mean().backward()
+        return derivative
     else:
         found.mean().backward()
     return found
@@ -229,6 +236,8 @@ def _second_backward(opt, net, batch, before):
                 after = losses(opt, net, batch)
             subset = opt.samples.subset(before, after)
         losses(opt, net, batch, subset).mean().backward()
+    elif isinstance(opt.samples, lk.FunctionalSamples):
+        (before * losses(opt, net, batch)[1]).sum().backward()
     elif opt.samples.per_sample:
         losses(opt, net, batch)[0].mean().backward()
     else:

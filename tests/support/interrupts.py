@@ -173,7 +173,11 @@ class Problem:
         pairs = [zip(self.params, target, strict=True) for target in targets]
         outputs = torch.stack([torch.cat([(p - a).float().flatten() for p, a in pair]) for pair in pairs])
         losses = 0.5 * outputs.square().sum(dim=1)
-        return (losses, outputs) if isinstance(self.opt.samples, lets_kernels.WeightedSamples) else losses
+        return (
+            (losses, outputs)
+            if isinstance(self.opt.samples, (lets_kernels.WeightedSamples, lets_kernels.FunctionalSamples))
+            else losses
+        )
 
     def closures(self, i):
         if isinstance(self.opt, lets_kernels.SAM) and self.opt.samples.per_sample:  # the controls are none

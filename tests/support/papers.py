@@ -398,6 +398,17 @@ def delta_sam(run, rho, power=-1.0):
         run.descend(sam_gradient(run, batch, run.grad(batch, weights=weights), rho))
 
 
+def functional_sam(run, rho):
+    """Singh et al. 2025: the Jacobian at theta + eps, times the derivative at theta: (softmax(z) - onehot(y))/B."""
+    for _, batch in run.steps():
+        with torch.no_grad():
+            outputs = run.outputs(run.theta, batch)
+        v = (outputs.softmax(1) - nn.functional.one_hot(batch[1], outputs.shape[1])) / len(outputs)
+        there = run.moved(rho, unit(run.grad(batch)))
+        along = lambda theta, batch, v=v: (v * run.outputs(theta, batch)).sum()  # noqa: E731
+        run.descend(oracle.gradient(along, there, batch)[1])
+
+
 def bsam(run, rho, lr, data_size, beta1=0.9, beta2=0.999, weight_decay=1e-4, damping=0.1, precision=1.0):
     """Möllenhoff & Khan 2023, Algorithm 1; no base optimizer."""
     s = {k: torch.full_like(x, precision) for k, x in run.theta.items()}

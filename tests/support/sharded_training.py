@@ -149,7 +149,7 @@ def train(opt, model, batches, steps=4, start=0, shape="closure", evaluate=False
             x, y = (x, y) if subset is None else (x[subset], y[subset])
             outputs = model(x)
             losses = (outputs - y).square().mean(1)
-            return (losses, outputs) if isinstance(opt.samples, lk.WeightedSamples) else losses
+            return (losses, outputs) if isinstance(opt.samples, (lk.WeightedSamples, lk.FunctionalSamples)) else losses
 
         if opt.samples.per_sample:
             opt.step(samples)
