@@ -43,10 +43,11 @@ LONG = (
 @pytest.hookimpl(trylast=True)  # of what -k leaves
 def pytest_collection_modifyitems(config, items):
     place = {config.rootpath / "tests" / file: i for i, file in enumerate(LONG)}
-    kept = sorted(thinned(items), key=lambda item: place.get(item.path, len(place)))
-    wanted = set(map(id, kept))
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in wanted])
-    items[:] = kept
+    kept = thinned(items)
+    if len(kept) < len(items):
+        wanted = set(map(id, kept))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in wanted])
+    items[:] = sorted(kept, key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_collection_finish():

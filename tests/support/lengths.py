@@ -16,6 +16,8 @@ def pairwise(rows, first=0):
     Each next row is the one with the most pairs that are missing yet; of equal ones the next from place ``first`` on.
     No chance is in it: the same rows give the same places.
     """
+    if not rows or not rows[0]:
+        return [*range(len(rows))]
     numbers = {}
 
     def pairs(row):
@@ -27,7 +29,7 @@ def pairwise(rows, first=0):
                 found |= 1 << numbers.setdefault((cell, other), len(numbers))
         return found
 
-    first %= max(1, len(rows))
+    first %= len(rows)
     left = [(pairs(row), place) for place, row in [*enumerate(rows)][first:] + [*enumerate(rows)][:first]]
     missing, chosen = (1 << len(numbers)) - 1, []
     while missing:
@@ -38,20 +40,20 @@ def pairwise(rows, first=0):
 
 
 def thinned(items):
-    """The tests of which every run has a part: of the parameters of a function that is marked ``pairwise``, on each
-    backend each two values of two parameters, and not each combination. All of the others, and of all tests at length.
+    """The tests that this run has. At length and on a GPU all; else of a function that is marked ``pairwise``, on each
+    backend, every two values of two of its parameters in one test at least, and not each combination of them all.
     """
     products, kept = {}, []
     for item in items:
-        if WHOLE or item.get_closest_marker("pairwise") is None or not hasattr(item, "callspec"):
+        marks = {mark.name for mark in item.iter_markers()}
+        if WHOLE or "pairwise" not in marks or "gpu" in marks or not hasattr(item, "callspec"):
             kept.append(item)
         else:
-            where = dict(item.callspec.indices)
-            backend = where.pop("backend", 0)
-            function = item.nodeid.partition("[")[0]
-            products.setdefault((function, backend), []).append((tuple(sorted(where.items())), item))
-    for (_, backend), found in products.items():
-        places = pairwise([[value for _, value in where] for where, _ in found], 7 * backend)
+            values = dict(item.callspec.params)
+            backend, function = values.pop("backend", None), item.nodeid.partition("[")[0]
+            products.setdefault((function, backend), []).append(([repr(values[name]) for name in sorted(values)], item))
+    for count, found in enumerate(products.values()):
+        places = pairwise([values for values, _ in found], 7 * count)  # each backend begins with others
         kept += [found[place][1] for place in places]
-    wanted = {id(item) for item in kept}
+    wanted = set(map(id, kept))
     return [item for item in items if id(item) in wanted]
