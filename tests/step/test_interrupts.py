@@ -275,7 +275,7 @@ def test_a_handler_that_restores_and_returns_leaves_no_perturbation(backend, met
     seen, ended = [], {"taken": 0, "given up": 0}
     with Handler(f"{method} {base} {take.__name__}", problem.opt, lambda: seen.append(problem.weights())) as handler:
         handler.measure(lambda: take(problem, 0))
-        for i in range(at_length(150, 36) if backend.name == "cpu" else at_length(40, 16)):
+        for i in range(at_length(150, 60) if backend.name == "cpu" else at_length(40, 24)):
             twin.take_over(problem)
             before = problem.weights()
             take(twin, i)
