@@ -13,6 +13,7 @@ import torch
 
 from support.backends import Backend, targets
 from support.guard_bands import assert_guards, forget_guards
+from support.lengths import thinned
 from support.needs import missing
 from support.standing_ranks import Ranks
 
@@ -39,9 +40,14 @@ LONG = (
 )
 
 
+@pytest.hookimpl(trylast=True)  # of what -k leaves
 def pytest_collection_modifyitems(config, items):
     place = {config.rootpath / "tests" / file: i for i, file in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path, len(place)))
+    kept = thinned(items)
+    if len(kept) < len(items):
+        wanted = set(map(id, kept))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in wanted])
+    items[:] = sorted(kept, key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_collection_finish():

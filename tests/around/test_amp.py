@@ -12,6 +12,7 @@ from support.family import FAMILY, ONE_EACH
 from support.given_gradients import snapshot, weights
 from support.guard_bands import same_bits
 from support.inside import progress
+from support.lengths import at_length, pairwise
 
 BUILDS = {
     "sam": lambda params, *rest, **options: lk.SAM(params, *rest, rho=0.1, **options),
@@ -73,6 +74,7 @@ OVERFLOWS = [
     for base in ("momentum", "rmsprop")
     for check in (True, False)
 ]
+OVERFLOWS = at_length(OVERFLOWS, [OVERFLOWS[i] for i in pairwise(OVERFLOWS)])
 
 
 @pytest.mark.parametrize("shape, method, where, base, check_finite", OVERFLOWS)

@@ -33,11 +33,11 @@ PAIRS = [("sam", "momentum"), ("asam", "rmsprop"), ("lets-sam", "adam"), ("lets-
 OTHERS = [(method, base_of(method, i)) for i, method in enumerate(BESIDE_SAM)]
 #: Of these, what each rank can go along by its own first gradient.
 ALONE = [pair for pair in OTHERS if pair[0].startswith(("rsam", "fisher-sam", "esam", "delta-sam", "p-1"))]
-STEPS = at_length(200, 50)
+STEPS, FEWER = at_length(200, 30), at_length(30, 10)
 RUNS = [
     *((*pair, sync, STEPS) for pair in PAIRS for sync in (True, False)),
-    *((*pair, True, 30) for pair in OTHERS),
-    *((*pair, False, 30) for pair in ALONE),
+    *((*pair, True, FEWER) for pair in OTHERS),
+    *((*pair, False, FEWER) for pair in ALONE),
 ]
 
 

@@ -10,8 +10,11 @@ from torch import nn
 import lets_kernels as lk
 from lets_kernels.space.shards import groups_of
 from support.inside import space, work
+from support.lengths import at_length
 
 WORLD = 512
+#: Of ranks that are all asked, one after the other: how many share the rows, and the columns.
+ROWS, COLUMNS = at_length(64, 16), 8
 
 
 class Wide(nn.Module):
@@ -55,7 +58,7 @@ def tp_fsdp(net):
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    _, data, tensor = mesh_of(64, 8)
+    _, data, tensor = mesh_of(ROWS, COLUMNS)
     parallelize_module(net, tensor, {"wide": ColwiseParallel(), "back": RowwiseParallel()}, src_data_rank=None)
     conv = distribute_tensor(net.conv.weight.detach(), tensor, [Shard(1)], src_data_rank=None)
     net.conv.weight = nn.Parameter(conv)
@@ -63,19 +66,19 @@ def tp_fsdp(net):
 
 
 @contextmanager
-def as_rank(rank):
+def as_rank(rank, world=WORLD):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def on_rank(rank, share):
+def on_rank(rank, share, world=WORLD):
     """What the optimizer of one rank finds, by parameter: its elements, parts, filters, and how many share those."""
-    with as_rank(rank):
+    with as_rank(rank, world):
         net, found = Wide(), {}
         share(net)
         opt = lk.ASAM(net.parameters(), torch.optim.SGD, lr=0.1, filterwise=True, model=net)
@@ -106,19 +109,20 @@ def test_a_rank_holds_its_rows(share, parts, rank):
 
 
 def test_in_two_dimensions_every_element_counts_once():
-    """64 × 8 ranks, sharded and tensor-parallel: over all of them each element's share comes to one."""
+    """64 × 8 ranks, sharded and tensor-parallel (16 × 8 but at length): over all each element's share comes to one."""
+    world = ROWS * COLUMNS
     whole = {name: p.numel() for name, p in Wide().named_parameters()}
     times = {name: torch.zeros(numel, dtype=torch.int64) for name, numel in whole.items()}
     filters = dict.fromkeys(whole, 0)
-    for rank in range(WORLD):
-        for name, (elements, counted, count, sharing) in on_rank(rank, tp_fsdp).items():
+    for rank in range(world):
+        for name, (elements, counted, count, sharing) in on_rank(rank, tp_fsdp, world).items():
             times[name] += counted * torch.bincount(elements, minlength=whole[name])
             filters[name] += count
-            assert sharing == ({"conv.weight": [8], "up.weight": [64]}.get(name, []) if count else [])
+            assert sharing == ({"conv.weight": [COLUMNS], "up.weight": [ROWS]}.get(name, []) if count else [])
     for name, each in times.items():
-        assert torch.equal(each, torch.full_like(each, WORLD)), name
+        assert torch.equal(each, torch.full_like(each, world)), name
     # Every rank that holds a part of a filter has a row for it, and those of few, which are whole, 8 copies.
-    expected = {"conv.weight": 1030 * 8, "few.weight": 3 * 8, "up.weight": 5 * WORLD}
+    expected = {"conv.weight": 1030 * COLUMNS, "few.weight": 3 * COLUMNS, "up.weight": 5 * world}
     assert {name: n for name, n in filters.items() if n} == expected
 
 

@@ -34,10 +34,13 @@ from lets_kernels.ops.triton import (
     step,
 )
 from support.guard_bands import Bucket, Run
+from support.lengths import at_length
 from support.machine_code import disassembled, functions, symbols
 
 ARCHES, AMD = (80, 90, 100), ("gfx942", "gfx950")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: In every run one of each arithmetic type, and the vectors' kernels in another; for AMD one, and another.
+OFTEN, VECTORS = at_length((0, 1, 2, 3), (1, 2)), at_length((0, 1, 2, 3), (3,))
 KERNELS = (
     norm.norm_kernel, norm.long_filters_kernel, norm.short_filters_kernel, norm.finite_kernel, perturb.perturb_kernel,
     perturb.restore_kernel, step.sgd_kernel, step.adam_kernel, step.lion_kernel, step.adam_counts_kernel,
@@ -229,8 +232,9 @@ def again():
 def amd(arch):
     """Every kernel, in half of the dtypes for each GPU, and for vectors in one: all would take half a minute more."""
     which = AMD.index(arch)
-    for dtype, q in zip(DTYPES[which::2], (2.0, (1.0, 1.5)[which]), strict=True):
+    for dtype, q in [*zip(DTYPES[which::2], (2.0, (1.0, 1.5)[which]), strict=True)][: at_length(2, 1)]:
         call_all(rows(dtype, "filter"), q)
+    dtype = DTYPES[which::2][1]
     call_vectors(rows(dtype, "plain"), other=bool(which))
     return {"kernels": [amd_facts(*one) for one in compiled()]}
 
@@ -238,16 +242,19 @@ def amd(arch):
 def nvidia(arch):
     kinds = list(itertools.product((2.0, 1.0, 1.5), ("filter", "plain", "element")))
     which = ARCHES.index(arch)
-    for i, dtype in enumerate(DTYPES):
+    for i in sorted({*OFTEN, *VECTORS}):
+        dtype = DTYPES[i]
         at = which * len(DTYPES) + i  # each variant is compiled somewhere, and each dtype for each GPU
         q, scale = kinds[at % len(kinds)]
         flags = {"nesterov": at % 2 == 1, "maximize": at % 3 == 1, "decoupled": at % 5 < 3}
-        call_all(rows(dtype, scale), q, 0.0 if at % 5 == 4 else 0.9, **flags)
-        if (which + i) % 2 == 0:  # of these every other dtype for each GPU: all would take too long
+        if i in OFTEN:
+            call_all(rows(dtype, scale), q, 0.0 if at % 5 == 4 else 0.9, **flags)
+        if i in VECTORS and (which + i) % 2 == 0:  # of these every other dtype for each GPU: all would take too long
             n = which * 2 + i // 2
             call_vectors(rows(dtype, "filter" if n < 2 else "plain"), given=n < 5, other=n in (1, 3))
-        bucket = rows(dtype, "filter")
-        ops.filter_norms(bucket.give(bucket.values(), "list"), bucket.table, bucket.norms())
+        if i in OFTEN:
+            bucket = rows(dtype, "filter")
+            ops.filter_norms(bucket.give(bucket.values(), "list"), bucket.table, bucket.norms())
     bucket = rows(DTYPES[which], ("fisher", "element", "all")[which])
     bucket.table[1, 2] = FISHER
     call_scaled(bucket, kinds[4 * which][0])

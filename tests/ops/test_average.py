@@ -20,7 +20,7 @@ from support.guard_bands import (
     storage,
 )
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.pairwise]
 FORMS = {"runs": ("list",) * 3, "flat-out": ("list", "list", "flat"), "flat": ("flat",) * 3}
 DECAY, A, B = 0.9, 1.0, -0.4
 

@@ -10,7 +10,7 @@ from support import oracle_vectors as oracle
 from support.backends import plain
 from support.guard_bands import DTYPES, LAYOUTS, Bucket, Run, arithmetic, assert_within, same_bits, storage
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.pairwise]
 LR, BETA1, DECAY = 0.1, 0.9, 0.05
 
 

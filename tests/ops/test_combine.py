@@ -20,7 +20,7 @@ from support.guard_bands import (
     storage,
 )
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.pairwise]
 FORMS = {"runs": ("list",) * 3, "flat-out": ("flat", "list", "list"), "flat": ("flat",) * 3}
 A, B = 0.3, -1.7
 

@@ -11,7 +11,7 @@ from support import oracle
 from support.backends import plain
 from support.guard_bands import DTYPES, LAYOUTS, U64, Bucket, guarded, same_bits
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.pairwise]
 QS = [1.0, 1.5, 2.0, 3.0]
 
 

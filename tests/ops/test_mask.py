@@ -18,7 +18,7 @@ from support.guard_bands import (
     storage,
 )
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.pairwise]
 FORMS = {"runs": ("list", "list"), "flat-out": ("flat", "list"), "flat": ("flat", "flat")}
 DRAW = (-987654321987654321, 12, 4)  # seed, count, stream
 PADDING = 7  # of the mask, between the runs and behind them: no member of anything

@@ -20,7 +20,7 @@ from support.guard_bands import (
     storage,
 )
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.pairwise]
 FORMS = {"runs": ("list",) * 3, "flat-out": ("flat", "list", "list"), "flat": ("flat",) * 3}
 KINDS = ("plain", "filter", "precision")
 A, STD = 0.4, 0.05

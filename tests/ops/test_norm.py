@@ -6,7 +6,7 @@ import torch
 from support import oracle
 from support.guard_bands import DTYPES, LAYOUTS, U64, Bucket, Run, arithmetic, assert_within, guarded, same_bits
 
-pytestmark = [pytest.mark.ops, pytest.mark.own]
+pytestmark = [pytest.mark.ops, pytest.mark.own, pytest.mark.pairwise]
 XI = 0.01
 SCALES = ("plain", "element", "filter")
 

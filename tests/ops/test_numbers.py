@@ -10,7 +10,7 @@ import lets_kernels as lk
 from lets_kernels.ops import reference
 from support.guard_bands import same_bits
 
-pytestmark = pytest.mark.own
+pytestmark = [pytest.mark.own, pytest.mark.pairwise]
 SGD = torch.optim.SGD
 RHO = 0.05
 SHAPE = torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0, 2.0, -1.0, 0.25], dtype=torch.float64)

@@ -6,7 +6,7 @@ import torch
 from support.backends import plain
 from support.guard_bands import DTYPES, LAYOUTS, Bucket, Run, guarded, same_bits
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.pairwise]
 FORMS = {"runs": ("list", "list"), "flat-out": ("flat", "list"), "flat": ("flat", "flat")}
 
 

@@ -7,7 +7,7 @@ from lets_kernels.ops.declared import OPS
 from support.guard_bands import DTYPES, same_bits
 from support.op_arguments import RUNS, arguments
 
-pytestmark = [pytest.mark.ops, pytest.mark.own]
+pytestmark = [pytest.mark.ops, pytest.mark.own, pytest.mark.pairwise]
 WITH_NUMBERS = [op for op in OPS if any(a.kind in ("PerRun", "Radii") for a in op.arguments)]
 LISTS = ("Tensors", "MaybeTensors", "Steps")
 BY_RUN = pytest.mark.parametrize("op", WITH_NUMBERS, ids=lambda op: op.name)

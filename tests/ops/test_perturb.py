@@ -12,7 +12,7 @@ SCALES = ("plain", "element", "filter")
 FORMS = {"runs": ("list", "list"), "flat-grads": ("list", "flat"), "flat": ("flat", "flat")}
 
 
-pytestmark = [pytest.mark.ops, pytest.mark.own]
+pytestmark = [pytest.mark.ops, pytest.mark.own, pytest.mark.pairwise]
 
 
 def scalar(x):

@@ -8,7 +8,7 @@ import torch
 from support.backends import Backend
 from support.guard_bands import DTYPES, LAYOUTS, Bucket, Run, arithmetic, assert_within, guarded, same_bits, storage
 
-pytestmark = [pytest.mark.ops, pytest.mark.own]
+pytestmark = [pytest.mark.ops, pytest.mark.own, pytest.mark.pairwise]
 FORMS = {"runs": ("list",) * 3, "flat-state": ("list", "list", "flat"), "flat": ("flat",) * 3}
 
 

@@ -9,7 +9,7 @@ from test_perturb import RHO, Call
 from support.backends import Backend
 from support.guard_bands import DTYPES, LAYOUTS, Bucket, Run, same_bits
 
-pytestmark = pytest.mark.ops
+pytestmark = [pytest.mark.ops, pytest.mark.pairwise]
 
 
 def swapped(bucket, q=2.0, form="list", **options):

@@ -1,6 +1,7 @@
 """Saving, copying, growing, scheduling: one optimizer, not two, and the same bits ever after."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -112,9 +113,15 @@ def by_pickle(task, opt):
     return Task(torch.float32, net=net), copied
 
 
+@functools.cache
+def uninterrupted(method, base, backend):
+    """For the three tests below, which compare with it."""
+    return continued(method, base, backend, lambda task, opt: (task, opt))
+
+
 @pytest.mark.parametrize("method, base", CASES)
 def test_five_steps_a_file_and_five_steps_are_ten_steps(backend, method, base):
-    whole = continued(method, base, backend.name, lambda task, opt: (task, opt))
+    whole = uninterrupted(method, base, backend.name)
     resumed = continued(method, base, backend.name, through_a_file(method, base, backend.name))
     assert same_bits(whole, resumed)
 
@@ -122,7 +129,7 @@ def test_five_steps_a_file_and_five_steps_are_ten_steps(backend, method, base):
 @pytest.mark.parametrize("transfer", [by_deepcopy, by_pickle])
 @pytest.mark.parametrize("method, base", CASES)
 def test_a_copy_goes_on_as_the_original_would(backend, method, base, transfer):
-    whole = continued(method, base, backend.name, lambda task, opt: (task, opt))
+    whole = uninterrupted(method, base, backend.name)
     assert same_bits(whole, continued(method, base, backend.name, transfer))
 
 

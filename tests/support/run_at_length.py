@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -19,8 +20,8 @@ import torch
 
 TESTS = Path(__file__).resolve().parents[1]
 SUMMARY = TESTS / "results" / "long.json"
-#: Files that ask support/lengths.py how long they are.
-LONG = ("test_interrupts.py", "test_ddp.py", "test_triton.py", "test_triton_aot.py")
+#: Files that ask support/lengths.py how long they are, or have it thin out their parameters.
+LONG = [p.name for p in sorted(TESTS.glob("*/test_*.py")) if re.search(r"at_length|mark\.pairwise", p.read_text())]
 
 
 def ran(file, **environment):
