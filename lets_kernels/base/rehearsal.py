@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,34 +16,53 @@ from lets_kernels.space.shards import local, whole_gradient
 #: an LR scheduler has wrapped.
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _NARROW = (torch.float16, torch.bfloat16)
+#: Into so many parts the parameters of torch's own optimizers are split.
+_SHARES = 8
 
 
 @torch.no_grad()
-def rehearse(optimizer: torch.optim.Optimizer, passes: Sequence[Runs]) -> list[list[Tensor]]:
-    """How far each parameter would move, as −Δθ/lr: what the optimizer would subtract at a learning rate of one.
+def rehearse(optimizer: torch.optim.Optimizer, passes: Sequence[Runs], into: Sequence[list[Tensor]]) -> None:
+    """Write how far each parameter would move, as −Δθ/lr: what the optimizer would subtract at a learning rate of one.
 
     The optimizer's own ``step`` runs, on a double with copies of the weights, of the gradients, and of the state, so it
     sees the same numbers. Weight decay is left out, and so are hooks. A group whose learning rate is 0 steps with 1.
     Weights of 16 bits, and their state, are copied in float32: in 16 bits a small step would be lost in the weight.
+    Torch's own optimizers step every parameter by itself, so they get an eighth of the parameters at a time, and the
+    copies are small.
 
     Args:
         optimizer: the optimizer. Random numbers that its step draws are drawn again by the step itself.
         passes: the parameters with their gradients.
-
-    Returns:
-        For each of ``passes`` one tensor a run, dense or not, of the run's shape: this rank's part, complex numbers as
-        pairs; in float32 where the weights have 16 bits.
+        into: for each of ``passes`` one tensor a run, of the run's shape, for this rank's part, complex numbers as
+            pairs.
 
     Raises:
         RuntimeError: the step fails on the double.
     """
+    each = [(r.bucket.params[i], *pair) for r, to in zip(passes, into, strict=True) for i, *pair in _rows(r, to)]
+    share = sum(to.numel() for *_, to in each) / (
+        _SHARES if type(optimizer).__module__.startswith("torch.optim") else 1
+    )
+    some: list[tuple[Tensor, Tensor, Tensor]] = []
+    for row in each:
+        some.append(row)
+        if sum(to.numel() for *_, to in some) >= share:
+            _rehearse(optimizer, some)
+            some = []
+    if some:
+        _rehearse(optimizer, some)
+
+
+def _rows(runs: Runs, to: list[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    yield from zip(runs.indices, runs.grads, to, strict=True)
+
+
+def _rehearse(optimizer: torch.optim.Optimizer, each: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """The step on some parameters: ``each`` has a parameter, its gradient, and where to write."""
     doubles: dict[int, Tensor] = {}  # by the id of the parameter
-    for runs in passes:
-        for i, g in zip(runs.indices, runs.grads, strict=True):
-            p = runs.bucket.params[i]
-            double = torch.nn.Parameter(_tensor(p, p.dtype in _NARROW))
-            double.grad = whole_gradient(_tensor(g, True), p)
-            doubles[id(p)] = double
+    for p, g, _ in each:
+        doubles[id(p)] = double = torch.nn.Parameter(_tensor(p, p.dtype in _NARROW))
+        double.grad = whole_gradient(_tensor(g, True), p)
     shadow = _shadow(optimizer, doubles)
     rates = {id(d): group.get("lr", 1.0) for group in shadow.param_groups for d in group["params"]}
     devices = {d.device.index for d in doubles.values() if d.device.type == "cuda"}
@@ -55,8 +74,9 @@ def rehearse(optimizer: torch.optim.Optimizer, passes: Sequence[Runs]) -> list[l
             f"{type(optimizer).__name__}.step() failed on copies of the weights and the state, on which it shows where "
             f"it would go ({type(error).__name__}: {error}); direction=Gradient() perturbs along the gradient itself"
         ) from error
-    pairs = [[(p, doubles[id(p)]) for p in map(runs.bucket.params.__getitem__, runs.indices)] for runs in passes]
-    return [[local(d).detach().sub_(local(p).detach()).div_(-rates[id(d)]) for p, d in each] for each in pairs]
+    for p, _, to in each:
+        double = doubles[id(p)]
+        to.copy_(local(double).detach().sub_(local(p).detach()).div_(-rates[id(double)]))
 
 
 def _tensor(t: Tensor, widen: bool) -> Tensor:
@@ -81,14 +101,18 @@ def _shadow(optimizer: torch.optim.Optimizer, doubles: dict[int, Tensor]) -> tor
         options = {name: _copied(value, doubles) for name, value in group.items() if name != "params"}
         if "weight_decay" in options:
             options["weight_decay"] = 0.0
-        lr = options.get("lr")
-        if isinstance(lr, Tensor):
-            options["lr"] = torch.where(lr == 0, 1.0, lr)  # nothing waits for it
-        elif lr == 0:
-            options["lr"] = 1.0
+        if "lr" in options:
+            options["lr"] = _rate(options["lr"])
         params = [doubles[id(p)] for p in group["params"] if id(p) in doubles]
         made.param_groups.append({"params": params, **options})
     return made
+
+
+def _rate(lr: Any) -> Any:
+    """The learning rate, or 1 for 0. A number where that waits for nothing: a number goes with every option."""
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return torch.where(lr == 0, 1.0, lr)
+    return float(lr) or 1.0
 
 
 def _copied(value: Any, doubles: dict[int, Tensor], wide: bool = False) -> Any:

@@ -131,10 +131,11 @@ class Look:
         entries = [self._state.get(runs.bucket.params[i], {}) for i in runs.indices]
         return [local(own[name]) if isinstance(own.get(name), Tensor) else None for own in entries]
 
-    def next_step(self, passes: Sequence[Runs]) -> list[list[Tensor]]:
+    def next_step(self, passes: Sequence[Runs], into: Sequence[list[Tensor]]) -> None:
         """Where the optimizer's step along the gradients in ``passes`` would go: −Δθ/lr, without weight decay.
 
-        See :func:`~lets_kernels.base.rehearsal.rehearse`. Takes the optimizer's own step, on copies of what it has.
+        Written ``into`` one tensor for each run: see :func:`~lets_kernels.base.rehearsal.rehearse`, which takes the
+        optimizer's own step on copies of what it has.
         """
         assert self._optimizer is not None
-        return rehearse(self._optimizer, passes)
+        rehearse(self._optimizer, passes, into)

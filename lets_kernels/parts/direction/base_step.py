@@ -28,10 +28,11 @@ class BaseStep(Direction):
     optimizer is ours. Muon's part alone, the orthogonalised g without momentum, is in public code under the name of
     SpecSAM, with a radius for each matrix.
 
-    With torch's SGD u costs no memory. Any other optimizer takes its step on copies of weights, gradients and state,
-    which live while ε is found: as much memory again as these three, and the time of a step. What such a step changes
-    outside of its groups, its state and its attributes, it changes twice. For weights of 16 bits the copies are in
-    float32.
+    With torch's SGD u costs no memory. Any other optimizer takes its step on copies of weights, gradients and state
+    while ε is found, which takes the time of a step. Torch's own take it for an eighth of the parameters at a time;
+    others, which may look at all parameters, for all at once, and need as much memory again as these three. Such an
+    optimizer may keep what it likes in its groups, its state and its attributes; other things that its step changes
+    (a ``torch.Generator``, say), it changes twice. For weights of 16 bits the copies are in float32.
     """
 
     def not_capturable(self) -> str | None:
@@ -40,13 +41,11 @@ class BaseStep(Direction):
     def prepare(self, first: FirstPass) -> Perturbation:
         if first.base.kind is torch.optim.SGD:
             return self._along_sgd(first)
-        ascents, shares = [], []
-        for runs, moves in zip(first.runs, first.base.next_step(first.runs), strict=True):
-            room = first.room(runs)
-            for view, move in zip(runs.bucket.views(room[0], runs.indices), moves, strict=True):
-                view.copy_(move)
-            ascents.append(Ascent.along(runs, room))
-            shares.append(_squared(runs, room))
+        rooms = [first.room(runs) for runs in first.runs]
+        pairs = list(zip(first.runs, rooms, strict=True))
+        first.base.next_step(first.runs, [runs.bucket.views(room[0], runs.indices) for runs, room in pairs])
+        ascents = [Ascent.along(runs, room) for runs, room in pairs]
+        shares = [_squared(runs, room) for runs, room in pairs]
         # A step may make a finite number of a gradient that is not: a sign does.
         total = torch.where(torch.isfinite(first.squared_norm), first.total(shares), torch.nan)
         return Perturbation(ascents, total)
