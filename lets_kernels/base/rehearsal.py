@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _NARROW = (torch.float16, torch.bfloat16)
 #: Into so many parts the parameters of torch's own optimizers are split.
 _SHARES = 8
+
+#: A parameter, its gradient, and where to write.
+_Row = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -39,26 +42,22 @@ def rehearse(optimizer: torch.optim.Optimizer, passes: Sequence[Runs], into: Seq
     Raises:
         RuntimeError: the step fails on the double.
     """
-    each = [(r.bucket.params[i], *pair) for r, to in zip(passes, into, strict=True) for i, *pair in _rows(r, to)]
-    share = sum(to.numel() for *_, to in each) / (
-        _SHARES if type(optimizer).__module__.startswith("torch.optim") else 1
-    )
-    some: list[tuple[Tensor, Tensor, Tensor]] = []
+    each: list[_Row] = []
+    for runs, to in zip(passes, into, strict=True):
+        each += zip((runs.bucket.params[i] for i in runs.indices), runs.grads, to, strict=True)
+    by_itself = type(optimizer).__module__.startswith("torch.optim.")
+    most = sum(p.numel() for p, *_ in each) / (_SHARES if by_itself else 1)  # the same on ranks that share a parameter
+    some, size = list[_Row](), 0
     for row in each:
         some.append(row)
-        if sum(to.numel() for *_, to in some) >= share:
+        size += row[0].numel()
+        if row is each[-1] or size >= most:
             _rehearse(optimizer, some)
-            some = []
-    if some:
-        _rehearse(optimizer, some)
+            some, size = [], 0
 
 
-def _rows(runs: Runs, to: list[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    yield from zip(runs.indices, runs.grads, to, strict=True)
-
-
-def _rehearse(optimizer: torch.optim.Optimizer, each: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """The step on some parameters: ``each`` has a parameter, its gradient, and where to write."""
+def _rehearse(optimizer: torch.optim.Optimizer, each: Sequence[_Row]) -> None:
+    """The step on some of the parameters."""
     doubles: dict[int, Tensor] = {}  # by the id of the parameter
     for p, g, _ in each:
         doubles[id(p)] = double = torch.nn.Parameter(_tensor(p, p.dtype in _NARROW))
@@ -75,8 +74,8 @@ def _rehearse(optimizer: torch.optim.Optimizer, each: list[tuple[Tensor, Tensor,
             f"it would go ({type(error).__name__}: {error}); direction=Gradient() perturbs along the gradient itself"
         ) from error
     for p, _, to in each:
-        double = doubles[id(p)]
-        to.copy_(local(double).detach().sub_(local(p).detach()).div_(-rates[id(double)]))
+        own = doubles[id(p)]
+        to.copy_(local(own).detach().sub_(local(p).detach()).div_(-rates[id(own)]))
 
 
 def _tensor(t: Tensor, widen: bool) -> Tensor:

@@ -32,7 +32,8 @@ class BaseStep(Direction):
     while ε is found, which takes the time of a step. Torch's own take it for an eighth of the parameters at a time;
     others, which may look at all parameters, for all at once, and need as much memory again as these three. Such an
     optimizer may keep what it likes in its groups, its state and its attributes; other things that its step changes
-    (a ``torch.Generator``, say), it changes twice. For weights of 16 bits the copies are in float32.
+    (a ``torch.Generator``, say), it changes twice. For weights of 16 bits the copies are in float32. On accelerators
+    the host waits where that step does: Adam reads its step counts unless it is ``capturable`` or ``fused``.
     """
 
     def not_capturable(self) -> str | None:
