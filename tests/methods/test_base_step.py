@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import lets_kernels as lk
+from lets_kernels.base import rehearsal
 from support import family
 from support.conv_net import Task
 from support.core_methods import BASES
@@ -149,11 +150,22 @@ def test_the_formula_of_sgd_is_its_step_on_copies(backend):
             {"params": toy.params[4:], "rho": 0.2},
         ]
         opt = lk.BaseStepSAM(groups, kind, rho=RHO, backend=backend.name, lr=0.1, momentum=0.9)
+        eps = []
         for i in range(4):
             grads = [None if j == 1 and i < 2 else g for j, g in enumerate(toy.grads(2 * i))]
+            eps += applied(toy, opt, grads)
             toy.two_steps(opt, grads, grads)
-        found.append(weights(toy))
+        found.append(eps)
     assert max(float((x - y).abs().max()) for x, y in zip(*found, strict=True) if x.numel()) < TIGHT
+
+
+@pytest.mark.parametrize("kind, most", [(torch.optim.AdamW, 2), (OwnSGD, 16)])
+def test_torchs_own_optimizers_step_an_eighth_of_the_parameters_at_a_time(monkeypatch, kind, most):
+    """Others may look at all of them at once."""
+    toy, sizes, whole = Toy(shapes=((4, 4),) * 16), [], rehearsal._rehearse
+    monkeypatch.setattr(rehearsal, "_rehearse", lambda base, each: (sizes.append(len(each)), whole(base, each)))
+    applied(toy, lk.BaseStepSAM(toy.params, kind, rho=RHO, lr=0.1), toy.grads(0))
+    assert sum(sizes) == 16 and set(sizes) == {most}
 
 
 @pytest.mark.parametrize("name", ["momentum", "AdamW"])
@@ -283,7 +295,7 @@ def orthogonalized(m):
 def test_along_muon_it_is_the_orthogonalized_momentum(backend):
     """Jordan et al. 2024 as torch has it: m ← μm + (1 − μ)g, the orthogonal factor of (1 − μ)g + μm', and a factor of
     √max(1, rows/columns). Five iterations leave singular values between 0.68 and 1.14 for values of one: each matrix is
-    off by a third of itself at most, where g itself, whose singular values spread, is off by more.
+    off by a third of itself at most, here by 0.19, and the unit vector along g by 0.5 and more.
     """
     toy = Toy(torch.float64, MATRICES)
     opt = lk.BaseStepSAM(toy.params, Muon, rho=RHO, backend=backend.name, **OPTIONS)
@@ -299,7 +311,7 @@ def test_along_muon_it_is_the_orthogonalized_momentum(backend):
         off = torch.cat([(x - RHO * y / norm).flatten() for x, y in zip(eps, moved, strict=True)]).norm() / RHO
         plain = torch.cat([g.flatten() for g in grads])
         along_g = torch.cat([x.flatten() for x in moved]) / norm - plain / plain.norm()
-        assert off < 0.25 < along_g.norm()
+        assert off < 0.32 < along_g.norm()
         seconds = toy.grads(2 * i + 1)
         toy.two_steps(opt, grads, seconds)
         momenta = [0.95 * m + 0.05 * g for m, g in zip(momenta, seconds, strict=True)]

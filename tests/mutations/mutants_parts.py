@@ -203,6 +203,7 @@ GROUPS = [
             ("with without_global_hooks(), torch.random.fork_rng(devices=sorted(devices)):", "if True:"),
             ('"param_groups", "step", *_HOOKS}', '"param_groups", *_HOOKS}'),
             ("{name: OrderedDict() for name in _HOOKS}", "{name: optimizer.__dict__[name] for name in _HOOKS}"),
+            ('by_itself = type(optimizer).__module__.startswith("torch.optim.")', "by_itself = True"),
             ("if row is each[-1] or size >= most:", "if size >= most + 1:"),
             ("doubles.get(id(k), k): _copied", "k: _copied"),
             ("_copied(value, doubles, wide=key.dtype in _NARROW)", "value"),
