@@ -15,9 +15,9 @@ class BaseStepSAM(SAM):
     :class:`~lets_kernels.BaseStep` for u, for what it costs, and for what of it is optax's (``optax.contrib.sam`` with
     an ``adv_optimizer``, DeepMind, 2023) and what is ours. The base optimizer then steps along ĝ from the same state.
 
-    ``torch.optim.Muon`` takes matrices only. Give it these, and the other parameters to a second optimizer over them,
-    each in a SAM of its own: then each has its own norm and radius, and the two-step shape with
-    ``first_step()`` and ``second_step()`` of both around the same two passes.
+    ``torch.optim.Muon`` takes matrices only. Give the other parameters to a second optimizer, in a SAM of its own:
+    ``first_step()`` of both follows the first backward, ``second_step()`` of both the second. Each then has its own
+    norm and its own radius.
 
     Args:
         params, base_optimizer, kwargs: as :class:`SAM`. Any torch optimizer that steps without a closure.
