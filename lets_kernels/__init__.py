@@ -4,6 +4,7 @@ from lets_kernels._version import __version__
 from lets_kernels.learning.auto import AutoConstants, AutoRadius
 from lets_kernels.learning.learned import CurvatureWarning, LearnedRadius
 from lets_kernels.methods.asam import ASAM
+from lets_kernels.methods.base_step import BaseStepSAM
 from lets_kernels.methods.bsam import BSAM
 from lets_kernels.methods.esam import ESAM, DeltaSAM
 from lets_kernels.methods.fisher import FisherSAM, SparseSAM
@@ -35,6 +36,7 @@ from lets_kernels.parts.descent import (
 from lets_kernels.parts.direction import (
     Adaptive,
     Ahead,
+    BaseStep,
     Direction,
     Dropped,
     Fisher,
@@ -82,6 +84,8 @@ __all__ = [
     "Always",
     "AutoConstants",
     "AutoRadius",
+    "BaseStep",
+    "BaseStepSAM",
     "Bernoulli",
     "ClosureWarning",
     "ConstantRadius",

@@ -42,7 +42,7 @@ def own_step(optimizer: torch.optim.Optimizer) -> None:
     Hooks that were registered for all optimizers run around our step, so they do not run again around this one. If this
     step fails, the error gets a note on which parameters were stepped.
     """
-    with _without_global_hooks():
+    with without_global_hooks():
         try:
             optimizer.step()
         except BaseException as error:
@@ -56,7 +56,7 @@ def own_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def _without_global_hooks() -> Iterator[None]:
+def without_global_hooks() -> Iterator[None]:
     """Empty the dicts of global hooks and fill them again; they stay the same dicts, since handles refer to them."""
     hooks: list[dict[int, Any]] = [_torch._global_optimizer_pre_hooks, _torch._global_optimizer_post_hooks]
     if not any(hooks):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.base.rehearsal import rehearse
 from lets_kernels.space.buckets import Runs
 from lets_kernels.space.memory import refuse_while_capturing
 from lets_kernels.space.shards import local
@@ -91,17 +92,25 @@ class Look:
         kind: the optimizer's class.
         groups: the param groups of the optimizer, or of a state that is about to be loaded.
         state: the state by parameter; leave it out to look at groups only.
+        optimizer: the optimizer itself, if its next step is to be asked for.
     """
 
-    def __init__(self, kind: type, groups: Sequence[Mapping[str, Any]], state: State | None = None) -> None:
+    def __init__(
+        self,
+        kind: type,
+        groups: Sequence[Mapping[str, Any]],
+        state: State | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self.kind = kind
         self._groups = groups
         self._state: State = {} if state is None else state
+        self._optimizer = optimizer
 
     @classmethod
     def at(cls, base: torch.optim.Optimizer) -> "Look":
         """A look at an optimizer."""
-        return cls(type(base), base.param_groups, base.state)
+        return cls(type(base), base.param_groups, base.state, base)
 
     @property
     def name(self) -> str:
@@ -121,3 +130,12 @@ class Look:
         """One state tensor, or None, for each run: this rank's part, complex numbers as pairs, as it lies in memory."""
         entries = [self._state.get(runs.bucket.params[i], {}) for i in runs.indices]
         return [local(own[name]) if isinstance(own.get(name), Tensor) else None for own in entries]
+
+    def next_step(self, passes: Sequence[Runs], into: Sequence[list[Tensor]]) -> None:
+        """Where the optimizer's step along the gradients in ``passes`` would go: −Δθ/lr, without weight decay.
+
+        Written ``into`` one tensor for each run: see :func:`~lets_kernels.base.rehearsal.rehearse`, which takes the
+        optimizer's own step on copies of what it has.
+        """
+        assert self._optimizer is not None
+        rehearse(self._optimizer, passes, into)

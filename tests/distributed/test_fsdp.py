@@ -37,6 +37,8 @@ METHODS = {
     **{name: {"method": name} for name in EVERYWHERE},
     "adamw": {"method": "filterwise", "base": "adamw"},
     "rmsprop": {"method": "filterwise", "base": "rmsprop"},
+    "base-step-adamw": {"method": "base-step-sam", "base": "adamw"},
+    "base-step-rmsprop": {"method": "base-step-sam", "base": "rmsprop"},
     "reference": {"method": "diagonal", "backend": "reference"},
 }
 LONG = {"steps": 20, "evaluate": True}

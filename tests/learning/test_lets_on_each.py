@@ -72,6 +72,7 @@ METHODS = {
     "wsam-coupled": (method(lk.WSAM, gamma=0.6, decouple=False), EXACT, EXACT),
     "random": (method(lk.RandomSAM), EXACT, None),
     "msam": (method(lk.MSAM, momentum=0.9), EXACT, None),
+    "base-step": (method(lk.BaseStepSAM, momentum=0.9), EXACT, EXACT),
     # Whose step is -lr m/s: with m = ĝ and a precision that stays at one it is what the derivation takes it for.
     "bsam": (
         lambda params, rho, **k: lk.BSAM(

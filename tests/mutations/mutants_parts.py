@@ -182,6 +182,36 @@ GROUPS = [
         ],
     ),
     (
+        DIRECTION + "base_step.py",
+        "tests/methods/test_base_step.py -k 'not reference'",
+        [
+            ("torch.where(torch.isfinite(first.squared_norm), first.total(shares), torch.nan)", "first.total(shares)"),
+            ('not any(first.groups[g]["momentum"] for g in runs.bucket.present)', "True"),
+            ('of_g, of_m = (1 - float(group["dampening"]), mu)', "of_g, of_m = (1.0, mu)"),
+            ("if begun else (1.0, 0.0)", "if begun else (0.5, 0.0)"),
+            ("of_g, of_m = 1 + mu * of_g, mu * of_m", "of_g, of_m = 1 + mu * of_g, of_m"),
+            ("return b.parts * b.ops.grad_norm(room", "return 2 * b.ops.grad_norm(room"),
+        ],
+    ),
+    (
+        "lets_kernels/base/rehearsal.py",
+        "tests/methods/test_base_step.py -k 'not reference'",
+        [
+            ('options["weight_decay"] = 0.0', "pass"),
+            (".div_(-rates[id(own)])", ".div_(rates[id(own)])"),
+            ("return float(lr) or 1.0", "return float(lr)"),
+            ("_tensor(p, p.dtype in _NARROW)", "_tensor(p, False)"),
+            ("with without_global_hooks(), torch.random.fork_rng(devices=sorted(devices)):", "if True:"),
+            ('"param_groups", "step", *_HOOKS}', '"param_groups", *_HOOKS}'),
+            ("{name: OrderedDict() for name in _HOOKS}", "{name: optimizer.__dict__[name] for name in _HOOKS}"),
+            ('by_itself = type(optimizer).__module__.startswith("torch.optim.")', "by_itself = True"),
+            ("if row is each[-1] or size >= most:", "if size >= most + 1:"),
+            ("doubles.get(id(k), k): _copied", "k: _copied"),
+            ("_copied(value, doubles, wide=key.dtype in _NARROW)", "value"),
+            ("double.grad = whole_gradient(_tensor(g, True), p)", "double.grad = whole_gradient(g, p)"),
+        ],
+    ),
+    (
         DIRECTION + "momentum.py",
         "tests/methods/test_msam.py -k 'cpu or refused'",
         [

@@ -4,6 +4,7 @@ Nothing is taken from `lets_kernels` but the source of random numbers. Draws bel
 parameters of a group one after the other, each from the next multiple of sixteen.
 """
 
+import copy
 import math
 
 import torch
@@ -310,6 +311,15 @@ def msam(run, rho):
         v = dict(run.base.buffers) if sgd else {k: m for k, (_, m, _) in run.base.moments.items()}
         v = v or lin((0.0, run.theta))
         run.descend(run.grad(batch, run.moved(rho, lin((-1.0, unit(v))))))
+
+
+def base_step_sam(run, rho):
+    """After optax's adv_optimizer: against the step that the base optimizer would take along g, decay left out."""
+    for _, batch in run.steps():
+        base = copy.deepcopy(run.base)
+        base.weight_decay = 0.0
+        step = base.step(lin((0.0, run.theta)), run.grad(batch))
+        run.descend(run.grad(batch, run.moved(rho, lin((-1.0, unit(step))))))
 
 
 def friendly(run, rho, sigma, decay, update_first=False, adaptive=False):

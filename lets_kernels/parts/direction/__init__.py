@@ -3,6 +3,7 @@
 from lets_kernels.parts.direction.ahead import Ahead
 from lets_kernels.parts.direction.average import Friendly, Smoothed
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, check_xi
+from lets_kernels.parts.direction.base_step import BaseStep
 from lets_kernels.parts.direction.gradient import Adaptive, Fisher, Gradient
 from lets_kernels.parts.direction.mask import Dropped, Masked
 from lets_kernels.parts.direction.momentum import Momentum
@@ -13,6 +14,7 @@ __all__ = [
     "Adaptive",
     "Ahead",
     "Ascent",
+    "BaseStep",
     "Direction",
     "Dropped",
     "Fisher",
