@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.report:
             for name in options.tasks:
                 TASKS[name].check()
+            results.forget(TASKS.values(), everyone.values())
             if options.time or everyone.keys() - results.times.get("ratio", {}).keys():
                 results.times = times(everyone)
                 results.write()

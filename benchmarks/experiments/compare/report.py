@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -138,8 +139,12 @@ def replaced(text: str, new: str) -> str:
     return before + new + after
 
 
+COLOURS = {SGD: "#000000", TWICE: "#D55E00", BEST: "#0072B2"}
+REACH = 3.0  # a panel shows so many times as far below the best as SGD is, and at least so many points
+
+
 def picture(results: Results, path: Path) -> None:
-    """Accuracy against gradients, a panel a task; the rows that stand beside as lines."""
+    """Accuracy against gradients: the rows from few gradients to many, a panel a task; what stands beside as lines."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws to files, needs no screen
@@ -147,52 +152,39 @@ def picture(results: Results, path: Path) -> None:
 
     found = lines(results)
     shown = [task for task in TASKS if any(task in line.cells for line in found)]
-    columns = min(2, len(shown))
-    size = (5.6 * columns, 4.2 * math.ceil(len(shown) / columns))
-    figure, grid = plt.subplots(
-        math.ceil(len(shown) / columns), columns, figsize=size, layout="constrained", squeeze=False
-    )
-    for axes in grid.flat[len(shown) :]:
-        axes.set_visible(False)
-    for axes, task in zip(grid.flat, shown, strict=False):
-        _panel(axes, task, [line for line in found if task in line.cells])
-    figure.supxlabel("gradients a step", fontsize="medium")
-    figure.supylabel("test accuracy (%), mean ± standard error", fontsize="medium")
+    size = (2.4 + 2.6 * len(shown), 0.19 * len(found) + 1.1)
+    figure, grid = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axes, task in zip(grid.flat, shown, strict=True):
+        _panel(axes, task, found)
+    names = [f"{line.name}   {line.gradients:g}" for line in found]
+    grid.flat[0].set_yticks(range(len(found)), names, fontsize="x-small")
+    grid.flat[0].invert_yaxis()
+    grid.flat[0].set_ylabel("method, gradients a step", fontsize="small")
+    below = "test accuracy (%), mean ± standard error; lines: SGD, with twice the steps, SAM at its best ρ"
+    figure.supxlabel(below, fontsize="small")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-COLOURS = {SGD: "#000000", TWICE: "#D55E00", BEST: "#0072B2"}
-REACH = 12.0  # points below the best that a panel shows
-
-
 def _panel(axes: Any, task: str, found: Sequence[Line]) -> None:
-    top = max(line.cells[task].mean for line in found)
-    low = min([top - REACH, *(line.cells[task].mean for line in found if line.reference)])
-    # Names at the margin of their gradients, the ends of lines that start at the marks; pushed apart where they meet.
-    gap = (top - low) * 0.033
-    free: dict[int, float] = {}
-    for line in sorted(found, key=lambda line: -line.cells[task].mean):
-        cell, shade = line.cells[task], COLOURS.get(line.name, "#777777")
-        if cell.mean < low:
+    means = {line.name: line.cells[task].mean for line in found if task in line.cells}
+    top = max(means.values())
+    low = top - REACH * max([1.0, *(top - means[name] for name in REFERENCES if name in means)])
+    for y, line in enumerate(found):
+        cell, shade = line.cells.get(task), COLOURS.get(line.name, "#777777")
+        if cell is None:
             continue
-        axes.errorbar(line.gradients, cell.mean, yerr=cell.error, fmt="o", color=shade, markersize=4, capsize=2)
+        if cell.mean < low:
+            axes.annotate(f"← {cell.mean:.0f}", (low, y), fontsize="x-small", color=shade, va="center")
+            continue
+        axes.errorbar(cell.mean, y, xerr=cell.error, fmt="o", color=shade, markersize=3.5, capsize=2, linewidth=1)
         if line.reference:
-            axes.axhline(cell.mean, color=shade, linestyle=":", linewidth=1)
-        column = round(line.gradients)
-        y = min(cell.mean, free.get(column, math.inf))
-        free[column] = y - gap
-        axes.annotate(
-            line.name,
-            (line.gradients, cell.mean),
-            (max(line.gradients, column) + 0.12, y),
-            fontsize=5.5,
-            color=shade,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "#CCCCCC", "linewidth": 0.4},
-        )
+            axes.axvline(cell.mean, color=shade, linestyle=":", linewidth=1)
+    for y, (above, below) in enumerate(pairwise(found)):
+        if below.gradients >= 2 > above.gradients or below.gradients > 2 >= above.gradients:
+            axes.axhline(y + 0.5, color="#BBBBBB", linewidth=0.8)
+    axes.set_xlim(low, top + 0.15 * (top - low))
+    axes.set_ylim(-0.7, len(found) - 0.3)
     axes.set_title(TASKS[task], fontsize="medium")
-    axes.set_xlim(0.8, max(line.gradients for line in found) + 1.0)
-    axes.set_ylim(min([low, *(y for y in free.values())]) - gap, top + 3 * gap)
-    axes.grid(alpha=0.3)
+    axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

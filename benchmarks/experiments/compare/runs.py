@@ -139,6 +139,14 @@ class Results:
         self._runs[run.key] = json.loads(json.dumps(entry))
         self.write()
 
+    def forget(self, tasks: Iterable[Task], rows: Iterable[Row]) -> None:
+        """Drops the runs that would not be the same today: another call, another task, a row that is gone."""
+        known = {(task.name, row.name): Run(task, row, 0) for task in tasks for row in rows}
+        for key, entry in list(self._runs.items()):
+            run = known.get(key[:2])
+            if run is None or entry["settings"] != json.loads(json.dumps(run.settings)):
+                del self._runs[key]
+
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"times": self.times, "runs": self.entries})
