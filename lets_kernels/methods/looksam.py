@@ -27,7 +27,7 @@ class LookSAM(SAM):
         base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         k: int = 5,
-        alpha: float = 0.7,
+        alpha: float = 0.3,
         *,
         per_tensor: bool = False,
         **kwargs: Any,
@@ -84,7 +84,7 @@ class AELookSAM(SAM):
         lambda1: float = -1.0,
         lambda2: float = 1.0,
         delta: float = 0.9,
-        alpha: float = 0.7,
+        alpha: float = 0.3,
         per_tensor: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -95,7 +95,12 @@ class AELookSAM(SAM):
 _WAITS = "waits once a step for ‖g‖²"
 METHODS = (
     Method(LookSAM, "LookSAM", "Liu et al., CVPR 2022", (Every, Reuse))
-    .whose(rho=AS_SAM, k=PAPER, alpha=OURS, per_tensor="how the paper's equations read; public code has True")
+    .whose(
+        rho=AS_SAM,
+        k=PAPER,
+        alpha="ours; public code has 0.7 (see the docstring)",
+        per_tensor="how the paper's equations read; public code has True",
+    )
     .row("LookSAM", "rho=0.05, k=5, lr=0.1", gradients="1 + 1/k", state=1.0, holds=True),
     Method(AESAM, "AE-SAM", "Jiang et al., ICLR 2023", (NormThreshold,))
     .whose(rho=AS_SAM, lambda1=PAPER, lambda2=OURS, delta=PAPER)
