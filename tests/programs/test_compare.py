@@ -90,6 +90,9 @@ def test_the_radius_is_chosen_by_what_was_held_out_of_the_training_set(tmp_path)
         for seed, accuracy in enumerate(values):
             results.add(Run(TOY, row, seed, VALIDATION, rho), {"accuracy": accuracy}, {})
     assert results.best_radius(TOY, row, (0, 1)) == 0.05
+    for rho in (0.2, 0.05):  # chosen by fewer seeds, then by all
+        results.add(Run(TOY, row, 0, rho=rho), {"accuracy": 80}, {})
+    assert [entry["rho"] for entry in results.entries if entry["part"] == "test"] == [0.05]
 
 
 def test_a_campaign_goes_on_where_it_was_killed(tmp_path, monkeypatch):

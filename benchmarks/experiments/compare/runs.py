@@ -134,6 +134,10 @@ class Results:
         return found if found and found["settings"] == json.loads(json.dumps(run.settings)) else None
 
     def add(self, run: Run, outcome: dict[str, Any], machine: dict[str, Any]) -> None:
+        """Keeps a finished run; of the tests with one seed only that of the ρ that was chosen last."""
+        if run.part == TEST:
+            for key in [key for key in self._runs if key[:4] == run.key[:4]]:
+                del self._runs[key]
         names = dict(zip(("task", "row", "seed", "part", "rho"), run.key, strict=True))
         entry = {**names, **outcome, "settings": run.settings, "environment": machine, "date": now()}
         self._runs[run.key] = json.loads(json.dumps(entry))
