@@ -15,6 +15,13 @@ class LookSAM(SAM):
     Liu et al., CVPR 2022: the steps in between go along g + α (‖g‖/‖g_v‖) g_v. Norms and products are over all
     parameters together, unless ``per_tensor`` is True.
 
+    α is the length of the reused part in lengths of g, whatever ρ is, and must not be much longer than what SAM itself
+    adds. On the demo's task (digits, 40 % wrong labels, batches of 64) ‖g_v‖/‖g‖ is 0.27 with ρ = 0.05, and the g_v of
+    the next batch has a cosine of 0.06 to 0.15 with it, so α = 0.7, as in public code, pulls four steps out of five too
+    far along something that is out of date. With α = 0 / 0.3 / 0.7 (SAM; SGD) the demo ends at 89.6 / 95.2 / 95.0 (94.1;
+    87.2) %, three seeds; a small CIFAR-10 with as many wrong labels at 28.6 / 34.6 / 20.1 %. So the default is 0.3, and
+    0.7 is for k = 2. LookSAM is for where 1.2 gradients a step are all there is; it needs α tried out, more than ρ.
+
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         k: steps from one SAM step to the next; 1 is SAM.
