@@ -140,7 +140,7 @@ def replaced(text: str, new: str) -> str:
 
 
 COLOURS = {SGD: "#000000", TWICE: "#D55E00", BEST: "#0072B2"}
-REACH = 3.0  # a panel shows so many times as far below the best as SGD is, and at least so many points
+REACH = 2.0  # a panel shows so many times as far below the best as SGD is, and at least so many points
 
 
 def picture(results: Results, path: Path) -> None:
@@ -169,7 +169,7 @@ def picture(results: Results, path: Path) -> None:
 def _panel(axes: Any, task: str, found: Sequence[Line]) -> None:
     means = {line.name: line.cells[task].mean for line in found if task in line.cells}
     top = max(means.values())
-    low = top - REACH * max([1.0, *(top - means[name] for name in REFERENCES if name in means)])
+    low = top - REACH * max(1.0, top - means.get(SGD, top))
     for y, line in enumerate(found):
         cell, shade = line.cells.get(task), COLOURS.get(line.name, "#777777")
         if cell is None:
