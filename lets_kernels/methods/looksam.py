@@ -15,6 +15,14 @@ class LookSAM(SAM):
     Liu et al., CVPR 2022: the steps in between go along g + α (‖g‖/‖g_v‖) g_v. Norms and products are over all
     parameters together, unless ``per_tensor`` is True.
 
+    The reused part is α ‖g‖ long, whatever ρ is, and must not be much longer than g_v. On the demo's task (digits,
+    40 % wrong labels, batches of 64) SAM with ρ = 0.05 has ‖g_v‖ = 0.27 ‖g‖, and the g_v of one step and of the
+    next have a cosine of 0.06 to 0.15. There α = 0.7, as in public code, goes too far along what is out of date.
+    With k = 5 the demo (three seeds) ends at 89.6 % for α = 0, at 95.2 for 0.3, and at 95.0 for 0.7, of which one
+    seed is at 92.1; SGD ends at 87.2, SAM at 94.1. A small CIFAR-10 with as many wrong labels (two seeds) ends at
+    34.6 % for 0.3 and at 20.1 for 0.7. So the default is 0.3. Without momentum or with k = 2 the demo bears 0.7
+    (95.7 and 96.2).
+
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         k: steps from one SAM step to the next; 1 is SAM.
@@ -27,7 +35,7 @@ class LookSAM(SAM):
         base_optimizer: BaseLike,
         rho: RadiusLike = 0.05,
         k: int = 5,
-        alpha: float = 0.7,
+        alpha: float = 0.3,
         *,
         per_tensor: bool = False,
         **kwargs: Any,
@@ -84,7 +92,7 @@ class AELookSAM(SAM):
         lambda1: float = -1.0,
         lambda2: float = 1.0,
         delta: float = 0.9,
-        alpha: float = 0.7,
+        alpha: float = 0.3,
         per_tensor: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -95,7 +103,12 @@ class AELookSAM(SAM):
 _WAITS = "waits once a step for ‖g‖²"
 METHODS = (
     Method(LookSAM, "LookSAM", "Liu et al., CVPR 2022", (Every, Reuse))
-    .whose(rho=AS_SAM, k=PAPER, alpha=OURS, per_tensor="how the paper's equations read; public code has True")
+    .whose(
+        rho=AS_SAM,
+        k=PAPER,
+        alpha="ours; public code has 0.7 (see the docstring)",
+        per_tensor="how the paper's equations read; public code has True",
+    )
     .row("LookSAM", "rho=0.05, k=5, lr=0.1", gradients="1 + 1/k", state=1.0, holds=True),
     Method(AESAM, "AE-SAM", "Jiang et al., ICLR 2023", (NormThreshold,))
     .whose(rho=AS_SAM, lambda1=PAPER, lambda2=OURS, delta=PAPER)

@@ -214,7 +214,7 @@ class Reuse(Descent):
     holds_first = True
     held = ("orthogonal",)
 
-    def __init__(self, alpha: float = 0.7, *, per_tensor: bool = False) -> None:
+    def __init__(self, alpha: float = 0.3, *, per_tensor: bool = False) -> None:
         self.alpha, self.per_tensor = not_negative(alpha, "alpha"), per_tensor
         self._products: Tensor | None = None
 

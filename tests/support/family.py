@@ -54,8 +54,8 @@ FAMILY = {
     "rst-trigonometric": Member(
         lk.RST, {"rho": 0.1, "p": 0.1, "end": 1.0, "steps": STEPS, "shape": "trigonometric"}, papers.rst
     ),
-    "looksam": Member(lk.LookSAM, {"rho": 0.1, "k": 3}, papers.looksam),
-    "looksam-per-tensor": Member(lk.LookSAM, {"rho": 0.1, "k": 3, "per_tensor": True}, papers.looksam),
+    "looksam": Member(lk.LookSAM, {"rho": 0.1, "k": 3, "alpha": 0.7}, papers.looksam),
+    "looksam-per-tensor": Member(lk.LookSAM, {"rho": 0.1, "k": 3, "alpha": 0.7, "per_tensor": True}, papers.looksam),
     "aesam": Member(lk.AESAM, {"rho": 0.1, **AE}, papers.aesam),
     "aelooksam": Member(lk.AELookSAM, {"rho": 0.1, **AE, "lambda2": 2.0, "alpha": 0.5}, papers.aelooksam),
     "late-sam": Member(lk.LateSAM, {"rho": 0.1, "steps": STEPS, "fraction": 0.8}, papers.late_sam),

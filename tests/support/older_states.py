@@ -27,7 +27,7 @@ METHODS = {
     "SAM, a radius by steps": lambda p: lk.SAM(p, rho=lk.ScheduledRadius(lambda step: 0.1 / (1 + step)), **SGD),
     "ASAM": lambda p: lk.ASAM(p, rho=0.5, **SGD),
     "RST": lambda p: lk.RST(p, rho=0.1, p=0.5, seed=3, **SGD),
-    "LookSAM": lambda p: lk.LookSAM(p, rho=0.1, k=5, **SGD),
+    "LookSAM": lambda p: lk.LookSAM(p, rho=0.1, k=5, alpha=0.7, **SGD),
     "AE-SAM": lambda p: lk.AESAM(p, rho=0.1, steps=10, **SGD),
     "R-SAM": lambda p: lk.RSAM(p, rho=0.1, gamma=0.1, seed=3, **SGD),
     "Sparse SAM": lambda p: lk.SparseSAM(p, rho=0.1, sparsity=0.5, seed=3, **SGD),

@@ -117,7 +117,7 @@ def orthogonal(g, g_hat, per_tensor):
     return lin((1.0, g_hat), (-dot(g, g_hat) / dot(g, g), g))
 
 
-def looksam(run, rho, k, alpha=0.7, per_tensor=False):
+def looksam(run, rho, k, alpha=0.3, per_tensor=False):
     """Liu et al. 2022, Algorithm 1."""
     for t, batch in run.steps():
         g = run.grad(batch)
