@@ -1,4 +1,26 @@
-"""Sharpness-aware training for PyTorch: SAM and its family, and a radius that is learned (LETS), on fused kernels."""
+"""Sharpness-aware training for PyTorch: SAM and its family, and a radius that is learned (LETS), on fused kernels.
+
+Every class has a short example, which follows on these lines. There are two weights at (3, 2) with the loss
+½w₁² + w₂², whose gradient is (w₁, 2w₂) = (3, 4), of length 5; and a small network with a batch of eight samples::
+
+    >>> import torch
+    >>> from torch.nn import functional
+    >>> from torch.optim import SGD
+    >>> from lets_kernels import *
+    >>> w = torch.nn.Parameter(torch.tensor([3.0, 2.0]))
+    >>> def closure():  # zeroes, computes the loss, calls backward and returns the loss
+    ...     w.grad = None
+    ...     loss = w[0] ** 2 / 2 + w[1] ** 2
+    ...     loss.backward()
+    ...     return loss.detach()
+    >>> model = torch.nn.Linear(2, 3)
+    >>> inputs, targets = torch.randn(8, 2), torch.randint(3, (8,))
+    >>> def batch():
+    ...     model.zero_grad()
+    ...     loss = functional.cross_entropy(model(inputs), targets)
+    ...     loss.backward()
+    ...     return loss.detach()
+"""
 
 from lets_kernels._version import __version__
 from lets_kernels.learning.auto import AutoConstants, AutoRadius

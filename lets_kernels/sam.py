@@ -93,6 +93,12 @@ class SAM(torch.optim.Optimizer):
         ValueError: no parameters; ρ or ξ negative or not finite; settings that contradict each other; ``model`` holds
             none of the parameters.
         RuntimeError: the backend asked for does not run here.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, lr=0.1)
+        >>> loss = opt.step(closure)  # calls it twice: at θ, and at θ + ε = (6, 6)
+        >>> print(loss.item(), w.data)
+        8.5 tensor([2.4000, 0.8000])
     """
 
     #: The arguments of a method by the names that they have in its authors' code; an error says what is meant.

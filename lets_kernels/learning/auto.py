@@ -35,6 +35,12 @@ class AutoConstants:
 
     Raises:
         ValueError: a constant is no positive finite number, or a decay is not below 1.
+
+    Examples:
+        >>> constants = AutoConstants(change=0.3)  # twice the default: a larger radius where steps make no headway
+        >>> opt = SAM([w], SGD, rho=AutoRadius(constants=constants), lr=0.1)
+        >>> opt.radius.constants.change
+        0.3
     """
 
     change: float = 0.15  # κ* at c = 0
@@ -89,6 +95,14 @@ class AutoRadius(MovingRadius):
     Raises:
         ValueError: ``rho`` is not above 0. When the optimizer is built: the direction takes no first gradient, or there
             is ``rho_warmup`` or ``sync_perturbation=False``.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho="auto", lr=0.1)  # AutoRadius()
+        >>> loss = opt.step(closure)
+        >>> opt.rho.item() > 0.005  # in the first steps it moves fast, to where a perturbation changes the gradient
+        True
+        >>> sorted(opt.radius.metrics())
+        ['aimed_rho', 'headway', 'relative_change']
     """
 
     held = (BEFORE,)

@@ -34,7 +34,17 @@ MOST_NU = 80.0
 
 
 class CurvatureWarning(UserWarning):
-    """A learned radius compares two gradients that differ in more than the perturbation."""
+    """A learned radius compares two gradients that differ in more than the perturbation.
+
+    Examples:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", CurvatureWarning)  # stop where it is given
+        ...     opt = RSAM([w], SGD, rho="auto", lr=0.1)
+        Traceback (most recent call last):
+            ...
+        lets_kernels.learning.learned.CurvatureWarning: rho='auto' takes the difference of the two gradients ...
+    """
 
 
 class LearnedRadius(MovingRadius):
@@ -87,6 +97,12 @@ class LearnedRadius(MovingRadius):
         ValueError: an argument is out of its range; ``direction`` is given with a secant, which needs none; or
             ``validation="next"`` with an option that needs a gradient at the new weights on this step's batch.
         TypeError: an optimizer that calls its closure itself.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=LearnedRadius(0.05, optimizer=torch.optim.SGD, lr=0.1), lr=0.1)
+        >>> loss = opt.step(closure, closure)  # the second one should see a batch held out from training
+        >>> sorted(opt.radius.metrics())
+        ['rho_grad', 'train_loss', 'val_loss']
     """
 
     def __init__(

@@ -18,6 +18,12 @@ class ASAM(SAM):
         xi: ξ of T = |θ| + ξ; a group may have its own.
         filterwise: T = ‖filter‖ + ξ for convolution filters (LETS, 2024, Eq. 7); see :class:`Adaptive`.
         scale_bias: False for T = 1 on biases; see :class:`Adaptive`.
+
+    Examples:
+        >>> opt = ASAM([w], SGD, rho=5.0, xi=0.0, lr=0.1)  # T = |θ|: a weight of zero stays where it is
+        >>> loss = opt.step(closure)
+        >>> print(w.data)
+        tensor([1.5789, 0.2713])
     """
 
     called = MappingProxyType({"eta": "xi"})

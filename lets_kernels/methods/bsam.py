@@ -33,6 +33,12 @@ class BSAM(SAM):
         damping: γ.
         precision: the s to begin with.
         kwargs: as :class:`SAM`.
+
+    Examples:
+        >>> opt = BSAM([w], rho=0.05, lr=0.1, data_size=50_000, seed=0)  # no base optimizer
+        >>> loss = opt.step(closure)
+        >>> opt.state[w]["precision"].shape  # one s for each weight
+        torch.Size([2])
     """
 
     called = MappingProxyType(

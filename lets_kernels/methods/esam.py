@@ -24,6 +24,14 @@ class ESAM(SAM):
         gamma: γ in (0, 1]; 1 takes all samples. β = γ = 1 is SAM.
         granularity: ``"element"`` or ``"tensor"``; see :class:`~lets_kernels.Dropped`.
         drawn_norm: with ``"tensor"``, True divides by the norm of the chosen tensors only, as the authors' code does.
+
+    Examples:
+        >>> def losses(subset=None):  # of each sample; the optimizer zeroes and calls backward
+        ...     chosen = slice(None) if subset is None else subset
+        ...     return functional.cross_entropy(model(inputs[chosen]), targets[chosen], reduction="none")
+        >>> opt = ESAM(model.parameters(), SGD, rho=0.05, gamma=0.25, lr=0.1)
+        >>> opt.step(losses).shape  # the second gradient is that of two of the eight
+        torch.Size([8])
     """
 
     def __init__(
@@ -52,6 +60,14 @@ class DeltaSAM(SAM):
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         power: weights ∝ ‖g_i‖^power; 0 is SAM.
+
+    Examples:
+        >>> def losses(subset=None):  # of each sample, and the outputs; the optimizer zeroes and calls backward
+        ...     chosen = slice(None) if subset is None else subset
+        ...     outputs = model(inputs[chosen])
+        ...     return functional.cross_entropy(outputs, targets[chosen], reduction="none"), outputs
+        >>> opt = DeltaSAM(model.parameters(), SGD, rho=0.05, lr=0.1)
+        >>> losses_at_theta, outputs = opt.step(losses)
     """
 
     def __init__(

@@ -22,6 +22,12 @@ class FisherSAM(SAM):
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         eta: η_F ≥ 0; 0 is SAM.
+
+    Examples:
+        >>> opt = FisherSAM([w], SGD, rho=5.0, eta=1.0, lr=0.1)  # F⁻¹ = (1/10, 1/17): ε leans towards w₁
+        >>> loss = opt.step(closure)
+        >>> print(w.data)
+        tensor([2.5895, 1.4266])
     """
 
     def __init__(
@@ -41,6 +47,13 @@ class SparseSAM(SAM):
         sparsity: s in [0, 1); 0 is SAM.
         kind: ``"fisher"`` or ``"dynamic"``.
         interval, drop, steps: see :class:`~lets_kernels.Masked`.
+
+    Examples:
+        >>> opt = SparseSAM([w], SGD, rho=5.0, sparsity=0.5, lr=0.1)
+        >>> loss = closure()
+        >>> with opt.perturbed():  # of two weights, only that with the larger gradient is moved
+        ...     print(w.data)
+        tensor([3., 6.])
     """
 
     called = MappingProxyType(

@@ -20,6 +20,12 @@ class FriendlySAM(SAM):
         sigma: σ ≥ 0; 0 is SAM.
         decay: λ in (0, 1).
         update_first: see :class:`~lets_kernels.Friendly`.
+
+    Examples:
+        >>> opt = FriendlySAM([w], SGD, rho=5.0, lr=0.1)
+        >>> loss = opt.step(closure)  # d of the first step is g: SAM's step; later on it lacks what all batches share
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
     """
 
     called = MappingProxyType({"lmbda": "decay"})
@@ -47,6 +53,12 @@ class VaSSO(SAM):
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         theta: θ in (0, 1]; 1 is SAM.
+
+    Examples:
+        >>> opt = VaSSO([w], SGD, rho=5.0, theta=0.5, lr=0.1)
+        >>> loss = opt.step(closure)  # d₀ = g: SAM's step; later steps perturb along the average
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
     """
 
     def __init__(

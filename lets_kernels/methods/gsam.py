@@ -19,6 +19,12 @@ class GSAM(SAM):
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         alpha: α ≥ 0; 0 is SAM.
+
+    Examples:
+        >>> opt = GSAM([w], SGD, rho=5.0, alpha=0.5, lr=0.1)  # g = (3, 4), ĝ = (6, 12), g⊥ = (0.8, -0.4)
+        >>> loss = opt.step(closure)
+        >>> print(w.data)
+        tensor([2.4400, 0.7800])
     """
 
     called = MappingProxyType({"gsam_alpha": "alpha", "rho_scheduler": "rho"})
@@ -39,6 +45,16 @@ class RGSAM(SAM):
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         alpha: as :class:`GSAM`.
         gamma, lam, noise_scale: as :class:`RSAM`.
+
+    Examples:
+        >>> opt = RGSAM([w], SGD, rho=5.0, alpha=0.5, gamma=0.0, lr=0.1)  # γ = 0 is GSAM
+        >>> with opt.first_pass():  # the weights are at θ + δ₀ within
+        ...     loss = closure()
+        >>> with opt.perturbed():
+        ...     loss = closure()
+        >>> opt.step()
+        >>> print(w.data)
+        tensor([2.4400, 0.7800])
     """
 
     called = MappingProxyType({"gsam_alpha": "alpha", "rho_scheduler": "rho"})
@@ -68,6 +84,12 @@ class GradientNormPenalty(SAM):
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         alpha: α ≥ 0; 1 is SAM, 0 the base optimizer.
         normalized: see :class:`~lets_kernels.NormPenalty`.
+
+    Examples:
+        >>> opt = GradientNormPenalty([w], SGD, rho=5.0, alpha=0.5, lr=0.1)  # g = (3, 4), ĝ = (6, 12)
+        >>> loss = opt.step(closure)
+        >>> print(w.data)
+        tensor([2.5500, 1.2000])
     """
 
     called = MappingProxyType(

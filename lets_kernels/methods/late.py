@@ -22,6 +22,13 @@ class LateSAM(SAM):
 
     Raises:
         ValueError: ``steps`` is below 1, or ``fraction`` outside of [0, 1].
+
+    Examples:
+        >>> opt = LateSAM([w], SGD, rho=5.0, steps=4, fraction=0.25, lr=0.1)
+        >>> for _ in range(4):  # three gradients in three steps, two in the last
+        ...     loss = opt.step(closure)
+        >>> opt.metrics()["gradients"].item()
+        5
     """
 
     def __init__(

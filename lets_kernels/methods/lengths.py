@@ -28,6 +28,12 @@ class LESAM(SAM):
     Raises:
         TypeError: ``steps`` with a radius that is no number.
         ValueError: a number is out of its range.
+
+    Examples:
+        >>> opt = LESAM([w], SGD, rho=0.5, rho_max=0.3, lr=0.1)  # σ = 0.5, in the units of the loss
+        >>> loss = opt.step(closure)
+        >>> print(round(opt.metrics()["applied_rho"].item(), 4))  # σ/‖g‖
+        0.1
     """
 
     called = MappingProxyType({"sigma": "rho"})
@@ -60,6 +66,12 @@ class USAM(SAM):
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         lam: λ in [0, 1].
+
+    Examples:
+        >>> opt = USAM([w], SGD, rho=1.0, lam=0.0, lr=0.1)  # ε = ρ g = (3, 4)
+        >>> loss = opt.step(closure)
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
     """
 
     called = MappingProxyType({"lambd": "lam"})
@@ -80,6 +92,13 @@ class LightSAM(SAM):
         params, base_optimizer, kwargs: as :class:`SAM`.
         rho: ρ, the length of the first perturbation.
         eps: ϵ, with u = ϵ² at the start.
+
+    Examples:
+        >>> opt = LightSAM([w], SGD, rho=0.5, lr=0.0)  # lr = 0, so all gradients are alike
+        >>> for _ in range(4):
+        ...     loss = opt.step(closure)
+        >>> opt.metrics()["applied_rho"].item()  # ρ/√4
+        0.25
     """
 
     def __init__(

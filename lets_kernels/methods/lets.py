@@ -32,6 +32,16 @@ class LETSSAM(SAM):
     Args:
         params, base_optimizer, kwargs: as :class:`SAM`.
         rho: the first radius ρ_0 > 0, or a :class:`LearnedRadius` with other settings.
+
+    Examples:
+        >>> opt = LETSSAM([w], SGD, rho=0.05, lr=0.1)
+        >>> loss = closure()
+        >>> with opt.perturbed():
+        ...     loss = closure()
+        >>> opt.step()
+        >>> opt.radius_step(closure, closure)  # the loss of a training batch, and of one held out, at the new weights
+        >>> opt.rho.item() != 0.05  # it has moved
+        True
     """
 
     def __init__(
@@ -46,6 +56,13 @@ class LETSASAM(ASAM):
     Args:
         params, base_optimizer, xi, filterwise, scale_bias, kwargs: as :class:`ASAM`.
         rho: as :class:`LETSSAM`.
+
+    Examples:
+        >>> opt = LETSASAM(model.parameters(), SGD, rho=LearnedRadius(0.5, validation="next"), model=model, lr=0.1)
+        >>> for _ in range(3):  # no validation closure: the next step's batch takes its place
+        ...     loss = opt.step(batch)
+        >>> opt.rho.item() != 0.5
+        True
     """
 
     def __init__(

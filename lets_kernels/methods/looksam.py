@@ -27,6 +27,13 @@ class LookSAM(SAM):
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         k: steps from one SAM step to the next; 1 is SAM.
         alpha, per_tensor: see :class:`~lets_kernels.Reuse`.
+
+    Examples:
+        >>> opt = LookSAM([w], SGD, rho=5.0, k=2, lr=0.1)
+        >>> for _ in range(4):  # two gradients, one, two, one
+        ...     loss = opt.step(closure)
+        >>> opt.metrics()["gradients"].item()
+        6
     """
 
     def __init__(
@@ -53,6 +60,13 @@ class AESAM(SAM):
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         steps: T, the length of training in steps.
         lambda1, lambda2, delta: see :class:`~lets_kernels.NormThreshold`.
+
+    Examples:
+        >>> opt = AESAM([w], SGD, rho=0.05, steps=100, lr=0.1)
+        >>> for _ in range(10):
+        ...     loss = opt.step(closure)
+        >>> 10 <= opt.metrics()["gradients"].item() <= 20  # two in the steps that perturb
+        True
     """
 
     def __init__(
@@ -80,6 +94,13 @@ class AELookSAM(SAM):
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         steps, lambda1, lambda2, delta: as :class:`AESAM`.
         alpha, per_tensor: as :class:`LookSAM`.
+
+    Examples:
+        >>> opt = AELookSAM([w], SGD, rho=0.05, steps=100, alpha=0.7, lr=0.1)
+        >>> loss = closure()
+        >>> if opt.first_step(zero_grad=False):  # True: this step perturbs, and needs the second pass
+        ...     loss = closure()
+        >>> opt.second_step(zero_grad=True)
     """
 
     def __init__(

@@ -26,6 +26,13 @@ class MSAM(SAM):
 
     Raises:
         ValueError: the base optimizer, or one of its groups, has no momentum.
+
+    Examples:
+        >>> opt = MSAM([w], SGD, rho=3.0, lr=0.1, momentum=0.9)
+        >>> for _ in range(2):  # one gradient a step; in the first there is no momentum yet, and ε = 0
+        ...     loss = opt.step(closure)
+        >>> opt.metrics()["gradients"].item()
+        2
     """
 
     def __init__(self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 3.0, **kwargs: Any) -> None:

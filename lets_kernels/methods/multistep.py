@@ -34,6 +34,12 @@ class MultiStepSAM(SAM):
     Raises:
         ValueError: k is below 1; or with k > 1 an option that goes with one ascent, such as
             ``sync_perturbation=False``.
+
+    Examples:
+        >>> opt = MultiStepSAM([w], SGD, rho=5.0, k=2, lr=0.1)
+        >>> loss = opt.step(closure)  # three gradients
+        >>> opt.metrics()["gradients"].item()
+        3
     """
 
     def __init__(
@@ -65,6 +71,12 @@ class Lookbehind(SAM):
 
     Raises:
         ValueError: as :class:`MultiStepSAM`; or α is negative or not finite.
+
+    Examples:
+        >>> opt = Lookbehind([w], SGD, rho=5.0, k=1, alpha=0.5, lr=0.1)
+        >>> loss = opt.step(closure)  # half of SAM's step
+        >>> print(w.data)
+        tensor([2.7000, 1.4000])
     """
 
     called = MappingProxyType({"k_steps": "k"})

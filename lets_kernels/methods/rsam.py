@@ -19,6 +19,15 @@ class RSAM(SAM):
         gamma: γ ≥ 0, the size of δ₀; 0 is SAM.
         lam: λ ≥ 0.
         noise_scale: ``"variance"`` as printed, or ``"std"``; see :class:`~lets_kernels.RandomStart`.
+
+    Examples:
+        >>> opt = RSAM([w], SGD, rho=5.0, gamma=0.1, lr=0.1, seed=0)
+        >>> with opt.first_pass():
+        ...     print(closure().item() != 8.5)  # the weights are at θ + δ₀ here
+        True
+        >>> with opt.perturbed():
+        ...     loss = closure()
+        >>> opt.step()
     """
 
     def __init__(
@@ -45,6 +54,15 @@ class RandomSAM(SAM):
     Args:
         params, base_optimizer, kwargs: as :class:`SAM`.
         rho: ρ, the root of the mean squared length of ε.
+
+    Examples:
+        >>> opt = RandomSAM([w], SGD, rho=5.0, lr=0.1, seed=0)
+        >>> with opt.perturbed():  # no first backward: ε is random
+        ...     print(closure().item() != 8.5)
+        True
+        >>> opt.step()
+        >>> opt.metrics()["gradients"].item()
+        1
     """
 
     def __init__(self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, **kwargs: Any) -> None:

@@ -18,6 +18,12 @@ class RST(SAM):
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
         p: the probability; if there is an ``end``, the probability at the first step.
         end, steps, shape: for a probability that changes over training; see :class:`~lets_kernels.Bernoulli`.
+
+    Examples:
+        >>> opt = RST([w], SGD, rho=5.0, p=1.0, end=0.0, steps=100, shape="linear", lr=0.1)  # less and less often
+        >>> loss = opt.step(closure)
+        >>> opt.schedule.probability(step=50)
+        0.5
     """
 
     def __init__(

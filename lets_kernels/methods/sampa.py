@@ -36,6 +36,16 @@ class SAMPa(SAM):
 
     Raises:
         ValueError: λ is outside of [0, 1], or the base optimizer has no learning rate.
+
+    Examples:
+        >>> opt = SAMPa([w], SGD, rho=5.0, lam=0.2, lr=0.1)
+        >>> with opt.first_pass():  # of the new batch, at y; in the first step y = θ
+        ...     loss = closure()
+        >>> with opt.perturbed():  # the batch of the step before; in the first step ε = 0
+        ...     loss = closure()
+        >>> opt.step()
+        >>> print(w.data)
+        tensor([2.7000, 1.6000])
     """
 
     called = MappingProxyType({"og": "lam"})

@@ -16,6 +16,12 @@ class StableSAM(SAM):
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
+
+    Examples:
+        >>> opt = StableSAM([w], SGD, rho=5.0, lr=0.1)
+        >>> loss = opt.step(closure)
+        >>> print(round((w.data - torch.tensor([3.0, 2.0])).norm().item(), 4))  # lr ‖g‖, with ‖g‖ = 5
+        0.5
     """
 
     def __init__(self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, **kwargs: Any) -> None:

@@ -26,6 +26,12 @@ class WSAM(SAM):
 
     Raises:
         ValueError: γ is outside of [0, 1).
+
+    Examples:
+        >>> opt = WSAM([w], SGD, rho=5.0, gamma=0.5, lr=0.1)  # α = 1
+        >>> loss = opt.step(closure)  # without momentum that is SAM
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
     """
 
     def __init__(

@@ -69,7 +69,12 @@ def load(name: str) -> tuple[Backend | None, str]:
 
 
 def backends() -> dict[str, str]:
-    """For each backend its name, and in words what it is or why it does not run here."""
+    """For each backend its name, and in words what it is or why it does not run here.
+
+    Examples:
+        >>> "reference" in backends()  # always runs; the values say what the others need
+        True
+    """
     return {name: ("available: " if load(name)[0] else "not available: ") + load(name)[1] for name in NAMES}
 
 

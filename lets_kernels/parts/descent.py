@@ -12,6 +12,15 @@ class Descent(Part):
 
     ``look`` is called before it is known whether the step may happen, ``choose`` after. Both are called on every step;
     on a step that does not perturb, the second gradient is the gradient at θ.
+
+    Examples:
+        >>> class Doubled(Descent):  # along 2 ĝ
+        ...     def choose(self, second):
+        ...         second.step_along([runs.grads for runs in second.runs], second.numbers(2.0, 0.0))
+        >>> opt = SAM([w], SGD, rho=5.0, descent=Doubled(), lr=0.1)
+        >>> loss = opt.step(closure)  # ĝ = (6, 12)
+        >>> print(w.data)
+        tensor([ 1.8000, -0.4000])
     """
 
     #: True if the step must keep the first gradients until ``choose`` is called.
@@ -37,7 +46,14 @@ class Descent(Part):
 
 
 class Perturbed(Descent):
-    """Along the gradient at the perturbed weights (SAM: Foret et al., ICLR 2021, Algorithm 1)."""
+    """Along the gradient at the perturbed weights (SAM: Foret et al., ICLR 2021, Algorithm 1).
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, descent=Perturbed(), lr=0.1)  # the default
+        >>> loss = opt.step(closure)  # along ĝ = (6, 12)
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
+    """
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -56,6 +72,12 @@ class SurrogateGap(Descent):
 
     Raises:
         ValueError: α is negative or not finite.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, descent=SurrogateGap(alpha=0.5), lr=0.1)  # GSAM
+        >>> loss = opt.step(closure)
+        >>> print(w.data)
+        tensor([2.4400, 0.7800])
     """
 
     holds_first = True
@@ -86,6 +108,12 @@ class Renormalized(Descent):
 
     Norms are over all parameters together. Only ‖g‖ is kept until the step, not g. If ĝ is zero, so is the step. The
     ρ-gradient of LETS does not see how the factor depends on ρ, and the diagonal takes the factor for 1.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, descent=Renormalized(), lr=0.1)  # Stable SAM
+        >>> loss = opt.step(closure)
+        >>> print(w.data)
+        tensor([2.7764, 1.5528])
     """
 
     needs_first_norm = True
@@ -114,6 +142,12 @@ class NormPenalty(Descent):
 
     Raises:
         ValueError: α is negative or not finite.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, descent=NormPenalty(alpha=0.5), lr=0.1)  # g = (3, 4), ĝ = (6, 12)
+        >>> loss = opt.step(closure)  # along (4.5, 8)
+        >>> print(w.data)
+        tensor([2.5500, 1.2000])
     """
 
     holds_first = True
@@ -151,6 +185,14 @@ class Decoupled(Descent):
 
     Raises:
         ValueError: α is negative or not finite.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, descent=Decoupled(alpha=0.5), lr=0.1, momentum=0.9)
+        >>> loss = opt.step(closure)
+        >>> opt.state[w]["momentum_buffer"]  # has seen g = (3, 4) alone
+        tensor([3., 4.])
+        >>> print(w.data)
+        tensor([2.5500, 1.2000])
     """
 
     holds_first = True
@@ -177,6 +219,13 @@ class Gathered(Descent):
 
     Raises:
         ValueError: α is negative or not finite.
+
+    Examples:
+        >>> direction, descent = MultiStep(k=2, renormalize=False), Gathered(alpha=0.5)
+        >>> opt = SAM([w], SGD, rho=5.0, direction=direction, descent=descent, lr=0.1)  # Lookbehind
+        >>> loss = opt.step(closure)
+        >>> opt.metrics()["gradients"].item()
+        3
     """
 
     gathers = True
@@ -209,6 +258,12 @@ class Reuse(Descent):
 
     Raises:
         ValueError: α is negative or not finite.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, descent=Reuse(alpha=0.7), schedule=Every(5), lr=0.1)  # LookSAM
+        >>> loss = opt.step(closure)  # the first step perturbs and goes along ĝ; the next four use its g_v again
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
     """
 
     holds_first = True

@@ -18,6 +18,16 @@ class Length(Part):
 
     The norm is that of the vector along which the weights move, over all parameters and ranks: ‖g‖ for SAM, ‖Tg‖ for
     ASAM, the dual norm ‖g‖_q in the norm p. In all these ε of length ℓ raises the linearised loss by ℓ times the norm.
+
+    Examples:
+        >>> class Half(Length):
+        ...     fixed = False
+        ...     def of(self, rho, norm):
+        ...         return rho / 2 * torch.ones_like(norm)
+        >>> opt = SAM([w], SGD, rho=5.0, length=Half(), lr=0.1)
+        >>> loss = opt.step(closure)
+        >>> opt.metrics()["applied_rho"].item()
+        2.5
     """
 
     #: True if the length is ρ itself.
@@ -47,6 +57,12 @@ class LossEquated(Length):
 
     Raises:
         ValueError: ``rho_max`` is negative or not finite.
+
+    Examples:
+        >>> length = LossEquated(rho_max=0.3)
+        >>> print(length.of(0.5, torch.tensor(5.0)), length.of(0.5, torch.tensor(0.01)))
+        tensor(0.1000) tensor(0.3000)
+        >>> opt = SAM([w], SGD, rho=0.5, length=length, lr=0.1)
     """
 
     fixed = False
@@ -72,6 +88,12 @@ class Unified(Length):
 
     Raises:
         ValueError: λ is outside of [0, 1].
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=1.0, length=Unified(lam=0.5), lr=0.1)
+        >>> loss = opt.step(closure)
+        >>> opt.metrics()["applied_rho"].item()  # (‖g‖ + 1)/2
+        3.0
     """
 
     fixed = False
@@ -95,6 +117,12 @@ class Accumulated(Length):
 
     Raises:
         ValueError: ϵ is negative or not finite.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=0.5, length=Accumulated(), lr=0.1)
+        >>> loss = opt.step(closure)
+        >>> opt.metrics()["applied_rho"].item()  # the first perturbation has the length ρ
+        0.5
     """
 
     fixed = False

@@ -13,7 +13,16 @@ from lets_kernels.parts.passes import Moment
 
 
 class RadiusWarning(UserWarning):
-    """A radius does not move, or the gradients it uses do not tell what it needs."""
+    """A radius does not move, or the gradients it uses do not tell what it needs.
+
+    Examples:
+        >>> opt = LETSSAM([w], SGD, rho=0.05, lr=0.1)
+        >>> loss = closure()
+        >>> with opt.perturbed():
+        ...     loss = closure()
+        >>> opt.step()
+        >>> opt.radius_step(closure, closure)  # ten steps without it, and the warning says that ρ has not moved
+    """
 
 
 def check_rho(rho: Any) -> float:
@@ -39,7 +48,20 @@ def radii(values: Sequence[float | Tensor]) -> list[Tensor]:
 
 
 class Radius:
-    """Base class: gives each group its ρ at every step."""
+    """Base class: gives each group its ρ at every step.
+
+    Examples:
+        >>> class Halving(Radius):
+        ...     rho = 0.8
+        ...     def value(self, index, group, moment):
+        ...         group["rho"] = self.rho / 2**moment.step
+        ...         return group["rho"]
+        >>> opt = SAM([w], SGD, rho=Halving(), lr=0.1)
+        >>> for _ in range(3):
+        ...     loss = opt.step(closure)
+        >>> opt.rho.item()
+        0.2
+    """
 
     #: True for a radius that steps move: it belongs to one optimizer, and is the same on all ranks.
     moves = False
@@ -113,6 +135,12 @@ class ConstantRadius(Radius):
     It may be a 0-d tensor. A tensor on an accelerator is read there, so nothing waits for it, and its value is not
     checked; only the norm of the gradient is. A captured CUDA graph follows what is written into the tensor; a float is
     fixed in the graph.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=ConstantRadius(0.05), lr=0.1)  # what rho=0.05 makes
+        >>> opt.param_groups[0]["rho"] = 0.1
+        >>> opt.rho.item()
+        0.1
     """
 
     def __init__(self, rho: float) -> None:
@@ -135,6 +163,15 @@ class ScheduledRadius(Radius):
         schedule: takes the step number (from 0; the optimizer counts and saves it) and returns ρ ≥ 0. It runs on the
             host, so a step with it cannot be captured in a CUDA graph: write ρ into a tensor on the device instead
             (:class:`ConstantRadius`).
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=ScheduledRadius.linear(0.0, 0.1, steps=2), lr=0.1)
+        >>> seen = []
+        >>> for _ in range(4):
+        ...     loss = opt.step(closure)
+        ...     seen.append(opt.rho.item())
+        >>> seen
+        [0.0, 0.05, 0.1, 0.1]
     """
 
     def __init__(self, schedule: Callable[[int], float]) -> None:
@@ -198,6 +235,13 @@ class LearningRateRadius(Radius):
 
     Raises:
         ValueError: a bound is negative or not finite, or ``lr_max`` is not above ``lr_min``.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=LearningRateRadius(rho_max=0.1), lr=0.1)
+        >>> opt.param_groups[0]["lr"] = 0.05  # as a scheduler would
+        >>> loss = opt.step(closure)
+        >>> opt.rho.item()
+        0.05
     """
 
     def __init__(

@@ -31,7 +31,13 @@ class Pass:
 
 
 class Samples:
-    """Every sample counts alike: the closure zeroes the gradients, computes the loss and calls ``backward``."""
+    """Every sample counts alike: the closure zeroes the gradients, computes the loss and calls ``backward``.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, samples=Samples(), lr=0.1)  # the default
+        >>> opt.samples.per_sample  # the closure returns one loss, and calls backward
+        False
+    """
 
     #: True if the closure returns the loss of each sample.
     per_sample = False
@@ -100,6 +106,13 @@ class SelectedSamples(_PerSample):
 
     Raises:
         ValueError: γ is out of its range.
+
+    Examples:
+        >>> samples = SelectedSamples(gamma=0.5)
+        >>> before, after = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.1, 1.4, 0.9, 1.2])
+        >>> samples.subset(before, after)  # ε raised the second and the fourth loss most
+        tensor([1, 3])
+        >>> opt = SAM(model.parameters(), SGD, samples=samples, lr=0.1)
     """
 
     def __init__(self, gamma: float = 0.5) -> None:
@@ -154,6 +167,14 @@ class WeightedSamples(_PerSample):
 
     Raises:
         ValueError: the power is not finite.
+
+    Examples:
+        >>> def losses(subset=None):  # of each sample, and the outputs; the optimizer zeroes and calls backward
+        ...     chosen = slice(None) if subset is None else subset
+        ...     outputs = model(inputs[chosen])
+        ...     return functional.cross_entropy(outputs, targets[chosen], reduction="none"), outputs
+        >>> opt = SAM(model.parameters(), SGD, samples=WeightedSamples(power=-0.5), lr=0.1)
+        >>> losses_at_theta, outputs = opt.step(losses)
     """
 
     def __init__(self, power: float = -1.0, norms: Callable[..., Tensor] = output_norms) -> None:

@@ -12,6 +12,15 @@ class Schedule(Part):
     asked again for a step that was given up and is begun again, since the gradient is a new one.
 
     A subclass has ``perturbs``, or ``decide`` if it needs more than the step's number.
+
+    Examples:
+        >>> class Middle(Schedule):  # steps 100 to 199 perturb
+        ...     def perturbs(self, step):
+        ...         return 100 <= step < 200
+        >>> opt = SAM([w], SGD, schedule=Middle(), lr=0.1)
+        >>> loss = opt.step(closure)  # a step of SGD
+        >>> print(w.data)
+        tensor([2.7000, 1.6000])
     """
 
     #: True if the answer is the same for every step, so that a step can be captured in a CUDA graph and replayed.
@@ -31,7 +40,15 @@ class Schedule(Part):
 
 
 class Always(Schedule):
-    """Every step perturbs (SAM: Foret et al., ICLR 2021, Algorithm 1)."""
+    """Every step perturbs (SAM: Foret et al., ICLR 2021, Algorithm 1).
+
+    Examples:
+        >>> opt = SAM([w], SGD, schedule=Always(), lr=0.1)  # the default
+        >>> for _ in range(3):
+        ...     loss = opt.step(closure)
+        >>> opt.metrics()["gradients"].item()
+        6
+    """
 
     capturable = True
 
@@ -47,6 +64,12 @@ class Every(Schedule):
 
     Raises:
         ValueError: k is below 1.
+
+    Examples:
+        >>> schedule = Every(3)
+        >>> [schedule.perturbs(step) for step in range(5)]
+        [True, False, False, True, False]
+        >>> opt = SAM([w], SGD, schedule=schedule, lr=0.1)
     """
 
     def __init__(self, k: int = 5) -> None:
@@ -68,6 +91,12 @@ class Tail(Schedule):
 
     Raises:
         ValueError: ``steps`` is below 1, or ``fraction`` outside of [0, 1].
+
+    Examples:
+        >>> schedule = Tail(steps=4, fraction=0.5)
+        >>> [schedule.perturbs(step) for step in range(4)]
+        [False, False, True, True]
+        >>> opt = SAM([w], SGD, schedule=schedule, lr=0.1)
     """
 
     def __init__(self, steps: int, fraction: float = 0.125) -> None:
@@ -95,6 +124,12 @@ class Bernoulli(Schedule):
 
     Raises:
         ValueError: a probability outside [0, 1], or arguments that contradict the shape.
+
+    Examples:
+        >>> schedule = Bernoulli(0.2, end=0.6, steps=100, shape="linear")
+        >>> print([round(schedule.probability(step), 2) for step in (0, 50, 100, 200)])
+        [0.2, 0.4, 0.6, 0.6]
+        >>> opt = SAM([w], SGD, schedule=schedule, lr=0.1, seed=0)
     """
 
     draws = True
@@ -140,6 +175,12 @@ class NormThreshold(Schedule):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Examples:
+        >>> opt = SAM([w], SGD, schedule=NormThreshold(steps=100), lr=0.1)  # AE-SAM
+        >>> loss = opt.step(closure)
+        >>> sorted(opt.schedule.state_dict())
+        ['mean', 'variance']
     """
 
     looks_at_gradient = True

@@ -24,7 +24,12 @@ _LAYERS = 16
 
 
 class ClosureWarning(UserWarning):
-    """``step(closure)`` found gradients, and nothing shows whether they are the first gradients of the step."""
+    """``step(closure)`` found gradients, and nothing shows whether they are the first gradients of the step.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, lr=0.1)
+        >>> loss = opt.step(closure, first_backward=False)  # says who makes the first gradient: no warning
+    """
 
 
 class Guess(enum.Enum):

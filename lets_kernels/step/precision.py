@@ -20,7 +20,19 @@ INTERVAL = 100
 
 
 class PrecisionWarning(UserWarning):
-    """The weights are stored in 16 bits."""
+    """The weights are stored in 16 bits.
+
+    Examples:
+        >>> import warnings
+        >>> opt = SAM(model.bfloat16().parameters(), SGD, lr=0.1)
+        >>> model(inputs.bfloat16()).sum().backward()
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", PrecisionWarning)  # stop where it is given
+        ...     opt.first_step()
+        Traceback (most recent call last):
+            ...
+        lets_kernels.step.precision.PrecisionWarning: ...
+    """
 
 
 def warn_of_narrow(buckets: Sequence[Bucket]) -> bool:

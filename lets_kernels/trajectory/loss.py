@@ -27,6 +27,13 @@ def trajectory_loss(
 
     Returns:
         A scalar ≥ 0, up to rounding.
+
+    Examples:
+        >>> now, past = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+        >>> print(trajectory_loss(now, past, temperature=1.0))
+        tensor(0.7616)
+        >>> print(trajectory_loss(now, past, seen=torch.tensor([True, False])))  # the first sample has not moved
+        tensor(0.)
     """
     dtype = precision(outputs)
     past = past.detach().to(dtype)

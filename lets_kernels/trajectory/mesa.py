@@ -42,6 +42,13 @@ class MESA(Term):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Examples:
+        >>> mesa = MESA(model, start=0)
+        >>> mesa.update(model)  # once before training: the average begins with the first weights
+        >>> mesa.set_epoch(0)
+        >>> outputs = model(inputs)
+        >>> loss = functional.cross_entropy(outputs, targets) + mesa(outputs, inputs)
     """
 
     def __init__(

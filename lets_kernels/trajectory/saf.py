@@ -59,6 +59,16 @@ class SAF(Term):
     Raises:
         TypeError: ``dtype`` has no fractions.
         ValueError: an argument is out of its range.
+
+    Examples:
+        >>> saf = SAF(samples=8, classes=3, epochs=1, start=1)
+        >>> saf.nbytes  # epochs · samples · (classes · 2 bytes + 4)
+        80
+        >>> index = torch.arange(8)  # which samples of the data set the batch has
+        >>> for epoch in range(2):  # the first records, the second compares
+        ...     saf.set_epoch(epoch)
+        ...     outputs = model(inputs)
+        ...     loss = functional.cross_entropy(outputs, targets) + saf(outputs, index)
     """
 
     def __init__(

@@ -21,6 +21,12 @@ class Ahead(Direction):
 
     A first gradient that is not finite skips the step, and a stays. A finite one is kept even if its step is given up
     or skipped later. State: a, one parameter-sized buffer.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=Ahead(), lr=0.1)
+        >>> loss = opt.step(closure)  # no gradient of a step before: ε = 0, and y = θ
+        >>> print(w.data)
+        tensor([2.7000, 1.6000])
     """
 
     starts = True

@@ -63,6 +63,12 @@ class Smoothed(_Averaged):
 
     Raises:
         ValueError: θ is out of its range.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=Smoothed(theta=0.5), lr=0.1)
+        >>> loss = opt.step(closure)  # d₀ = g: SAM's step
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
     """
 
     def __init__(self, theta: float = 0.9) -> None:
@@ -87,6 +93,12 @@ class Friendly(_Averaged):
 
     Raises:
         ValueError: σ or λ is out of its range.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=Friendly(sigma=0.9, update_first=True), lr=0.1)
+        >>> loss = opt.step(closure)  # the first m is g, so d = 0.1 g: SAM's step
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
     """
 
     def __init__(self, sigma: float = 1.0, decay: float = 0.9, *, update_first: bool = False) -> None:

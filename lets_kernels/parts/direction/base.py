@@ -136,7 +136,18 @@ class Perturbation:
 
 
 class Direction(Part):
-    """Base class. A subclass must define ``ascent`` or ``prepare``."""
+    """Base class. A subclass must define ``ascent`` or ``prepare``.
+
+    Examples:
+        >>> from lets_kernels.parts.direction.base import Ascent
+        >>> class Uphill(Direction):  # ε = ρ g/‖g‖: SAM's
+        ...     def ascent(self, runs, groups):
+        ...         return Ascent(runs, runs.grads, xi=0.0, q=self.q)
+        >>> opt = SAM([w], SGD, rho=5.0, direction=Uphill(), lr=0.1)
+        >>> loss = opt.step(closure)
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
+    """
 
     #: The exponent of the norm in the denominator. ε reaches the border of the ball of the norm p = q / (q - 1).
     q: float = 2.0

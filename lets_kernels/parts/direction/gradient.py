@@ -27,6 +27,13 @@ class Gradient(Direction):
 
     Raises:
         ValueError: p is not in [1, ∞].
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=Gradient(p=float("inf")), lr=0.1)
+        >>> loss = closure()
+        >>> with opt.perturbed():  # ε = ρ sign(g)
+        ...     print(w.data)
+        tensor([8., 7.])
     """
 
     def __init__(self, p: float = 2.0) -> None:
@@ -83,6 +90,13 @@ class Adaptive(Direction):
 
     Raises:
         ValueError: ξ is negative or not finite.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=Adaptive(xi=0.0), lr=0.1)
+        >>> loss = closure()
+        >>> with opt.perturbed():  # ε = ρ T²g/‖Tg‖ with T = (3, 2), g = (3, 4)
+        ...     print(w.data)
+        tensor([14.2111,  8.6436])
     """
 
     def __init__(self, xi: float = 0.01, filterwise: bool = False, scale_bias: bool = True) -> None:
@@ -116,6 +130,12 @@ class Fisher(Direction):
 
     Raises:
         ValueError: η_F is negative or not finite.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=Fisher(eta=0.0), lr=0.1)  # η = 0 is SAM
+        >>> loss = opt.step(closure)
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
     """
 
     def __init__(self, eta: float = 1.0) -> None:

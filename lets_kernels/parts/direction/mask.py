@@ -36,6 +36,13 @@ class Dropped(Scalable):
 
     Raises:
         ValueError: an argument is out of its range, or ``drawn_norm`` with single elements.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=Dropped(beta=1.0), lr=0.1)  # β = 1 is SAM
+        >>> loss = closure()
+        >>> with opt.perturbed():
+        ...     print(w.data)
+        tensor([6., 6.])
     """
 
     draws = True
@@ -114,6 +121,13 @@ class Masked(Direction):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=Masked(sparsity=0.5), lr=0.1)
+        >>> loss = closure()
+        >>> with opt.perturbed():  # ε = ρ (0, g₂)/‖g‖
+        ...     print(w.data)
+        tensor([3., 6.])
     """
 
     draws = True

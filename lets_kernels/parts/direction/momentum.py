@@ -22,6 +22,12 @@ class Momentum(Direction):
     ``betas`` (Adam, AdamW, NAdam, RAdam, Adamax); the norm is over all parameters together. v is read, never written.
     The last steps went along −v. A parameter has no v before its first step, and does not move. No gradient at θ is
     needed, so a step takes one gradient, at θ + ε. State: none.
+
+    Examples:
+        >>> opt = SAM([w], torch.optim.AdamW, rho=3.0, direction=Momentum(), lr=0.1)  # v is AdamW's exp_avg
+        >>> loss = opt.step(closure)
+        >>> opt.metrics()["gradients"].item()  # one gradient a step
+        1
     """
 
     needs_gradient = False

@@ -25,6 +25,12 @@ class MultiStep(Scalable):
 
     Raises:
         ValueError: k is below 1.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=MultiStep(k=1), lr=0.1)  # k = 1 is SAM
+        >>> loss = opt.step(closure)
+        >>> print(w.data)
+        tensor([2.4000, 0.8000])
     """
 
     def __init__(self, k: int = 2, *, renormalize: bool = True) -> None:

@@ -23,6 +23,12 @@ class Gaussian(Direction):
 
     No gradient at θ is needed, so a step takes one gradient, at θ + ε. State: none; ε is drawn again wherever it is
     used.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=Gaussian(), lr=0.1, seed=0)
+        >>> loss = opt.step(closure)  # called once, at θ + ε
+        >>> opt.metrics()["gradients"].item()
+        1
     """
 
     needs_gradient = False
@@ -57,6 +63,12 @@ class RandomStart(Direction):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=RandomStart(gamma=0.1, noise_scale="std"), lr=0.1, seed=0)
+        >>> loss = opt.step(closure)  # enters first_pass() by itself
+        >>> loss.item() != 8.5  # the first pass was made at θ + δ₀
+        True
     """
 
     draws = True
@@ -121,6 +133,12 @@ class Posterior(Direction):
 
     Raises:
         ValueError: an argument is out of its range.
+
+    Examples:
+        >>> opt = BSAM([w], lr=0.1, data_size=float("inf"), damping=0.2)  # makes Posterior(float("inf"), 0.999, 0.2)
+        >>> loss = opt.step(closure)  # N = ∞: the first pass is made at the mean itself
+        >>> loss.item()
+        8.5
     """
 
     draws = True
