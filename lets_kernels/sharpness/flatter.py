@@ -76,9 +76,8 @@ def compare(
     settings: Settings,
     draw: bool = False,
     say: Callable[[str], None] = lambda text: None,
-    runs: Sequence[tuple[str, float | None]] = RUNS,
 ) -> tuple[list[dict[str, Any]], dict[str, Pictures]]:
-    """Trains and measures each run with each seed, on its training set, in evaluation mode.
+    """Trains and measures each of :data:`RUNS` with each seed, on its training set, in evaluation mode.
 
     Returns:
         A record for each training, and with ``draw`` what the pictures of the first seed's networks need, by label.
@@ -86,9 +85,9 @@ def compare(
     records: list[dict[str, Any]] = []
     pictures: dict[str, Pictures] = {}
     for seed in range(demo.seeds):
-        for name, rho in runs:
+        for name, rho in RUNS:
             called = label(name, rho)
-            say(f"training {len(records) + 1} of {demo.seeds * len(runs)}: {called}, seed {seed}")
+            say(f"training {len(records) + 1} of {demo.seeds * len(RUNS)}: {called}, seed {seed}")
             record, drawn = _one(name, rho, seed, demo, settings, draw and seed == 0)
             records.append(record)
             pictures.update({called: drawn} if drawn else {})
