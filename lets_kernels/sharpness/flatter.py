@@ -17,10 +17,11 @@ from lets_kernels.sharpness.landscape import Line, Plane, line, plane
 from lets_kernels.sharpness.objective import Objective
 from lets_kernels.sharpness.report import Settings, aligned, measure
 
-#: By the demo's names, with their first radius: that of SAM's paper, and the best of the demo's seven.
+#: By the demo's names, with their first radius. SAM has that of its paper, its double, and one that is too large here.
 RUNS: tuple[tuple[str, float | None], ...] = (
     ("sgd", None),
     ("sam", 0.05),
+    ("sam", 0.1),
     ("sam", 0.2),
     ("sam-auto", 0.005),
     ("lets-sam", 0.05),

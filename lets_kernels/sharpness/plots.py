@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from lets_kernels.sharpness.hessian import Spectrum
 from lets_kernels.sharpness.landscape import Line, Plane
@@ -40,6 +41,9 @@ def draw_surface(found: Plane, path: Path | None = None) -> Figure:
     places, heights = np.meshgrid(found.places, found.places), _losses(found)
     axes.plot_surface(*places, heights, cmap="viridis", rstride=1, cstride=1, linewidth=0.2, edgecolor="0.3")
     axes.set(xlabel="along d", ylabel="along e", zlabel="loss")
+    axes.zaxis.labelpad = 12
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
     return _written(figure, path)
 
 
@@ -102,10 +106,14 @@ def _planes(axes: Sequence[Axes], found: Mapping[str, Plane]) -> None:
     low = max(low, 1e-6)
     levels = np.geomspace(low, max(high, 1.01 * low), 16)
     for at, (name, plane), heights in zip(axes, found.items(), losses, strict=True):
-        drawn = at.contour(plane.places, plane.places, heights, levels=levels, cmap="viridis", linewidths=1)
-        at.clabel(drawn, levels[::3], fontsize="x-small", fmt="%.2g")
+        drawn = at.contour(
+            plane.places, plane.places, heights, levels=levels, cmap="viridis", norm=LogNorm(), linewidths=1
+        )
+        at.clabel(drawn, levels[::3], fontsize="x-small", fmt="%.3g")
         at.plot(0, 0, marker="+", color="0.2")
         at.set(title=name, xlabel="along d", aspect="equal")
+        at.xaxis.set_major_locator(MaxNLocator(4))
+        at.yaxis.set_major_locator(MaxNLocator(4))
     axes[0].set_ylabel("along e")
 
 
@@ -114,7 +122,7 @@ def _spectra(axes: Sequence[Axes], found: Mapping[str, Spectrum]) -> None:
     for at, (name, one), color in zip(axes, found.items(), COLORS * len(found), strict=False):
         places, density = one.density(width=reach / 200 or None)
         at.semilogy(places, density.clamp(min=1e-10), color=color)
-        at.set(title=f"{name}: up to {float(one.nodes.max()):.3g}", xlabel="eigenvalue", ylim=(1e-6, None))
+        at.set(title=f"{name}\nup to {float(one.nodes.max()):.3g}", xlabel="eigenvalue", ylim=(1e-6, None))
         at.yaxis.set_major_locator(LogLocator(numticks=6))
         _plain(at)
     axes[0].set_ylabel("density")

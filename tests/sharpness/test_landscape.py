@@ -6,8 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from lets_kernels.sharpness import Objective, Watch, along_gradient, direction, generalisation_gap, line, plane
-from support.known_minima import entropy, quadratic, small, symmetric
+from lets_kernels import SAM
+from lets_kernels.sharpness import (
+    Objective,
+    Watch,
+    along_gradient,
+    direction,
+    eigenvalues,
+    generalisation_gap,
+    in_ball,
+    line,
+    plane,
+)
+from support.known_minima import assert_same, entropy, quadratic, small, state, symmetric
 
 THETA = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
 A = symmetric([1.0, 2.0, 4.0])
@@ -77,6 +88,37 @@ def test_a_watch_during_training():
     assert [(r["step"], (r["sharpness"], r["gap"])) for r in watch.records] == list(expected.items())
     assert all(r["seconds"] > 0 for r in watch.records) and 0 < watch.share < 1
     assert len({r["sharpness"] for r in watch.records}) == 3
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_training_that_is_watched_is_the_same_training(flatten):
+    """Bit for bit, with dropout, batch norm, momentum and a radius that moves."""
+
+    def train(watched):
+        model, at = small(torch.float32, dropout=0.2)
+        options = {"rho": "auto", "lr": 0.1, "momentum": 0.9, "flatten": flatten, "model": model}
+        optimizer = SAM(model.parameters(), torch.optim.SGD, **options)
+        measures = {
+            "ball": lambda: in_ball(at, 0.05, steps=1).value,
+            "largest": lambda: float(eigenvalues(at, steps=3).values[0]),
+        }
+        watch = Watch(measures, every=2)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = entropy(model, at._data[0])
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            if watched:
+                watch()
+            optimizer.step(closure)
+        return state(model), float(optimizer.rho), len(watch.records)
+
+    (plain, rho, none), (watched, same, records) = train(False), train(True)
+    assert_same(plain, watched)
+    assert (rho, none) == (same, 0) and records == 2
 
 
 def test_a_watch_that_cannot_be():
