@@ -62,7 +62,7 @@ class Objective:
 
     Attributes:
         cost: what has been computed so far, by batch: "losses" (a forward pass), "gradients" (forward and backward),
-            "products" (Hessian times vector; about two gradients).
+            "products" (Hessian times vector; two to three gradients).
 
     Raises:
         ValueError: there are no batches, or nothing to differentiate.

@@ -83,6 +83,18 @@ def test_along_the_gradient_is_the_step_of_the_optimizer(adaptive):
     assert in_ball(at, RHO, adaptive=adaptive, steps=1, starts=0).value >= 0
 
 
+def test_asams_ball_does_not_see_how_layers_are_scaled():
+    """Factors 4 and 1/4 around a ReLU leave the function as it is, and T with ξ = 0 scales with the weights."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.ReLU(), torch.nn.Linear(4, 1, bias=False))
+    at = Objective(model.double(), lambda model, x: model(x).square().mean(), [torch.randn(6, 3).double()])
+    asam, sam = (in_ball(at, 0.1, adaptive=adaptive, xi=0, steps=4).value for adaptive in (True, False))
+    with torch.no_grad():
+        model[0].weight *= 4
+        model[2].weight /= 4
+    assert in_ball(at, 0.1, adaptive=True, xi=0, steps=4).value == pytest.approx(asam, rel=1e-12)
+    assert in_ball(at, 0.1, steps=4).value != pytest.approx(sam, rel=0.05)
+
+
 def test_more_steps_and_starts_find_no_less():
     _, at = small()
     along = along_gradient(at, 0.5).value

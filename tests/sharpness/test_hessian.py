@@ -1,4 +1,4 @@
-"""Curvature against exact Hessians in float64: matrices that are known, and a network by torch.func."""
+"""Curvature against exact Hessians in float64: matrices that are known, and a network's row by row."""
 
 import math
 

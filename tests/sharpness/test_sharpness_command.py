@@ -1,5 +1,6 @@
 """`lets-kernels sharpness`: a user's file, the demo's networks, its table, files and refusals; and the pictures."""
 
+import importlib.util
 import json
 
 import matplotlib.image
@@ -85,6 +86,14 @@ def test_options_that_do_not_do(arguments, said, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package, extra", [("matplotlib", "sharpness"), ("sklearn", "demo")])
+def test_a_package_that_is_missing_is_named(package, extra, monkeypatch, tmp_path, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    assert cli.main(["--png", str(tmp_path / "x.png")]) == 1
+    assert f"lets_kernels[{extra}]" in capsys.readouterr().err
 
 
 def test_the_demos_networks(tmp_path, monkeypatch, capsys):

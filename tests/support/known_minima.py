@@ -1,7 +1,5 @@
 """Losses whose sharpness and curvature are known, as a model, a loss and data."""
 
-import math
-
 import torch
 from scipy.optimize import brentq
 from torch import nn
@@ -87,7 +85,7 @@ def entropy(model, batch):
 
 
 def exact_hessian(at, data):
-    """The Hessian of the mean over all samples, by torch.func in float64, of the model as it stands."""
+    """The Hessian of the mean over all samples, row by row in float64, of the model as it stands."""
     names = [name for name, p in at.model.named_parameters() if p.requires_grad]
     images, labels = (torch.cat(part) for part in zip(*data, strict=True))
 
@@ -95,7 +93,7 @@ def exact_hessian(at, data):
         params = dict(zip(names, at.split(vector), strict=True))
         return cross_entropy(torch.func.functional_call(at.model, params, (images,)), labels)
 
-    return torch.func.hessian(loss)(at.weights)
+    return torch.autograd.functional.hessian(loss, at.weights)
 
 
 def state(model):
@@ -115,6 +113,3 @@ def assert_same(before, after):
     for a, b in zip(before[2], after[2], strict=True):
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
     assert torch.equal(before[3], after[3]), "random numbers were drawn"
-
-
-INFINITY = math.inf
