@@ -37,7 +37,7 @@ def along_gradient(at: Objective, rho: float, *, p: float = 2.0, adaptive: bool 
         at: the objective.
         rho: the radius ρ > 0.
         p: the norm of the ball, 2 or infinity.
-        adaptive: ASAM's T = |θ| + ξ for every weight (Kwon et al., ICML 2021, Eq. 3); False: T = 1.
+        adaptive: ASAM's T = |θ| + ξ for every weight (Kwon et al., ICML 2021, §3); False: T = 1.
         xi: ξ ≥ 0.
 
     Raises:

@@ -21,21 +21,21 @@ COLORS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E6
 
 
 def draw_lines(found: Mapping[str, Line], path: Path | None = None) -> Figure:
-    """The loss along one direction, a curve for each model (Li et al., 2018, Fig. 2)."""
+    """The loss along one direction, a curve for each model (Li et al., 2018)."""
     figure, axes = _figure(1, 5.5, 4.2)
     _lines(axes[0], found)
     return _written(figure, path)
 
 
 def draw_planes(found: Mapping[str, Plane], path: Path | None = None) -> Figure:
-    """Contours of the loss over two directions, a panel for each model, with the same levels (Li et al., Fig. 5)."""
+    """Contours of the loss over two directions, a panel for each model, with the same levels (Li et al., 2018)."""
     figure, axes = _figure(len(found), 4.2, 4.2)
     _planes(axes, found)
     return _written(figure, path)
 
 
 def draw_surface(found: Plane, path: Path | None = None) -> Figure:
-    """The loss over two directions as a surface (Li et al., Fig. 1); a loss that is not finite leaves a hole."""
+    """The loss over two directions as a surface (Li et al., 2018); a loss that is not finite leaves a hole."""
     figure = Figure(figsize=(5.5, 4.6), layout="constrained")
     axes = figure.add_subplot(projection="3d")
     places, heights = np.meshgrid(found.places, found.places), _losses(found)
@@ -57,16 +57,26 @@ def draw_spectra(found: Mapping[str, Spectrum], path: Path | None = None) -> Fig
     return _written(figure, path)
 
 
-def draw_records(records: Sequence[Mapping[str, float]], path: Path | None = None, xlabel: str = "step") -> Figure:
-    """What a :class:`~lets_kernels.sharpness.Watch` recorded: a panel for each measure."""
-    names = [name for name in records[0] if name not in ("step", "seconds")] if records else []
+def draw_records(
+    found: Mapping[str, Sequence[Mapping[str, float]]], path: Path | None = None, xlabel: str = "step"
+) -> Figure:
+    """What a :class:`~lets_kernels.sharpness.Watch` recorded, such as the generalisation gap over training.
+
+    A panel for each measure, in it a curve for each training.
+    """
+    entries = dict.fromkeys(name for records in found.values() for record in records for name in record)
+    names = [name for name in entries if name not in ("step", "seconds")]
     if not names:
         raise ValueError("there are no records to draw: call the watch after each training step")
     figure, axes = _figure(len(names), 4.6, 3.4)
-    for at, name, color in zip(axes, names, (COLORS[1], COLORS[3], COLORS[4], *COLORS) * len(names), strict=False):
-        at.plot([r["step"] for r in records], [r[name] for r in records], color=color, marker=".")
+    for at, name in zip(axes, names, strict=True):
+        for (training, records), color in zip(found.items(), COLORS * len(found), strict=False):
+            points = [(r["step"], r[name]) for r in records if name in r]
+            at.plot(*zip(*points, strict=True), color=color, marker=".", label=training)
         at.set(xlabel=xlabel, title=name)
         _plain(at)
+    if len(found) > 1:
+        axes[0].legend(frameon=False, fontsize="small")
     return _written(figure, path)
 
 

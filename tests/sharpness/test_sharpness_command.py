@@ -130,12 +130,12 @@ def test_pictures(tmp_path):
         "planes": lambda path: plots.draw_planes(planes, path),
         "surface": lambda path: plots.draw_surface(planes["a"], path),
         "spectra": lambda path: plots.draw_spectra(spectra, path),
-        "records": lambda path: plots.draw_records(records, path),
+        "records": lambda path: plots.draw_records({"a": records, "b": records[:1]}, path),
     }.items():
         figure = draw(tmp_path / f"{name}.png")
         assert figure.axes and matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3].std() > 0.03, name
     assert matplotlib.rcParams["backend"] == before
-    for nothing in (lambda: plots.draw_records([]), lambda: plots.draw_planes({})):
+    for nothing in (lambda: plots.draw_records({"a": []}), lambda: plots.draw_planes({})):
         with pytest.raises(ValueError, match="draw"):
             nothing()
 
