@@ -39,13 +39,11 @@ class Own:
         return loss if isinstance(loss, Tensor) else _first(output).float().square().mean()
 
 
-def load(text: str) -> Own:
-    """The module that ``make()`` in a file returns, or module and batch in a tuple, for ``file.py:make``.
-
-    The batch is the module's argument: a tensor, a tuple of arguments, or a dict of keyword arguments.
+def called(text: str) -> Any:
+    """What a function without arguments in a file returns, for ``file.py:function``.
 
     Raises:
-        ModelError: no such file or function; the file or the function raises; no module with parameters comes back.
+        ModelError: no such file or function; the file or the function raises.
     """
     file, _, name = text.rpartition(":")
     path = Path(file)
@@ -63,9 +61,21 @@ def load(text: str) -> Own:
     if not callable(make):
         raise ModelError(f"{file} has no function {name!r}")
     try:
-        made = make()
+        return make()
     except Exception as error:
         raise ModelError(f"{name}() in {file} failed: {type(error).__name__}: {error}") from error
+
+
+def load(text: str) -> Own:
+    """The module that ``make()`` in a file returns, or module and batch in a tuple, for ``file.py:make``.
+
+    The batch is the module's argument: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    Raises:
+        ModelError: no such file or function; the file or the function raises; no module with parameters comes back.
+    """
+    made = called(text)
+    file, _, name = text.rpartition(":")
     module, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
         raise ModelError(f"{name}() in {file} returns {type(module).__name__}; return a module, or (module, batch)")

@@ -62,9 +62,17 @@ class Timer:
 
 
 def train(
-    name: str, rho: float | None, seed: int, settings: Settings, after_epoch: Callable[[], None] = lambda: None
+    name: str,
+    rho: float | None,
+    seed: int,
+    settings: Settings,
+    after_epoch: Callable[[], None] = lambda: None,
+    trained: Callable[[nn.Module, Digits], None] = lambda model, data: None,
 ) -> Training:
-    """Trains one network. Data, initial weights and batches follow from ``seed`` and are the same for every method."""
+    """Trains one network. Data, initial weights and batches follow from ``seed`` and are the same for every method.
+
+    At the end ``trained`` gets the network and the data.
+    """
     data = load(seed, settings.noise)
     torch.manual_seed(seed)
     model = small_cnn()
@@ -107,6 +115,7 @@ def train(
         scheduler.step()
         records.append(evaluate(epoch, model, data, settings.noise, optimizer, times))
         after_epoch()
+    trained(model, data)
     backend = optimizer.backend if isinstance(optimizer, SAM) else None
     return Training(name, rho, seed, backend, records)
 

@@ -51,6 +51,7 @@ def _pytest(root, tests, output):
         "mutants_kernels",
         "mutants_parts",
         "mutants_radii",
+        "mutants_sharpness",
     ):
         sys.modules.pop(name, None)
     status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]))

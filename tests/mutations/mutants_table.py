@@ -12,6 +12,7 @@ import mutants_kernels
 import mutants_parts
 import mutants_radii
 import mutants_reference
+import mutants_sharpness
 
 
 class Mutant(NamedTuple):
@@ -38,6 +39,7 @@ GROUPS = [
     *mutants_kernels.GROUPS,
     *mutants_parts.GROUPS,
     *mutants_radii.GROUPS,
+    *mutants_sharpness.GROUPS,
     ("lets_kernels/ops/native.py", "tests/ops/test_packed.py", [("packed.tensors = tensors", "packed.tensors = []")]),
     (
         "lets_kernels/learning/hypergradient.py",
