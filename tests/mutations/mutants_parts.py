@@ -17,6 +17,20 @@ GROUPS = [
         ],
     ),
     (
+        "lets_kernels/parts/joined.py",
+        "tests/state/test_joined.py -k 'not delta'",
+        [
+            ("[*self._own(), *(PREFIX + name for name in self._kept())]", "[*self._own(), *self._kept()]"),
+            ("found if is_spread(found) else spread_as(found, self._p)", "found.clone()"),
+            ("        return bool(self.base.state)\n", "        return len(self) > 0\n"),
+            ("self.base.state = state if isinstance", "self.base.state = self.base.state if isinstance"),
+            ("        self.held.state.clear()\n", ""),
+            ("            state.pop(key, None)\n", ""),
+            ("if own and p not in self.base.state)", "if p not in self.base.state)"),
+            ("                self.check(p, PREFIX + name, value)\n", "                pass\n"),
+        ],
+    ),
+    (
         DIRECTION + "gradient.py",
         TEN.format("fisher"),
         [("Ascent(runs, runs.grads, self.eta, self.q)", "Ascent(runs, runs.grads, 1.0, self.q)")],
