@@ -81,7 +81,7 @@ def test_the_closure_is_called_as_often_as_needed_and_gradients_are_counted(name
 # What goes by one micro-batch after the other. The others remember one first gradient a step, or look at the batch.
 def goes_one_by_one(opt):
     remembers = opt.direction.remembers or opt.descent.looks_back or opt.schedule.looks_at_gradient
-    remembers = remembers or opt.length.remembers
+    remembers = (remembers and not opt.direction.averages) or opt.length.remembers
     return opt.direction.needs_gradient and not (remembers or opt.samples.per_sample)
 
 
@@ -96,6 +96,7 @@ def test_those_that_go_by_micro_batches_are_those_that_should():
         lk.FisherSAM,
         lk.LESAM,
         lk.USAM,
+        lk.BSAM,
     }
 
 

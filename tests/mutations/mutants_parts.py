@@ -2,6 +2,7 @@
 
 DIRECTION = "lets_kernels/parts/direction/"
 ROBUST = "tests/methods/test_family_robust.py -k 'cpu and not_finite'"
+PIECES = "tests/step/test_micro.py -k bsam"
 TEN = "tests/methods/test_family.py -k 'cpu and every_method and ({})'"
 
 GROUPS = [
@@ -43,6 +44,13 @@ GROUPS = [
             ("b.filter_norms.sqrt_()", "pass"),
             ("draw, self.lam, self.gamma))", "draw, self.gamma, self.lam))"),
             ("std = 1 / math.sqrt(self.data_size)", "std = 1 / self.data_size"),
+            ("waits = not self.update_first or first.pieces > 1", "waits = first.pieces > 1"),
+            ("*first.draw(b, NOISE, first.piece), 0.0, std)", "*first.draw(b, NOISE), 0.0, std)", PIECES),
+            ("torch.float32)) / first.pieces", "torch.float32)) / 2", PIECES),
+            ("self._next[b.index].flat += flat", "self._next[b.index].flat = flat", PIECES),
+            ("        if self.update_first or not second.runs:\n", "        if not second.runs:\n", PIECES),
+            ("        if first.piece == 0:\n", "        if first.piece < 0:\n", PIECES),
+            ("tuple(sorted(w.indices))", "tuple(range(len(w.precisions)))", PIECES),
         ],
     ),
     (

@@ -84,6 +84,7 @@ FAMILY = {
     "esam-tensor": Member(lk.ESAM, {"rho": 0.1, "gamma": 0.3, "granularity": "tensor"}, papers.esam),
     "delta-sam": Member(lk.DeltaSAM, {"rho": 0.1}, papers.delta_sam),
     "bsam": Member(lk.BSAM, {"rho": 0.05, **VARIATIONAL}, papers.bsam, base=False),
+    "bsam-code": Member(lk.BSAM, {"rho": 0.05, **VARIATIONAL, "update_first": False}, papers.bsam, base=False),
 }
 
 

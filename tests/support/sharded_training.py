@@ -111,7 +111,7 @@ METHODS = {
     **{name: (member.cls, lambda own=member.options: {**own, "seed": 3}) for name, member in FAMILY.items()},
 }
 #: Methods that draw for each element: every part of a tensor has numbers of its own, so another sharding has others.
-DRAWN = ("rgsam", "rsam", "rsam-std", "random-sam", "sparse-dynamic", "esam", "bsam")
+DRAWN = ("rgsam", "rsam", "rsam-std", "random-sam", "sparse-dynamic", "esam", "bsam", "bsam-code")
 DRAWN += tuple(name for name in FAMILY if name not in TUNED and draws(name))
 #: The other ones beside SAM, ASAM and LETS: the same steps however the weights are spread.
 EVERYWHERE = ("p-1", "auto", "auto-filterwise", "next", *(name for name in FAMILY if name not in DRAWN))
