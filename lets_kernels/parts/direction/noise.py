@@ -239,5 +239,5 @@ class _Waiting:
 
 def _copy(b: Bucket, to: list[Tensor], x: list[Tensor], indices: tuple[int, ...], gate: Tensor) -> None:
     """to <- x, where the gate is open."""
-    pair = torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu").to(b.device)
+    pair = torch.stack([torch.full((), a, dtype=torch.float64, device=b.device) for a in (1.0, 0.0)])
     b.ops.combine_(to, x, x, b.unscaled_table(indices), pair, gate.double().to(b.device))
