@@ -2,6 +2,7 @@
 
 DIRECTION = "lets_kernels/parts/direction/"
 ROBUST = "tests/methods/test_family_robust.py -k 'cpu and not_finite'"
+AUTHORS = "tests/methods/test_family_robust.py -k authors_order"
 PIECES = "tests/step/test_micro.py -k bsam"
 TEN = "tests/methods/test_family.py -k 'cpu and every_method and ({})'"
 
@@ -49,7 +50,7 @@ GROUPS = [
             ("torch.float32)) / first.pieces", "torch.float32)) / 2", PIECES),
             ("self._next[b.index].flat += flat", "self._next[b.index].flat = flat", PIECES),
             ("        if self.update_first or not second.runs:\n", "        if not second.runs:\n", PIECES),
-            ("        if first.piece == 0:\n", "        if first.piece < 0:\n", PIECES),
+            ("        if first.piece == 0:\n", "        if first.piece < 0:\n", AUTHORS),
             ("tuple(sorted(w.indices))", "tuple(range(len(w.precisions)))", PIECES),
         ],
     ),

@@ -177,6 +177,16 @@ def test_state_that_is_taken_away_begins_anew(name):
     assert all(key in opt.state[p] for p in toy.params)
 
 
+def test_an_entry_replaces_the_whole_entry_and_an_empty_one_is_none():
+    toy, opt = trained("friendly", base="sgd")  # which keeps nothing of its own
+    p, q = toy.params[:2]
+    del opt.state[p]["lets_kernels.average"]
+    opt.state[q] = {"lr_scale": 0.5}
+    assert p not in opt.state and not any(x is p for x in opt.state) and dict(opt.state[q]) == {"lr_scale": 0.5}
+    opt.state[q] = {}
+    assert dict(opt.state[q]) == {} and len(opt.state) == len(toy.params) - 1  # as in torch, the empty entry stays
+
+
 def test_what_no_part_keeps_is_refused_and_nothing_is_replaced():
     toy, opt = trained("friendly")
     before = everything(opt)

@@ -362,7 +362,8 @@ def test_bsam_over_pieces_takes_the_steps_of_the_authors_code(backend, update_fi
 def test_a_precision_without_gradients_stays_and_one_that_a_piece_lacks_counts_as_it_is(update_first):
     params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(3)]
     options = {"rho": 0.0, "lr": 0.1, "data_size": math.inf, "beta2": 0.5, "damping": 0.1, "weight_decay": 0.0}
-    opt = lk.BSAM(params, precision=4.0, update_first=update_first, **options)
+    s = 1.7
+    opt = lk.BSAM(params, precision=s, update_first=update_first, **options)
 
     def closure(*having):
         def run():
@@ -373,8 +374,9 @@ def test_a_precision_without_gradients_stays_and_one_that_a_piece_lacks_counts_a
 
         return run
 
-    opt.step([closure(0, 1), closure(0), closure(0)])
-    full = 0.5 * 4 + 0.5 * (2 * 3 + 0.1)
-    for p, expected in zip(params, (full, (full + 2 * 4) / 3, 4.0), strict=True):
+    opt.step([closure(0, 1), *[closure(0)] * 5])
+    full = 0.5 * s + 0.5 * (math.sqrt(s) * 3 + 0.1)
+    for p, expected in zip(params, (full, (full + 5 * s) / 6, s), strict=True):
         torch.testing.assert_close(opt.state[p]["precision"], torch.full_like(p, expected).detach(), rtol=1e-14, atol=0)
-    assert same_bits(opt.state[params[2]]["precision"], torch.full((3,), 4.0, dtype=torch.float64))
+    assert sum([s / 6] * 6) != s  # so a mean over the pieces would show
+    assert same_bits(opt.state[params[2]]["precision"], torch.full((3,), s, dtype=torch.float64))
