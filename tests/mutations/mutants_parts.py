@@ -3,7 +3,7 @@
 DIRECTION = "lets_kernels/parts/direction/"
 ROBUST = "tests/methods/test_family_robust.py -k 'cpu and not_finite'"
 AUTHORS = "tests/methods/test_family_robust.py -k authors_order"
-PIECES = "tests/step/test_micro.py -k bsam"
+PIECES = "tests/step/test_micro.py -k 'bsam or precision'"
 TEN = "tests/methods/test_family.py -k 'cpu and every_method and ({})'"
 
 GROUPS = [
