@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 CSRC = $(shell find csrc tests/emulator tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz long mutants sanitize trust bench bench-compare experiments compare wheel gpu-check lint format clean
+.PHONY: help build demo test fuzz long mutants sanitize trust bench bench-compare experiments compare flower wheel gpu-check
+.PHONY: lint format clean
 
 help:    ## these targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
@@ -42,6 +43,11 @@ experiments: build    ## is there a radius that nobody has to search for? Hours,
 compare: build    ## every method on the same tasks, beside SGD and the best SAM; writes docs/comparison.md; options in ARGS
 	@$(PY) -m pip install -qq -r requirements-experiments.txt
 	$(PY) -m benchmarks.experiments.compare $(ARGS)
+
+flower: build    ## examples/federated_flower.py in an environment of its own, .venv-flower, and its test
+	@test -x $(VENV)-flower/bin/python || $(PYTHON) -m venv $(VENV)-flower
+	@$(VENV)-flower/bin/python -m pip install -qq -r requirements-flower.txt
+	$(PY) -m pytest tests/docs/test_federated_flower.py $(ARGS)
 
 sanitize: $(READY)    ## the C++ kernels under sanitizers, at length; writes tests/results/sanitize.json
 	$(PY) tests/support/sanitized.py

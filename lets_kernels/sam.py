@@ -16,6 +16,7 @@ from lets_kernels.base.state import Look
 from lets_kernels.learning.auto import as_radius
 from lets_kernels.parts.descent import Descent, Perturbed
 from lets_kernels.parts.direction import Adaptive, Direction
+from lets_kernels.parts.joined import JoinedState
 from lets_kernels.parts.length import Length
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.radius import Radius, RadiusLike, radii
@@ -507,12 +508,40 @@ class SAM(torch.optim.Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """The base optimizer's state."""
-        return self.base_optimizer.state
+        """What is kept for each parameter, by parameter and name; the names are those of a saved state.
+
+        If no part of the method keeps tensors, this is the base optimizer's own state. Otherwise it is a view that
+        shows them beside it, each as large as the parameter, under these names:
+
+        - ``lets_kernels.average``: the average of the first gradients (FriendlySAM, VaSSO);
+        - ``lets_kernels.orthogonal``: the part of ĝ across g (LookSAM, AELookSAM);
+        - ``lets_kernels.mask``: one byte for each element, 1 where it is perturbed (SparseSAM);
+        - ``lets_kernels.before``: the weights before the last step that perturbed (``rho="auto"``). The next
+          perturbation overwrites them.
+
+        These are the tensors that the next step works with, so a change is seen on both sides; for a parameter that is
+        spread over ranks they are DTensors over the same memory. A replaced one is taken over at the next step. A copy
+        or a pickle of the view holds plain dicts. The view is true if the base optimizer has state, which is what
+        torch's tools ask before they make one. The step with which a learned radius waits under
+        ``reuse_train_gradient`` belongs to the radius: ``state_dict()["lets_kernels"]["radius"]``.
+
+        Raises:
+            ValueError: a name with this prefix that no part keeps, or a tensor of another shape, is put in.
+        """
+        if "_engine" not in self.__dict__ or not self._engine.work.setting.held:
+            return self.base_optimizer.state
+        return cast(Any, self._joined())  # torch's annotation is a defaultdict; it behaves like one
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.base_optimizer.state = state
+        if "_engine" not in self.__dict__ or not self._engine.work.setting.held:
+            self.base_optimizer.state = state
+        else:
+            self._joined().replace(state)
+
+    def _joined(self) -> JoinedState:
+        w = self._engine.work
+        return JoinedState(w.base, w.progress.held, w.setting.held)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`. Also forgets a first pass that no step followed."""

@@ -18,6 +18,8 @@ _HOST = 1 << 16  # the host's streams count down from the last stream
 _SEEDS = 1 << 53  # a seed is sent to other ranks as a float64
 #: The distance between the seeds of the parts of a sharded parameter, whose noise must differ.
 _PARTS = 0x9E3779B97F4A7C15
+#: The distance between the seeds of the micro-batches of a step, for what each of them draws for itself.
+_PIECES = 0xC2B2AE3D27D4EB4F
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -65,12 +67,14 @@ class Randomness:
     def to(self, device: torch.device) -> None:
         self._state = self._state.to(device)
 
-    def at(self, device: torch.device, part: int) -> Tensor:
-        """(seed, count) for the ops on a device: int64, of shape [2]. Each part of a tensor has its own seed."""
+    def at(self, device: torch.device, part: int, piece: int = 0) -> Tensor:
+        """(seed, count) for the ops on a device: int64, of shape [2]. Each part of a tensor has its own seed, and so
+        has each ``piece`` of a batch.
+        """
         state = self._state.to(device)
-        if part == 0:
+        if part == 0 == piece:
             return state
-        shift = (part * _PARTS) % (1 << 62)
+        shift = (part * _PARTS + piece * _PIECES) % (1 << 62)
         return state + torch.stack([state.new_full((), shift), state.new_zeros(())])
 
     def uniform(self, step: int, stream: int) -> float:

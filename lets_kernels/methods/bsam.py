@@ -4,7 +4,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lets_kernels.base.variational import VariationalSGD
-from lets_kernels.methods.catalogue import CODE, OURS, STARTS, Method
+from lets_kernels.methods.catalogue import CODE, OURS, PAPER, STARTS, Method
 from lets_kernels.parts.direction import Posterior
 from lets_kernels.parts.radius import RadiusLike
 from lets_kernels.sam import SAM, Params
@@ -19,9 +19,12 @@ class BSAM(SAM):
     first pass into ``with opt.first_pass():``, unless ``step(closure)`` makes it. The average s includes every finite
     first gradient, also if its step is given up later.
 
-    The authors' code differs in two points. It steps ω along the s of the step before, and updates s afterwards. And it
-    cuts each batch in eight, with a sample and a perturbation for each piece, and takes the means of √s|g| and of ĝ:
-    ``step([closures])`` would be that, and is refused.
+    ``step([closures])`` cuts a batch as the authors' code does, in eight there: each closure has a sample and a
+    perturbation of its own, and the step takes the means of √s|g| and of ĝ. A parameter that has no gradient in one of
+    them counts there with the s that it has.
+
+    The authors' code steps ω along the s of the step before, and updates s afterwards; Algorithm 1 in the paper does it
+    the other way round, and so does this class unless ``update_first=False``.
 
     Args:
         params: as :class:`SAM`.
@@ -32,6 +35,8 @@ class BSAM(SAM):
         weight_decay: δ, the precision of the prior over N.
         damping: γ.
         precision: the s to begin with.
+        update_first: False is the order of the authors' code. s then changes only if the step is taken, and a step
+            needs memory for one more buffer of the parameters' size.
         kwargs: as :class:`SAM`.
 
     Examples:
@@ -63,9 +68,10 @@ class BSAM(SAM):
         weight_decay: float = 1e-4,
         damping: float = 0.1,
         precision: float = 1.0,
+        update_first: bool = True,
         **kwargs: Any,
     ) -> None:
-        direction = Posterior(data_size, beta2, damping)
+        direction = Posterior(data_size, beta2, damping, update_first)
         own: dict[str, Any] = {"lr": lr, "beta1": beta1, "weight_decay": weight_decay, "precision": precision}
         super().__init__(params, VariationalSGD, rho, direction=direction, **own, **kwargs)
 
@@ -79,6 +85,7 @@ METHODS = (
         weight_decay=f"{OURS}; the authors' code has --priorprec over N: 5e-5 and 2.5e-4 in its commands",
         damping=CODE,
         precision=f"{CODE} (--custominit)",
+        update_first=f"{PAPER}, Algorithm 1; the authors' code has the other order",
     )
     .row(
         "Variational SAM (bSAM)", "rho=0.05, lr=0.1, data_size=50000", state=2.0, remark=f"no base optimizer; {STARTS}"

@@ -163,6 +163,8 @@ class FirstPass:
     ascent: int = 0  # which ascent of the step this is, from 0: the later ones have their gradients at θ + ε
     #: What a direction with several ascents keeps from one to the next, by the index of the bucket: a flat buffer each.
     carried: dict[int, Tensor] = field(default_factory=dict)
+    piece: int = 0  # the number of the micro-batch, and how many of them make this step
+    pieces: int = 1
     _squared: Tensor | None = None
 
     def total(self, shares: Sequence[Tensor]) -> Tensor:
@@ -192,9 +194,12 @@ class FirstPass:
         b = runs.bucket
         return [torch.empty_like(b.saved)] if self.keeps else [b.saved]
 
-    def draw(self, bucket: Bucket, purpose: int) -> tuple[Tensor, int]:
-        """The ops' arguments ``random`` and ``stream`` for one of the streams of a bucket."""
-        return self.random.at(bucket.device, bucket.part), bucket.index * _STREAMS + purpose
+    def draw(self, bucket: Bucket, purpose: int, piece: int = 0) -> tuple[Tensor, int]:
+        """The ops' arguments ``random`` and ``stream`` for one of the streams of a bucket.
+
+        All micro-batches of a step have the same numbers, unless they are drawn for the ``piece``.
+        """
+        return self.random.at(bucket.device, bucket.part, piece), bucket.index * _STREAMS + purpose
 
 
 @dataclass
@@ -253,6 +258,14 @@ def squared(runs: Runs) -> Tensor:
     return b.parts * found
 
 
+def _nothing() -> None: ...
+
+
+def _both(one: Callable[[], None], other: Callable[[], None]) -> None:
+    one()
+    other()
+
+
 @dataclass
 class SecondPass:
     """The gradients from which the base optimizer's step is made."""
@@ -273,6 +286,7 @@ class SecondPass:
     gathered: list[Gradients] = field(default_factory=list)
     #: Vectors along which the weights move after the base optimizer's step, and a factor of the learning rate.
     _apart: tuple[list[list[Tensor]], float] | None = None
+    _afterwards: Callable[[], None] | None = None
     _compared: Tensor | None = None
     _squared: Tensor | None = None
 
@@ -400,15 +414,24 @@ class SecondPass:
         self._apart = outs, factor
 
     def follow_ups(self) -> list[Callable[[], None]]:
-        """What is to be done after the base optimizer's step, for each of ``runs``; nothing without :meth:`step_apart`.
+        """What is to be done after the base optimizer's step, for each of ``runs``; empty if there is nothing.
 
         θ ← θ − factor · lr · (x − y), where the gate is open. If the gradients are kept, they are y + factor (x − y)
         afterwards: the vector along which the whole step went.
         """
-        if self._apart is None:
-            return []
-        vectors, factor = self._apart
-        return [partial(self._follow, *pair, factor) for pair in zip(self.runs, vectors, strict=True)]
+        vectors, factor = self._apart or ([], 0.0)
+        found: list[Callable[[], None]] = [
+            partial(self._follow, *pair, factor) for pair in zip(self.runs if vectors else (), vectors, strict=True)
+        ]
+        if self._afterwards is None or not self.runs:
+            return found
+        last = found[-1] if found else _nothing
+        *before, _ = found or [_nothing] * len(self.runs)
+        return [*before, partial(_both, last, self._afterwards)]
+
+    def afterwards(self, then: Callable[[], None]) -> None:
+        """Let something happen once the base optimizer has stepped all buckets. It must not move weights."""
+        self._afterwards = then
 
     def _follow(self, runs: Runs, own: list[Tensor], factor: float) -> None:
         b = runs.bucket

@@ -25,7 +25,8 @@ def micro_step(e: Engine, closures: Sequence[Closure], scaler: Scaler | None) ->
     _check(e.work.setting)
     losses, perturbed, totals, sums, passes = [], list[Tensor | None](), [], dict[Tensor, Tensor](), 0
     try:
-        for closure in closures:
+        for place, closure in enumerate(closures):
+            e.work.piece = place, len(closures)
             e.work.drop_gradients()
             with FirstPassContext(e):
                 losses.append(e.work.call(closure, scaler))
@@ -51,6 +52,8 @@ def micro_step(e: Engine, closures: Sequence[Closure], scaler: Scaler | None) ->
         e.work.scaling.give_up()
         e.mark_gradients()
         raise
+    finally:
+        e.work.piece = 0, 1
     return losses
 
 
@@ -66,8 +69,8 @@ def _check(s: Setting) -> None:
         reason = f"{type(s.direction).__name__} perturbs all micro-batches alike, so accumulate them in one closure"
     elif s.direction.ascents > 1:
         reason = f"{type(s.direction).__name__} takes several gradients before the last one"
-    elif s.direction.remembers or s.length.remembers:
-        what = type(s.direction if s.direction.remembers else s.length).__name__
+    elif (s.direction.remembers and not s.direction.averages) or s.length.remembers:
+        what = type(s.length if s.length.remembers else s.direction).__name__
         reason = f"{what} remembers one first gradient a step"
     elif s.samples.per_sample:
         reason = f"{type(s.samples).__name__} looks at the samples of one batch"

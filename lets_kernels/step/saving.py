@@ -110,8 +110,8 @@ def _check_kept(
             whose = f"{count - found} of {count} parameters" if found else "every parameter"
             refuse(
                 what,
-                f"has lost the {name} of {whose}, as flatten_optimizer_state_dict=True of "
-                "torch.distributed.checkpoint loses it, which you then should leave out",
+                f"has lost the {name} of {whose} (under flatten_optimizer_state_dict=True, "
+                "torch.distributed.checkpoint reads the names that the loading optimizer has: load into a new one)",
             )
 
 

@@ -342,6 +342,7 @@ class Step:
         self._close_gate(active, squared_norm)
         passed.gate = self.gate
         setting.descent.choose(passed)
+        setting.direction.conclude(passed)
         steps, reason = prepared(w.base, active)
         if reason is None:
             self._take(second, steps, passed)

@@ -146,6 +146,8 @@ class Workspace:
     progress: Progress
     tables: Tables
     scaling: LossScaling = field(default_factory=LossScaling)
+    #: The number of the micro-batch that is under way, and how many make the step.
+    piece: tuple[int, int] = (0, 1)
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -203,6 +205,8 @@ class Workspace:
             keeps=keeps,
             ascent=ascent,
             carried={} if carried is None else carried,
+            piece=self.piece[0],
+            pieces=self.piece[1],
         )
 
     def a_pass(self, scaler: Scaler | None) -> Pass:

@@ -51,11 +51,11 @@ CASES = [
     ("ddp", "asam", "adamw", True),
     ("fsdp", "friendly", "adamw", False),
     ("fsdp", "aelooksam", "momentum", False),
-    ("fsdp", "sparse-interval", "adamw", False),
+    ("fsdp", "sparse-interval", "adamw", True),
     ("fsdp", "sparse-dynamic", "momentum", False),
     ("fsdp", "bsam", "momentum", False),
     ("fsdp", "rst", "adamw", True),
-    ("ddp", "looksam", "momentum", False),
+    ("ddp", "looksam", "momentum", True),
     ("ddp", "sparse-dynamic", "adamw", False),
     ("ddp", "rsam", "momentum", False),
 ]

@@ -1,5 +1,6 @@
 """The pages of the methods say what is so: every line runs, takes the gradients it says, and keeps what it says."""
 
+import gc
 import inspect
 import itertools
 import math
@@ -147,6 +148,27 @@ def test_it_keeps_what_the_table_says(method, row):
     assert sum(t.numel() * t.element_size() for t in own) == row.state * SIZE * SIZE * 4
     holds = line.opt.descent.holds_first or line.opt.radius.learns or work(line.opt).setting.comparing is not None
     assert row.holds == holds
+
+
+def weights_alive():
+    """The tensors with at least as many elements as the weight, of whomever."""
+    gc.collect()
+    return [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.numel() >= SIZE**2]
+
+
+@ENTRIES
+def test_all_that_it_keeps_for_a_parameter_is_in_the_state(method, row):
+    """Nothing else of the weight's size outlives a step but the buffer of the weights before ε, which all have."""
+    others = weights_alive()
+    known = {id(t) for t in others}
+    line = Line(method, row)
+    for _ in range(3):
+        line.step()
+    line.opt.zero_grad()
+    found = {t.untyped_storage().data_ptr() for t in weights_alive() if id(t) not in known}
+    shown = {t.untyped_storage().data_ptr() for t in line.opt.state[line.weight].values() if t.numel() >= SIZE**2}
+    saved = space(line.opt).buckets[0].saved
+    assert found == shown | {t.untyped_storage().data_ptr() for t in (line.weight, saved)}
 
 
 def peak(line, steps):

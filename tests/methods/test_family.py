@@ -118,10 +118,11 @@ def test_and_with_a_base_optimizer_that_steps_by_itself(name):
     check(Backend("cpu"), name, "rmsprop")
 
 
-def test_bsams_step_in_pytorch_is_the_papers_too():
+@pytest.mark.parametrize("name", ["bsam", "bsam-code"])
+def test_bsams_step_in_pytorch_is_the_papers_too(name):
     """A hook on the base optimizer keeps its step from being fused with the restore."""
     task = Task()
-    run, opt = transcribe("bsam", task), build("bsam", task)
+    run, opt = transcribe(name, task), build(name, task)
     opt.base_optimizer.register_step_post_hook(lambda *_: None)
     family.run(opt, task)
     assert not opt.fused

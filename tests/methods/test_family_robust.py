@@ -8,7 +8,8 @@ import torch
 
 import lets_kernels as lk
 from support.family import BESIDE, FAMILY, ONE_EACH, ONE_PASS, assert_same, build, held, plainest, takes
-from support.given_gradients import Toy
+from support.given_gradients import Toy, snapshot
+from support.guard_bands import same_bits
 
 SHAPES = ((3, 4, 2, 2), (7,), (5, 6))
 #: What a method has counted of a first gradient though its step is skipped for the second one, as its docstring says.
@@ -227,3 +228,43 @@ def test_narrow_dtypes_stay_within_their_rounding(backend, name, dtype):
     assert max(float(x.abs().max()) for x in weights(wide)) < 8
     for k, v in held(opt).items():
         assert torch.isfinite(v).all() and (v.dtype == dtype or not k.endswith(("average", "orthogonal", "precision")))
+
+
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "pieces"])
+def test_in_the_authors_order_the_precision_of_bsam_changes_with_the_step_or_not_at_all(pieces):
+    """Steps that are given up, or skipped for a second gradient, leave it: the run goes on as one without them."""
+    ends = []
+    for disturbed in (False, True):
+        toy = Toy(torch.float64)
+        opt = lk.BSAM(toy.params, 0.05, lr=0.1, data_size=100, beta2=0.5, seed=1, update_first=False)
+        for step in range(3):
+            before = [opt.state[p]["precision"].clone() for p in toy.params]
+            if disturbed:
+                with opt.first_pass():
+                    toy.set_grads(toy.grads(50))
+                opt.first_step(zero_grad=True)
+                opt.restore()
+                assert same_bits(before, [opt.state[p]["precision"] for p in toy.params])
+            if disturbed and step == 2:
+                toy.two_steps(opt, toy.grads(51), [g * math.nan for g in toy.grads(52)])
+                assert same_bits(before, [opt.state[p]["precision"] for p in toy.params])
+            if pieces:
+                opt.step([given(opt, toy, 6 * step + 2 * piece) for piece in range(3)])
+            else:
+                toy.two_steps(opt, toy.grads(6 * step), toy.grads(6 * step + 1))
+            assert not same_bits(before, [opt.state[p]["precision"] for p in toy.params])
+        ends.append(snapshot(opt))
+    assert same_bits(*ends)
+
+
+def given(opt, toy, first):
+    """A closure whose first gradients are those of `first`, and whose second ones are those after them."""
+    calls = []
+
+    def closure():
+        opt.zero_grad()
+        toy.set_grads(toy.grads(first + len(calls)))
+        calls.append(first)
+        return torch.zeros(())
+
+    return closure

@@ -89,7 +89,7 @@ def test_the_closure_is_called_as_often_as_needed_and_gradients_are_counted(name
 # What goes by one micro-batch after the other. The others remember one first gradient a step, or look at the batch.
 def goes_one_by_one(opt):
     remembers = opt.direction.remembers or opt.descent.looks_back or opt.schedule.looks_at_gradient
-    remembers = remembers or opt.length.remembers or opt.direction.ascents > 1
+    remembers = (remembers and not opt.direction.averages) or opt.length.remembers or opt.direction.ascents > 1
     return opt.direction.needs_gradient and not (remembers or opt.samples.per_sample)
 
 
@@ -104,6 +104,7 @@ def test_those_that_go_by_micro_batches_are_those_that_should():
         lk.FisherSAM,
         lk.LESAM,
         lk.USAM,
+        lk.BSAM,
     }
 
 

@@ -5,6 +5,8 @@ ROBUST = "tests/methods/test_family_robust.py -k 'cpu and not_finite'"
 ZERO = "tests/methods/test_family_robust.py -k 'cpu and zero'"
 SAMPA = "tests/methods/test_sampa.py"
 SEVERAL = "tests/methods/test_multistep.py"
+AUTHORS = "tests/methods/test_family_robust.py -k authors_order"
+PIECES = "tests/step/test_micro.py -k 'bsam or precision'"
 TEN = "tests/methods/test_family.py -k 'cpu and every_method and ({})'"
 
 GROUPS = [
@@ -20,6 +22,20 @@ GROUPS = [
         ],
     ),
     (
+        "lets_kernels/parts/joined.py",
+        "tests/state/test_joined.py -k 'not delta'",
+        [
+            ("[*self._own(), *(PREFIX + name for name in self._kept())]", "[*self._own(), *self._kept()]"),
+            ("found if is_spread(found) else spread_as(found, self._p)", "found.clone()"),
+            ("        return bool(self.base.state)\n", "        return len(self) > 0\n"),
+            ("self.base.state = state if isinstance", "self.base.state = self.base.state if isinstance"),
+            ("        self.held.state.clear()\n", ""),
+            ("            state.pop(key, None)\n", ""),
+            ("if own and p not in self.base.state)", "if p not in self.base.state)"),
+            ("                self.check(p, PREFIX + name, value)\n", "                pass\n"),
+        ],
+    ),
+    (
         DIRECTION + "gradient.py",
         TEN.format("fisher"),
         [("Ascent(runs, runs.grads, self.eta, self.q)", "Ascent(runs, runs.grads, 1.0, self.q)")],
@@ -32,6 +48,13 @@ GROUPS = [
             ("b.filter_norms.sqrt_()", "pass"),
             ("draw, self.lam, self.gamma))", "draw, self.gamma, self.lam))"),
             ("std = 1 / math.sqrt(self.data_size)", "std = 1 / self.data_size"),
+            ("waits = not self.update_first or first.pieces > 1", "waits = first.pieces > 1"),
+            ("*first.draw(b, NOISE, first.piece), 0.0, std)", "*first.draw(b, NOISE), 0.0, std)", PIECES),
+            ("torch.float32)) / first.pieces", "torch.float32)) / 2", PIECES),
+            ("self._next[b.index].flat += flat", "self._next[b.index].flat = flat", PIECES),
+            ("        if self.update_first or not second.runs:\n", "        if not second.runs:\n", PIECES),
+            ("        if first.piece == 0:\n", "        if first.piece < 0:\n", AUTHORS),
+            ("tuple(sorted(w.indices))", "tuple(range(len(w.precisions)))", PIECES),
         ],
     ),
     (

@@ -15,6 +15,7 @@ from support.core_methods import BASES
 from support.family import FAMILY, ONE_EACH
 from support.given_gradients import Toy, snapshot, weights
 from support.guard_bands import same_bits
+from support.inside import shares
 from support.moving_radii import auto, following
 
 METHODS = {
@@ -78,7 +79,7 @@ def continued(method, base, backend, transfer):
     opt = build(method, task, base, backend)
     go_on(opt, task, task.batches[:5])
     task, opt = transfer(task, opt)
-    assert opt.param_groups is opt.base_optimizer.param_groups and opt.state is opt.base_optimizer.state
+    assert shares(opt)
     assert [p for g in opt.param_groups for p in g["params"]] == list(task.net.parameters())
     go_on(opt, task, task.batches[5:])
     own = opt.state_dict()["lets_kernels"]

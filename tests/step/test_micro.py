@@ -1,12 +1,13 @@
 """step([closures]): every micro-batch is perturbed along its own gradient (m-sharpness, Foret et al. 2021, §4.1)."""
 
+import copy
 import math
 
 import pytest
 import torch
 
 import lets_kernels as lk
-from support import family, oracle
+from support import family, oracle, papers
 from support.conv_net import Task
 from support.core_methods import BASES, METHODS, build
 from support.family import ONE_EACH
@@ -262,7 +263,7 @@ ALONE = {
     "esam": "looks at the samples",
     "delta-sam": "looks at the samples",
     "functional-sam": "looks at the samples",
-    **dict.fromkeys(("friendly", "vasso", "sparse", "bsam", "lightsam"), "remembers one first gradient"),
+    **dict.fromkeys(("friendly", "vasso", "sparse", "lightsam"), "remembers one first gradient"),
 }
 
 
@@ -339,3 +340,46 @@ def test_the_norm_of_several_passes_is_their_power_mean():
     opt.zero_grad()
     opt.step(closures(task, 0))
     torch.testing.assert_close(opt.metrics()["grad_norm"], sum(norms) / 3, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("update_first", [True, False], ids=["paper", "code"])
+def test_bsam_over_pieces_takes_the_steps_of_the_authors_code(backend, update_first):
+    """Each piece has a sample and a perturbation of its own, at the s from before; the means are transcribed."""
+    task = Task(steps=9)
+    opt = family.build("bsam", task, backend=backend.name, update_first=update_first)
+    batches = [(micro(task, step), None) for step in range(3)]
+    member = family.FAMILY["bsam"]
+    run = papers.Run(copy.deepcopy(task.net), task.weights(), batches, None, family.SEED)
+    member.paper(run, **{**member.arguments, "update_first": update_first})
+    for step in range(3):
+        opt.step(closures(task, step))
+    for k, p in task.net.named_parameters():
+        # float64: three steps, each some ten roundings and sums of a hundred terms.
+        torch.testing.assert_close(p.detach(), run.theta[k], rtol=0, atol=1e-12)
+        torch.testing.assert_close(opt.state[p]["precision"], run.held["precision"][k], rtol=1e-12, atol=0)
+        torch.testing.assert_close(opt.state[p]["exp_avg"], run.held["exp_avg"][k], rtol=0, atol=1e-12)
+    assert opt.backend == backend.name and opt.metrics()["gradients"] == 18
+
+
+@pytest.mark.parametrize("update_first", [True, False], ids=["paper", "code"])
+def test_a_precision_without_gradients_stays_and_one_that_a_piece_lacks_counts_as_it_is(update_first):
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(3)]
+    options = {"rho": 0.0, "lr": 0.1, "data_size": math.inf, "beta2": 0.5, "damping": 0.1, "weight_decay": 0.0}
+    s = 1.7
+    opt = lk.BSAM(params, precision=s, update_first=update_first, **options)
+
+    def closure(*having):
+        def run():
+            opt.zero_grad()
+            loss = sum((3 * params[i]).sum() for i in having)
+            loss.backward()
+            return loss
+
+        return run
+
+    opt.step([closure(0, 1), *[closure(0)] * 5])
+    full = 0.5 * s + 0.5 * (math.sqrt(s) * 3 + 0.1)
+    for p, expected in zip(params, (full, (full + 5 * s) / 6, s), strict=True):
+        torch.testing.assert_close(opt.state[p]["precision"], torch.full_like(p, expected).detach(), rtol=1e-14, atol=0)
+    assert sum([s / 6] * 6) != s  # so a mean over the pieces would show
+    assert same_bits(opt.state[params[2]]["precision"], torch.full((3,), s, dtype=torch.float64))

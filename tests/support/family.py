@@ -93,6 +93,7 @@ FAMILY = {
     "delta-sam": Member(lk.DeltaSAM, {"rho": 0.1}, papers.delta_sam),
     "functional-sam": Member(lk.FunctionalSAM, {"rho": 0.1}, papers.functional_sam),
     "bsam": Member(lk.BSAM, {"rho": 0.05, **VARIATIONAL}, papers.bsam, base=False),
+    "bsam-code": Member(lk.BSAM, {"rho": 0.05, **VARIATIONAL, "update_first": False}, papers.bsam, base=False),
 }
 
 

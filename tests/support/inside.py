@@ -21,6 +21,15 @@ def held(opt):
     return opt._engine.work.progress.held.state
 
 
+def shares(opt):
+    """True if groups and state are the base optimizer's own; what parts keep is shown beside its state."""
+    base = opt.base_optimizer
+    if not opt._engine.work.setting.held:
+        return opt.param_groups is base.param_groups and opt.state is base.state
+    own = ((opt.state[p].get(k), v) for p, entry in base.state.items() for k, v in entry.items())
+    return opt.param_groups is base.param_groups and opt.state.base is base and all(x is y for x, y in own)
+
+
 def space(opt):
     """The tables of the parameters, built anew where they have changed."""
     return opt._engine.work.tables.current()

@@ -55,9 +55,9 @@ class Run:
         self.theta = self.base.step(self.theta, d)
         self.perturbed.append(perturbed)
 
-    def draw(self, function, t, stream):
-        """Normal numbers or words for every element, in float64 (a word has 32 bits)."""
-        place, found = torch.tensor([self.seed, t]), {}
+    def draw(self, function, t, stream, piece=0):
+        """Normal numbers or words for every element, in float64 (a word has 32 bits); others for each piece."""
+        place, found = torch.tensor([(self.seed + piece * 0xC2B2AE3D27D4EB4F) % (1 << 62), t]), {}
         start = 0
         for k, x in self.theta.items():
             drawn = function(start, x.numel(), place, stream)
@@ -419,16 +419,26 @@ def functional_sam(run, rho):
         run.descend(oracle.gradient(along, there, batch)[1])
 
 
-def bsam(run, rho, lr, data_size, beta1=0.9, beta2=0.999, weight_decay=1e-4, damping=0.1, precision=1.0):
-    """Möllenhoff & Khan 2023, Algorithm 1; no base optimizer."""
+def bsam(
+    run, rho, lr, data_size, beta1=0.9, beta2=0.999, weight_decay=1e-4, damping=0.1, precision=1.0, update_first=True
+):
+    """Möllenhoff & Khan 2023, Algorithm 1, and the order of their code; no base optimizer. A batch may be a list: each
+    of its pieces then has a sample and a perturbation of its own, and sqrt(s)|g| and g_hat are means.
+    """
     s = {k: torch.full_like(x, precision) for k, x in run.theta.items()}
     m = {k: torch.zeros_like(x) for k, x in run.theta.items()}
     for t, batch in run.steps():
-        noise = run.draw(normals, t, NOISE)
-        g = run.grad(batch, run.moved(1.0, {k: noise[k] / (data_size * s[k]).sqrt() for k in s}))
-        g_hat = run.grad(batch, run.moved(rho, {k: g[k] / s[k] for k in s}))
+        roots, hats = [], []
+        for piece, part in enumerate(batch if isinstance(batch, list) else [batch]):
+            noise = run.draw(normals, t, NOISE, piece)
+            g = run.grad(part, run.moved(1.0, {k: noise[k] / (data_size * s[k]).sqrt() for k in s}))
+            hats.append(run.grad(part, run.moved(rho, {k: g[k] / s[k] for k in s})))
+            roots.append({k: s[k].sqrt() * g[k].abs() for k in s})
+        root, g_hat = ({k: sum(x[k] for x in each) / len(each) for k in s} for each in (roots, hats))
         m = lin((beta1, m), (1 - beta1, lin((1.0, g_hat), (weight_decay, run.theta))))
-        s = {k: beta2 * s[k] + (1 - beta2) * (s[k].sqrt() * g[k].abs() + weight_decay + damping) for k in s}
-        run.theta = {k: w - lr * m[k] / s[k] for k, w in run.theta.items()}
+        after = {k: beta2 * s[k] + (1 - beta2) * (root[k] + weight_decay + damping) for k in s}
+        by = after if update_first else s
+        run.theta = {k: w - lr * m[k] / by[k] for k, w in run.theta.items()}
+        s = after
         run.held["precision"], run.held["exp_avg"] = s, m
         run.perturbed.append(True)

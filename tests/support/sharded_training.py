@@ -8,7 +8,6 @@ from torch import nn
 import lets_kernels as lk
 from support.core_methods import BASES
 from support.family import FAMILY, TUNED, draws
-from support.inside import progress
 from support.moving_radii import auto, following
 
 
@@ -112,7 +111,7 @@ METHODS = {
     **{name: (member.cls, lambda own=member.options: {**own, "seed": 3}) for name, member in FAMILY.items()},
 }
 #: Methods that draw for each element: every part of a tensor has numbers of its own, so another sharding has others.
-DRAWN = ("rgsam", "rsam", "rsam-std", "random-sam", "sparse-dynamic", "esam", "bsam")
+DRAWN = ("rgsam", "rsam", "rsam-std", "random-sam", "sparse-dynamic", "esam", "bsam", "bsam-code")
 DRAWN += tuple(name for name in FAMILY if name not in TUNED and draws(name))
 #: The other ones beside SAM, ASAM and LETS: the same steps however the weights are spread.
 EVERYWHERE = ("p-1", "auto", "auto-filterwise", "next", *(name for name in FAMILY if name not in DRAWN))
@@ -175,10 +174,9 @@ def whole(opt):
 
     params = [p for group in opt.param_groups for p in group["params"]]
     found = {f"weight {i}": gather(p).detach().clone() for i, p in enumerate(params)}
-    kept = progress(opt).held.add_to({}, {id(p): i for i, p in enumerate(params)})
     for i, p in enumerate(params):
-        own = {**opt.state[p], **{k.removeprefix("lets_kernels."): v for k, v in kept.get(i, {}).items()}}
-        found |= {f"{k} {i}": gather(v).clone() for k, v in own.items() if torch.is_tensor(v)}
+        own = {k.removeprefix("lets_kernels."): v for k, v in opt.state[p].items() if torch.is_tensor(v)}
+        found |= {f"{k} {i}": gather(v).clone() for k, v in own.items()}
     found |= {f"schedule {k}": torch.tensor(v) for k, v in opt.schedule.state_dict().items()}
     metrics = {k: torch.as_tensor(v).double() for k, v in opt.metrics().items() if "loss" not in k}
     return {**found, "rho": opt.rho, **metrics}

@@ -26,7 +26,7 @@ from lets_kernels.base.state import Look
 from lets_kernels.ops.declared import ELEMENT_WISE, UNSCALED
 from lets_kernels.ops.memory import is_dense
 from lets_kernels.parts.part import Part, not_negative
-from lets_kernels.parts.passes import FirstPass
+from lets_kernels.parts.passes import FirstPass, SecondPass
 from lets_kernels.space.buckets import Bucket, Groups, PerRun, Runs
 from lets_kernels.space.shards import local
 
@@ -164,6 +164,8 @@ class Direction(Part):
     draws = False
     #: True if first gradients change what the direction keeps from step to step, wherever it is kept.
     remembers = False
+    #: True if the direction takes the mean over the micro-batches of a step of what it remembers.
+    averages = False
     #: The ids of the weights of the model's transposed convolutions.
     _transposed: frozenset[int] = frozenset()
 
@@ -210,6 +212,9 @@ class Direction(Part):
             ascents.append(ascent)
             shares.append(ascent.total())
         return Perturbation(ascents, first.total(shares))
+
+    def conclude(self, second: SecondPass) -> None:
+        """Called when it is known whether the step happens (``second.gate``), before the base optimizer's step."""
 
     def start(self, runs: Runs, first: FirstPass) -> None:
         """Write δ into ``first.room``. The weights of the bucket move by δ for the first pass."""

@@ -1,6 +1,9 @@
 """Along random numbers, or from a random start: Random SAM, R-SAM, and the posterior of Variational SAM."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +14,8 @@ from lets_kernels.base.variational import VariationalSGD
 from lets_kernels.ops.declared import UNSCALED
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation, filters_along
 from lets_kernels.parts.part import not_negative, share
-from lets_kernels.parts.passes import NOISE, FirstPass
-from lets_kernels.space.buckets import Runs
+from lets_kernels.parts.passes import NOISE, FirstPass, SecondPass
+from lets_kernels.space.buckets import Bucket, Runs
 from lets_kernels.space.shards import WHOLE, elements, local
 
 SCALES = ("variance", "std")
@@ -123,13 +126,15 @@ class Posterior(Direction):
 
     bSAM: Möllenhoff & Khan, ICLR 2023. The precision s is state of the base optimizer
     (:class:`lets_kernels.base.variational.VariationalSGD`), but this direction updates it, since it has g:
-    s ← β₂s + (1 − β₂)(√s|g| + δ + γ). That is before the step, which divides by the new s; the authors' code updates s
-    after it.
+    s ← β₂s + (1 − β₂)(√s|g| + δ + γ). Over micro-batches each has a sample of its own, and √s|g| is their mean.
 
     Args:
         data_size: N, the number of training examples; infinity samples ω itself.
         beta2: β₂.
         damping: γ. δ is the group's ``weight_decay``.
+        update_first: True, the step divides by the new s, as in Algorithm 1; False, by the old one, and s follows if
+            the step happens, as in the authors' code. That, and more than one micro-batch, holds the new s in memory
+            until the step.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -143,12 +148,18 @@ class Posterior(Direction):
 
     draws = True
     remembers = True
+    averages = True
 
-    def __init__(self, data_size: float, beta2: float, damping: float) -> None:
+    def __init__(self, data_size: float, beta2: float, damping: float, update_first: bool = True) -> None:
         if not data_size > 0:
             raise ValueError(f"data_size must be positive, not {data_size}: it is the number of training examples")
         self.data_size, self.beta2 = float(data_size), share(beta2, "beta2")
-        self.damping = not_negative(damping, "damping")
+        self.damping, self.update_first = not_negative(damping, "damping"), bool(update_first)
+        #: What waits for the step, by the number of the bucket.
+        self._next: dict[int, _Waiting] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_next": {}}
 
     @property
     def starts(self) -> bool:  # type: ignore[override]
@@ -174,16 +185,77 @@ class Posterior(Direction):
         b = runs.bucket
         precisions, table = b.pack(self._precisions(runs, first)), b.unscaled_table(runs.indices)
         std = 1 / math.sqrt(self.data_size)
-        b.ops.noise_(first.room(runs), [], precisions, table, None, *first.draw(b, NOISE), 0.0, std)
+        b.ops.noise_(first.room(runs), [], precisions, table, None, *first.draw(b, NOISE, first.piece), 0.0, std)
 
     def prepare(self, first: FirstPass) -> Perturbation:
         finite, ascents = torch.isfinite(first.squared_norm), []
+        waits = not self.update_first or first.pieces > 1
+        if first.piece == 0:
+            self._next = {}
         for runs in first.runs:
             b, room = runs.bucket, first.room(runs)
-            lists = (room, b.pack(self._precisions(runs, first)), runs.pack(runs.grads))
-            gate, table = finite.double().to(b.device), b.unscaled_table(runs.indices)
+            if waits:
+                flat, precisions = self._copied(b, first)
+                moved = [flat]
+            else:
+                moved = b.pack(self._precisions(runs, first))
+            table = b.unscaled_table(runs.indices)
+            gate = finite.double().to(b.device)
             damping = {g: self.damping + float(first.groups[g]["weight_decay"]) for g in b.present}
-            b.ops.posterior_ascent_(*lists, table, gate, self.beta2, b.by_run(damping, runs.indices))
+            numbers = (self.beta2, b.by_run(damping, runs.indices))
+            b.ops.posterior_ascent_(room, moved, runs.pack(runs.grads), table, gate, *numbers)
+            if waits:
+                self._gather(runs, flat, precisions, first)
             ascents.append(Ascent.along(runs, room))
         total = torch.where(finite & (first.squared_norm > 0), 1.0, torch.where(finite, 0.0, torch.nan)).double()
         return Perturbation(ascents, total, norm=first.squared_norm.sqrt())
+
+    def conclude(self, second: SecondPass) -> None:
+        waiting, self._next = self._next, {}
+        if not second.perturbed or not waiting:
+            return
+        settle = partial(self._settle, waiting, second.gate)
+        if self.update_first or not second.runs:
+            settle()
+        else:
+            second.afterwards(settle)
+
+    def _copied(self, b: Bucket, first: FirstPass) -> tuple[Tensor, list[Tensor]]:
+        """The s of all parameters of a bucket: in a flat buffer of its own, and where it lies."""
+        runs = b.all_runs()
+        precisions, flat = self._precisions(runs, first), torch.zeros_like(b.saved)
+        _copy(b, [flat], b.pack(precisions), runs.indices, first.squared_norm.new_ones(()))
+        return flat, precisions
+
+    def _gather(self, runs: Runs, flat: Tensor, precisions: list[Tensor], first: FirstPass) -> None:
+        """Take the new s of one micro-batch into their mean. Of a parameter that has no gradient in it, s stays."""
+        b = runs.bucket
+        if first.pieces > 1:
+            flat = flat.to(torch.promote_types(flat.dtype, torch.float32)) / first.pieces
+        if b.index in self._next:
+            self._next[b.index].indices.update(runs.indices)
+            self._next[b.index].flat += flat
+        else:
+            self._next[b.index] = _Waiting(b, set(runs.indices), flat, precisions)
+
+    def _settle(self, waiting: Mapping[int, "_Waiting"], gate: Tensor) -> None:
+        """s becomes what the first gradients have made of it, where the gate is open."""
+        for w in waiting.values():
+            b, indices = w.bucket, tuple(sorted(w.indices))
+            _copy(b, b.pack([w.precisions[i] for i in indices]), [w.flat.to(b.saved.dtype)], indices, gate)
+
+
+@dataclass
+class _Waiting:
+    """What s becomes in the step that has been begun, of one bucket."""
+
+    bucket: Bucket
+    indices: set[int]  # the parameters that have had a gradient
+    flat: Tensor
+    precisions: list[Tensor]  # of all parameters: where the new s is to go
+
+
+def _copy(b: Bucket, to: list[Tensor], x: list[Tensor], indices: tuple[int, ...], gate: Tensor) -> None:
+    """to <- x, where the gate is open."""
+    pair = torch.stack([torch.full((), a, dtype=torch.float64, device=b.device) for a in (1.0, 0.0)])
+    b.ops.combine_(to, x, x, b.unscaled_table(indices), pair, gate.double().to(b.device))
