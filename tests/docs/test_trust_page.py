@@ -46,7 +46,7 @@ def test_figures_are_those_of_the_results():
     assert f"{rows:,} random sequences of 40 moves for each of 14 methods, {calls:,} calls of every op" in PAGE
 
 
-# ---- the recipes: their surroundings are from here, and the blocks from the page, whose own test_blocks.py runs -------
+# ---- the recipes: their surroundings are from here, and the blocks from the page -------------------------------------
 
 WORLD = 2
 
