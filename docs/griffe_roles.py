@@ -1,4 +1,4 @@
-"""Docstrings are written for `help()`, with Sphinx's roles; on the site the roles become code, with a link where it is."""
+"""Docstrings are written for `help()`, with Sphinx's roles: on the site these become links."""
 
 import re
 from typing import Any
