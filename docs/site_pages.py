@@ -73,7 +73,8 @@ def place(page: str, target: str) -> str | None:
     path = os.path.relpath(ROOT / folder / target, ROOT)
     if not (ROOT / path).exists():
         raise ValueError(f"{page}: no file {target}")
-    return path
+    readme = f"{path}/README.md"  # what a reader of the repository sees there
+    return readme if readme in PAGES else path
 
 
 def as_page(source: str, text: str) -> str:
