@@ -17,6 +17,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted(ROOT.glob("*/README.md")),
+    ROOT / "benchmarks" / "experiments" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -87,6 +88,9 @@ def test_a_command_of_the_shell_is_there(page, capsys):
             assert set(named) <= TARGETS, line
         elif program == "lets-kernels" or [program, *rest[:2]] == ["python", "-m", "lets_kernels"]:
             check_ours(rest if program == "lets-kernels" else rest[2:], line, capsys)
+        elif [program, *rest[:1]] == ["python", "-m"]:
+            module = ROOT / rest[1].replace(".", "/")
+            assert (module / "__main__.py").is_file() or module.with_suffix(".py").is_file(), line
         elif program in ("python", "torchrun"):
             file = next(word for word in rest if word.endswith(".py"))
             assert file == "train.py" or (ROOT / file).is_file(), line  # train.py: the reader's own
