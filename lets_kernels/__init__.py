@@ -14,14 +14,26 @@ from lets_kernels.methods.lengths import LESAM, USAM, LightSAM
 from lets_kernels.methods.lets import LETSASAM, LETSSAM
 from lets_kernels.methods.looksam import AESAM, AELookSAM, LookSAM
 from lets_kernels.methods.msam import MSAM
+from lets_kernels.methods.multistep import Lookbehind, MultiStepSAM
 from lets_kernels.methods.rsam import RSAM, RandomSAM
 from lets_kernels.methods.rst import RST
+from lets_kernels.methods.sampa import SAMPa
 from lets_kernels.methods.stable import StableSAM
 from lets_kernels.methods.wsam import WSAM
 from lets_kernels.ops import backends
-from lets_kernels.parts.descent import Decoupled, Descent, NormPenalty, Perturbed, Renormalized, Reuse, SurrogateGap
+from lets_kernels.parts.descent import (
+    Decoupled,
+    Descent,
+    Gathered,
+    NormPenalty,
+    Perturbed,
+    Renormalized,
+    Reuse,
+    SurrogateGap,
+)
 from lets_kernels.parts.direction import (
     Adaptive,
+    Ahead,
     Direction,
     Dropped,
     Fisher,
@@ -30,6 +42,7 @@ from lets_kernels.parts.direction import (
     Gradient,
     Masked,
     Momentum,
+    MultiStep,
     Posterior,
     RandomStart,
     Smoothed,
@@ -64,6 +77,7 @@ __all__ = [
     "AELookSAM",
     "Accumulated",
     "Adaptive",
+    "Ahead",
     "Always",
     "AutoConstants",
     "AutoRadius",
@@ -81,6 +95,7 @@ __all__ = [
     "FisherSAM",
     "Friendly",
     "FriendlySAM",
+    "Gathered",
     "Gaussian",
     "Gradient",
     "GradientNormPenalty",
@@ -90,9 +105,12 @@ __all__ = [
     "Length",
     "LightSAM",
     "LookSAM",
+    "Lookbehind",
     "LossEquated",
     "Masked",
     "Momentum",
+    "MultiStep",
+    "MultiStepSAM",
     "NormPenalty",
     "NormThreshold",
     "Perturbed",
@@ -104,6 +122,7 @@ __all__ = [
     "RandomStart",
     "Renormalized",
     "Reuse",
+    "SAMPa",
     "Samples",
     "Schedule",
     "ScheduledRadius",

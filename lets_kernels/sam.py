@@ -244,6 +244,16 @@ class SAM(torch.optim.Optimizer):
         values = radii([radius.present(i, group) for i, group in enumerate(groups)])
         return values[0].clone() if len(values) == 1 else torch.stack(values)
 
+    @property
+    def ascents_left(self) -> int:
+        """How often :meth:`first_step` is still to be called in this step, each time after a backward at θ + ε.
+
+        0 for methods with one ascent, which are all but :class:`~lets_kernels.MultiStepSAM` and
+        :class:`~lets_kernels.Lookbehind`.
+        """
+        step = self._engine.now.step
+        return 0 if step is None else step.ascents_left
+
     def metrics(self) -> dict[str, Tensor]:
         """What the last step measured, as tensors on the device; nothing waits for them.
 
@@ -291,8 +301,9 @@ class SAM(torch.optim.Optimizer):
             ValueError: float16 gradients, which the scaler refuses.
         """
         w = self._engine.work
-        self._engine.refuse_while_perturbed("unscale_first()")
-        w.scaling.begin(scaler, first_only=True)
+        if not self.ascents_left:
+            self._engine.refuse_while_perturbed("unscale_first()")
+            w.scaling.begin(scaler, first_only=True)
         w.scaling.unscale(scaler, w.groups)
 
     @untraced

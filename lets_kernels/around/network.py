@@ -187,10 +187,12 @@ class SameRandomNumbers:
                 states[device] = torch.get_device_module(device.type).get_rng_state(device)
         self._states = states
 
-    def replay(self) -> None:
-        """Set the generators back: the second pass begins."""
-        states, self._states = self._states, None
-        for device, state in (states or {}).items():
+    def replay(self, last: bool = True) -> None:
+        """Set the generators back: another pass begins, the last one that draws the same numbers or one before it."""
+        states = self._states or {}
+        if last:
+            self._states = None
+        for device, state in states.items():
             if device.type == "cpu":
                 torch.set_rng_state(state)
             else:
@@ -353,7 +355,7 @@ class Network:
             except (AttributeError, RuntimeError):  # an older torch, or a root module outside of the model
                 m.set_reshard_after_forward(True)  # then reshard() takes effect; the backward has to gather once more
 
-    def perturbed(self) -> None:
-        """The passes at θ are over; the passes at θ + ε begin."""
+    def perturbed(self, last: bool = True) -> None:
+        """The weights are at θ + ε, and a pass begins there: the last one of the step, or one before it."""
         if self.same_rng:
-            self.numbers.replay()
+            self.numbers.replay(last)

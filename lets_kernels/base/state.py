@@ -70,6 +70,13 @@ def lies_as(tensors: list[Tensor], params: list[Tensor]) -> bool:
     )
 
 
+def lying_as(p: Tensor, v: Tensor) -> Tensor:
+    """The tensor itself if it has the parameter's memory layout, otherwise a copy that has it."""
+    if lies_as([v], [p]) and not v.is_neg():
+        return v
+    return torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False).copy_(v)
+
+
 def _same(old: Sequence[object], new: Sequence[object]) -> bool:
     return len(old) == len(new) and all(map(operator.is_, old, new))
 

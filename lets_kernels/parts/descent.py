@@ -18,6 +18,8 @@ class Descent(Part):
     holds_first = False
     #: True if ``choose`` needs ``second.first_squared_norm``, for which no gradient is held.
     needs_first_norm = False
+    #: True if ``choose`` needs ``second.gathered``, where the direction has several ascents.
+    gathers = False
     #: The factor of the second gradient in the gradient of the step, for the diagonal ρ-gradient of LETS.
     slope = 1.0
 
@@ -159,6 +161,38 @@ class Decoupled(Descent):
     def choose(self, second: SecondPass) -> None:
         if second.perturbed:
             second.step_apart([second.firsts(runs) for runs in second.runs], self.alpha)
+
+
+class Gathered(Descent):
+    """Along α (ĝ₁ + … + ĝ_k), the gradients at all the points that k ascents reach: Lookbehind (ICML 2024).
+
+    Mordido, Malviya, Baratin & Chandar step along each of them in turn, θ_j = θ_{j−1} − η ĝ_j from θ₀ = θ, and then go
+    back to θ + α (θ_k − θ). With SGD without momentum that is one step along α Σ ĝ_j, which is made here for any base
+    optimizer. On a step that does not perturb, along g. Keeps the sum from ascent to ascent.
+
+    LETS sees the last gradient's share of the step only.
+
+    Args:
+        alpha: α; in (0, 1] in the paper, where 1 lets all k steps count whole.
+
+    Raises:
+        ValueError: α is negative or not finite.
+    """
+
+    gathers = True
+
+    def __init__(self, alpha: float = 0.5) -> None:
+        self.alpha = self.slope = not_negative(alpha, "alpha")
+
+    def choose(self, second: SecondPass) -> None:
+        if not second.perturbed or (self.alpha == 1 and not second.gathered):
+            return
+        earlier = [second.gathered[runs.bucket.index] if second.gathered else {} for runs in second.runs]
+        others = [
+            [sums[i] if i in sums else torch.zeros_like(g) for i, g in zip(runs.indices, runs.grads, strict=True)]
+            for runs, sums in zip(second.runs, earlier, strict=True)
+        ]
+        second.step_along(others, second.numbers(self.alpha, self.alpha))
 
 
 class Reuse(Descent):

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -160,6 +160,9 @@ class FirstPass:
     held: Held
     base: Look  # the base optimizer's class, groups and state, read only
     keeps: bool  # the vectors of the perturbation are needed after it
+    ascent: int = 0  # which ascent of the step this is, from 0: the later ones have their gradients at θ + ε
+    #: What a direction with several ascents keeps from one to the next, by the index of the bucket: a flat buffer each.
+    carried: dict[int, Tensor] = field(default_factory=dict)
     _squared: Tensor | None = None
 
     def total(self, shares: Sequence[Tensor]) -> Tensor:
@@ -265,6 +268,9 @@ class SecondPass:
     offsets: Sequence[int]  # the place of each bucket's first parameter among all parameters; last, their number
     groups: Sequence[Mapping[str, Any]]  # the base optimizer's
     first_squared_norm: Tensor | None = None  # ‖g‖² of a step that perturbs, if the descent needs it: 0-d float64
+    #: The sums of the gradients at all points θ + ε before the last one, if the descent gathers them: one for every
+    #: bucket; empty if there was but one such point.
+    gathered: list[Gradients] = field(default_factory=list)
     #: Vectors along which the weights move after the base optimizer's step, and a factor of the learning rate.
     _apart: tuple[list[list[Tensor]], float] | None = None
     _compared: Tensor | None = None

@@ -139,6 +139,9 @@ def _second_pass(
         finally:
             watch.ends()
         zeroed = watch.saw_zeroing() if watched else None
+        while not zeroed and e.begun_step.ascents_left:
+            e.begin(zero_grad=True, loss=None)
+            returned = e.work.setting.samples.second(e.work.a_pass(scaler), closure)
         e.begun_step.perturbed_loss = loss_in(e.work.setting.samples.loss(returned))
     else:
         e.begun_step.return_gradients()

@@ -139,6 +139,9 @@ class Engine:
     def zeroes(self) -> None:
         """``zero_grad()`` is called: a first pass that no step has followed is forgotten."""
         self.now.zeroed += 1
+        step = self.now.step
+        if step is not None and step.ascents_left and not step.is_perturbed:
+            self.restore()  # its next ascent has lost its gradients
         if self.now.step is None:
             self.forget_pass()
 
@@ -184,7 +187,10 @@ class Engine:
     def begin(self, zero_grad: bool, loss: Any) -> bool:
         """:meth:`SAM.first_step`."""
         w, now = self.work, self.now
-        self.refuse_another_step("first_step()")
+        self._heal()
+        if now.step is not None and now.step.ascents_left and not now.step.in_context:
+            return self._ascend(now.step, zero_grad)
+        self.refuse_while_perturbed("first_step()")
         now.step = None
         try:
             step = Step(w, as_scalar(loss), keep=not zero_grad)
@@ -209,6 +215,19 @@ class Engine:
             self.restore()
             raise
         return step.perturbs or not w.setting.direction.needs_gradient
+
+    def _ascend(self, step: Step, zero_grad: bool) -> bool:
+        """The next of several ascents of a step, from the gradients at θ + ε."""
+        try:
+            check_same_graph(step.captured, "first_step()", "the one before it")
+            step.ascend()
+            if zero_grad:
+                self.now.zeroed += 1
+                self.work.drop_gradients()
+        except BaseException:
+            self.restore()
+            raise
+        return True
 
     def _forget_lesson(self) -> None:
         """The next step begins, and overwrites what the radius would have learned from the last one.
@@ -275,6 +294,12 @@ class Engine:
             check_same_graph(step.captured, "second_step()", "first_step()")
         except RuntimeError as error:
             return error
+        if step.ascents_left:
+            return RuntimeError(
+                f"the step has {step.ascents_left} more of its {self.work.setting.direction.ascents} ascents to make: "
+                "call first_step(), or enter perturbed(), after each backward while opt.ascents_left is not 0; "
+                "step(closure) does it by itself"
+            )
         if self.work.scaling.first_only and step.overflow is None:
             return RuntimeError(
                 "unscale_first() unscaled the first gradients, the second ones are still scaled: take the step with "

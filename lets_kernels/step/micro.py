@@ -64,6 +64,8 @@ def _check(s: Setting) -> None:
         reason = f"{type(s.schedule).__name__} decides by the gradient of the whole batch"
     elif not s.direction.needs_gradient:
         reason = f"{type(s.direction).__name__} perturbs all micro-batches alike, so accumulate them in one closure"
+    elif s.direction.ascents > 1:
+        reason = f"{type(s.direction).__name__} takes several gradients before the last one"
     elif s.direction.remembers or s.length.remembers:
         what = type(s.direction if s.direction.remembers else s.length).__name__
         reason = f"{what} remembers one first gradient a step"

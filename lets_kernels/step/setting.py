@@ -109,6 +109,12 @@ class Setting:
                     "rank's own first gradients, but replicas must hold the same one, and a saved state can hold only "
                     "one; leave it out"
                 )
+        if direction.ascents > 1 and (not synced or self.samples.per_sample):
+            what = type(self.samples).__name__ if synced else "sync_perturbation=False"
+            raise ValueError(
+                f"{names[direction]} takes {direction.ascents} gradients before the last one, and {what} goes with one "
+                "alone: leave one of the two out"
+            )
         if not synced and descent.looks_back:
             raise ValueError(
                 f"sync_perturbation=False with {names[descent]}: it would combine each rank's own first gradient with "

@@ -66,8 +66,9 @@ class Step:
     """What one step needs to know between its two passes.
 
     The constructor takes the first gradients. ``prepare`` finds the perturbation and touches no weight; ``perturb``
-    moves the weights, ``restore`` brings them back, ``descend`` restores and lets the base optimizer step. The ops keep
-    a flag for each bucket that says whether it is perturbed, so ``restore`` may be called at any time and does no harm.
+    moves the weights, ``restore`` brings them back, ``descend`` restores and lets the base optimizer step. Where the
+    direction has several ascents, ``ascend`` goes on from the gradients at θ + ε to another θ + ε. The ops keep a flag
+    for each bucket that says whether it is perturbed, so ``restore`` may be called at any time and does no harm.
     """
 
     perturbs: bool
@@ -80,6 +81,13 @@ class Step:
         self.lesson: Trial | None = None
         self.is_perturbed = self.torn = self.in_context = self.returned = False
         self.given_up = False  # restore() sets this, perhaps called by a signal handler within one of the methods here
+        #: How many ascents have been made, and what the direction and the descent keep from one to the next.
+        self.ascended = 0
+        self._carried: dict[int, Tensor] = {}
+        self._gathered: list[Gradients] = []
+        #: The dual norm at θ, and the totals of all ascents but the last, where there are several.
+        self._norm_at_theta: Tensor | None = None
+        self._earlier: list[Tensor] = []
         #: How many passes this step has made so far.
         self.passes = int(setting.direction.needs_gradient)
         self.captured = check_capture(work)
@@ -127,9 +135,8 @@ class Step:
         """
         setting, progress = self.work.setting, self.work.progress
         direction, radius = setting.direction, setting.radius
-        keeps = self._measures or (self._learns and setting.learning is not None and setting.learning.needs_vectors)
-        runs = [runs for runs in self.first if runs.indices]
-        first = self.work.first_pass(runs, keeps, setting.network.sync_perturbation)
+        first = self._first_pass(self.first)
+        runs = first.runs
         if setting.learning is not None and setting.learning.waits and direction.needs_gradient:
             self._complete(first)
         moment = Moment(progress.step, progress.random, first, self.loss)
@@ -184,6 +191,46 @@ class Step:
             self.rho.append(b.numbers(self.radii))
         self.gate, self.gated = torch.ones_like(self.total), False
 
+    def _first_pass(self, gradients: list[Runs]) -> FirstPass:
+        """The gradients from which the direction finds the next perturbation."""
+        setting = self.work.setting
+        keeps = self._measures or (self._learns and setting.learning is not None and setting.learning.needs_vectors)
+        runs = [runs for runs in gradients if runs.indices]
+        return self.work.first_pass(runs, keeps, setting.network.sync_perturbation, self.ascended, self._carried)
+
+    @property
+    def ascents_left(self) -> int:
+        """How many ascents are still to be made, each from the gradients at the point that the last one reached."""
+        return self.work.setting.direction.ascents - self.ascended if self.perturbs and self.ascended else 0
+
+    def ascend(self) -> None:
+        """From the gradients at θ + ε to another θ + ε, by way of θ."""
+        setting = self.work.setting
+        gradients = [b.gather() for b in self.buckets]
+        if not any(runs.indices for runs in gradients):
+            setting.network.check_parameters([p for b in self.buckets for p in b.params])
+        self.passes += 1
+        if setting.descent.gathers:
+            self._gather_up(gradients)
+        self.restore()
+        if self._norm_at_theta is None:
+            self._norm_at_theta = self._norm()
+        self._earlier.append(self.total)
+        found = setting.direction.prepare(self._first_pass(gradients))
+        self.perturbation, self.total = found, found.total
+        self.totals = [found.total]
+        self.perturb()
+
+    def _gather_up(self, gradients: list[Runs]) -> None:
+        """Add to the sums that a descent over several ascents needs."""
+        self._gathered = self._gathered or [{} for _ in self.buckets]
+        for runs, sums in zip(gradients, self._gathered, strict=True):
+            pairs = list(zip(runs.indices, runs.grads, strict=True))
+            there = [(sums[i], g) for i, g in pairs if i in sums]
+            if there:
+                torch._foreach_add_(*map(list, zip(*there, strict=True)))
+            sums |= {i: g.clone() for i, g in pairs if i not in sums}
+
     def _complete(self, first: FirstPass) -> None:
         """Let a radius that waits for the first gradients learn from them, unless they skip this step."""
         w, learning = self.work, self.work.setting.learning
@@ -205,7 +252,7 @@ class Step:
         for a in ascents:
             b = a.runs.bucket
             a.perturb(self.total.to(b.device), self.rho[b.index])
-        network.perturbed()
+        network.perturbed(last=self.ascended + 1 == setting.direction.ascents)
         if self._measures:
             self.work.tables.precision = measure(ascents, self.total, self.rho)
         self.torn = False
@@ -215,6 +262,9 @@ class Step:
                 a.bucket.dirty.fill_(1)  # every bucket is saved
             self.restore()
             raise given_up()
+        self.ascended += 1
+        if not self.ascents_left:
+            self._carried.clear()
         if not self._holds:  # only the saved weights, no other parameter-sized buffer, live through the second pass
             for a in ascents:
                 a.vectors = a.runs.grads = []
@@ -283,6 +333,7 @@ class Step:
             offsets=list(accumulate([len(b.params) for b in self.buckets], initial=0)),
             groups=w.groups,
             first_squared_norm=self._first_squared_norm,
+            gathered=self._gathered,
         )
         products, memory = self._compared(passed)
         squared_norm = setting.descent.look(passed)
@@ -360,7 +411,7 @@ class Step:
                 self.hats = known or means[:1]
             if alone:
                 self.totals = means[1:]
-            flags = [*known, *means[:1], *self.totals]
+            flags = [*known, *means[:1], *self._earlier, *self.totals]
         if flags and self.buckets:
             self.gate, self.gated = self.buckets[0].ops.all_finite_(flags, w.progress.skipped), True
 
@@ -402,7 +453,7 @@ class Step:
         if len(self.totals) > 1 or self.totals[0] is not self.total:  # totals of several passes, or means over ranks
             norm = torch.stack(self.totals).mean().pow(1 / q)
         else:
-            norm = self._norm()
+            norm = self._norm() if self._norm_at_theta is None else self._norm_at_theta
         found = {"grad_norm": norm} if setting.direction.needs_gradient else {}
         if setting.rho_warmup or not setting.length.fixed:
             found["applied_rho"] = self._applied()

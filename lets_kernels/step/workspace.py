@@ -173,13 +173,22 @@ class Workspace:
             for p in group["params"]:
                 p.grad = None
 
-    def first_pass(self, runs: list[Runs], keeps: bool = False, synced: bool = True) -> FirstPass:
+    def first_pass(
+        self,
+        runs: list[Runs],
+        keeps: bool = False,
+        synced: bool = True,
+        ascent: int = 0,
+        carried: dict[int, Tensor] | None = None,
+    ) -> FirstPass:
         """The first pass as a direction sees it.
 
         Args:
             runs: the runs of the buckets that take part.
             keeps: the vectors of the perturbation are needed after it.
             synced: False for the gradients of this rank alone.
+            ascent: which ascent of the step this is, from 0.
+            carried: what the direction keeps from one ascent to the next.
         """
         progress = self.progress
         return FirstPass(
@@ -192,6 +201,8 @@ class Workspace:
             held=progress.held,
             base=Look.at(self.base),
             keeps=keeps,
+            ascent=ascent,
+            carried={} if carried is None else carried,
         )
 
     def a_pass(self, scaler: Scaler | None) -> Pass:

@@ -210,7 +210,7 @@ def spoiled(rank, method, which):
     last = 2 if method.startswith("esam") else 1  # after a pass without gradients
     for step in range(5):
         before, calls = held(opt), opt.metrics()["gradients"]
-        factors = [math.inf if (rank, step, call) == (1, 2, which * last) else 1.0 for call in range(3)]
+        factors = [math.inf if (rank, step, call) == (1, 2, which * last) else 1.0 for call in range(6)]
         opt.step(closure(model, batch(rank, step), factors, opt.samples))
         if step == 2:
             found = [before, held(opt), int(opt.metrics()["gradients"] - calls)]
@@ -218,7 +218,16 @@ def spoiled(rank, method, which):
 
 
 #: What has counted a first gradient that was finite, also where the step is skipped for the second.
-COUNTED = ("average", "precision", "direction.updates", "schedule.", "mask", "direction.selected", "length.sum")
+COUNTED = (
+    "average",
+    "ahead",
+    "precision",
+    "direction.updates",
+    "schedule.",
+    "mask",
+    "direction.selected",
+    "length.sum",
+)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])

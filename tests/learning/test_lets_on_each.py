@@ -61,6 +61,11 @@ METHODS = {
     "esam-tensor": (method(lk.ESAM, beta=0.8, granularity="tensor", gamma=1.0), EXACT, EXACT),
     "delta": (method(lk.DeltaSAM), EXACT, WARNED),
     "penalty": (method(lk.GradientNormPenalty, alpha=0.7), EXACT, EXACT),
+    # Where later ascents go depends on ρ, and is taken as it is; Lookbehind's first gradients depend on it, too.
+    "multi-step": (method(lk.MultiStepSAM, k=3), 0.003, 0.02),
+    "multi-step-growing": (method(lk.MultiStepSAM, k=3, renormalize=False), 0.005, 0.03),
+    "lookbehind": (method(lk.Lookbehind, k=2), 0.5, 0.01),
+    "sampa": (method(lk.SAMPa), EXACT, WARNED),
     "wsam": (method(lk.WSAM, gamma=0.6), EXACT, EXACT),
     "wsam-coupled": (method(lk.WSAM, gamma=0.6, decouple=False), EXACT, EXACT),
     "random": (method(lk.RandomSAM), EXACT, None),
@@ -258,7 +263,7 @@ def test_along_the_training_gradient_as_algorithm_1_prints_it(name):
     with torch.no_grad():
         gap = problem.loss("val") - problem.loss("train")
     terms = zip(val, train, hat, directions, strict=True)
-    slope = {"penalty": 0.7, "wsam": 1.5, "wsam-coupled": 1.5}.get(name, 1.0)
+    slope = {"penalty": 0.7, "wsam": 1.5, "wsam-coupled": 1.5, "lookbehind": 0.5, "sampa": 0.8}.get(name, 1.0)
     expected = -LR * slope * gap * sum(((v - t) * h * h * d).sum() for v, t, h, d in terms)
     if name in LENGTHS:  # ε has another length than ρ: that of the step
         expected *= problem.opt.metrics()["applied_rho"] / RHO

@@ -112,6 +112,8 @@ def expected_gradients(row, opt):
     if words == "1 + p":  # four standard deviations of a binomial: wrong once in 16,000 seeds, and the seed is fixed
         mean, deviation = opt.schedule.p * STEPS, math.sqrt(STEPS * opt.schedule.p * (1 - opt.schedule.p))
         return STEPS + mean - 4 * deviation, STEPS + mean + 4 * deviation
+    if words == "1 + k":
+        return ((1 + opt.direction.ascents) * STEPS,) * 2
     if words == "1 + f":  # f STEPS is rounded to a whole number
         late = STEPS * (1 + opt.schedule.fraction)
         return late - 0.5, late + 0.5
@@ -239,7 +241,9 @@ def test_a_steady_step_allocates_nothing_of_the_weights_size(method, row):
     line = Line(method, row)
     for _ in range(6):
         line.step()
-    assert allocations(line, 6) == []
+    # What several ascents carry along lives for a step only, and is counted in the table's peak.
+    carried = 6 * (row.peak - 1) if line.opt.direction.ascents > 1 else 0
+    assert len(allocations(line, 6)) == carried
 
 
 def test_the_count_of_allocations_sees_what_the_reference_allocates():

@@ -73,7 +73,7 @@ def check(backend, name, base, **options):
         family.run(opt, task)
     assert opt.fused is (BASES[base][3] is not None)
     assert_agrees(task, opt, run, own_base=not FAMILY[name].base)
-    passes = 1 if name in family.ONE_PASS else 2
+    passes = 1 if name in family.ONE_PASS else 1 + opt.direction.ascents
     assert opt.metrics()["gradients"] == sum(passes if perturbed else 1 for perturbed in run.perturbed)
     return task, opt, run
 

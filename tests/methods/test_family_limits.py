@@ -67,6 +67,9 @@ SAM_WHERE = {
     "gsam": {"alpha": 0.0},
     "norm-penalty": {"alpha": 1.0},
     "wsam-coupled": {"gamma": 0.5},
+    "multi-step-sam": {"k": 1},
+    "multi-step-sam-growing": {"k": 1, "rho": 0.1},
+    "lookbehind": {"k": 1, "alpha": 1.0, "rho": 0.1},
     "rsam": {"gamma": 0.0},
     "friendly": {"sigma": 0.0},
     "friendly-text": {"sigma": 0.0},
@@ -125,7 +128,7 @@ def test_ae_looksam_without_reuse_is_ae_sam(backend):
 # g_hat - g: nothing at all, where the two passes give the same bits.
 AT_ZERO = [name for name in FAMILY if name not in ("bsam", "rgsam")]
 #: What they add to the plain gradient cancels out but for rounding.
-ROUNDS = ("gsam", "norm-penalty", "wsam-coupled", *PER_SAMPLE)
+ROUNDS = ("gsam", "lookbehind", "norm-penalty", "wsam-coupled", *PER_SAMPLE)
 
 
 @pytest.mark.parametrize("name", AT_ZERO)
@@ -133,6 +136,8 @@ def test_rho_0_is_the_base_optimizer(name, backend):
     """With the bits of its own fused step; and those are the base optimizer's but for rounding."""
     base, steps = "adamw" if backend.name == "cpu" else "momentum", few(name, backend)
     whole = {"gamma": 1.0} if FAMILY[name].cls is lk.ESAM else {}
+    whole |= {"alpha": 1 / 3} if name == "lookbehind" else {}  # the mean of its three gradients
+    whole |= {"lam": 0.0} if name == "sampa" else {}
     found = weights_after(name, backend, base, rho=0.0, **whole)
     expected = sam(backend, base, rho=0.0, steps=steps)
     assert strayed(found, expected) <= TIGHT if name in ROUNDS else same(found, expected)

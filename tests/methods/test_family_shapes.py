@@ -13,7 +13,15 @@ from support.inside import now
 
 # Passes of a step that perturbs, and of one that does not: (calls of the closure, gradients).
 CALLS = {lk.ESAM: ((3, 2), (1, 1))}
-ONE, TWO = ((1, 1), (1, 1)), ((2, 2), (1, 1))
+
+
+def calls_of(name, opt):
+    """The calls and the gradients of a step that perturbs, and those of one that does not."""
+    several = ((1 + opt.direction.ascents,) * 2, (1, 1))
+    return CALLS.get(FAMILY[name].cls, ONE if name in ONE_PASS else several)
+
+
+ONE = ((1, 1), (1, 1))
 
 
 def perturbs(opt):
@@ -71,7 +79,7 @@ def test_the_closure_is_called_as_often_as_needed_and_gradients_are_counted(name
     for batch, _ in task.batches:
         calls = []
         opt.step(closure(opt, task.net, batch, calls))
-        expected, passes = CALLS.get(FAMILY[name].cls, ONE if name in ONE_PASS else TWO)[0 if perturbs(opt) else 1]
+        expected, passes = calls_of(name, opt)[0 if perturbs(opt) else 1]
         gradients += passes
         assert len(calls) == expected
         assert opt.metrics()["gradients"] == gradients
@@ -81,7 +89,7 @@ def test_the_closure_is_called_as_often_as_needed_and_gradients_are_counted(name
 # What goes by one micro-batch after the other. The others remember one first gradient a step, or look at the batch.
 def goes_one_by_one(opt):
     remembers = opt.direction.remembers or opt.descent.looks_back or opt.schedule.looks_at_gradient
-    remembers = remembers or opt.length.remembers
+    remembers = remembers or opt.length.remembers or opt.direction.ascents > 1
     return opt.direction.needs_gradient and not (remembers or opt.samples.per_sample)
 
 
@@ -153,7 +161,7 @@ def test_a_first_pass_at_the_weights_themselves_is_refused(name):
     assert all(map(torch.equal, task.bits(), before))
 
 
-REMEMBER = (lk.FriendlySAM, lk.VaSSO, lk.BSAM, lk.SparseSAM, lk.AESAM, lk.AELookSAM, lk.LightSAM)
+REMEMBER = (lk.FriendlySAM, lk.VaSSO, lk.BSAM, lk.SparseSAM, lk.AESAM, lk.AELookSAM, lk.LightSAM, lk.SAMPa)
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -2,6 +2,9 @@
 
 DIRECTION = "lets_kernels/parts/direction/"
 ROBUST = "tests/methods/test_family_robust.py -k 'cpu and not_finite'"
+ZERO = "tests/methods/test_family_robust.py -k 'cpu and zero'"
+SAMPA = "tests/methods/test_sampa.py"
+SEVERAL = "tests/methods/test_multistep.py"
 TEN = "tests/methods/test_family.py -k 'cpu and every_method and ({})'"
 
 GROUPS = [
@@ -42,6 +45,57 @@ GROUPS = [
             ("kept = max(1, round((1 - self.sparsity) * size))", "kept = max(1, round(self.sparsity * size))"),
             ("(low >> 1) + (high >> 1) + (low & high & 1)", "low + (high - low) // 2"),
             ("first.squared_norm if due else first.total(shares))", "first.total(shares) / 2)"),
+        ],
+    ),
+    (
+        DIRECTION + "ahead.py",
+        SAMPA + " -k cpu",
+        [
+            ("minus * decay", "minus"),
+            ("minus * momentum", "minus"),
+            ("if moving and momentum:", "if False:"),
+            ("finite.double().to(b.device)", "one.to(b.device)"),
+            ("torch.where(finite, first.total(shares), torch.nan)", "first.total(shares)"),
+            ("if issubclass(first.base.kind, torch.optim.SGD):", 'if "momentum" in group:', SAMPA + " -k alone"),
+        ],
+    ),
+    (
+        DIRECTION + "multistep.py",
+        TEN.format("multi-step or lookbehind"),
+        [
+            ("if not self.renormalize:", "if self.renormalize:"),
+            ("found.total.rsqrt()", "found.total.reciprocal()"),
+            ("if first.ascent == 0:", "if first.ascent <= 1:"),
+            ("torch.zeros_like(b.saved)", "torch.ones_like(b.saved)"),
+            ("torch.where(found.total == 0, 0.0,", "torch.where(found.total == 1, 0.0,", ZERO),
+            ("(total > 0).double(), torch.nan)", "(total > 0).double(), 0.0)", SEVERAL + " -k finite"),
+        ],
+    ),
+    (
+        "lets_kernels/step/step.py",
+        SEVERAL,
+        [
+            ("        self._gathered = self._gathered or", "        self._gathered =", TEN.format("lookbehind")),
+            ("        self._earlier.append(self.total)", "        pass"),
+            ("        if not self.ascents_left:\n            self._carried.clear()\n", ""),
+            ("self._norm() if self._norm_at_theta is None else self._norm_at_theta", "self._norm()"),
+            ("last=self.ascended + 1 == setting.direction.ascents", "last=True", "tests/around/test_same_rng.py"),
+        ],
+    ),
+    (
+        "lets_kernels/step/engine.py",
+        SEVERAL,
+        [
+            ("and step.ascents_left and not step.is_perturbed:", "and step.ascents_left and step.is_perturbed:"),
+            ("        if step.ascents_left:\n            return", "        if False:\n            return"),
+        ],
+    ),
+    (
+        "lets_kernels/parts/descent.py",
+        TEN.format("lookbehind"),
+        [
+            ("second.numbers(self.alpha, self.alpha)", "second.numbers(self.alpha, 1.0)"),
+            ("sums[i] if i in sums else torch.zeros_like(g)", "torch.zeros_like(g)"),
         ],
     ),
     (

@@ -126,8 +126,8 @@ GROUPS = [
         "lets_kernels/step/step.py",
         "tests/step/test_finite.py -k reference",
         [
-            ("flags = [*known, *means[:1], *self.totals]", "flags = [*known, *self.totals]"),
-            ("flags = [*known, *means[:1], *self.totals]", "flags = [*known, *means[:1]]"),
+            ("flags = [*known, *means[:1], *self._earlier, *self.totals]", "flags = [*known, *self.totals]"),
+            ("flags = [*known, *means[:1], *self._earlier, *self.totals]", "flags = [*known, *means[:1]]"),
             ("self.total.pow(1 / self.work.setting.direction.q)", "self.total.sqrt()", "tests/methods/test_parts.py"),
             ("mean().pow(1 / q)", "mean().sqrt()", "tests/step/test_micro.py -k power_mean"),
             (RESTORING, "            try:\n                pass\n            except"),

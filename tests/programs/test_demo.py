@@ -344,7 +344,7 @@ def test_a_method_of_the_others_trains(name, usual):
 
 #: Gradients a step, as the pages of the methods have them; LookSAM's k is 5. The others are left to chance, or to the
 #: gradient.
-USUAL = {"1": 1, "2": 2, "4": 4, "1 + 1/k": 1.2, "1 + f": 1.1, "1 + γ, and a forward pass": 2}
+USUAL = {"1": 1, "1 + k": 3, "2": 2, "4": 4, "1 + 1/k": 1.2, "1 + f": 1.1, "1 + γ, and a forward pass": 2}
 WORDS = {"sgd": "1", "asam-auto": "2", "sam-auto": "2", "lets-sam-secant": "4", "lets-asam-secant": "4"}
 WORDS |= {method.key: method.rows[0].gradients for method in catalogue.methods()}
 

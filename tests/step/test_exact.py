@@ -99,6 +99,9 @@ class Exact:
         self.first(opt)
         opt.first_step(zero_grad=True)
         self.backward()
+        while opt.ascents_left:
+            opt.first_step(zero_grad=True)
+            self.backward()
         opt.second_step(zero_grad=True)
         if opt.radius.learns:
             opt.radius_step(self.backward, self.backward)

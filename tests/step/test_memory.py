@@ -43,8 +43,11 @@ def test_who_holds_the_first_gradient_through_the_second_pass(name):
         backward(p)
     first = weakref.ref(p.grad)
     opt.first_step(zero_grad=True)
-    assert (first() is not None) is (name in ("gsam", "rgsam", "norm-penalty", "wsam", "looksam", "aelooksam"))
+    assert (first() is not None) is (name in ("gsam", "rgsam", "norm-penalty", "wsam", "sampa", "looksam", "aelooksam"))
     backward(p)
+    while opt.ascents_left:
+        opt.first_step(zero_grad=True)
+        backward(p)
     opt.second_step(zero_grad=True)
     assert first() is None
 
@@ -69,7 +72,7 @@ def test_a_learned_radius_holds_it_until_it_has_learned():
 
 
 #: Beside the saved copy: an average, what is orthogonal, the mask. bSAM's are its base optimizer's state.
-KEPT = {"looksam": 1, "aelooksam": 1, "friendly": 1, "vasso": 1, "sparse": 1}
+KEPT = {"looksam": 1, "aelooksam": 1, "friendly": 1, "vasso": 1, "sparse": 1, "sampa": 1}
 
 
 @pytest.mark.parametrize("name", ["adaptive", *ONE_EACH])
@@ -87,6 +90,9 @@ def test_the_package_keeps_one_saved_copy_and_nothing_else_of_the_weights_size(n
             backward(p)
         opt.first_step(zero_grad=True)
         backward(p)
+        while opt.ascents_left:
+            opt.first_step(zero_grad=True)
+            backward(p)
         opt.second_step(zero_grad=True)
     seen, large = set(), []
 

@@ -89,7 +89,7 @@ def test_the_measures_of_groups_are_those_of_their_own_options(backend):
     torch.testing.assert_close(found(opt), expected, rtol=1e-6, atol=0)  # the total is summed from float32 terms
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in family.BY_STATE])
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in family.STILL_AT_FIRST])
 def test_the_measures_of_any_method_are_those_of_what_float64_weights_would_do(backend, name):
     """ε is taken from a twin in float64, at the same weights with the same gradients and random numbers."""
     ends = []

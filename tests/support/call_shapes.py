@@ -61,6 +61,11 @@ class Passes:
             if self.scaler is not None:
                 opt.unscale_first(self.scaler)
 
+    def again(self, opt):
+        """After a pass at θ + ε that is not the last one."""
+        if self.scaler is not None:
+            opt.unscale_first(self.scaler)
+
     def take(self, opt):
         """The base optimizer's step in the shapes without a closure."""
         if self.clip is not None:
@@ -94,6 +99,10 @@ def by_two_steps(opt, passes, batch, val):
     opt.zero_grad()
     passes.first(opt, batch)
     opt.first_step(zero_grad=True)
+    while opt.ascents_left:
+        passes(batch)
+        passes.again(opt)
+        opt.first_step(zero_grad=True)
     passes(batch)
     passes.take(opt)
     passes.learn(opt, batch, val)
@@ -102,9 +111,12 @@ def by_two_steps(opt, passes, batch, val):
 def by_context(opt, passes, batch, val):
     opt.zero_grad()
     passes.first(opt, batch)
-    with opt.perturbed():
-        opt.zero_grad()
-        passes(batch)
+    for _ in range(opt.direction.ascents):
+        with opt.perturbed():
+            opt.zero_grad()
+            passes(batch)
+        if opt.ascents_left:
+            passes.again(opt)
     passes.take(opt)
     passes.learn(opt, batch, val)
 

@@ -171,6 +171,9 @@ def by_two_steps(opt, first, val=None):
         loss = first()
     opt.first_step(zero_grad=True, loss=loss)
     first()
+    while opt.ascents_left:
+        opt.first_step(zero_grad=True)
+        first()
     opt.second_step(zero_grad=True)
     if val is not None:
         opt.radius_step(first, val)

@@ -61,6 +61,12 @@ FAMILY = {
     "rgsam": Member(lk.RGSAM, {"rho": 0.1, "alpha": 0.4, **START}, papers.rgsam, {"transposed": TRANSPOSED}),
     "norm-penalty": Member(lk.GradientNormPenalty, {"rho": 0.1, "alpha": 0.8}, papers.norm_penalty),
     "stable-sam": Member(lk.StableSAM, {"rho": 0.1}, papers.stable_sam),
+    "multi-step-sam": Member(lk.MultiStepSAM, {"rho": 0.1, "k": 3}, papers.multi_step_sam),
+    "multi-step-sam-growing": Member(
+        lk.MultiStepSAM, {"rho": 0.05, "k": 2, "renormalize": False}, papers.multi_step_sam
+    ),
+    "lookbehind": Member(lk.Lookbehind, {"rho": 0.05, "k": 3, "alpha": 0.6}, papers.lookbehind),
+    "sampa": Member(lk.SAMPa, {"rho": 0.1, "lam": 0.3}, papers.sampa),
     "wsam": Member(lk.WSAM, {"rho": 0.1, "gamma": 0.6}, papers.wsam),
     "wsam-coupled": Member(lk.WSAM, {"rho": 0.1, "gamma": 0.4, "decouple": False}, papers.wsam),
     "rsam": Member(lk.RSAM, {"rho": 0.1, **START}, papers.rsam, {"transposed": TRANSPOSED}),
@@ -116,6 +122,7 @@ COUNTED = {
     "friendly": {"direction.updates", "lets_kernels.average"},
     "vasso": {"direction.updates", "lets_kernels.average"},
     "bsam": {"precision"},
+    "sampa": {"lets_kernels.ahead"},
     "aesam": {"schedule.mean", "schedule.variance"},
     "aelooksam": {"schedule.mean", "schedule.variance"},
     "lightsam": {"length.sum"},
@@ -165,6 +172,10 @@ BESIDE = tuple(name for name in FAMILY if _small(name).direction.starts)
 ONE_PASS = tuple(name for name in FAMILY if not _small(name).direction.needs_gradient)
 #: Those that go by what the base optimizer keeps: nothing moves before its first step.
 BY_STATE = tuple(name for name in ONE_PASS if not _small(name).direction.draws)
+#: And those that go by what the step before has found: nothing is perturbed in the first one.
+STILL_AT_FIRST = (*BY_STATE, *(name for name in FAMILY if isinstance(_small(name).direction, lk.Ahead)))
+#: Those that take several gradients before the last one.
+SEVERAL = tuple(name for name in FAMILY if _small(name).direction.ascents > 1)
 #: Those whose closure returns the losses of single samples.
 PER_SAMPLE = tuple(name for name in FAMILY if _small(name).samples.per_sample)
 
@@ -236,14 +247,18 @@ def take(opt, net, batch, shape="closure", skip=True):
             before = _first_backward(opt, net, batch)
     if shape == "two-steps":
         needed = opt.first_step(zero_grad=True)
+        while opt.ascents_left:
+            _second_backward(opt, net, batch, before)
+            opt.first_step(zero_grad=True)
         if needed or not skip:
             _second_backward(opt, net, batch, before)
         opt.second_step(zero_grad=True)
         return
-    with opt.perturbed() as needed:
-        if needed or not skip:
-            opt.zero_grad()
-            _second_backward(opt, net, batch, before)
+    for _ in range(opt.direction.ascents):
+        with opt.perturbed() as needed:
+            if needed or not skip:
+                opt.zero_grad()
+                _second_backward(opt, net, batch, before)
     opt.step()
     opt.zero_grad()
 

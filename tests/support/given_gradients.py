@@ -39,6 +39,9 @@ class Toy:
             self.set_grads(first)
         opt.first_step(zero_grad=True)
         self.set_grads(second)
+        while opt.ascents_left:
+            opt.first_step(zero_grad=True)
+            self.set_grads(second)
         opt.second_step(zero_grad=True)
 
     def steps(self, opt, count, start=0):

@@ -198,6 +198,9 @@ def by_two_steps(problem, i):
     problem.first_backward(i)
     problem.opt.first_step(zero_grad=True)
     problem.backward(i)
+    while getattr(problem.opt, "ascents_left", 0):  # the controls have none
+        problem.opt.first_step(zero_grad=True)
+        problem.backward(i)
     problem.opt.second_step()
     if problem.learned:
         problem.opt.radius_step(*problem.closures(i))
@@ -207,6 +210,9 @@ def by_context(problem, i):
     problem.first_backward(i)
     with problem.opt.perturbed():
         problem.backward(i)
+    while getattr(problem.opt, "ascents_left", 0):
+        with problem.opt.perturbed():
+            problem.backward(i)
     problem.opt.step()
     if problem.learned:
         problem.opt.radius_step(*problem.closures(i))

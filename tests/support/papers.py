@@ -186,6 +186,29 @@ def norm_penalty(run, rho, alpha, normalized=False):
         run.descend(lin((1 - alpha, unit(g) if normalized else g), (alpha, sam_gradient(run, batch, g, rho))))
 
 
+def multi_step_sam(run, rho, k, renormalize=True):
+    """k ascents: the unit gradients added up, each taken where the last ascent led; stretched to rho, or not."""
+    for _, batch in run.steps():
+        run.descend(ascents(run, batch, rho, k, renormalize)[-1])
+
+
+def lookbehind(run, rho, k, alpha):
+    """Mordido et al. 2024: k ascents of rho, and from theta k steps along their gradients, of which alpha remains."""
+    for _, batch in run.steps():
+        found = ascents(run, batch, rho, k, False)
+        run.descend({name: alpha * sum(g[name] for g in found) for name in run.theta})
+
+
+def ascents(run, batch, rho, k, renormalize):
+    """The gradients at the points that k ascents reach."""
+    g, eps, found = run.grad(batch), lin((0.0, run.theta)), []
+    for _ in range(k):
+        eps = lin((1.0, eps), (1.0, unit(g)))
+        g = run.grad(batch, run.moved(rho, unit(eps) if renormalize else eps))
+        found.append(g)
+    return found
+
+
 def wsam(run, rho, gamma, decouple=True):
     """Yue et al. 2023: g + alpha (g_hat - g), alpha = gamma/(1 - gamma); decoupled, the second term beside the base."""
     alpha = gamma / (1 - gamma)
@@ -257,6 +280,20 @@ def rgsam(run, rho, alpha, gamma, lam, transposed, noise_scale="variance"):
     for t, batch in run.steps():
         g, g_hat = random_start(run, t, batch, rho, gamma, lam, noise_scale, transposed)
         run.descend(surrogate_gap(g, g_hat, alpha))
+
+
+def sampa(run, rho, lam):
+    """Xie et al. 2024: the gradient at y, where SGD would go along the last one; the other at theta + rho a/||a||."""
+    a, base = lin((0.0, run.theta)), run.base
+    sgd = isinstance(base, oracle.SGD)
+    for _, batch in run.steps():
+        ahead = a
+        if sgd:
+            ahead = lin((1.0, a), (base.weight_decay, run.theta))
+            ahead = lin((1.0, ahead), (base.momentum, base.buffers)) if base.buffers else ahead
+        g = run.grad(batch, lin((1.0, run.theta), (-base.lr, ahead)))
+        run.descend(lin((1 - lam, run.grad(batch, run.moved(rho, unit(a)))), (lam, g)))
+        a = g
 
 
 def random_sam(run, rho):

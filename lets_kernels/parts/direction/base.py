@@ -145,6 +145,8 @@ class Direction(Part):
 
     #: False if the direction needs no gradient at θ: a step then has one pass, at the perturbed weights.
     needs_gradient = True
+    #: How many gradients a step takes before the last one: from each, ``prepare`` finds the next ε.
+    ascents = 1
     #: True if the first gradients are taken at θ + δ, with δ from ``start``.
     starts = False
     #: True if the direction draws random numbers.

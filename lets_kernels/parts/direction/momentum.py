@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lets_kernels.base.state import Look, lies_as
+from lets_kernels.base.state import Look, lying_as
 from lets_kernels.parts.direction.base import Ascent, Direction, Perturbation
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.space.buckets import Runs
@@ -73,11 +73,4 @@ def _momenta(runs: Runs, first: FirstPass) -> tuple[Runs, list[Tensor]]:
             f"{first.base.name} has taken steps and keeps no {name}, so there is no momentum to perturb along: take "
             "torch's SGD or RMSprop with momentum=0.9, or one of its Adam family"
         )
-    return there, [_lying_as(p, v) for p, v in zip(there.params, (v for v in found if v is not None), strict=True)]
-
-
-def _lying_as(p: Tensor, v: Tensor) -> Tensor:
-    """The tensor itself if it has the parameter's memory layout, otherwise a copy that has it."""
-    if lies_as([v], [p]) and not v.is_neg():
-        return v
-    return torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False).copy_(v)
+    return there, [lying_as(p, v) for p, v in zip(there.params, (v for v in found if v is not None), strict=True)]

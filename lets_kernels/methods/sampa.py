@@ -1,0 +1,54 @@
+"""SAMPa (Xie, Pethick & Cevher, NeurIPS 2024)."""
+
+from types import MappingProxyType
+from typing import Any
+
+from lets_kernels.methods.catalogue import CODE, STARTS, Method
+from lets_kernels.parts.descent import NormPenalty
+from lets_kernels.parts.direction import Ahead
+from lets_kernels.parts.part import share
+from lets_kernels.parts.radius import RadiusLike
+from lets_kernels.sam import SAM, BaseLike, Params
+
+
+class SAMPa(SAM):
+    """SAM whose two gradients do not wait for each other: ε goes along a gradient that the step before has found.
+
+    Xie, Pethick & Cevher, NeurIPS 2024. The first pass is made at y, ahead of θ (see :class:`~lets_kernels.Ahead`), the
+    second at θ + ε, and the step goes along (1 − λ) ĝ + λ g_y. Their code makes both passes at once, on two devices;
+    this class makes them one after the other, so that it costs what SAM costs, and its worth is in what it computes.
+
+    In the paper ĝ is the gradient of the batch of which ε knows: that of the step before, where g_y is that of the new
+    batch. A closure that is called twice can do so, and so can the other shapes::
+
+        with opt.first_pass():
+            loss(new_batch).backward()
+        opt.first_step(zero_grad=True)
+        loss(old_batch).backward()  # of the step before; in the first step the new one
+        opt.second_step(zero_grad=True)
+
+    With the same batch in both passes, ε is that of another batch than ĝ, as in asynchronous SAM.
+
+    Args:
+        params, base_optimizer, kwargs: as :class:`SAM`.
+        rho: ρ, the length of ε.
+        lam: λ in [0, 1]; 0 is the paper's SAMPa, without the share of g_y.
+
+    Raises:
+        ValueError: λ is outside of [0, 1], or the base optimizer has no learning rate.
+    """
+
+    called = MappingProxyType({"og": "lam"})
+
+    def __init__(
+        self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.1, lam: float = 0.2, **kwargs: Any
+    ) -> None:
+        descent = NormPenalty(1 - share(lam, "lam"))
+        super().__init__(params, base_optimizer, rho, direction=Ahead(), descent=descent, **kwargs)
+
+
+METHODS = (
+    Method(SAMPa, "SAMPa", "Xie et al., NeurIPS 2024", (Ahead, NormPenalty))
+    .whose(rho=f"{CODE}, in its script", lam=f"{CODE}, in its script")
+    .row("SAMPa", "rho=0.1, lam=0.2, lr=0.1", state=1.0, holds=True, remark=STARTS),
+)
