@@ -7,7 +7,7 @@ CSRC = $(shell find csrc tests/emulator tests/sanitize -name '*.cpp' -o -name '*
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test fuzz long mutants sanitize trust bench bench-compare experiments compare flower wheel gpu-check
-.PHONY: lint format clean
+.PHONY: docs lint format clean
 
 help:    ## these targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
@@ -61,6 +61,9 @@ wheel: $(READY)    ## dist/*.whl with the CPU kernels and, where there is nvcc, 
 gpu-check:    ## on a machine with a GPU, whose python3 has torch and the test tools: build, all GPU tests, benchmarks
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
+docs: $(READY)    ## the site, in build/site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
 lint: $(READY)    ## everything that CI checks without running the code
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -79,7 +82,7 @@ clean:    ## remove whatever the other targets made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Done again when what is installed changes; the kernels have ninja for that, so pip leaves them alone here.
-$(READY): requirements-dev.txt pyproject.toml
+$(READY): requirements-dev.txt requirements-docs.txt pyproject.toml
 	@echo "$(VENV): installing requirements-dev.txt"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -qq -r requirements-dev.txt

@@ -20,7 +20,7 @@ LINES = {
     "plain_loop": r"loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+), of the averaged weights (?P<average>\S+)",
     "trainer": r"test loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+)",
 }
-#: This one runs in an environment of its own: tests/docs/test_federated_flower.py.
+#: These have tests of their own, test_federated_flower.py in another environment and test_train_cifar.py.
 APART = {"federated_flower", "train_cifar"}
 
 

@@ -18,7 +18,7 @@ from support.spawned_ranks import outcomes, result, spawn
 TESTS = Path(__file__).resolve().parents[1]
 PAGE = (TESTS.parent / "docs" / "trust.md").read_text()
 ROWS = re.findall(r"^\| (\d+) \|(.*)$", PAGE, flags=re.MULTILINE)
-RECIPES = re.findall(
+SURROUNDINGS, *RECIPES = re.findall(
     r"^```python\n(.*?)^```", PAGE.split("\n## Recipes\n")[1].split("\n## ")[0], flags=re.MULTILINE | re.DOTALL
 )
 NAMED = sorted(set(re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", PAGE)))
@@ -95,7 +95,7 @@ def closure(net, *numbers):
 
 
 def test_the_recipes_with_code_are_those_that_are_run_here():
-    assert len(RECIPES) == 3
+    assert len(RECIPES) == 3 and "class Net" in SURROUNDINGS
     for recipe, name in zip(RECIPES, ("unscale_first", "DistributedDataParallel", "fully_shard"), strict=True):
         assert name in recipe
 
@@ -139,13 +139,14 @@ def taken(rank, number, joined):
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    net, numbers, val = Net(), range(WORLD) if joined else [rank], range(10, 10 + WORLD) if joined else [10 + rank]
-    names = {**vars(lk), "torch": torch, "net": net}
+    numbers, val = range(WORLD) if joined else [rank], range(10, 10 + WORLD) if joined else [10 + rank]
+    names = {**vars(lk), "torch": torch, "Net": Net}
     names |= {"DistributedDataParallel": DistributedDataParallel, "fully_shard": fully_shard}
     if joined:
         names |= {"DistributedDataParallel": lambda module: module, "fully_shard": lambda module: module}
     exec(RECIPES[number], names)
-    optimizer, model = names["optimizer"], names.get("model", net)
+    net, optimizer = names["net"], names["optimizer"]
+    model = names.get("model", net)
     rho = optimizer.rho
     if optimizer.radius.learns:
         optimizer.step(closure(model, *numbers), closure(model, *val))
