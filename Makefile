@@ -7,7 +7,7 @@ DEMO_READY := $(VENV)/.ready-for-the-demo
 CSRC = $(shell find csrc tests/emulator tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz long mutants sanitize trust bench bench-compare experiments wheel wheels gpu-check lint format clean
+.PHONY: help build demo test fuzz long mutants sanitize trust bench bench-compare experiments wheel wheels matrix gpu-check lint format clean
 
 help:    ## these targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
@@ -58,6 +58,9 @@ wheel: $(READY)    ## dist/*.whl with the CPU kernels and, where there is nvcc, 
 wheels: $(READY)    ## dist/ with what a registry takes, for this Python: source archive and wheel, checked and tried out
 	@$(PY) tests/support/wheels.py
 
+matrix: $(READY)    ## each Python and torch that can be had here; writes tests/results/matrix.json. ARGS=--cuda-builds: more
+	@$(PY) tests/support/matrix.py $(ARGS)
+
 gpu-check:    ## on a machine with a GPU, whose python3 has torch and the test tools: build, all GPU tests, benchmarks
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
@@ -88,9 +91,9 @@ $(READY): requirements-dev.txt requirements-demo.txt pyproject.toml
 
 # The demo needs no tests, frameworks and linters.
 $(DEMO_READY): requirements-demo.txt pyproject.toml
-	@echo "make demo installs torch and what it draws with (DEMO_PACKAGES packages, requirements-demo.txt) into $(VENV),"
-	@echo "DEMO_SIZE GB on the disk if torch comes without CUDA and some 7 GB with it, compiles the kernels, and trains."
-	@echo "On two cores all that takes some DEMO_TIME minutes, of which two are the training; later runs only train."
+	@echo "Once, make demo installs torch and what it draws with into $(VENV): the 34 packages of requirements-demo.txt,"
+	@echo "1.3 GB on the disk (some 7 GB where torch comes with CUDA). Then it compiles the kernels, with nvcc if it is there, and"
+	@echo "trains. On two cores: a minute and the download, two to compile, two to train."
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -qq -r requirements-demo.txt
 	@LETS_KERNELS_CPU=0 LETS_KERNELS_CUDA=0 $(PY) -m pip install -qq --no-build-isolation --no-deps --editable .
