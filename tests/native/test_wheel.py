@@ -56,10 +56,10 @@ def test_it_trains_in_an_empty_environment(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     install = ["install", "-q", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], env=environment, check=True)
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
     (site / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     result = subprocess.run([python, PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     where, backend, cuda = result.stdout.splitlines()
