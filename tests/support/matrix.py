@@ -118,9 +118,10 @@ def tested(python, wheel):
     )
     if steps.returncode or str(ROOT / "lets_kernels") in steps.stdout:
         return {"failed": steps.stdout + steps.stderr}
-    options = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=tests", f"--junitxml={report}"]
-    command = [python.parent / "pytest", *options, *(f"tests/{file}" for file in FILES)]
-    status = subprocess.run(command, cwd=ROOT, env=settings).returncode
+    options = ["-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "-o", "pythonpath=tests"]
+    command = [python.parent / "pytest", *options, f"--junitxml={report}", *(ROOT / "tests" / file for file in FILES)]
+    # From another folder: a program that a test starts would find the tree in its own.
+    status = subprocess.run(command, cwd=WORK, env=settings).returncode
     suite = ET.parse(report).getroot().find("testsuite")
     counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
     found = {"passed": counts.pop("tests") - sum(counts.values()), **counts, "seconds": round(time.monotonic() - begin)}
