@@ -3,11 +3,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 WORKERS ?= 2
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.ready-for-the-demo
 CSRC = $(shell find csrc tests/emulator tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz long mutants sanitize trust bench bench-compare experiments compare flower wheel gpu-check
-.PHONY: docs lint format clean
+.PHONY: help build demo test fuzz long mutants sanitize trust bench bench-compare experiments compare flower
+.PHONY: wheel wheels matrix gpu-check docs lint format clean
 
 help:    ## these targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
@@ -15,8 +16,14 @@ help:    ## these targets
 build: $(READY)    ## .venv with the pinned dependencies, and the compiled kernels in place
 	@$(PY) setup.py -q build_ext --inplace
 
-demo: build    ## train on real data; options in ARGS: make demo ARGS="--help"
+demo:    ## train on real data; options in ARGS: make demo ARGS="--help"
+ifeq ($(and $(filter -h --help,$(ARGS)),$(if $(wildcard $(READY) $(DEMO_READY)),,nothing installed)),)
+	@$(MAKE) --no-print-directory $(or $(wildcard $(READY)),$(DEMO_READY))
+	@$(PY) setup.py -q build_ext --inplace
 	@$(PY) -m lets_kernels demo $(ARGS)
+else
+	@cat docs/demo-options.txt
+endif
 
 test: build    ## the tests, by files in WORKERS processes (2); options for pytest in ARGS
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -58,6 +65,12 @@ wheel: $(READY)    ## dist/*.whl with the CPU kernels and, where there is nvcc, 
 	@$(PY) -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
 	@ls -l dist/*.whl
 
+wheels: $(READY)    ## dist/ with what a registry takes, for this Python: source archive and wheel, checked and tried out
+	@$(PY) tests/support/wheels.py
+
+matrix: $(READY)    ## each Python and torch that can be had here; writes tests/results/matrix.json. ARGS=--cuda-builds: more
+	@$(PY) tests/support/matrix.py $(ARGS)
+
 gpu-check:    ## on a machine with a GPU, whose python3 has torch and the test tools: build, all GPU tests, benchmarks
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
@@ -82,9 +95,19 @@ clean:    ## remove whatever the other targets made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Done again when what is installed changes; the kernels have ninja for that, so pip leaves them alone here.
-$(READY): requirements-dev.txt requirements-docs.txt pyproject.toml
+$(READY): requirements-dev.txt requirements-demo.txt requirements-docs.txt pyproject.toml
 	@echo "$(VENV): installing requirements-dev.txt"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -qq -r requirements-dev.txt
+	@LETS_KERNELS_CPU=0 LETS_KERNELS_CUDA=0 $(PY) -m pip install -qq --no-build-isolation --no-deps --editable .
+	@touch $@ $(DEMO_READY)
+
+# The demo needs no tests, frameworks and linters.
+$(DEMO_READY): requirements-demo.txt pyproject.toml
+	@echo "Once, make demo installs torch and what it draws with into $(VENV): the 34 packages of requirements-demo.txt,"
+	@echo "1.3 GB on the disk (some 7 GB where torch comes with CUDA). Then it compiles the kernels, with nvcc if it is there, and"
+	@echo "trains. On two cores: a minute and the download, two to compile, two to train."
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -qq -r requirements-demo.txt
 	@LETS_KERNELS_CPU=0 LETS_KERNELS_CUDA=0 $(PY) -m pip install -qq --no-build-isolation --no-deps --editable .
 	@touch $@

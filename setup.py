@@ -3,12 +3,13 @@ nvcc as well. Without them the package is installed all the same, and runs on wh
 
 LETS_KERNELS_CPU   auto (default): build where a C++ compiler works; 1: fail without one; 0: never build.
 LETS_KERNELS_CUDA  the same for nvcc, which may stand beside a torch without CUDA. CUDA_HOME says where it is.
-TORCH_CUDA_ARCH_LIST  the GPUs to build for, by default "8.0;9.0;10.0+PTX".
-CXX, CXXFLAGS, LDFLAGS  the compiler and further flags.     MAX_JOBS  parallel compilations.
+TORCH_CUDA_ARCH_LIST  the GPUs to build for, by default "8.0;9.0;10.0+PTX"; names such as Ampere are understood.
+LETS_KERNELS_TORCH  an environment, or a folder, whose torch is to be built against: any from 2.10 on will do.
+CXX, CXXFLAGS, LDFLAGS  the compiler and further flags.     MAX_JOBS  parallel compilations, or auto.
 
 This file is also the PEP 517 backend that pyproject.toml names: setuptools' own, which asks for torch as a build
-requirement only where the environment being installed into has none, so that an isolated build does not download a
-second torch for its headers.
+requirement only where none is found (toolchain.find_torch says where it looks), so that an isolated build does not
+download a second torch for its headers.
 """
 
 import os
@@ -40,6 +41,8 @@ def warn_without_kernels():
             f"{'*' * 100}\n",
             file=sys.stderr,
         )
+    elif isinstance(CUDA, str) and "TORCH_CUDA_ARCH_LIST" in CUDA:
+        print(f"\n  lets_kernels is set up without kernels for GPUs: {CUDA}\n", file=sys.stderr)
 
 
 class BuildExt(build_ext):

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -34,9 +35,28 @@ ISA_FLAGS = {
 
 
 # Contraction is off as on the CPU. ptxas reports registers and spills of every kernel, which a test reads.
-NVCC_FLAGS = "-std=c++20 -O3 -fmad=false -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
+# The machine code is compressed, to an eighth; the driver unpacks it when it loads the library.
+NVCC_FLAGS = (
+    "-std=c++20 -O3 -fmad=false -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xfatbin=-compress-all"
+).split()
 NVCC_MINIMUM = (12, 1)  # kernel parameters of more than 4 KB
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # A100 and the like, H100 and H200, B200; newer ones compile the PTX when loading
+NAMED_ARCHITECTURES = {  # as torch.utils.cpp_extension names them, without those for which CUDA 12 has no compiler
+    "Maxwell+Tegra": "5.3",
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta+Tegra": "7.2",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+# What may stand before the compiler in CXX. nvcc starts its host compiler by itself, so it gets the word after them.
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
 
 class Torch(NamedTuple):
@@ -47,23 +67,50 @@ class Torch(NamedTuple):
 def find_torch():
     """The torch that the extension is built against, found without importing it; None without a recent enough one.
 
-    An isolated build does not see the environment that it installs into: `site` still names its directories.
+    The kernels use torch's stable ABI, so any torch will do. An isolated build can import none. Under pip, `site` still
+    names the directories of the environment that it installs into. Other tools build in an environment of their own and
+    leave PATH, which leads to the one that was active before.
+
+    Raises:
+        SystemExit: there is none where ``LETS_KERNELS_TORCH`` says.
     """
-    directories = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
-    if sys.prefix == sys.base_prefix:
-        directories.append(site.getusersitepackages())
-    for spec in (importlib.util.find_spec("torch"), importlib.machinery.PathFinder.find_spec("torch", directories)):
+    said = os.environ.get("LETS_KERNELS_TORCH")
+    if said:
+        places = [said, *packages_of(Path(said))]
+    else:
+        places = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+        if sys.prefix == sys.base_prefix:
+            places.append(site.getusersitepackages())
+        for programs in filter(None, os.environ.get("PATH", "").split(os.pathsep)):
+            places += packages_of(Path(programs).parent)
+    minimum = ".".join(map(str, TORCH_MINIMUM))
+    for place in dict.fromkeys(places):
+        spec = importlib.machinery.PathFinder.find_spec("torch", [place])
         if spec and spec.origin:
             root = Path(spec.origin).parent
             match = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (root / "version.py").read_text())
             if match and (int(match[2]), int(match[3])) >= TORCH_MINIMUM:
                 return Torch(match[1], root)
+    if said:
+        raise SystemExit(
+            f"LETS_KERNELS_TORCH={said}: no torch >= {minimum}; name an environment, or a folder with torch"
+        )
     return None
+
+
+def packages_of(environment):
+    """Where an environment keeps its packages."""
+    return map(str, sorted(environment.glob("lib/python3*/site-packages")))
 
 
 class Compiler(NamedTuple):
     command: list
     isas: list
+
+    @property
+    def host(self):
+        """The compiler itself, for nvcc: the first word of CXX that launches no other program."""
+        return next((word for word in self.command if Path(word).name not in LAUNCHERS), self.command[0])
 
 
 def find_compiler():
@@ -107,7 +154,17 @@ def choose_cpu_build():
 
 class Cuda(NamedTuple):
     nvcc: str
-    architectures: list  # nvcc's -gencode values
+    architectures: list  # as TORCH_CUDA_ARCH_LIST has them, without names: "9.0", "10.0+PTX"
+
+    @property
+    def gencodes(self):
+        """nvcc's -gencode values."""
+        found = []
+        for item in self.architectures:
+            number = item.removesuffix("+PTX").replace(".", "")
+            kinds = ("sm", "compute") if item.endswith("+PTX") else ("sm",)
+            found += [f"arch=compute_{number},code={kind}_{number}" for kind in kinds]
+        return found
 
 
 def find_nvcc():
@@ -130,22 +187,38 @@ def nvcc_version(nvcc):
     return match and (int(match[1]), int(match[2]))
 
 
-def gencodes(nvcc):
-    """-gencode values for ``TORCH_CUDA_ARCH_LIST``, written as torch has it: "8.0;9.0a;10.0+PTX"."""
-    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    listed = subprocess.run([nvcc, "--list-gpu-code"], text=True, capture_output=True, check=True).stdout.split()
+class BuildError(Exception):
+    """What was asked for cannot be built; the message says why."""
+
+
+def architectures(nvcc):
+    """The GPUs of ``TORCH_CUDA_ARCH_LIST``, written as torch has it: "8.0;9.0a;10.0+PTX" or "Ampere;Hopper".
+
+    Raises:
+        BuildError: an item of the list means nothing, or nvcc does not know the GPU.
+    """
+    given = (os.environ.get("TORCH_CUDA_ARCH_LIST") or "").strip("; ,")
+    code = subprocess.run([nvcc, "--list-gpu-code"], text=True, capture_output=True).stdout
+    known = [f"{major}.{minor}" for major, minor in re.findall(r"sm_(\d+)(\d)\b", code)]
     found = []
-    for item in re.split(r"[;, ]+", (given or ARCHITECTURES).strip()):
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
-        if not match:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {item!r} is not of the form 9.0, 9.0a or 9.0+PTX")
-        number = f"{match[1]}{match[2]}{match[3]}"
-        if not given and f"sm_{number}" not in listed:  # an older nvcc builds what it knows
-            continue
-        found.append(f"arch=compute_{number},code=sm_{number}")
-        if match[4]:
-            found.append(f"arch=compute_{number},code=compute_{number}")
-    return found
+    for name in re.split(r"[;, ]+", given or ARCHITECTURES):
+        base, ptx = (name, "") if name in NAMED_ARCHITECTURES else re.fullmatch(r"(.*?)(\+PTX)?", name).groups("")
+        for item in (NAMED_ARCHITECTURES.get(base, base) + ptx).replace("+PTX+PTX", "+PTX").split(";"):
+            match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", item)
+            if not match:
+                raise BuildError(
+                    f"TORCH_CUDA_ARCH_LIST: {item!r} is neither of the form 9.0, 9.0a or 9.0+PTX nor one of "
+                    + ", ".join(NAMED_ARCHITECTURES)
+                )
+            if match[1] in known:
+                found.append(item)
+            elif given:  # by default, an older nvcc builds what it knows
+                raise BuildError(
+                    f"TORCH_CUDA_ARCH_LIST={given}: {nvcc} does not compile for {match[1]}; it knows {', '.join(known)}"
+                )
+    if not found:
+        raise BuildError(f"{nvcc} compiles for none of {ARCHITECTURES}: set TORCH_CUDA_ARCH_LIST")
+    return list(dict.fromkeys(found))
 
 
 def choose_cuda_build(cpu):
@@ -159,18 +232,25 @@ def choose_cuda_build(cpu):
     elif nvcc:
         version = nvcc_version(nvcc)
         if version is not None and version >= NVCC_MINIMUM:
-            return Cuda(nvcc, gencodes(nvcc))
-        found = "does not run" if version is None else f"is of CUDA {'.'.join(map(str, version))}"
-        reason = f"{nvcc} {found}; CUDA {'.'.join(map(str, NVCC_MINIMUM))} or later is needed"
+            try:
+                return Cuda(nvcc, architectures(nvcc))
+            except BuildError as error:
+                reason = str(error)
+        else:
+            found = "does not run" if version is None else f"is of CUDA {'.'.join(map(str, version))}"
+            reason = f"{nvcc} {found}; CUDA {'.'.join(map(str, NVCC_MINIMUM))} or later is needed"
     if choice == "1":
         raise SystemExit(f"LETS_KERNELS_CUDA=1 cannot be met: {reason}")
     return reason
 
 
 def parallel_jobs():
-    """As many as there are cores, and as memory allows."""
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
+    """``MAX_JOBS``; where it is not set, or ``auto``, as many as there are cores, and as memory allows."""
+    given = (os.environ.get("MAX_JOBS") or "auto").strip()
+    if given.isdecimal():
+        return max(1, int(given))
+    if given != "auto":
+        raise SystemExit(f"MAX_JOBS={given!r}: must be auto or a whole number of compilations")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = []
     for file, pattern, unit in (
@@ -195,6 +275,13 @@ def escape(path):
 def declared():
     """Write the headers of the declared ops, where they are out of date; the flags with which they are found."""
     return ["-I", str(generate.write(DECLARED))]
+
+
+def about(cuda):
+    """What the module says of the CUDA library beside it: the GPUs it is for, or why it was not built."""
+    without = cuda if isinstance(cuda, str) else ""
+    listed = "" if without else ";".join(cuda.architectures)
+    return [f"-DLETS_WITHOUT_CUDA={json.dumps(without)}", f"-DLETS_CUDA_ARCHITECTURES={json.dumps(listed)}"]
 
 
 def ninja_text(compiler, cuda, torch, include_pybind11, suffix):
@@ -224,8 +311,8 @@ def ninja_text(compiler, cuda, torch, include_pybind11, suffix):
         "  description = $out",
     ]
     if isinstance(cuda, Cuda):
-        host = ["-ccbin", compiler.command[0]]
-        codes = [word for code in cuda.architectures for word in ("-gencode", code)]
+        host = ["-ccbin", compiler.host]
+        codes = [word for code in cuda.gencodes for word in ("-gencode", code)]
         # The current stream's function is in torch's CUDA library, which comes with libtorch where torch has CUDA.
         static = "--forward-unknown-to-host-compiler -shared -cudart static".split()
         static += "-Xlinker --exclude-libs,ALL -Xlinker --no-as-needed".split()
@@ -255,7 +342,7 @@ def ninja_text(compiler, cuda, torch, include_pybind11, suffix):
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.c*")):
             compile("_cuda", source, "cuda", binding if source.suffix == ".cpp" else [])
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
-        compile("_C", source, "torch", binding)
+        compile("_C", source, "torch", [*binding, *(about(cuda) if source.stem == "module" else [])])
     # The baseline stays first: where the same inline function is in several objects, the linker keeps the first.
     for isa in compiler.isas:
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):

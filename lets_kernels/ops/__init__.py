@@ -55,7 +55,8 @@ def _load(name: str) -> tuple[Backend | None, str]:
     if name == "cpu":
         return native, f"compiled C++, instruction set {native._C.cpu_isa()}"
     reason = native.load_cuda()
-    return (native, "compiled CUDA C++") if reason is None else (None, reason)
+    listed = native._C.CUDA_ARCHITECTURES.replace(";", ", ")
+    return (native, f"compiled CUDA C++ for {listed}") if reason is None else (None, reason)
 
 
 _loaded: dict[str, tuple[Backend | None, str]] = {}

@@ -104,7 +104,7 @@ CUDA_LIBRARY = Path(__file__).parent.parent / f"_cuda{sysconfig.get_config_var('
 def load_cuda() -> str | None:
     """Load the CUDA kernels: None, or the reason in words why they cannot run here."""
     if not CUDA_LIBRARY.exists():
-        return "lets_kernels was built without nvcc; reinstall with LETS_KERNELS_CUDA=1 to see why"
+        return f"lets_kernels was installed without CUDA kernels: {_C.WITHOUT_CUDA or f'no {CUDA_LIBRARY.name}'}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():

@@ -139,6 +139,11 @@ def test_streaming_kernels_move_sixteen_bytes_at_a_time(cubins, architecture, tm
     assert {name: seen[name] for name in LISTS} == {name: 4 * 2 * several.get(name, 1) for name in LISTS}
 
 
+def test_the_machine_code_is_compressed(library, cubins):
+    """To less than a quarter; an eighth was measured."""
+    assert library.stat().st_size < sum(cubin.stat().st_size for cubin in cubins.glob("*.cubin")) / 4
+
+
 def test_the_newest_code_is_there_as_ptx_for_newer_gpus(library, tool):
     listed = subprocess.run([tool, "-lptx", str(library)], capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"\.(sm_\w+)\.ptx", listed)) == {"sm_100"}

@@ -1,9 +1,11 @@
-"""`make wheel`: a wheel with every library, installed into an empty environment, trains."""
+"""`make wheel`: a wheel with every library, in an empty environment, trains. What a source archive holds."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -14,23 +16,7 @@ from lets_kernels.ops import native
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PROGRAM = """
-import torch, lets_kernels
-torch.manual_seed(0)
-net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-x, y = torch.randn(64, 8), torch.randn(64, 1)
-opt = lets_kernels.LETSASAM(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
-def closure():
-    opt.zero_grad()
-    loss = (net(x) - y).square().mean()
-    loss.backward()
-    return loss
-losses = [opt.step(closure, closure).item() for _ in range(20)]
-assert losses[-1] < 0.9 * losses[0], losses
-print(lets_kernels.__file__)
-print(opt.backend)
-print(lets_kernels.backends()["cuda"])
-"""
+PROGRAM = ROOT / "tests" / "support" / "few_steps.py"
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +56,42 @@ def test_it_trains_in_an_empty_environment(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     install = ["install", "-q", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], env=environment, check=True)
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
     (site / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    result = subprocess.run([python, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run([python, PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     where, backend, cuda = result.stdout.splitlines()
     assert where == str(site / "lets_kernels" / "__init__.py")
     assert backend == "cpu"
-    assert "was built without nvcc" not in cuda or not native.CUDA_LIBRARY.exists()
+    assert "was installed without CUDA kernels" not in cuda or not native.CUDA_LIBRARY.exists()
+
+
+def test_the_source_archive_holds_what_a_checkout_has(tmp_path):
+    """But for the records of single trainings: its own Makefile, tests, documentation and examples work."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is not a checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = {name for name in listed.splitlines() if (ROOT / name).exists()}
+    records = {n for n in tracked if n.startswith("benchmarks/experiments/results/") and n.count("/") > 3}
+    a_few = {min(n for n in records if n.split("/")[3] == task) for task in {n.split("/")[3] for n in records}}
+    assert len(a_few) > 5
+    # In a copy, so that neither files that are not tracked nor an old list of files come in.
+    for name in (tracked - records) | a_few:
+        copy = tmp_path / "tree" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy)
+    environment = {**os.environ, "LETS_KERNELS_CPU": "0", "LETS_KERNELS_CUDA": "0"}
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=tmp_path / "tree", env=environment, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {member.name.partition("/")[2]: member for member in opened.getmembers() if member.isfile()}
+        metadata = opened.extractfile(held["PKG-INFO"]).read().decode()
+    made = {n for n in held if n == "setup.cfg" or n.startswith(("PKG-INFO", "lets_kernels.egg-info/"))}
+    assert set(held) - made == tracked - records
+    assert held[".ci/run"].mode & 0o111
+    fields = dict(line.split(": ", 1) for line in metadata.partition("\n\n")[0].splitlines())
+    assert fields["License-Expression"] == "Apache-2.0" and fields["License-File"] == "LICENSE"
+    assert fields["Author"] == "The lets_kernels developers"
