@@ -514,6 +514,7 @@ class SAM(torch.optim.Optimizer):
         shows them beside it, each as large as the parameter, under these names:
 
         - ``lets_kernels.average``: the average of the first gradients (FriendlySAM, VaSSO);
+        - ``lets_kernels.ahead``: the first gradient of the last step (SAMPa);
         - ``lets_kernels.orthogonal``: the part of ĝ across g (LookSAM, AELookSAM);
         - ``lets_kernels.mask``: one byte for each element, 1 where it is perturbed (SparseSAM);
         - ``lets_kernels.before``: the weights before the last step that perturbed (``rho="auto"``). The next

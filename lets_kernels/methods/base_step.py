@@ -25,6 +25,15 @@ class BaseStepSAM(SAM):
 
     Raises:
         RuntimeError: in a step, if the base optimizer's own fails on copies.
+
+    Examples:
+        >>> opt = BaseStepSAM([w], torch.optim.AdamW, rho=2**0.5, lr=0.1)
+        >>> loss = closure()
+        >>> opt.first_step(zero_grad=True)
+        True
+        >>> w.detach().round(decimals=4)  # Adam's first step goes by signs, so this is one up in each weight
+        tensor([4., 3.])
+        >>> opt.restore()
     """
 
     def __init__(self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, **kwargs: Any) -> None:

@@ -17,6 +17,15 @@ class FunctionalSAM(SAM):
 
     Args:
         params, base_optimizer, rho, kwargs: as :class:`SAM`.
+
+    Examples:
+        >>> def losses(subset=None):  # of each sample, and the outputs; the optimizer zeroes and calls backward
+        ...     outputs = model(inputs)
+        ...     return functional.cross_entropy(outputs, targets, reduction="none"), outputs
+        >>> opt = FunctionalSAM(model.parameters(), SGD, rho=0.05, lr=0.1)
+        >>> losses_at_theta, outputs = opt.step(losses)
+        >>> opt.metrics()["gradients"].item()
+        2
     """
 
     def __init__(self, params: Params, base_optimizer: BaseLike, rho: RadiusLike = 0.05, **kwargs: Any) -> None:

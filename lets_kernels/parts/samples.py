@@ -217,6 +217,17 @@ class FunctionalSamples(_PerSample):
 
     Raises:
         ValueError: the closure returned no outputs, or in the second pass outputs of another shape.
+
+    Examples:
+        >>> opt = SAM(model.parameters(), SGD, samples=FunctionalSamples(), lr=0.1)
+        >>> outputs = model(inputs)
+        >>> losses = functional.cross_entropy(outputs, targets, reduction="none")
+        >>> v = opt.samples.derivative(losses, outputs)
+        >>> losses.mean().backward()
+        >>> opt.first_step(zero_grad=True)
+        True
+        >>> (v * model(inputs)).sum().backward()
+        >>> opt.second_step(zero_grad=True)
     """
 
     second_is_whole = False

@@ -34,6 +34,12 @@ class BaseStep(Direction):
     optimizer may keep what it likes in its groups, its state and its attributes; other things that its step changes
     (a ``torch.Generator``, say), it changes twice. For weights of 16 bits the copies are in float32. On accelerators
     the host waits where that step does: Adam reads its step counts unless it is ``capturable`` or ``fused``.
+
+    Examples:
+        >>> opt = SAM([w], SGD, rho=5.0, direction=BaseStep(), lr=0.1, momentum=0.9)
+        >>> loss = opt.step(closure)
+        >>> w.detach()  # there is no momentum yet, so the first step is SAM's
+        tensor([2.4000, 0.8000])
     """
 
     def not_capturable(self) -> str | None:
