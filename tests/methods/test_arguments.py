@@ -25,7 +25,7 @@ def test_the_methods_whose_authors_have_other_names():
     found = {cls.__name__ for cls in METHODS if cls.called}
     assert found == {
         *("ASAM", "LETSASAM", "GSAM", "RGSAM", "GradientNormPenalty", "FriendlySAM"),
-        *("SparseSAM", "BSAM", "LESAM", "USAM"),
+        *("SparseSAM", "BSAM", "LESAM", "USAM", "Lookbehind", "SAMPa"),
     }
 
 

@@ -21,6 +21,7 @@ def clone(tmp_path):
         "Makefile",
         "requirements-demo.txt",
         "requirements-dev.txt",
+        "requirements-docs.txt",
         "pyproject.toml",
         "docs/demo-options.txt",
     ):

@@ -80,8 +80,9 @@ TAKES = (by_closure, by_two_steps, by_context)
 
 
 def states(optimizer, params):
-    """What the optimizer holds for each parameter."""
-    return [sorted((k, v) for k, v in optimizer.state.get(p, {}).items() if torch.is_tensor(v)) for p in params]
+    """What the optimizer, or the base optimizer of a method, holds for each parameter."""
+    state = getattr(optimizer, "base_optimizer", optimizer).state
+    return [sorted((k, v) for k, v in state.get(p, {}).items() if torch.is_tensor(v)) for p in params]
 
 
 def copied(states):

@@ -476,7 +476,7 @@ class Machine(RuleBasedStateMachine):
 
     def bits(self):
         """Everything that a step which does not happen must leave."""
-        state = [self.opt.state.get(p, {}) for p in self.params]
+        state = [self.opt.base_optimizer.state.get(p, {}) for p in self.params]
         tensors = [s[name].clone() for s in state for name in sorted(s) if torch.is_tensor(s[name]) and s[name].any()]
         return [*(p.detach().clone() for p in self.params), *tensors, self.opt.rho]
 
@@ -493,7 +493,7 @@ class Machine(RuleBasedStateMachine):
             for k, p in enumerate(self.params):
                 self.near(p, self.model.x[k], f"parameter {k}")
                 self.model.x[k].copy_(p)
-                ours, theirs = self.opt.state.get(p, {}), self.model.state(k)
+                ours, theirs = self.opt.base_optimizer.state.get(p, {}), self.model.state(k)
                 for name in ours.keys() | theirs.keys():
                     mine = ours.get(name)
                     if not torch.is_tensor(mine if mine is not None else theirs[name]):
