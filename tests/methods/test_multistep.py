@@ -139,6 +139,27 @@ def test_a_gradient_that_is_not_finite_in_any_pass_skips_the_step(backend, where
     assert opt.skipped == 1 and all(torch.isfinite(w).all() for w in weights(toy))
 
 
+class Newest(lk.Gradient):
+    """Two ascents, of which the second knows nothing of the first."""
+
+    ascents = 2
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_direction_that_forgets_the_first_ascent_does_not_forget_that_it_was_not_finite(where):
+    toy = Toy(torch.float64)
+    opt = lk.SAM(toy.params, SGD, RHO, direction=Newest(), lr=0.1)
+    before = weights(toy)
+    for i in range(3):
+        grads = toy.grads(i)
+        grads[0].view(-1)[0] += torch.inf if i == where else 0.0
+        toy.set_grads(grads)
+        opt.first_step(zero_grad=True) if i < 2 else opt.second_step()
+    assert same_bits(weights(toy), before) and opt.skipped == 1
+    toy.steps(opt, 1)
+    assert opt.skipped == 1 and not same_bits(weights(toy), before)
+
+
 def test_restore_in_the_middle_gives_the_step_up():
     toy, opt = made()
     before = weights(toy)

@@ -213,7 +213,7 @@ class Conformance(TestCase):
         for ours, theirs in (pair for a, b in pairs for pair in zip(a["params"], b["params"], strict=True)):
             torch.testing.assert_close(ours, theirs, **tolerances)
             found, expected = (
-                {k: v for k, v in o.state[p].items() if v is not None}
-                for o, p in ((opt.base_optimizer, ours), (other, theirs))
+                {k: v for k, v in getattr(o, "base_optimizer", o).state[p].items() if v is not None}
+                for o, p in ((opt, ours), (other, theirs))
             )
             torch.testing.assert_close(found, expected, **tolerances)
