@@ -90,9 +90,8 @@ def test_a_command_of_the_shell_is_there(page, capsys):
             check_ours(rest if program == "lets-kernels" else rest[2:], line, capsys)
         elif [program, *rest[:1]] == ["python", "-m"]:
             module = ROOT / rest[1].replace(".", "/")
-            assert rest[1:] == ["build"] or (module / "__main__.py").is_file() or module.with_suffix(".py").is_file(), (
-                line
-            )
+            ours = (module / "__main__.py").is_file() or module.with_suffix(".py").is_file()
+            assert ours or rest[1:] == ["build"], line
         elif program in ("python", "torchrun"):
             file = next(word for word in rest if word.endswith(".py"))
             assert file == "train.py" or (ROOT / file).is_file(), line  # train.py: the reader's own
