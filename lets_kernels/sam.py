@@ -16,7 +16,6 @@ from lets_kernels.base.state import Look
 from lets_kernels.learning.auto import as_radius
 from lets_kernels.parts.descent import Descent, Perturbed
 from lets_kernels.parts.direction import Adaptive, Direction
-from lets_kernels.parts.joined import JoinedState
 from lets_kernels.parts.length import Length
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.radius import Radius, RadiusLike, radii
@@ -531,18 +530,14 @@ class SAM(torch.optim.Optimizer):
         """
         if "_engine" not in self.__dict__ or not self._engine.work.setting.held:
             return self.base_optimizer.state
-        return cast(Any, self._joined())  # torch's annotation is a defaultdict; it behaves like one
+        return cast(Any, self._engine.joined)  # torch's annotation is a defaultdict; it behaves like one
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         if "_engine" not in self.__dict__ or not self._engine.work.setting.held:
             self.base_optimizer.state = state
         else:
-            self._joined().replace(state)
-
-    def _joined(self) -> JoinedState:
-        w = self._engine.work
-        return JoinedState(w.base, w.progress.held, w.setting.held)
+            self._engine.joined.replace(state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As :meth:`torch.optim.Optimizer.zero_grad`. Also forgets a first pass that no step followed."""

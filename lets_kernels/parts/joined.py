@@ -7,6 +7,7 @@ entry for a complete one. Here nothing is stored; reading and writing go to the 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -24,12 +25,18 @@ class JoinedEntry(MutableMapping[str, Any]):
 
     def __init__(self, whole: "JoinedState", p: Tensor) -> None:
         self._whole, self._p = whole, p
+        #: Both, once they have been taken out of the state: an entry that somebody holds stays what it was.
+        self._apart: tuple[MutableMapping[str, Any], dict[str, Tensor]] | None = None
 
     def _own(self) -> Mapping[str, Any]:
-        return self._whole.base.state.get(self._p, {})
+        return self._whole.base.state.get(self._p, {}) if self._apart is None else self._apart[0]
 
     def _kept(self) -> dict[str, Tensor]:
-        return self._whole.held.state.get(self._p, {})
+        return self._whole.held.state.get(self._p, {}) if self._apart is None else self._apart[1]
+
+    def detach(self) -> None:
+        """The parameter's entry is about to be taken out of the state."""
+        self._apart = self._whole.base.state.get(self._p, {}), self._whole.held.state.get(self._p, {})
 
     def __getitem__(self, name: str) -> Any:
         if not _is_kept(name):
@@ -42,7 +49,10 @@ class JoinedEntry(MutableMapping[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         if _is_kept(name):
             self._whole.check(self._p, name, value)
-            self._whole.held.state[self._p][name[len(PREFIX) :]] = value
+            kept = self._whole.held.state[self._p] if self._apart is None else self._apart[1]
+            kept[name[len(PREFIX) :]] = value
+        elif self._apart is not None:
+            self._apart[0][name] = value
         else:
             self._whole.base.state.setdefault(self._p, {})[name] = value
 
@@ -50,6 +60,8 @@ class JoinedEntry(MutableMapping[str, Any]):
         if _is_kept(name):
             self[name]  # KeyError with the whole name
             del self._kept()[name[len(PREFIX) :]]
+        elif self._apart is not None:
+            del self._apart[0][name]
         elif self._p in self._whole.base.state:
             del self._whole.base.state[self._p][name]
         else:
@@ -80,12 +92,35 @@ class JoinedState(MutableMapping[Any, Any]):
 
     def __init__(self, base: torch.optim.Optimizer, held: Held, names: Iterable[str]) -> None:
         self.base, self.held, self._names = base, held, tuple(names)
+        self._live: WeakValueDictionary[Tensor, JoinedEntry] = WeakValueDictionary()
 
     def __getitem__(self, key: Any) -> Any:
         own = self.base.state.get(key)
         if not isinstance(key, Tensor) or not (own is None or isinstance(own, MutableMapping)):
             return self.base.state[key]  # an optimizer that keeps something else
-        return JoinedEntry(self, key)
+        found = self._live.get(key)
+        if found is None:
+            found = self._live[key] = JoinedEntry(self, key)
+        return found
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            return default
+        return self[key]
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        if key not in self:
+            if default:
+                return default[0]
+            raise KeyError(key)
+        found = self[key]
+        del self[key]
+        return found
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
 
     def __setitem__(self, key: Any, entry: Any) -> None:
         rest, kept = self._split({key: entry})
@@ -96,6 +131,9 @@ class JoinedState(MutableMapping[Any, Any]):
     def __delitem__(self, key: Any) -> None:
         if key not in self:
             raise KeyError(key)
+        live = self._live.pop(key, None)
+        if live is not None:
+            live.detach()
         self.base.state.pop(key, None)
         self.held.state.pop(key, None)
 

@@ -109,3 +109,5 @@ def _leave_perturbed(e: Engine, failed: bool) -> None:
     if step is not None:  # None if restore() was called inside, which gives the step up
         step.restore()
         step.in_context = False
+        if step.ascents_left:
+            e.leave_ascent()

@@ -12,6 +12,7 @@ from lets_kernels.around.amp import unscale_by
 from lets_kernels.around.publication import Publication
 from lets_kernels.base.foreign import own_step
 from lets_kernels.learning.hypergradient import Trial
+from lets_kernels.parts.joined import JoinedState
 from lets_kernels.parts.passes import Moment
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.radius import RadiusWarning
@@ -25,6 +26,7 @@ from lets_kernels.step.tracing import untraced
 from lets_kernels.step.workspace import Tables, Workspace, given_up
 
 _SEEN = "_lets_kernels_seen"
+_ASCENDS = "_lets_kernels_ascends"
 #: A warning comes after so many steps from which a radius could have learned and did not.
 _MISSED = 10
 
@@ -66,6 +68,8 @@ class Engine:
     def __init__(self, setting: Setting, base: torch.optim.Optimizer, progress: Progress) -> None:
         self.work = Workspace(setting, base, progress, Tables(setting, base, progress, Publication(self)))
         self.now = Now()
+        #: What users read as the state.
+        self.joined = JoinedState(base, progress.held, setting.held)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: leaves out what goes on now, and the tables, which describe this memory."""
@@ -189,7 +193,9 @@ class Engine:
         w, now = self.work, self.now
         self._heal()
         if now.step is not None and now.step.ascents_left and not now.step.in_context:
-            return self._ascend(now.step, zero_grad)
+            if now.step.is_perturbed or not self._begins_anew():
+                return self._ascend(now.step, zero_grad)
+            self.restore()
         self.refuse_while_perturbed("first_step()")
         now.step = None
         try:
@@ -211,6 +217,8 @@ class Engine:
             if now.radius_waits or now.lesson is not None:
                 self._forget_lesson()
             step.perturb()
+            if step.ascents_left:
+                self.mark_gradients()
         except BaseException:
             self.restore()
             raise
@@ -218,16 +226,32 @@ class Engine:
 
     def _ascend(self, step: Step, zero_grad: bool) -> bool:
         """The next of several ascents of a step, from the gradients at θ + ε."""
+        # Ranks may lack gradients, one more than the other; they go on together.
+        if step.perturbation.ascents and not self.work.setting.replicas.groups and not self.has_new_gradients():
+            raise RuntimeError(
+                "first_step() again, and no backward since: each ascent needs forward and backward at the perturbed "
+                "weights first. restore() gives the step up"
+            )
         try:
             check_same_graph(step.captured, "first_step()", "the one before it")
             step.ascend()
             if zero_grad:
                 self.now.zeroed += 1
                 self.work.drop_gradients()
+            self.mark_gradients()
         except BaseException:
             self.restore()
             raise
         return True
+
+    def leave_ascent(self) -> None:
+        """A context has brought the weights back, and another ascent is to follow from the gradients made in it."""
+        for g in self.work.gradients():
+            setattr(g, _ASCENDS, True)
+
+    def _begins_anew(self) -> bool:
+        """The gradients are none of those that the last context left: the step with that ascent is not gone on with."""
+        return not any(getattr(g, _ASCENDS, False) for g in self.work.gradients())
 
     def _forget_lesson(self) -> None:
         """The next step begins, and overwrites what the radius would have learned from the last one.

@@ -315,6 +315,10 @@ class Step:
         """Restore the weights and step along the second gradients. Returns whether it was fused, and if not, why."""
         w, setting = self.work, self.work.setting
         setting.network.weights_move()
+        for b, sums in zip(self.buckets, self._gathered, strict=False):  # empty unless the descent gathers
+            for i in sums:
+                if b.params[i].grad is None:  # the last pass has not reached it, but one before
+                    b.params[i].grad = torch.zeros_like(b.params[i])
         second = [b.gather(own=self._learns) for b in self.buckets]
         if w.tables.space is not None:
             w.tables.space.look_again(w.base.param_groups)

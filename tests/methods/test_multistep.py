@@ -160,6 +160,57 @@ def test_a_direction_that_forgets_the_first_ascent_does_not_forget_that_it_was_n
     assert opt.skipped == 1 and not same_bits(weights(toy), before)
 
 
+@pytest.mark.parametrize("zero_grad", [True, False])
+def test_an_ascent_without_a_backward_since_is_refused_and_the_step_can_go_on(zero_grad):
+    toy, opt = made()
+    toy.set_grads(toy.grads(0))
+    opt.first_step(zero_grad=zero_grad)
+    there = weights(toy)
+    with pytest.raises(RuntimeError, match=r"no backward since.*restore"):
+        opt.first_step()
+    assert same_bits(weights(toy), there) and opt.ascents_left == 2
+    toy.set_grads(toy.grads(1))
+    opt.first_step(zero_grad=zero_grad)
+    with pytest.raises(RuntimeError, match="no backward since"):
+        opt.first_step()
+    assert opt.ascents_left == 1
+
+
+def test_a_step_left_between_its_ascents_is_given_up_by_new_gradients():
+    """Gradients dropped by model.zero_grad(), which the optimizer does not see, and a backward on the next batch."""
+    ends = []
+    for left in (True, False):
+        toy, opt = made()
+        if left:
+            toy.set_grads(toy.grads(7))
+            with opt.perturbed():
+                toy.set_grads(toy.grads(8))
+        toy.set_grads(toy.grads(0))
+        assert opt.first_step(zero_grad=True) and opt.ascents_left == 2
+        toy.set_grads(toy.grads(1))
+        while opt.ascents_left:
+            opt.first_step(zero_grad=True)
+            toy.set_grads(toy.grads(1))
+        opt.second_step()
+        ends.append(weights(toy))
+        assert opt.metrics()["gradients"] == 4
+    assert same_bits(*ends)
+
+
+def test_a_parameter_that_the_last_pass_does_not_reach_steps_along_what_reached_it():
+    toy, opt = made(2, lk.Lookbehind, alpha=0.5)
+    before, grads = weights(toy), toy.grads(1)
+    toy.set_grads(toy.grads(0))
+    opt.first_step(zero_grad=True)
+    toy.set_grads(grads)
+    opt.first_step(zero_grad=True)
+    toy.set_grads([None, *toy.grads(2)[1:]])
+    opt.second_step()
+    torch.testing.assert_close(toy.params[0].detach(), before[0] - 0.1 * 0.5 * grads[0], rtol=1e-14, atol=1e-15)
+    expected = before[1] - 0.1 * 0.5 * (grads[1] + toy.grads(2)[1])
+    torch.testing.assert_close(toy.params[1].detach(), expected, rtol=1e-14, atol=1e-15)
+
+
 def test_restore_in_the_middle_gives_the_step_up():
     toy, opt = made()
     before = weights(toy)
@@ -179,8 +230,8 @@ def test_a_buffer_lives_from_the_first_ascent_to_the_last_only():
     toy.set_grads(toy.grads(0))
     opt.first_step(zero_grad=True)
     assert now(opt).step._carried
-    toy.set_grads(toy.grads(1))
-    for _ in range(2):
+    for i in range(2):
+        toy.set_grads(toy.grads(1 + i))
         opt.first_step()
     assert not now(opt).step._carried
     opt.second_step()

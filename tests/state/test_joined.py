@@ -215,3 +215,35 @@ def test_an_optimizer_that_keeps_something_else_is_shown_as_it_is():
     toy.steps(opt, 2)
     assert opt.state["steps"] == 2 and "steps" in opt.state
     assert set(opt.state[toy.params[0]]) == {"lets_kernels.average"}
+
+
+def test_an_entry_that_is_taken_out_keeps_what_it_had():
+    """As with torch's own state: pruning and growing parameters moves entries from one to the other."""
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = lk.FriendlySAM([p], torch.optim.Adam, lr=0.1)
+
+    def closure():
+        opt.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    names = {"exp_avg", "exp_avg_sq", "step", "lets_kernels.average"}
+    average = opt.state[p]["lets_kernels.average"]
+    entry = opt.state.get(p)
+    del opt.state[p]
+    assert set(entry) == names and opt.state.get(p) is None and p not in opt.state
+    opt.param_groups[0]["params"][0] = q
+    opt.state[q] = entry
+    assert set(opt.state[q]) == names and opt.state[q]["lets_kernels.average"] is average
+    found = opt.state.pop(q)
+    assert set(found) == names and q not in opt.state
+    assert opt.state.pop(q, None) is None and opt.state.setdefault(q, found) is opt.state[q]
+    with pytest.raises(KeyError):
+        opt.state.pop(p)
+    found["step"] = 7
+    del found["exp_avg"]
+    assert set(found) == names - {"exp_avg"} and found["step"] == 7
+    (key, last), entries = opt.state.popitem(), len(opt.state)
+    assert key is q and set(last) <= names and entries == 0

@@ -15,11 +15,14 @@ _HELD = "ahead"
 class Ahead(Direction):
     """SAMPa: ε = ρ a/‖a‖, with a the first gradient of the step before (Xie, Pethick & Cevher, NeurIPS 2024).
 
+    With a schedule it is that of the last step that perturbed.
+
     The first gradient of a step is taken ahead of θ, at y = θ − η a, where a step of gradient descent along a would
     lead; it is the next step's a. So no pass of a step waits for the other. Over SGD y is θ − η (a + λ_w θ + μ m), with
     its weight decay λ_w and its momentum m, as in the authors' code. Before the first step a = 0.
 
-    A first gradient that is not finite skips the step, and a stays. A finite one is kept even if its step is given up
+    A first gradient that is not finite skips the step, and a stays; with ``check_finite=False`` it leaves the weights
+    where they are for the second pass, and a all the same. A finite one is kept even if its step is given up
     or skipped later. State: a, one parameter-sized buffer.
 
     Examples:
