@@ -90,7 +90,7 @@ format: $(READY)    ## rewrite the sources as lint wants them
 	$(VENV)/bin/clang-format -i $(CSRC)
 
 clean:    ## remove whatever the other targets made
-	rm -rf $(VENV) build dist runs *.egg-info .benchmarks .hypothesis
+	rm -rf $(VENV) $(VENV)-flower build dist runs *.egg-info .benchmarks .hypothesis
 	rm -rf .mypy_cache .pytest_cache .ruff_cache lets_kernels/_C.*.so* lets_kernels/_cuda.*.so*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
