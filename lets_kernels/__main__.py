@@ -1,4 +1,4 @@
-"""``lets-kernels``, or ``python -m lets_kernels``: what runs here, the methods, a demo, a benchmark, sharpness."""
+"""``lets-kernels``, or ``python -m lets_kernels``: info, methods, demo, bench, experiment, sharpness."""
 
 import argparse
 import os
@@ -46,10 +46,17 @@ def _sharpness(arguments: list[str]) -> int:
     return cli.main(arguments)
 
 
+def _experiment(arguments: list[str]) -> int:
+    from lets_kernels.experiment import cli
+
+    return cli.main(arguments)
+
+
 #: Commands with options of their own, which ``--help`` after the command shows; they are imported when asked for.
 _PROGRAMS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demo": (_demo, "train a small network with many radii, and draw what comes of it"),
     "bench": (_bench, "what a step costs here, against other code that takes the same step"),
+    "experiment": (_experiment, "the papers' experiments: each a named recipe, on your data, resumable"),
     "sharpness": (_sharpness, "how sharp a minimum is: yours, or the demo's networks by the optimizer that found them"),
 }
 

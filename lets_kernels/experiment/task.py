@@ -42,6 +42,8 @@ class Task:
         loss: the mean loss of a batch, 0-d, in nats for a classification.
         score: of a network in evaluation mode on batches of the test set, on the network's device; more is better.
         measure: what the score is, with its unit, for tables and axes: ``"test accuracy, %"``.
+        losses: the loss of each sample, (n,), and the network's outputs, for methods that choose among the samples;
+            None if samples have no loss of their own.
     """
 
     train: Source
@@ -50,3 +52,4 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     score: Callable[[nn.Module, Iterable[Batch]], float]
     measure: str
+    losses: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None
