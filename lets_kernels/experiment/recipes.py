@@ -72,6 +72,8 @@ def _add(*recipes: Recipe) -> tuple[str, ...]:
     return tuple(recipe.name for recipe in recipes)
 
 
+TABLES: dict[str, tuple[str, ...]] = {}
+
 SMALL = _add(
     Recipe(
         "cifar10-small",
