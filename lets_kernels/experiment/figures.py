@@ -97,7 +97,7 @@ def draw_networks(runs: Sequence[Run], task: Task, output: Path, device: torch.d
         state = run.folder(output) / STATE
         if state.exists():
             model = task.network().to(device)
-            model.load_state_dict(torch.load(state, map_location=device, weights_only=False)["model"])
+            model.load_state_dict(torch.load(state, map_location=device, weights_only=True)["model"])
             at = Objective(model, task.loss, data, size=_samples)
             label = method(run.method).label
             lines[label], planes[label], spectra[label] = line(at), plane(at, points=11), spectrum(at, runs=2, steps=50)

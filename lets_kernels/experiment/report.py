@@ -64,10 +64,8 @@ def document(results: Results, recipes: Sequence[Recipe]) -> str:
             commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in runs))
             machines = ", ".join(dict.fromkeys(_machine(run["environment"]) for run in runs))
             differs = "; ".join(recipe.differs) or "nothing that we know of"
-            lines.append(
-                f"- *{recipe.name}* ({recipe.shows}): {recipe.network}, {_counted(recipe.epochs, 'epoch')}, on {machines}, commit "
-                f"{commits}. Differs from the paper: {differs}."
-            )
+            trained = f"{recipe.network}, {_counted(recipe.epochs, 'epoch')}, on {machines}, commit {commits}"
+            lines.append(f"- *{recipe.name}* ({recipe.shows}): {trained}. Differs from the paper: {differs}.")
     return "\n\n".join([*parts, "## What was run", "\n".join(lines)]) + "\n"
 
 
