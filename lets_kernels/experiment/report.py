@@ -1,7 +1,7 @@
 """Tables as the papers have them: a line for each method, a column for each recipe."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from lets_kernels.experiment.recipes import Recipe
@@ -28,7 +28,10 @@ def cell(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(results: Results, recipes: Sequence[Recipe], markdown: bool = False) -> str:
-    """Of what there is; the best mean of each column is bold in Markdown, and starred on the screen."""
+    """Of what there is; the best mean of each column is bold in Markdown, and starred on the screen.
+
+    Of one recipe alone, with the time of an epoch of training, the median over epochs and seeds.
+    """
     here = [recipe for recipe in recipes if any(name == recipe.name for name, _ in results)]
     labels = {method: runs[0]["label"] for (_, method), runs in results.items() if runs}
     best = {}
@@ -44,6 +47,11 @@ def table(results: Results, recipes: Sequence[Recipe], markdown: bool = False) -
                 said = f"**{said}**" if markdown else f"* {said}"
             row.append(said)
         rows.append(row)
+    if len(here) == 1:
+        rows[0].append("an epoch")
+        for row, method in zip(rows[1:], labels, strict=True):
+            times = [e["seconds"] for run in results.get((here[0].name, method), ()) for e in run["epochs"]]
+            row.append(f"{median(times):.3g} s" if times else "–")
     if not markdown:
         return aligned([[*row, ""] for row in rows])
     rows.insert(1, ["---"] * len(rows[0]))
@@ -64,8 +72,9 @@ def document(results: Results, recipes: Sequence[Recipe]) -> str:
             commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in runs))
             machines = ", ".join(dict.fromkeys(_machine(run["environment"]) for run in runs))
             differs = "; ".join(recipe.differs) or "nothing that we know of"
+            settings = f"Settings: {recipe.source or 'ours'}. Differs from the paper: {differs}"
             trained = f"{recipe.network}, {_counted(recipe.epochs, 'epoch')}, on {machines}, commit {commits}"
-            lines.append(f"- *{recipe.name}* ({recipe.shows}): {trained}. Differs from the paper: {differs}.")
+            lines.append(f"- *{recipe.name}* ({recipe.shows}): {trained}. {settings}.")
     return "\n\n".join([*parts, "## What was run", "\n".join(lines)]) + "\n"
 
 

@@ -308,10 +308,14 @@ def test_runs_of_one_seed_are_pairs(folder, recipe, tmp_path):
 
     base, sam, lets = map(run, ("base", "sam@0.1", "lets-sam"))
     assert torch.equal(base[0][0], sam[0][0]) and torch.equal(base[0][0], lets[0][0])
-    for alone, two, four in zip(base, zip(sam[::2], sam[1::2], strict=True), zip(*[iter(lets)] * 4, strict=True)):
+    for alone, two, four in zip(
+        base, zip(sam[::2], sam[1::2], strict=True), zip(*[iter(lets)] * 4, strict=True), strict=True
+    ):
         assert [targets for *_, targets in two] == [alone[2]] * 2 and [call[2] for call in four[:2]] == [alone[2]] * 2
         assert all(torch.equal(alone[1], inputs) for _, inputs, _ in (*two, *four[:2]))  # augmented alike, too
-    validation = [[call[2] for call in four[2:] if call[2] != four[0][2]] for four in zip(*[iter(lets)] * 4, strict=True)]
+    validation = [
+        [call[2] for call in four[2:] if call[2] != four[0][2]] for four in zip(*[iter(lets)] * 4, strict=True)
+    ]
     assert all(len(found) == 1 for found in validation)  # one of the two after the step; eight of forty are never alike
     assert len({tuple(found[0]) for found in validation}) == 15
 
@@ -364,7 +368,13 @@ def test_a_campaign_takes_again_what_has_other_settings_only(folder, recipe, tmp
 
 def run_of(score, label="SAM", epochs=(), commit="c0ffee"):
     machine = {"cpu": "a CPU", "threads": 1, "commit": commit}
-    return {"score": score, "label": label, "measure": "test accuracy, %", "epochs": list(epochs), "environment": machine}
+    return {
+        "score": score,
+        "label": label,
+        "measure": "test accuracy, %",
+        "epochs": list(epochs),
+        "environment": machine,
+    }
 
 
 def test_a_table_by_hand(recipe):
@@ -381,7 +391,14 @@ def test_a_table_by_hand(recipe):
         "| SAM | **82.50 ± 2.12 (2 seeds, 1 failed)** | failed |",
     ]
     page = report.document(found, [recipe, other])
-    assert "a CPU, 1 thread, commit c0ffee. Differs from the paper: nothing that we know of." in page
+    assert "a CPU, 1 thread, commit c0ffee. Settings: ours. Differs from the paper: nothing that we know of." in page
+    timed = {
+        ("small", "sam"): [
+            run_of(81.0, epochs=[{"seconds": 2.0}, {"seconds": 9.0}]),
+            run_of(83.0, epochs=[{"seconds": 3.0}]),
+        ]
+    }
+    assert report.table(timed, [recipe, other]).splitlines()[1].split() == "SAM 82.00 ± 1.41 (2 seeds) 3 s".split()
 
 
 def test_figures_show_the_means(recipe, tmp_path, monkeypatch):
@@ -412,6 +429,38 @@ def test_hours_are_counted_arithmetic_over_the_speed(folder, recipe):
     planned = campaign.runs([recipe], None, None)
     # 1 + 2 + 4 gradients of 40 samples in three epochs, 1e12 operations each: 840 seconds at one TFLOP/s.
     assert hours.hours(recipe, planned, 1e12, 1.0) == pytest.approx(7 * 3 * 40 / 3600)
+
+
+# ---- every recipe ----------------------------------------------------------------------------------------------------
+
+#: One recipe for each network and kind of data, with a method of its own; at length, all recipes with all methods.
+SHORT = {
+    "cifar10-resnet-18": "lets-asam",
+    "sam-cifar100": "auto",
+    "esam-cifar10-pyramidnet-110": "esam@0.2",
+    "cifar100-vit-s-4": "sam@0.1",
+    "imagenet-resnet-50": "base",
+    "r-sam-imagenet": "r-sam@0.2",
+    "noise-40": "lets-sam",
+    "cifar10-small": "asam@0.5",
+}
+
+
+@pytest.mark.parametrize("name", at_length([*RECIPES], [*SHORT]))
+def test_each_recipe_trains_the_real_network_on_a_toy(name, tmp_path, capsys):
+    made = RECIPES[name]
+    methods_ = at_length(made.methods, (SHORT.get(name, made.methods[0]),))
+    assert cli.main([name, "--toy", "--output", str(tmp_path), "--device", "cpu", "--methods", *methods_]) == 0
+    found = [json.loads(path.read_text()) for path in tmp_path.rglob("run.json")]
+    small, source = toy(made, tmp_path / "again")
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in KINDS[made.data.kind].load(small, source, 0).network().parameters())
+    for run in found:
+        assert run["score"] is not None and run["weights"] == weights and run["skipped_steps"] == 0
+        # Two steps: the rates of the recipe's schedule, its base optimizer, its wrong labels.
+        wanted = made.settings | {"epochs": 1, "batch_size": 2}
+        assert {key: run["settings"][key] for key in wanted} == json.loads(json.dumps(wanted))
+    assert len(found) == len(methods_) and all(method(one).label in capsys.readouterr().out for one in methods_[:1])
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
