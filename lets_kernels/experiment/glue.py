@@ -1,7 +1,6 @@
 """GLUE (Wang et al., 2019): sentences and pairs of sentences to classify, or to say how alike they are."""
 
 import csv
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -269,9 +268,8 @@ def _loaded(auto: str, checkpoint: Path, **options: Any) -> Any:
             f"the checkpoint {checkpoint} should be a folder with config.json, the weights, and tokenizer.json or the "
             "tokenizer's other files, such as a copy of microsoft/deberta-v3-base"
         )
-    if has("spm.model") and not has("tokenizer.json") and importlib.util.find_spec("sentencepiece") is None:
-        raise MissingData(f"{checkpoint / 'spm.model'} needs a package that is not here: pip install sentencepiece")
     try:
         return getattr(transformers, auto).from_pretrained(str(checkpoint), local_files_only=True, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise MissingData(f"the checkpoint in {checkpoint} cannot be loaded: {error}") from error
+        way_out = "; to read spm.model, pip install sentencepiece protobuf" if not has("tokenizer.json") else ""
+        raise MissingData(f"the checkpoint in {checkpoint} cannot be loaded: {error}{way_out}") from error

@@ -191,7 +191,7 @@ def translation(folder: Path, source: str = "de", target: str = "en") -> Task:
     def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         outputs = model(*batch.inputs)
         each = _cross_entropy(outputs, batch.targets, "none").view(batch.targets.shape).sum(1)
-        return each * (len(each) / (batch.targets != PAD).sum()), outputs
+        return each * len(each) / (batch.targets != PAD).sum(), outputs
 
     def score(model: nn.Module, batches: Iterable[Batch]) -> float:
         from torchmetrics.functional.text import sacre_bleu_score
