@@ -22,6 +22,7 @@ NEEDS = {
     "ops/test_random_calls.py": ("hypothesis",),
     "programs/test_compare.py": ("numpy", "rich", "sklearn"),
     "programs/test_demo.py": ("matplotlib", "numpy", "rich", "sklearn"),
+    "programs/test_experiment_texts.py": ("tokenizers", "torchmetrics", "transformers"),
     "programs/test_experiments.py": ("matplotlib", "numpy", "rich", "scipy", "sklearn"),
     "programs/test_experiments_batched.py": ("numpy", "rich", "sklearn"),
     "sharpness/test_ball.py": ("scipy",),
