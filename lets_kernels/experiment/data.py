@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lets_kernels.experiment import images, toy_images
+from lets_kernels.experiment import images, toy_images, toy_texts
+from lets_kernels.experiment.glue import glue
 from lets_kernels.experiment.recipes import Recipe
 from lets_kernels.experiment.task import Task
+from lets_kernels.experiment.translation import translation
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,12 @@ class Kind:
     Args:
         load: a recipe's task from what the user names; the integer is the seed.
         expects: what the path holds, for the user.
-        toy: writes a few generated samples in the same format into a folder, and returns the path to name.
+        toy: writes a few generated samples in the same format into a folder, which is then the path.
     """
 
     load: Callable[[Recipe, Source, int], Task]
     expects: str
-    toy: Callable[[Recipe, Path], Path]
+    toy: Callable[[Recipe, Path], object]
 
 
 def _cifar(classes: int) -> Callable[[Recipe, Source, int], Task]:
@@ -60,10 +62,21 @@ KINDS = {
         "a folder with train and val, in each a folder of images for each class",
         lambda recipe, folder: toy_images.write_imagenet(folder),
     ),
+    "glue": Kind(
+        lambda recipe, source, seed: glue(source.path, recipe.data.options["task"], source.checkpoint),
+        "GLUE's archive, unpacked: a folder for each task, such as CoLA with train.tsv and dev.tsv",
+        lambda recipe, folder: toy_texts.write_glue(folder, recipe.data.options["task"], 4, 8),
+    ),
+    "translation": Kind(
+        lambda recipe, source, seed: translation(source.path, **recipe.data.options),
+        "a folder with train.de, train.en, test.de and test.en, a sentence a line",
+        lambda recipe, folder: toy_texts.write_translation(folder, 4),
+    ),
 }
 
 
 def toy(recipe: Recipe, folder: Path) -> tuple[Recipe, Source]:
     """The recipe in two steps of two samples, on generated files written into ``folder``, with the real network."""
-    path = KINDS[recipe.data.kind].toy(recipe, folder / recipe.data.kind)
+    path = folder / recipe.data.kind
+    KINDS[recipe.data.kind].toy(recipe, path)
     return replace(recipe, epochs=1, batch_size=2, seeds=1), Source(path)

@@ -142,9 +142,9 @@ def test_a_folder_of_classes_is_read_in_the_order_of_their_names(tmp_path):
     assert spread.max() < 0.01  # of a pixel's 255 steps: nothing but float32's rounding
 
 
-@pytest.mark.parametrize("kind", ["cifar10", "cifar100", "imagenet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_missing_files_are_named(tmp_path, kind):
-    made = dataclasses.replace(RECIPES["cifar10-small"], data=Data(kind, 1))
+    made = dataclasses.replace(RECIPES["cifar10-small"], data=Data(kind, 1, {"task": "rte"} if kind == "glue" else {}))
     with pytest.raises(MissingData, match=str(tmp_path)):
         KINDS[kind].load(made, Source(tmp_path), 0)
 
@@ -443,6 +443,8 @@ SHORT = {
     "r-sam-imagenet": "r-sam@0.2",
     "noise-40": "lets-sam",
     "cifar10-small": "asam@0.5",
+    "iwslt14-de-en": "lets-sam",
+    "glue-rte": "base",
 }
 
 
