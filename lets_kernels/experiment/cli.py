@@ -137,7 +137,7 @@ def _plan(recipes: Sequence[Recipe], planned: Sequence[campaign.Run], options: a
     with tempfile.TemporaryDirectory() as folder:
         for recipe in recipes:
             small, source = toy(recipe, Path(folder))
-            per_gradient = hours.gradient(KINDS[recipe.data.kind].load(small, source, 0))
+            per_gradient = hours.gradient(KINDS[recipe.data.kind].load(small, source, 0), recipe.data.tokens)
             own = hours.hours(recipe, planned, per_gradient, options.tflops)
             whole += own
             runs = sum(run.recipe is recipe for run in planned)

@@ -16,12 +16,16 @@ SPEED = 50.0
 PASSES = 3
 
 
-def gradient(task: Task) -> float:
-    """Floating point operations of one sample's gradient, counted by torch in a forward pass of one sample."""
+def gradient(task: Task, tokens: int = 0) -> float:
+    """Floating point operations of one sample's gradient, counted by torch in a forward pass of one sample.
+
+    Of a text with so many tokens, in proportion to those of the sample: attention is a small part of it.
+    """
     batch = task.test.batch([0], None)
     with torch.random.fork_rng(), FlopCounterMode(display=False) as counter, torch.no_grad():
         task.loss(task.network().eval(), batch)
-    return float(PASSES * counter.get_total_flops())
+    longer = tokens / batch.inputs[0].shape[1] if tokens else 1.0
+    return PASSES * longer * counter.get_total_flops()
 
 
 def hours(recipe: Recipe, runs: Sequence[Run], per_gradient: float, speed: float) -> float:
