@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lets_kernels.experiment import campaign, hours
-from lets_kernels.experiment.data import KINDS, Source, toy
+from lets_kernels.experiment.data import KINDS, Source, needs, toy
 from lets_kernels.experiment.methods import method
 from lets_kernels.experiment.recipes import RECIPES, TABLES, Recipe
 from lets_kernels.experiment.report import document, table
@@ -204,10 +204,12 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--data PATH is missing: " + "; ".join(KINDS[kind].expects for kind in kinds))
     if len({RECIPES[name].data.kind for name in options.recipes}) > 1 and options.data:
         parser.error("these recipes read different data: run them one by one")
-    needed = {"matplotlib": "matplotlib", **({"tensorboard": "tensorboard"} if options.tensorboard else {})}
-    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
-    if options.names and missing:
-        parser.error(f"this needs packages that are not here: pip install {' '.join(missing)}")
+    modules = {module for name in options.recipes for module in needs(RECIPES[name], options.data)}
+    missing = sorted(module for module in modules if importlib.util.find_spec(module) is None)
+    if missing:
+        parser.error(f"this needs {', '.join(missing)}: pip install 'lets_kernels[experiment]'")
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs a package that is not here: pip install tensorboard")
     if options.device is None:
         options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

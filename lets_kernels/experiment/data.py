@@ -27,11 +27,13 @@ class Kind:
         load: a recipe's task from what the user names; the integer is the seed.
         expects: what the path holds, for the user.
         toy: writes a few generated samples in the same format into a folder, which is then the path.
+        needs: modules beside torch and numpy.
     """
 
     load: Callable[[Recipe, Source, int], Task]
     expects: str
     toy: Callable[[Recipe, Path], object]
+    needs: tuple[str, ...] = ()
 
 
 def _cifar(classes: int) -> Callable[[Recipe, Source, int], Task]:
@@ -61,16 +63,19 @@ KINDS = {
         _imagenet,
         "a folder with train and val, in each a folder of images for each class",
         lambda recipe, folder: toy_images.write_imagenet(folder),
+        ("PIL", "transformers"),
     ),
     "glue": Kind(
         lambda recipe, source, seed: glue(source.path, recipe.data.options["task"], source.checkpoint),
         "GLUE's archive, unpacked: a folder for each task, such as CoLA with train.tsv and dev.tsv",
         lambda recipe, folder: toy_texts.write_glue(folder, recipe.data.options["task"], 4, 8),
+        ("torchmetrics", "transformers"),
     ),
     "translation": Kind(
         lambda recipe, source, seed: translation(source.path, **recipe.data.options),
         "a folder with train.de, train.en, test.de and test.en, a sentence a line",
         lambda recipe, folder: toy_texts.write_translation(folder, 4),
+        ("tokenizers", "torchmetrics"),
     ),
 }
 
@@ -80,3 +85,13 @@ def toy(recipe: Recipe, folder: Path) -> tuple[Recipe, Source]:
     path = folder / recipe.data.kind
     KINDS[recipe.data.kind].toy(recipe, path)
     return replace(recipe, epochs=1, batch_size=2, seeds=1), Source(path)
+
+
+def needs(recipe: Recipe, path: Path | None) -> set[str]:
+    """The modules without which a recipe cannot be trained and drawn."""
+    found = {"matplotlib", *KINDS[recipe.data.kind].needs}
+    if recipe.network.startswith("ViT"):
+        found.add("transformers")
+    if path is not None and path.suffix == ".npz":
+        found.add("PIL")
+    return found

@@ -1,6 +1,5 @@
 """docs/experiments.md: its table is that of the recipes, its result that of the committed run."""
 
-import json
 import re
 import runpy
 from pathlib import Path

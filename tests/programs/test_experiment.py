@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pickle
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -328,20 +330,39 @@ def test_a_method_that_chooses_samples_gets_their_losses(folder, recipe, tmp_pat
         train(recipe, "esam", 0, dataclasses.replace(task, losses=None), tmp_path / "other", QUIET)
 
 
-def test_autocast_and_tensorboard_and_a_small_set(folder, recipe, tmp_path, monkeypatch):
+def test_autocast_is_around_every_pass_and_a_set_can_be_too_small(folder, recipe, tmp_path):
     task, seen = loaded(recipe, folder), []
-    plain = task.loss
 
     def loss(model, batch):
         seen.append(model(*batch.inputs).dtype)
-        return plain(model, batch)
+        return task.loss(model, batch)
 
-    found = train(
-        recipe, "sam", 0, dataclasses.replace(task, loss=loss), tmp_path, dataclasses.replace(QUIET, amp=True)
-    )
+    amp = dataclasses.replace(QUIET, amp=True)
+    found = train(recipe, "sam", 0, dataclasses.replace(task, loss=loss), tmp_path, amp)
     assert set(seen) == {torch.bfloat16} and found["settings"]["amp"] is True
     with pytest.raises(ValueError, match="40 samples are less than one batch of 41"):
         train(dataclasses.replace(recipe, batch_size=41), "sam", 0, task, tmp_path / "none", QUIET)
+
+
+def test_tensorboard_gets_what_the_file_gets(folder, recipe, tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:  # the package is not among what the tests install
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, *what):
+            written.append(what)
+
+        def close(self):
+            written.append(self.folder)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    options = dataclasses.replace(QUIET, tensorboard=True, evaluate=2)
+    found = train(recipe, "auto", 0, loaded(recipe, folder), tmp_path, options)
+    names = ("loss", "score", "rho")
+    wanted = [(n, e[n], e["epoch"]) for e in found["epochs"] for n in names if e[n] is not None]
+    assert written == [*wanted, str(tmp_path)] and len(wanted) == 8  # the first of three epochs is not scored
 
 
 def test_a_campaign_takes_again_what_has_other_settings_only(folder, recipe, tmp_path):
@@ -497,6 +518,22 @@ def test_a_list_a_plan_and_what_is_missing(recipe, tmp_path, capsys):
     assert cli.main(["small", "--data", str(tmp_path)]) == 1 and "data_batch_1" in capsys.readouterr().err
     assert cli.main(["small", "--data", str(tmp_path), "--report", "--output", str(tmp_path)]) == 1
     assert "no run of small has ended" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_before_anything_is_trained(monkeypatch, capsys, tmp_path):
+    there = cli.importlib.util.find_spec
+    gone = {"PIL", "torchmetrics", "transformers", "tensorboard"}
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name in gone else there(name))
+    for arguments, message in (
+        (["glue-rte", "--toy"], "this needs torchmetrics, transformers: pip install 'lets_kernels[experiment]'"),
+        (["cifar10-small", "--data", str(tmp_path / "a.npz")], "this needs PIL"),
+        (["cifar100-vit-s-4", "--toy"], "this needs transformers"),
+        (["cifar10-small", "--toy", "--tensorboard"], "pip install tensorboard"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, "--output", str(tmp_path)])
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

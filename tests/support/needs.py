@@ -23,6 +23,8 @@ NEEDS = {
     "programs/test_compare.py": ("numpy", "rich", "sklearn"),
     "programs/test_demo.py": ("matplotlib", "numpy", "rich", "sklearn"),
     "programs/test_experiment_texts.py": ("tokenizers", "torchmetrics", "transformers"),
+    "docs/test_experiments_page.py": ("numpy", "transformers", "torchmetrics"),
+    "programs/test_experiment.py": ("PIL", "matplotlib", "numpy", "torchmetrics", "transformers"),
     "programs/test_experiments.py": ("matplotlib", "numpy", "rich", "scipy", "sklearn"),
     "programs/test_experiments_batched.py": ("numpy", "rich", "sklearn"),
     "sharpness/test_ball.py": ("scipy",),
