@@ -465,6 +465,7 @@ def test_the_network_has_the_weights_of_fairseqs():
     assert sum(p.numel() for p in model.parameters()) == layers + 512 * 10_000
     dropout = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     assert set(dropout) == {0.0, 0.3} and dropout.count(0.0) == 12
+    assert {module.dropout for module in model.modules() if isinstance(module, nn.MultiheadAttention)} == {0.0}
 
 
 def test_two_steps_of_sam_on_the_real_translator(parallel):
