@@ -197,7 +197,7 @@ def _pickles(folder: Path, classes: int) -> list[tuple[Tensor, Tensor]]:
     def read(name: str) -> tuple[Tensor, Tensor]:
         found = pickle.loads((folder / name).read_bytes(), encoding="bytes")
         labels = found[b"labels" if classes == 10 else b"fine_labels"]
-        return torch.from_numpy(found[b"data"]).view(-1, 3, 32, 32), torch.tensor(labels)
+        return torch.from_numpy(found[b"data"]).view(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
 
     return [tuple(map(torch.cat, zip(*map(read, part), strict=True))) for part in names]  # type: ignore[misc]
 

@@ -27,8 +27,8 @@ DEV = {"mnli": HEADERS["mnli"].replace("label1", "label1 label2 label3 label4 la
 Row = dict[str, str]
 
 
-def write_glue(folder: Path, task: str, samples: int = 64) -> None:
-    """A task of GLUE in its folder: ``samples`` to train on, a quarter as many to score; the labels in turn.
+def write_glue(folder: Path, task: str, samples: int = 64, scored: int | None = None) -> None:
+    """A task of GLUE in its folder: ``samples`` to train on, ``scored`` or a quarter as many to score; labels in turn.
 
     CoLA: right is "the", noun, verb, "the", noun. SST-2: one adjective says it. Of a pair the second sentence is the
     first (``mrpc``, ``qqp``: label 1; ``rte``, ``qnli``, ``mnli``: entailment) or has one of ``OTHERS`` at its end; if
@@ -39,7 +39,7 @@ def write_glue(folder: Path, task: str, samples: int = 64) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for name, count, header in (
         ("train.tsv", samples, HEADERS.get(task, "")),
-        (format.dev, samples // 4, DEV.get(task, HEADERS.get(task, ""))),
+        (format.dev, scored or samples // 4, DEV.get(task, HEADERS.get(task, ""))),
     ):
         chance = random.Random(f"{task} {name}")
         if task == "cola":

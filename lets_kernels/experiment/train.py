@@ -80,7 +80,7 @@ def train(recipe: Recipe, name: str, seed: int, task: Task, folder: Path, option
     folder.mkdir(parents=True, exist_ok=True)
     about = {**settings(recipe, name, seed, options.amp), "label": method(name).label, "measure": task.measure}
     if (folder / STATE).exists():
-        saved = torch.load(folder / STATE, map_location=options.device, weights_only=False)
+        saved = torch.load(folder / STATE, map_location=options.device, weights_only=True)
         if saved["about"] == about:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -118,7 +118,7 @@ def train(recipe: Recipe, name: str, seed: int, task: Task, folder: Path, option
         "label": method(name).label,
         "measure": task.measure,
         "score": records[-1]["score"],
-        "gradients": run.gradients(),
+        "gradients": run.gradients() or recipe.epochs * steps,
         "skipped_steps": run.skipped(),
         "seconds": sum(record["seconds"] for record in records),
         "weights": sum(p.numel() for p in model.parameters()),
