@@ -465,6 +465,7 @@ def test_the_network_has_the_weights_of_fairseqs():
     assert sum(p.numel() for p in model.parameters()) == layers + 512 * 10_000
     dropout = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     assert set(dropout) == {0.0, 0.3} and dropout.count(0.0) == 12
+    assert {module.dropout for module in model.modules() if isinstance(module, nn.MultiheadAttention)} == {0.0}
 
 
 def test_two_steps_of_sam_on_the_real_translator(parallel):
@@ -494,6 +495,7 @@ def test_layers_begin_with_weights_of_their_own():
     model = Translator(10)
     first, second = (layer.linear1.weight for layer in model.encoder.layers[:2])
     assert not torch.equal(first, second) and not model.embedding.weight[PAD].any()
+    assert not any(weights.any() for name, weights in model.named_parameters() if name.endswith("bias"))
 
 
 def test_the_loss_is_the_mean_over_tokens_with_smoothed_labels(parallel):
@@ -572,6 +574,13 @@ def test_the_search_divides_by_the_length_and_ends():
     assert translate(model, torch.tensor([[4, END]])).tolist() == [[5, 5, 5, END]]
     endless = Knows(lambda source, said: {4: 1.0})
     assert translate(endless, torch.tensor([[4, 4, 4, 4, END]])).shape == (1, 16)  # 1.2 · 5 + 10
+
+
+def test_the_search_keeps_a_translation_that_is_over_as_it_is():
+    """(5) has 0.4 in two tokens. It is second when it ends, and first when (4, 6) with 0.6 becomes four of 0.15."""
+    tree = {(): {4: 0.6, 5: 0.4}, (4,): {6: 1.0}, (4, 6): dict.fromkeys(range(7, 11), 0.25)}
+    model = Knows(lambda source, said: tree.get(said, {END: 1.0}))
+    assert translate(model, torch.tensor([[4, END]])).tolist() == [[5, END, PAD, PAD]]
 
 
 def test_a_small_translator_learns_the_toy_text(tmp_path, small, monkeypatch):
