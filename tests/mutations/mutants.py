@@ -45,6 +45,7 @@ def _pytest(root, tests, output):
     for name in (
         "mutants",
         "mutants_table",
+        "mutants_experiment",
         "mutants_foreach",
         "mutants_groups",
         "mutants_reference",

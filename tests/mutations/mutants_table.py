@@ -6,6 +6,7 @@ nothing, and one that computes the same is none.
 
 from typing import NamedTuple
 
+import mutants_experiment
 import mutants_foreach
 import mutants_groups
 import mutants_kernels
@@ -40,6 +41,7 @@ GROUPS = [
     *mutants_parts.GROUPS,
     *mutants_radii.GROUPS,
     *mutants_sharpness.GROUPS,
+    *mutants_experiment.GROUPS,
     ("lets_kernels/ops/native.py", "tests/ops/test_packed.py", [("packed.tensors = tensors", "packed.tensors = []")]),
     (
         "lets_kernels/learning/hypergradient.py",
