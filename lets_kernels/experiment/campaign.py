@@ -42,9 +42,8 @@ def finished(run: Run, output: Path, amp: bool) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads((run.folder(output) / RESULT).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return (
-        found if found["settings"] == json.loads(json.dumps(settings(run.recipe, run.method, run.seed, amp))) else None
-    )
+    wanted = json.loads(json.dumps(settings(run.recipe, run.method, run.seed, amp)))
+    return found if found["settings"] == wanted else None
 
 
 def campaign(planned: Sequence[Run], load: Load, output: Path, options: Options) -> Iterator[dict[str, Any]]:
