@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lets_kernels.experiment.campaign import Run
-from lets_kernels.experiment.methods import method
+from lets_kernels.experiment.methods import label, method
 from lets_kernels.experiment.recipes import Recipe
 from lets_kernels.experiment.report import Results, scores
 from lets_kernels.experiment.task import Batch, Task
@@ -34,7 +34,9 @@ def draw_training(results: Results, recipe: Recipe, path: Path) -> None:
     for axes, shown, entry in zip(panels[0], (own, moving), ("score", "rho"), strict=False):
         for name, runs in shown.items():
             points = _means([run["epochs"] for run in runs], entry)
-            axes.plot(*points, color=colors[name], marker="." if len(points[0]) < 20 else "", label=runs[0]["label"])
+            axes.plot(
+                *points, color=colors[name], marker="." if len(points[0]) < 20 else "", label=label(name, [recipe])
+            )
         axes.set(xlabel="epoch", ylabel=measure if entry == "score" else "ρ")
         _plain(axes)
     panels[0][0].legend(frameon=False, fontsize="small")
@@ -99,8 +101,8 @@ def draw_networks(runs: Sequence[Run], task: Task, output: Path, device: torch.d
             model = task.network().to(device)
             model.load_state_dict(torch.load(state, map_location=device, weights_only=True)["model"])
             at = Objective(model, task.loss, data, size=_samples)
-            label = method(run.method).label
-            lines[label], planes[label], spectra[label] = line(at), plane(at, points=11), spectrum(at, runs=2, steps=50)
+            shown = label(run.method, [run.recipe])
+            lines[shown], planes[shown], spectra[shown] = line(at), plane(at, points=11), spectrum(at, runs=2, steps=50)
     if not lines:
         return False
     draw_all(lines, planes, spectra, path)

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -96,6 +96,11 @@ def _number(gradients: str) -> float:
     if re.fullmatch(r"\d+", gradients):
         return float(gradients)
     return {"1 + 1/k": 1.2, "1 + p": 1.5, "1 to 2": 1.5, "1 + f": 1.1, "1 + k": 3.0}.get(gradients, 1.5)
+
+
+def label(name: str, recipes: Iterable[Recipe]) -> str:
+    """A method's name in a table of these recipes; of the base optimizer alone, its class."""
+    return "/".join(dict.fromkeys(r.base.__name__ for r in recipes)) if name == "base" else method(name).label
 
 
 def method(name: str) -> Method:

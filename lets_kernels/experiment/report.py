@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
+from lets_kernels.experiment.methods import label
 from lets_kernels.experiment.recipes import Recipe
 from lets_kernels.sharpness.report import aligned
 
@@ -33,14 +34,14 @@ def table(results: Results, recipes: Sequence[Recipe], markdown: bool = False) -
     Of one recipe alone, with the time of an epoch of training, the median over epochs and seeds.
     """
     here = [recipe for recipe in recipes if any(name == recipe.name for name, _ in results)]
-    labels = {method: runs[0]["label"] for (_, method), runs in results.items() if runs}
+    labels = {method: label(method, here) for (_, method), runs in results.items() if runs}
     best = {}
     for recipe in here:
         means = {m: fmean(scores(runs)) for (name, m), runs in results.items() if name == recipe.name and scores(runs)}
         best[recipe.name] = max(means, key=means.__getitem__, default=None) if len(means) > 1 else None
     rows = [["method", *(recipe.name for recipe in here)]]
-    for method, label in labels.items():
-        row = [label]
+    for method, shown in labels.items():
+        row = [shown]
         for recipe in here:
             said = cell(results.get((recipe.name, method), ()))
             if best[recipe.name] == method:

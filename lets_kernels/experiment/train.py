@@ -78,7 +78,7 @@ def train(recipe: Recipe, name: str, seed: int, task: Task, folder: Path, option
     run = _Run(recipe, task, model, optimizer, options, seed)
     records: list[dict[str, Any]] = []
     folder.mkdir(parents=True, exist_ok=True)
-    about = {**settings(recipe, name, seed, options.amp), "label": method(name).label, "measure": task.measure}
+    about = {**settings(recipe, name, seed, options.amp), "measure": task.measure}
     if (folder / STATE).exists():
         saved = torch.load(folder / STATE, map_location=options.device, weights_only=True)
         if saved["about"] == about:
@@ -115,7 +115,6 @@ def train(recipe: Recipe, name: str, seed: int, task: Task, folder: Path, option
         machine["gpu"] = torch.cuda.get_device_name(options.device)
     result = {
         "settings": settings(recipe, name, seed, options.amp),
-        "label": method(name).label,
         "measure": task.measure,
         "score": records[-1]["score"],
         "gradients": run.gradients() or recipe.epochs * steps,

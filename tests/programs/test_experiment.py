@@ -387,11 +387,10 @@ def test_a_campaign_takes_again_what_has_other_settings_only(folder, recipe, tmp
 # ---- tables, figures, hours ------------------------------------------------------------------------------------------
 
 
-def run_of(score, label="SAM", epochs=(), commit="c0ffee"):
+def run_of(score, epochs=(), commit="c0ffee"):
     machine = {"cpu": "a CPU", "threads": 1, "commit": commit}
     return {
         "score": score,
-        "label": label,
         "measure": "test accuracy, %",
         "epochs": list(epochs),
         "environment": machine,
@@ -401,7 +400,7 @@ def run_of(score, label="SAM", epochs=(), commit="c0ffee"):
 def test_a_table_by_hand(recipe):
     other = dataclasses.replace(recipe, name="other")
     found = {
-        ("small", "base"): [run_of(80.0, "SGD")],
+        ("small", "base"): [run_of(80.0)],
         ("small", "sam"): [run_of(81.0), run_of(84.0), run_of(None)],
         ("other", "sam"): [run_of(None)],
     }
@@ -427,15 +426,15 @@ def test_figures_show_the_means(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **options: drawn.append(self))
     records = [[{"epoch": e, "score": s + e, "rho": 0.1 * e} for e in (1, 2)] for s in (10, 20)]
     found = {
-        ("small", "base"): [run_of(12.0, "SGD", [{"epoch": 1, "score": 12.0}])],
-        ("small", "auto"): [run_of(12.0, "auto", one) for one in records],
-        **{("small", f"sam@{rho}"): [run_of(50 + rho, "SAM"), run_of(52 + rho, "SAM")] for rho in (0.2, 0.1, 0.4)},
+        ("small", "base"): [run_of(12.0, [{"epoch": 1, "score": 12.0}])],
+        ("small", "auto"): [run_of(12.0, one) for one in records],
+        **{("small", f"sam@{rho}"): [run_of(50 + rho), run_of(52 + rho)] for rho in (0.2, 0.1, 0.4)},
     }
     figures.draw_training(found, recipe, tmp_path / "a.png")
     assert figures.draw_starts(found, recipe, tmp_path / "b.png")
     score, rho = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in score.lines}
-    assert lines["auto"] == [[1, 16], [2, 17]] and lines["SGD"] == [[1, 12]]
+    assert lines['SAM rho="auto"'] == [[1, 16], [2, 17]] and lines["SGD"] == [[1, 12]]
     assert [line.get_xydata().tolist() for line in rho.lines] == [[[1, 0.1], [2, 0.2]]]
     (curve,) = drawn[1].axes[0].containers
     assert curve.lines[0].get_xydata().tolist() == pytest.approx(np.array([[0.1, 51.1], [0.2, 51.2], [0.4, 51.4]]))
