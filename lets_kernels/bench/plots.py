@@ -43,7 +43,7 @@ def write_plot(found: Findings, settings: Settings, path: Path) -> bool:
         return False
     columns = min(panels, 3)
     rows = -(-panels // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.9 * rows), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(rows, columns, figsize=(6.4 * columns, 3.9 * rows), layout="constrained", squeeze=False)
     free = iter(grid.flat)
     for one in timed:
         _bars(next(free), one)
@@ -117,6 +117,8 @@ def _roofline(axes: Axes, comparisons: Sequence[Comparison]) -> None:
         roof[size] = max(roof.get(size, 0.0), one.copy_rate / 1e9)
     axes.plot(*zip(*sorted(roof.items()), strict=True), color="0.4", linestyle="--", label="a copy")
     axes.set(title="Roofline", xlabel="MB that must be moved", ylabel="GB/s", xscale="log", yscale="log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.legend(frameon=False, fontsize="small")
     _plain(axes, "both")
 
@@ -133,7 +135,7 @@ def _multiples(axes: Axes, one: Multiples) -> None:
     axes.axvline(1.0, color="0.4", linestyle="--", zorder=2)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.45 * max(times, default=1.0))
-    axes.set(title="Whole steps in units of two gradients")
+    axes.set(title="Whole training steps")
     axes.set_xlabel(
         f"times two gradients ({ms(found[UNIT].median)} ms)\n{textwrap.fill(one.network, 46)}", fontsize="small"
     )
@@ -155,7 +157,8 @@ def _growth(axes: Axes, by: str, comparisons: Sequence[Comparison]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter())
-    axes.legend(frameon=False, fontsize="small")
+    axes.set_ylim(top=3 * axes.get_ylim()[1])  # lines rise to the right: room for the legend on the left
+    axes.legend(frameon=False, fontsize="small", loc="upper left")
     _plain(axes, "both")
 
 
@@ -165,4 +168,4 @@ def _plain(axes: Axes, grid: Any) -> None:
 
 
 def _short(number: float) -> str:
-    return f"{number / 1e6:,.4g} M" if number >= 999_500 else f"{number:,.4g}"
+    return f"{number / 1e6:,.4g} M" if number >= 999_500 else f"{number:,.0f}"
