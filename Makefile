@@ -8,7 +8,7 @@ CSRC = $(shell find csrc tests/emulator tests/sanitize -name '*.cpp' -o -name '*
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test fuzz long mutants sanitize trust bench bench-compare experiments compare flower
-.PHONY: wheel wheels matrix gpu-check docs lint format clean
+.PHONY: wheel wheels matrix first-hour gpu-check docs lint format clean
 
 help:    ## these targets
 	@sed -n 's/^\([a-z-]*\): *[^#]*## /  make \1\t/p' Makefile
@@ -67,6 +67,9 @@ wheel: $(READY)    ## dist/*.whl with the CPU kernels and, where there is nvcc, 
 
 wheels: $(READY)    ## dist/ with what a registry takes, for this Python: source archive and wheel, checked and tried out
 	@$(PY) tests/support/wheels.py
+
+first-hour:    ## what a new user does, in a fresh clone of the last commit; writes tests/results/first_hour.json
+	$(PYTHON) tests/support/first_hour.py
 
 matrix: $(READY)    ## each Python and torch that can be had here; writes tests/results/matrix.json. ARGS=--cuda-builds: more
 	@$(PY) tests/support/matrix.py $(ARGS)

@@ -91,7 +91,10 @@ def _adopt(
         raise ValueError(f"base_optimizer is an instance already; set {', '.join(kwargs)} where it is built")
     wanted = {id(p): group for group in groups for p in group["params"]}
     if {id(p) for group in base.param_groups for p in group["params"]} != set(wanted):
-        raise ValueError("base_optimizer was built on other parameters than those given as params")
+        raise ValueError(
+            "base_optimizer was built on other parameters than those given as params: build it on the same ones, or "
+            "give its class, with its arguments after it"
+        )
     for group in base.param_groups:
         mine = {id(wanted[id(p)]): wanted[id(p)] for p in group["params"]}
         values = [{k: g[k] for k in keys} for g in mine.values()] or [dict(keys)]
