@@ -15,8 +15,9 @@ class SAMPa(SAM):
     """SAM whose two gradients do not wait for each other: ε goes along a gradient that the step before has found.
 
     Xie, Pethick & Cevher, NeurIPS 2024. The first pass is made at y, ahead of θ (see :class:`~lets_kernels.Ahead`), the
-    second at θ + ε, and the step goes along (1 − λ) ĝ + λ g_y. Their code makes both passes at once, on two devices;
-    this class makes them one after the other, so that it costs what SAM costs, and its worth is in what it computes.
+    second at θ + ε, and the step goes along (1 − λ) ĝ + λ g_y. Their code makes both passes at once, on two devices:
+    examples/sampa_two_devices.py does so with this class. In one process they come one after the other, so that it
+    costs what SAM costs.
 
     In the paper ĝ is the gradient of the batch of which ε knows: that of the step before, where g_y is that of the new
     batch. A closure that is called twice can do so, and so can the other shapes::

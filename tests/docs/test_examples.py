@@ -20,8 +20,8 @@ LINES = {
     "plain_loop": r"loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+), of the averaged weights (?P<average>\S+)",
     "trainer": r"test loss (?P<loss>\S+), test accuracy (?P<accuracy>\S+)",
 }
-#: These have tests of their own, test_federated_flower.py in another environment and test_train_cifar.py.
-APART = {"federated_flower", "train_cifar"}
+#: These have tests of their own, test_federated_flower.py in another environment.
+APART = {"federated_flower", "sampa_two_devices", "train_cifar"}
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ NEEDS = {
     "base/test_conformance_table.py": ("expecttest",),
     "docs/test_examples.py": FRAMEWORKS,
     "docs/test_federated.py": ("sklearn",),
+    "docs/test_sampa_two_devices.py": ("sklearn",),
     "docs/test_notebook.py": ("matplotlib",),
     "frameworks/test_frameworks_accelerate.py": ("accelerate",),
     "frameworks/test_frameworks_lightning.py": ("lightning",),
