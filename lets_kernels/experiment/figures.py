@@ -42,6 +42,8 @@ def draw_training(results: Results, recipe: Recipe, path: Path) -> None:
     panels[0][0].legend(frameon=False, fontsize="small")
     if moving:
         panels[0][1].set_yscale("log")
+        panels[0][1].yaxis.set_major_formatter("{x:g}")
+        panels[0][1].yaxis.set_minor_formatter("{x:g}")
     figure.suptitle(f"{recipe.name}: {recipe.network}")
     figure.savefig(path, dpi=130)
 
