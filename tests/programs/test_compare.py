@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import lets_kernels
 from benchmarks.experiments import data
 from benchmarks.experiments.compare import __main__ as command
 from benchmarks.experiments.compare import report, runs, timing
@@ -56,6 +57,17 @@ def test_every_row_trains(name):
 def test_gradients_are_counted_in_whole_batches(name, gradients):
     """ESAM's second gradient is that of half the samples."""
     assert train(Run(TOY, ROWS[name], 0))["gradients"] == gradients
+
+
+def test_sampa_s_second_pass_has_the_batch_of_the_step_before():
+    net = torch.nn.Linear(4, 3)
+    step, seen = runs.Stepper(net, lets_kernels.SAMPa(net.parameters(), torch.optim.SGD, lr=0.1)), []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    first, second, third = ((torch.randn(8, 4), torch.zeros(8, dtype=torch.long)) for _ in range(3))
+    for batch in (first, second, third):
+        step(batch, first)
+    wanted = (first, first, second, first, third, second)
+    assert all(found is batch[0] for found, batch in zip(seen, wanted, strict=True)) and step.gradients == 2
 
 
 def test_a_row_has_the_arguments_of_its_line_and_the_task_s_own():
