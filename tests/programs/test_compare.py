@@ -183,6 +183,16 @@ def test_the_table_is_what_one_works_out_by_hand(by_hand):
     assert "a CPU" in text and "0123456" in text and "over 2 seeds" in text
 
 
+def test_a_column_of_fewer_seeds_says_so_in_its_head(by_hand):
+    machine = {"torch": "2", "cpu": "a CPU", "commit": "0123456789"}
+    outcome = {"accuracy": 60, "gradients": 1.0, "skipped_steps": 0}
+    for seed in range(3):
+        by_hand.add(Run(dataclasses.replace(TOY, name="cifar-0"), ROWS[SGD], seed), outcome, machine)
+    text = report.section(by_hand)
+    assert "| digits, 40 % wrong (2 seeds) | CIFAR, labels right |" in text and "over 3 seeds" in text
+    assert "80.0 ± 1.0 | **60.0** ± 0.0 |" in text and "| 91.0 (1 seed) | – |" in text
+
+
 def test_the_command_writes_into_the_page_and_draws(by_hand, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
