@@ -122,8 +122,8 @@ def _which(results: Results, seeds: int) -> str:
     days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     skipped = sum(entry["skipped_steps"] for entry in results.entries)
     text = (
-        f"Mean ± standard error over {seeds} seeds, unless a column or a cell says otherwise; {len(results.entries)} runs, "
-        f"{skipped} steps skipped for a gradient that is not finite. torch {values('torch')}, {values('cpu')}, one "
+        f"Mean ± standard error over {seeds} seeds, unless a column or a cell says otherwise; {len(results.entries)} "
+        f"runs, {skipped} steps skipped for a gradient that is not finite. torch {values('torch')}, {values('cpu')}, one "
         f"thread; commit {', '.join(commits)}; {days}."
     )
     if results.times:
