@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from lets_kernels import SAMPa
-from lets_kernels.bench.clock import Others
 from lets_kernels.record import environment
 
 EXAMPLE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "sampa_two_devices.py"))
@@ -39,7 +38,7 @@ def timed(what, alone=False):
 
 
 def measure(batch):
-    """Medians in ms, of each on the wall and of its CPU time; and the cores that other processes used."""
+    """Medians in ms, of each on the wall and of its CPU time."""
     nets = [EXAMPLE["network"]() for _ in range(3)]
     optimizers = [SAMPa(net.parameters(), torch.optim.SGD, rho=0.1, lr=0.01, momentum=0.9) for net in nets]
     new, old = ((torch.randn(batch, 64), torch.randint(10, (batch,))) for _ in range(2))
@@ -56,10 +55,8 @@ def measure(batch):
         "one": (lambda: EXAMPLE["step_of_one"](optimizers[1], loss_of(nets[1]), new, old), True),
         "two": (lambda: EXAMPLE["step_of_two"](optimizers[2], loss_of(nets[2]), new, old), False),
     }
-    others, rounds = Others(), []
-    for _ in range(UNTIMED + ROUNDS):
-        rounds.append({name: timed(*case) for name, case in cases.items()})
-    found = {"batch": batch, "others": round(others.cores(), 2)}
+    rounds = [{name: timed(*case) for name, case in cases.items()} for _ in range(UNTIMED + ROUNDS)]
+    found = {"batch": batch}
     for name in cases:
         wall, cpu = (1e3 * median(each[name][i] for each in rounds[UNTIMED:]) for i in (0, 1))
         both = torch.tensor([wall, cpu])

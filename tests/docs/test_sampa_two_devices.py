@@ -1,6 +1,8 @@
 """examples/sampa_two_devices.py: two ranks with a pass each take the steps that one process takes with both."""
 
 import itertools
+import json
+import re
 import runpy
 from functools import partial
 from pathlib import Path
@@ -109,3 +111,13 @@ def test_one_process_trains_as_the_page_says(capsys):
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     said = capsys.readouterr().out
     assert said.startswith("1 process: ") and float(said.rpartition(" ")[2]) > 0.9
+
+
+def test_figures_are_those_of_the_results():
+    text = (EXAMPLE.parent / "README.md").read_text()
+    (named,) = re.findall(r"`(benchmarks/results/sampa\S+\.json)`", text)
+    rows = json.loads((EXAMPLE.parents[1] / named).read_text())["ms"]
+    for row in rows:
+        cells = (f"{row[name]:.1f}" for name in ("gradient_cpu", "one_cpu", "two_cpu"))
+        assert f"| {row['batch']} | {' | '.join(cells)} |" in text
+    assert "was {gradient:.0f}, {one:.0f} and {two:.0f}.".format(**rows[-1]) in text

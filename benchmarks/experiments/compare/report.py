@@ -123,8 +123,8 @@ def _which(results: Results, seeds: int) -> str:
     skipped = sum(entry["skipped_steps"] for entry in results.entries)
     text = (
         f"Mean ± standard error over {seeds} seeds, unless a column or a cell says otherwise; {len(results.entries)} "
-        f"runs, {skipped} steps skipped for a gradient that is not finite. torch {values('torch')}, {values('cpu')}, one "
-        f"thread; commit {', '.join(commits)}; {days}."
+        f"runs, {skipped} steps skipped for a gradient that is not finite. torch {values('torch')}, {values('cpu')}, "
+        f"one thread; commit {', '.join(commits)}; {days}."
     )
     if results.times:
         t, load = results.times, results.times["environment"]["load_average"]
