@@ -30,8 +30,8 @@ class SAMPa(SAM):
 
     With the same batch in both passes, ε is that of another batch than ĝ, as in asynchronous SAM (Jo, Lim & Lee, 2025),
     whose older gradient is one at θ: the example has that, too. SAMPa so, tried on the demo's task (digits, 40 % wrong
-    labels, three seeds), reaches 92.3 %, where SAM at 0.1 reaches 96.4 and SGD 87.2. docs/comparison.md has it as in the
-    paper.
+    labels, three seeds), reaches 92.3 %, where SAM at 0.1 reaches 96.4 and SGD 87.2. In docs/comparison.md it is as in
+    the paper.
 
     Args:
         params, base_optimizer, kwargs: as :class:`SAM`.
