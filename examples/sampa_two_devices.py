@@ -1,13 +1,14 @@
-"""SAMPa with its two passes at once, on two devices: a step takes the time of one gradient.
+"""SAMPa with its two passes at once, on two devices: a step takes the time of one gradient and of sending it.
 
 Xie, Pethick & Cevher, NeurIPS 2024: what both passes of a step need is known at its beginning. Rank 0 makes the first
 pass, on the new batch ahead of the weights; rank 1 the second, on the batch of the step before at the perturbed
-weights; they send each other their gradients, and both take the same step. One process makes the same steps in twice
-the time.
+weights; they send each other their gradients, and both take the same step. One process makes the same steps, one
+gradient after the other. With a network and batches as small as here, sending takes longer than a gradient; the README
+beside this file has times.
 
     torchrun --nproc-per-node 2 examples/sampa_two_devices.py    # two GPUs, or two processes on the CPU
 
-Asynchronous SAM in this form: give rank 1 the new batch too; its perturbation is that of an older one.
+``asynchronous_step`` is asynchronous SAM (Jo, Lim & Lee, 2025) in the same form.
 """
 
 import os
@@ -21,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lets_kernels import SAMPa
+from lets_kernels import SAM, SAMPa
 
 Batch = tuple[Tensor, Tensor]
 RHO, STEPS, BATCH = 0.1, 300, 64
@@ -62,13 +63,50 @@ def step_of_two(optimizer: SAMPa, loss: Callable[[Batch], Tensor], new: Batch, o
         if dist.get_rank() == 0:
             loss(new).backward()
         reached = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        own = torch.cat([p.grad.flatten() for p in reached])
-        first, second = torch.empty_like(own), torch.empty_like(own)
-        dist.all_gather([first, second], own)
+        first, second = exchanged(reached)
         give(reached, first)
     optimizer.first_step(zero_grad=True)
     give(reached, second)
     optimizer.second_step(zero_grad=True)
+
+
+def asynchronous_step(
+    optimizer: SAM, loss: Callable[[Batch], Tensor], new: Batch, aside: Batch, older: Tensor | None
+) -> Tensor:
+    """One step of asynchronous SAM by two ranks: its perturbation goes along a gradient of the step before.
+
+    Rank 0 makes the gradient for the next step's perturbation, at the weights, on ``aside``, which may be a smaller
+    batch; rank 1 makes the one of this step, on ``new``, at weights perturbed along ``older``. The optimizer is a plain
+    SAM, and every parameter must get a gradient.
+
+    Returns:
+        The next step's ``older``, flat; None stands for it in the first step, which does not perturb.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+    made = []
+    if dist.get_rank() == 0:
+        loss(aside).backward()
+        made = [p.grad for p in params]
+    give(params, torch.cat([torch.zeros_like(p).flatten() for p in params]) if older is None else older)
+    optimizer.first_step(zero_grad=True)
+    if dist.get_rank() == 0:
+        for p, gradient in zip(params, made, strict=True):
+            p.grad = gradient
+    else:
+        loss(new).backward()
+    first, second = exchanged(params)
+    give(params, second)
+    optimizer.second_step(zero_grad=True)
+    return first
+
+
+def exchanged(params: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradients of rank 0 and of rank 1, flat, on both ranks."""
+    own = torch.cat([p.grad.flatten() for p in params])
+    first, second = torch.empty_like(own), torch.empty_like(own)
+    dist.all_gather([first, second], own)
+    return first, second
 
 
 def give(params: list[Tensor], gradients: Tensor) -> None:

@@ -28,8 +28,10 @@ class SAMPa(SAM):
         loss(old_batch).backward()  # of the step before; in the first step the new one
         opt.second_step(zero_grad=True)
 
-    With the same batch in both passes, ε is that of another batch than ĝ, as in asynchronous SAM. So tried on the
-    demo's task (digits, 40 % wrong labels, three seeds) it reaches 92.3 %, where SAM at 0.1 reaches 96.4 and SGD 87.2.
+    With the same batch in both passes, ε is that of another batch than ĝ, as in asynchronous SAM (Jo, Lim & Lee, 2025),
+    whose older gradient is one at θ: the example has that, too. SAMPa so, tried on the demo's task (digits, 40 % wrong
+    labels, three seeds), reaches 92.3 %, where SAM at 0.1 reaches 96.4 and SGD 87.2. In docs/comparison.md it is as in
+    the paper.
 
     Args:
         params, base_optimizer, kwargs: as :class:`SAM`.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import lets_kernels
 from benchmarks.experiments import data
 from benchmarks.experiments.compare import __main__ as command
 from benchmarks.experiments.compare import report, runs, timing
@@ -56,6 +57,17 @@ def test_every_row_trains(name):
 def test_gradients_are_counted_in_whole_batches(name, gradients):
     """ESAM's second gradient is that of half the samples."""
     assert train(Run(TOY, ROWS[name], 0))["gradients"] == gradients
+
+
+def test_sampa_s_second_pass_has_the_batch_of_the_step_before():
+    net = torch.nn.Linear(4, 3)
+    step, seen = runs.Stepper(net, lets_kernels.SAMPa(net.parameters(), torch.optim.SGD, lr=0.1)), []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    first, second, third = ((torch.randn(8, 4), torch.zeros(8, dtype=torch.long)) for _ in range(3))
+    for batch in (first, second, third):
+        step(batch, first)
+    wanted = (first, first, second, first, third, second)
+    assert all(found is batch[0] for found, batch in zip(seen, wanted, strict=True)) and step.gradients == 2
 
 
 def test_a_row_has_the_arguments_of_its_line_and_the_task_s_own():
@@ -169,6 +181,16 @@ def test_the_table_is_what_one_works_out_by_hand(by_hand):
     assert "| LookSAM | 1.2 | – | 91.0 (1 seed) |" in text
     assert "| **SAM, best ρ** | 2 | – | **95.0** (ρ = 0.1, 1 seed) |" in text
     assert "a CPU" in text and "0123456" in text and "over 2 seeds" in text
+
+
+def test_a_column_of_fewer_seeds_says_so_in_its_head(by_hand):
+    machine = {"torch": "2", "cpu": "a CPU", "commit": "0123456789"}
+    outcome = {"accuracy": 60, "gradients": 1.0, "skipped_steps": 0}
+    for seed in range(3):
+        by_hand.add(Run(dataclasses.replace(TOY, name="cifar-0"), ROWS[SGD], seed), outcome, machine)
+    text = report.section(by_hand)
+    assert "| digits, 40 % wrong (2 seeds) | CIFAR, labels right |" in text and "over 3 seeds" in text
+    assert "80.0 ± 1.0 | **60.0** ± 0.0 |" in text and "| 91.0 (1 seed) | – |" in text
 
 
 def test_the_command_writes_into_the_page_and_draws(by_hand, tmp_path):

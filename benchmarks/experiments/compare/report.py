@@ -77,15 +77,20 @@ def lines(results: Results) -> list[Line]:
 
 
 def table(found: Sequence[Line], seeds: int) -> str:
-    """In Markdown. The best of a column is bold; so is what stands beside for comparison, by name."""
+    """In Markdown. The best of a column is bold; so is what stands beside for comparison, by name.
+
+    A column of fewer ``seeds`` says so in its head, a cell of fewer than its column in itself.
+    """
     shown = [task for task in TASKS if any(task in line.cells for line in found)]
+    most = {task: max(len(line.cells[task].accuracies) for line in found if task in line.cells) for task in shown}
     best = {task: max(line.cells[task].mean for line in found if task in line.cells) for task in shown}
-    head = ["method", "gradients a step", "time of a step", *(TASKS[task] for task in shown)]
+    head = ["method", "gradients a step", "time of a step"]
+    head += [TASKS[task] + (f" ({most[task]} seeds)" if most[task] != seeds else "") for task in shown]
     text = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     for line in found:
         name = f"**{line.name}**" if line.reference else line.name
         time = "–" if line.time is None else f"{line.time:.2f}"
-        cells = [_cell(line.cells.get(task), best[task], seeds) for task in shown]
+        cells = [_cell(line.cells.get(task), best[task], most[task]) for task in shown]
         text.append("| " + " | ".join([name, f"{line.gradients:g}", time, *cells]) + " |")
     return "\n".join(text)
 
@@ -117,9 +122,9 @@ def _which(results: Results, seeds: int) -> str:
     days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     skipped = sum(entry["skipped_steps"] for entry in results.entries)
     text = (
-        f"Mean ± standard error over {seeds} seeds, unless a cell says otherwise; {len(results.entries)} runs, "
-        f"{skipped} steps skipped for a gradient that is not finite. torch {values('torch')}, {values('cpu')}, one "
-        f"thread; commit {', '.join(commits)}; {days}."
+        f"Mean ± standard error over {seeds} seeds, unless a column or a cell says otherwise; {len(results.entries)} "
+        f"runs, {skipped} steps skipped for a gradient that is not finite. torch {values('torch')}, {values('cpu')}, "
+        f"one thread; commit {', '.join(commits)}; {days}."
     )
     if results.times:
         t, load = results.times, results.times["environment"]["load_average"]
@@ -183,8 +188,9 @@ def _panel(axes: Any, task: str, found: Sequence[Line]) -> None:
     for y, (above, below) in enumerate(pairwise(found)):
         if below.gradients >= 2 > above.gradients or below.gradients > 2 >= above.gradients:
             axes.axhline(y + 0.5, color="#BBBBBB", linewidth=0.8)
-    axes.set_xlim(low, top + 0.15 * (top - low))
+    axes.set_xlim(low - 0.04 * (top - low), top + 0.15 * (top - low))
     axes.set_ylim(-0.7, len(found) - 0.3)
     axes.set_title(TASKS[task], fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
+    axes.grid(axis="y", alpha=0.15)  # leads from a name to its points
     axes.spines[["top", "right"]].set_visible(False)

@@ -19,7 +19,7 @@ from benchmarks.experiments.compare.rows import Row, Setting
 from benchmarks.experiments.compare.tasks import held_out
 from benchmarks.experiments.tasks import Task
 from benchmarks.experiments.train import test_accuracy, train_loss
-from lets_kernels import SAM
+from lets_kernels import SAM, Ahead
 from lets_kernels.bench.clock import threads
 from lets_kernels.demo.data import batches
 from lets_kernels.record import environment, now, write_json
@@ -78,13 +78,18 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Stepper:
-    """Steps on batches in the shape that the optimizer wants, and counts the gradients of samples."""
+    """Steps on batches in the shape that the optimizer wants, and counts the gradients of samples.
+
+    SAMPa's second pass has the batch of the step before, as in its paper.
+    """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
         sam = optimizer if isinstance(optimizer, SAM) else None
         self._learns = sam is not None and sam.radius.learns
         self._per_sample = sam is not None and sam.samples.per_sample
+        self._ahead = sam is not None and isinstance(sam.direction, Ahead)
+        self._before: Batch | None = None
         self._samples = self._gradients = 0
 
     @property
@@ -95,6 +100,11 @@ class Stepper:
     def __call__(self, batch: Batch, other: Batch) -> None:
         """The other batch is LETS's, to validate on."""
         self._samples += len(batch[0])
+        if self._ahead:  # the second gradient is that of the batch along whose gradient ε goes
+            passes = iter([self._closure(*batch), self._closure(*(self._before or batch))])
+            self._before = batch
+            self._optimizer.step(lambda: next(passes)())
+            return
         closures = [self._closure(*one) for one in ((batch, other) if self._learns else (batch,))]
         self._optimizer.step(*closures)
 
