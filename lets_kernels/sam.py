@@ -33,7 +33,7 @@ from lets_kernels.step.groups import base_on, check_groups, check_is_optimizer, 
 from lets_kernels.step.learn import learn
 from lets_kernels.step.micro import micro_step
 from lets_kernels.step.setting import Setting
-from lets_kernels.step.tracing import untraced
+from lets_kernels.step.tracing import hooked, untraced
 
 #: Parameters, named parameters, or groups of them.
 Params: TypeAlias = Iterable[Any]
@@ -336,7 +336,7 @@ class SAM(torch.optim.Optimizer):
         return self._engine.begin(zero_grad, loss)
 
     @untraced
-    @torch.optim.Optimizer.profile_hook_step
+    @hooked
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and take the base optimizer's step, along the gradients of the second backward.
 

@@ -22,7 +22,7 @@ from lets_kernels.step.convention import Convention
 from lets_kernels.step.losses import as_scalar
 from lets_kernels.step.setting import Setting
 from lets_kernels.step.step import Start, Step
-from lets_kernels.step.tracing import untraced
+from lets_kernels.step.tracing import untraced, without_grad
 from lets_kernels.step.workspace import Tables, Workspace, given_up
 
 _SEEN = "_lets_kernels_seen"
@@ -187,7 +187,7 @@ class Engine:
             start.restore()
             self.now.start, self.now.started = None, not failed and not start.given_up
 
-    @torch.no_grad()
+    @without_grad
     def begin(self, zero_grad: bool, loss: Any) -> bool:
         """:meth:`SAM.first_step`."""
         w, now = self.work, self.now
@@ -274,7 +274,7 @@ class Engine:
 
     # ---- the second half ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @without_grad
     def finish(self, zero_grad: bool = False) -> None:
         """:meth:`SAM.second_step`, without the hooks, which around :meth:`SAM.step` have run."""
         w, now, radius = self.work, self.now, self.work.setting.radius
