@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lets_kernels.ops.layouts import unchanged
 from lets_kernels.space.buckets import Bucket, Geometry, Member
 from lets_kernels.space.memory import check_apart, check_parameter
 from lets_kernels.space.shards import cuts, local, mesh_of
@@ -49,10 +50,7 @@ class ParameterSpace:
         if len(groups) != len(self._key):
             return False
         for group, (known, trained, adaptive) in zip(groups, self._key, strict=True):
-            params = group["params"]
-            if len(params) != len(known) or not all(map(operator.is_, params, known)):
-                return False
-            if list(map(_requires_grad, params)) != trained or group.get("adaptive") != adaptive:
+            if not unchanged(group["params"], known, trained) or group.get("adaptive") != adaptive:
                 return False
         return True
 

@@ -1,6 +1,6 @@
 """One step, from the first gradients to the base optimizer's step; and the start of a first pass that is not at θ."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import accumulate, repeat
 
 import torch
@@ -21,7 +21,7 @@ from lets_kernels.step.precision import INTERVAL, measure
 from lets_kernels.step.workspace import Workspace, given_up
 
 
-def _seen(gradients: list[Tensor]) -> list[tuple[int, tuple[int, int]]]:
+def _seen(gradients: list[Tensor]) -> list[tuple[int, Hashable]]:
     """Which gradients these are, and how often each has been written."""
     return list(zip(map(id, gradients), versions(gradients), strict=True))
 
