@@ -33,6 +33,7 @@ from lets_kernels.step.groups import base_on, check_groups, check_is_optimizer, 
 from lets_kernels.step.learn import learn
 from lets_kernels.step.micro import micro_step
 from lets_kernels.step.setting import Setting
+from lets_kernels.step.step import Root
 from lets_kernels.step.tracing import hooked, untraced
 
 #: Parameters, named parameters, or groups of them.
@@ -277,7 +278,8 @@ class SAM(torch.optim.Optimizer):
         w, now = self._engine.work, self._engine.now
         gradients = torch.full((), w.progress.gradients, dtype=torch.int64, device=w.progress.home)
         counted = {"rho": self.rho, "skipped_steps": w.progress.skipped.clone(), "gradients": gradients}
-        return {**now.seen, **w.tables.precision, **counted, **self.radius.metrics()}
+        seen = {name: x.taken() if isinstance(x, Root) else x for name, x in now.seen.items()}
+        return {**seen, **w.tables.precision, **counted, **self.radius.metrics()}
 
     # ---- the three call shapes -------------------------------------------------------------------------------------
 

@@ -99,7 +99,8 @@ class FusedStep:
             lists.append(begun or [])
         if not suits:
             return None
-        b, options = runs.bucket, list[Any]()
+        b = runs.bucket
+        options: list[Any] = []
         for name in self.numbers:
             if name == "betas":
                 for k in range(2):
@@ -258,9 +259,10 @@ def prepared(base: torch.optim.Optimizer, runs: Iterable[Runs]) -> tuple[list[Ca
     """The fused steps on these runs, each a function of the gate (and of what follows: see ``_take``), and the reason,
     in words, if the base optimizer must step by itself; or None.
     """
-    kind, steps = fused_by(base), list[Callable[..., None]]()
+    kind = fused_by(base)
     if isinstance(kind, str):
         return [], kind
+    steps: list[Callable[..., None]] = []
     for each in runs:
         found = kind.prepare(each, base.param_groups, base.state)
         if found is None:

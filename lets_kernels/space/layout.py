@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class ParameterSpace:
             bucket = Bucket(members, len(self.buckets), groups, geometry, backend, flatten)
             bucket.split_filters(filter_dim)
             self.buckets.append(bucket)
+        #: The place of each bucket's first parameter among all parameters; last, their number.
+        self.offsets = list(accumulate((len(b.params) for b in self.buckets), initial=0))
 
     def _knows(self, groups: Sequence[dict[str, Any]]) -> bool:
         """True if the groups hold the parameters of which the buckets were made, as they were."""

@@ -22,7 +22,7 @@ from lets_kernels.step.capture import check_same_graph
 from lets_kernels.step.convention import Convention
 from lets_kernels.step.losses import as_scalar
 from lets_kernels.step.setting import Setting
-from lets_kernels.step.step import Start, Step
+from lets_kernels.step.step import Root, Start, Step
 from lets_kernels.step.tracing import untraced, without_grad
 from lets_kernels.step.workspace import Tables, Workspace, given_up
 
@@ -57,7 +57,7 @@ class Now:
     #: Calls of ``zero_grad``.
     zeroed: int = 0
     #: What the last step measured, for ``metrics()``.
-    seen: dict[str, Tensor] = field(default_factory=dict)
+    seen: dict[str, Tensor | Root] = field(default_factory=dict)
     #: Whether the last step was fused with the restore, and if not, why.
     fused: bool = False
     fused_reason: str = "no step yet"

@@ -150,6 +150,7 @@ class Workspace:
     scaling: LossScaling = field(default_factory=LossScaling)
     #: The number of the micro-batch that is under way, and how many make the step.
     piece: tuple[int, int] = (0, 1)
+    _open: Tensor | None = None
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -163,6 +164,14 @@ class Workspace:
         """The gradients of the parameters that have one."""
         each = [gradients(group["params"]) for group in self.base.param_groups]
         return each[0] if len(each) == 1 else list(chain.from_iterable(each))
+
+    def open_gate(self, device: torch.device, captured: bool) -> Tensor:
+        """The gate of a step that is not in doubt: 1. A graph that is captured makes its own."""
+        if captured:
+            return torch.ones((), dtype=torch.float64, device=device)
+        if self._open is None or self._open.device != device:
+            self._open = torch.ones((), dtype=torch.float64, device=device)
+        return self._open
 
     def has_gradient(self) -> bool:
         """True if a parameter has a gradient."""
