@@ -164,13 +164,15 @@ py::list gradients(const py::list& params) {
   return found;
 }
 
-// Writes each tensor's version into an attribute; false, and nothing is written, if one is of a class of its own.
-bool mark(const py::list& tensors, const py::str& name) {
-  for (const py::handle t : tensors)
-    if (reinterpret_cast<PyObject*>(Py_TYPE(t.ptr())) != tensor_class()) return false;
-  for (const py::handle t : tensors) {
-    const auto version = py::reinterpret_steal<py::object>(attribute(t.ptr(), kVersion));
-    if (PyObject_SetAttr(t.ptr(), name.ptr(), version.ptr()) != 0) throw py::error_already_set();
+// Writes the version of each of these gradients into an attribute of it; false if one is of a class of its own.
+bool mark_gradients(const py::list& params, const py::str& name) {
+  for (const py::handle p : params) {
+    if (!flag(p.ptr(), kRequiresGrad)) continue;
+    const auto g = py::reinterpret_steal<py::object>(attribute(p.ptr(), kGrad));
+    if (g.is_none()) continue;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(g.ptr())) != tensor_class()) return false;
+    const auto version = py::reinterpret_steal<py::object>(attribute(g.ptr(), kVersion));
+    if (PyObject_SetAttr(g.ptr(), name.ptr(), version.ptr()) != 0) throw py::error_already_set();
   }
   return true;
 }
@@ -279,9 +281,8 @@ void bind_lists(py::module_& m) {
   m.def("addresses", &addresses, py::arg("tensors"), py::arg("least"),
         "The addresses as int64 in bytes; None if a tensor has none, or one below `least` although it has elements.");
   m.def("gradients", &gradients, py::arg("params"), "The gradients of the parameters that have one and are trained.");
-  m.def(
-      "mark", &mark, py::arg("tensors"), py::arg("name"),
-      "Write each tensor's version into an attribute; False, and nothing is written, if a class is not torch.Tensor.");
+  m.def("mark_gradients", &mark_gradients, py::arg("params"), py::arg("name"),
+        "Write the version of each of `gradients` into an attribute of it; False if one is no plain torch.Tensor.");
   m.def("unchanged", &unchanged, py::arg("tensors"), py::arg("known"), py::arg("trained"),
         "Whether these are the known tensors, each with the `requires_grad` of old.");
   m.def("holds", &holds, py::arg("state"), py::arg("name"), py::arg("known"),

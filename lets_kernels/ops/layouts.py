@@ -25,7 +25,7 @@ class Layout(Protocol):
     def addresses(self, tensors: list[Tensor]) -> Hashable | None:
         """What stands for the addresses of other tensors, to be compared; None if one of them lies otherwise."""
 
-    def gradients(self, params: list[Tensor]) -> tuple[list[Tensor | None], Hashable | None]:
+    def gradients(self, params: list[Tensor]) -> tuple[list[Any], Hashable | None]:
         """The gradients of parameters, and their addresses: None if one is missing, lies otherwise, or is negated."""
 
 
@@ -46,7 +46,7 @@ class _Plain:
             return None
         return () if any(map(is_fake, tensors)) else tuple(map(Tensor.data_ptr, tensors))
 
-    def gradients(self, params: list[Tensor]) -> tuple[list[Tensor | None], Hashable | None]:
+    def gradients(self, params: list[Tensor]) -> tuple[list[Any], Hashable | None]:
         grads = list(map(_grad, params))
         found = self.addresses(grads)
         return grads, None if found is None or any(map(Tensor.is_neg, grads)) else found
@@ -104,13 +104,13 @@ def held(state: Mapping[Any, Any], name: str) -> list[Any]:
     return [entry.get(name) for entry in state.values()]
 
 
-def mark(tensors: list[Tensor], name: str) -> bool:
-    """Write each tensor's version into an attribute; False, and nothing is written, if a class is not ``Tensor``."""
+def mark_gradients(params: list[Tensor], name: str) -> bool:
+    """Write the version of each of :func:`gradients` into an attribute of it; False if one is no plain ``Tensor``."""
     compiled = _compiled()
     if compiled is not None:
-        return bool(compiled.mark(tensors, name))
-    if any(type(t) is not Tensor for t in tensors):
-        return False
-    for t in tensors:
-        setattr(t, name, t._version)
+        return bool(compiled.mark_gradients(params, name))
+    for g in gradients(params):
+        if type(g) is not Tensor:
+            return False
+        setattr(g, name, g._version)
     return True

@@ -44,19 +44,21 @@ def pack(tensors: list[Tensor], anchor: Tensor, addresses: object = None) -> lis
     The ops take it in the place of the list, as long as the tensors stay where they are; ``anchor`` is 0-d int64.
     ``addresses``: what a layout has just said of these tensors, if one was asked.
     """
-    if len(tensors) < _WORTH_PACKING or torch.compiler.is_compiling():
+    if len(tensors) < _WORTH_PACKING:
         return tensors
-    number, words = _NUMBERS[tensors[0].dtype], None
-    if type(addresses) is bytes:
-        words = _words.of(number, addresses, _LEAST_ADDRESS)
+    words = None
+    if type(addresses) is bytes:  # so nothing is traced: these tensors have memory
+        words = _words.of(_NUMBERS[tensors[0].dtype], addresses, _LEAST_ADDRESS)
     if words is None:
+        if torch.compiler.is_compiling():
+            return tensors
         read: bytes | None = _C.addresses(tensors, _LEAST_ADDRESS) if _READS else None
         if read is None:
             found = list(map(Tensor.data_ptr, tensors))
             if min(found) < _LEAST_ADDRESS and any(t.numel() and not t.untyped_storage().nbytes() for t in tensors):
                 return tensors  # a tensor has no memory of its own; the op will raise the error
             read = array("q", found).tobytes()
-        words = _words.of(number, read, 0)
+        words = _words.of(_NUMBERS[tensors[0].dtype], read, 0)
     packed = Packed((words, anchor))
     packed.tensors = tensors
     return packed

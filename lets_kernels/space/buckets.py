@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -389,10 +389,12 @@ class Bucket:
 
     def _gather(self, whole: bool) -> Runs:
         memory = self.memory
+        grads: list[Any]  # tensors, or None
+        addresses: Hashable | None
         if self._all_dense and not (whole or self.apart):
             grads, addresses = self._layout.gradients(self.params)
             if addresses is not None:
-                return self._runs_of_all(memory, cast(list[Tensor], grads), addresses)
+                return self._runs_of_all(memory, grads, addresses)
         else:
             grads = list(map(_grad, self.params))
         if whole:
@@ -401,10 +403,9 @@ class Bucket:
             pairs = zip(grads, self.params, strict=True)
             grads = [g if g is None else local_gradient(g, p) for g, p in pairs]
         if self._all_dense:
-            found = cast(list[Tensor], grads)  # if one is missing, or sparse, it does not lie here
-            addresses = self.addresses(found)
-            if addresses is not None and not any(map(Tensor.is_neg, found)):
-                return self._runs_of_all(memory, found, addresses)
+            addresses = self.addresses(grads)  # None if a gradient is missing, or sparse
+            if addresses is not None and not any(map(Tensor.is_neg, grads)):
+                return self._runs_of_all(memory, grads, addresses)
         return self._gather_some(memory, grads)
 
     def _runs_of_all(self, memory: list[Tensor], grads: list[Tensor], addresses: Hashable) -> Runs:

@@ -12,7 +12,7 @@ from lets_kernels.around.amp import unscale_by
 from lets_kernels.around.publication import Publication
 from lets_kernels.base.foreign import own_step
 from lets_kernels.learning.hypergradient import Trial
-from lets_kernels.ops.layouts import mark
+from lets_kernels.ops.layouts import mark_gradients
 from lets_kernels.parts.joined import JoinedState
 from lets_kernels.parts.passes import Moment
 from lets_kernels.parts.progress import Progress
@@ -133,10 +133,11 @@ class Engine:
 
     def mark_gradients(self) -> None:
         """Remember that the present gradients have been used, each in its version; a later backward makes new ones."""
+        if not self.now.convention.settled and all(mark_gradients(g["params"], _SEEN) for g in self.work.groups):
+            return
         marked = self._marked()
-        if not mark(marked, _SEEN):
-            for g, seen in zip(marked, versions(marked), strict=True):
-                setattr(g, _SEEN, seen)
+        for g, seen in zip(marked, versions(marked), strict=True):
+            setattr(g, _SEEN, seen)
 
     def has_new_gradients(self) -> bool:
         marked = self._marked()

@@ -178,11 +178,14 @@ def test_a_state_that_holds_other_objects(either):
     assert not either.holds(state, "m", [a, None, b])
 
 
-def test_a_mark_is_the_version_and_only_of_plain_tensors(either):
-    these = [torch.zeros(2), torch.zeros(2).add_(1)]
-    assert either.mark(these, "_seen_here") and [t._seen_here for t in these] == [t._version for t in these] == [0, 1]
-    other = [torch.zeros(2), torch.nn.Parameter(torch.zeros(2))]
-    assert not either.mark(other, "_seen_here") and not hasattr(other[0], "_seen_here")
+def test_a_mark_is_the_version_and_only_of_plain_gradients(either):
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    grads = params[0].grad, params[1].grad, params[3].grad = torch.zeros(2), torch.zeros(2).add_(1), torch.zeros(2)
+    params[3].requires_grad_(False)
+    assert either.mark_gradients(params, "_seen_here")
+    assert [g._seen_here for g in grads[:2]] == [0, 1] and not hasattr(grads[2], "_seen_here")
+    params[2].grad = torch.nn.Parameter(torch.zeros(2))  # a class of its own, as a DTensor is
+    assert not either.mark_gradients(params, "_seen_here") and not hasattr(params[2].grad, "_seen_here")
 
 
 def test_packed_addresses_are_written_again_only_where_nobody_holds_them():
