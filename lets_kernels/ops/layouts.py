@@ -11,12 +11,15 @@ from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from lets_kernels.ops.memory import is_fake
 
+_dtype, _device = operator.attrgetter("dtype"), operator.attrgetter("device")
 _grad = operator.attrgetter("grad")
 _requires_grad = operator.attrgetter("requires_grad")
-_version = operator.attrgetter("_version")
+#: The classes of most tensors; those of torch's tracers are of another.
+_OF_MEMORY = {Tensor, Parameter}
 
 
 class Layout(Protocol):
@@ -34,7 +37,7 @@ class _Plain:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._strides, self._numels = list(map(Tensor.stride, tensors)), list(map(Tensor.numel, tensors))
-        self._kinds = {(t.dtype, t.device) for t in tensors[:1]}
+        self._dtypes, self._devices = set(map(_dtype, tensors[:1])), set(map(_device, tensors[:1]))
 
     def addresses(self, tensors: list[Tensor]) -> Hashable | None:
         try:
@@ -42,9 +45,10 @@ class _Plain:
                 return None
         except (RuntimeError, TypeError):  # a sparse tensor has no strides, and None is no tensor
             return None
-        if {(t.dtype, t.device) for t in tensors} != self._kinds:
+        if set(map(_dtype, tensors)) != self._dtypes or set(map(_device, tensors)) != self._devices:
             return None
-        return () if any(map(is_fake, tensors)) else tuple(map(Tensor.data_ptr, tensors))
+        others = set(map(type, tensors)) - _OF_MEMORY
+        return () if others and any(map(is_fake, tensors)) else tuple(map(Tensor.data_ptr, tensors))
 
     def gradients(self, params: list[Tensor]) -> tuple[list[Any], Hashable | None]:
         grads = list(map(_grad, params))

@@ -83,7 +83,7 @@ class Runs:
         b = self.bucket
         if b.flat is not None and not self.copies:
             return [b.flat]
-        return b.pack_params() if self.params is b.params else b.pack(self.params)
+        return b.pack(self.params)
 
     def pack(self, tensors: list[Tensor]) -> list[Tensor]:
         """Like :meth:`Bucket.pack`, but packs a list once for several ops, until ``forget`` is called."""
@@ -164,7 +164,6 @@ class Bucket:
         self.backend, self.ops = ops.choose(backend, self.device)
         self.flat: Tensor | None = None
         self._saved: Tensor | None = None
-        self._packed: tuple[Hashable | None, list[Tensor]] | None = None
         self.dirty = torch.zeros((), dtype=torch.int64, device=self.device)
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._numbers: tuple[tuple[float, ...], Tensor] | None = None
@@ -262,13 +261,6 @@ class Bucket:
         ``addresses``: what :meth:`addresses` has just said of these tensors, if it was asked.
         """
         return self.ops.pack(tensors, self.dirty, addresses)
-
-    def pack_params(self) -> list[Tensor]:
-        """:meth:`pack` of the parameters: made anew only if one of them has moved."""
-        found = self.addresses(self.params)
-        if self._packed is None or found is None or found != self._packed[0]:
-            self._packed = found, self.pack(self.params, found)
-        return self._packed[1]
 
     def addresses(self, tensors: list[Tensor]) -> Hashable | None:
         """What stands for the addresses of one tensor for each parameter; None if one lies otherwise than it."""
