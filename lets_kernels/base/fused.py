@@ -100,14 +100,13 @@ class FusedStep:
         if not suits:
             return None
         b = runs.bucket
-        one = groups[b.present[0]] if len(b.present) == 1 else None
         options: list[Any] = []
         for name in self.numbers:
             if name == "betas":
                 for k in range(2):
                     options.append(b.by_run({g: float(groups[g]["betas"][k]) for g in b.present}, runs.indices))
             else:
-                options.append(runs.option(groups, name) if one is None else float(one[name]))
+                options.append(runs.option(groups, name))
         options += [bool(group[name]) for name in self.flags]
 
         def step(gate: Tensor, dirty: Tensor) -> None:

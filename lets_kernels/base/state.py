@@ -49,6 +49,10 @@ def packed_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
     return None if begun is None else b.pack(begun)
 
 
+def _key(runs: Runs, name: str) -> tuple[str, tuple[int, ...]]:
+    return name, runs.indices
+
+
 def _whole(runs: Runs) -> bool:
     return len(runs.indices) == len(runs.bucket.params) and not runs.copies
 
@@ -56,7 +60,7 @@ def _whole(runs: Runs) -> bool:
 def _found(runs: Runs, state: State, name: str) -> list[Tensor] | None:
     """What was found last time, if the state still holds it."""
     b = runs.bucket
-    found = b.found_state.get((name, runs.indices))
+    found = b.found_state.get(_key(runs, name))
     if found is None:
         return None
     if not holds(state, name, found[0]):  # it has been replaced: what other sets of runs found there must not live on
@@ -82,7 +86,7 @@ def _begin(runs: Runs, state: State, name: str) -> list[Tensor] | None:
         return None
     if len(b.found_state) >= _REMEMBERED:  # many sets of runs: they change from step to step
         b.found_state.clear()
-    b.found_state[name, runs.indices] = held(state, name), tensors
+    b.found_state[_key(runs, name)] = held(state, name), tensors
     return tensors
 
 
