@@ -33,7 +33,8 @@ from lets_kernels.step.groups import base_on, check_groups, check_is_optimizer, 
 from lets_kernels.step.learn import learn
 from lets_kernels.step.micro import micro_step
 from lets_kernels.step.setting import Setting
-from lets_kernels.step.tracing import untraced
+from lets_kernels.step.step import Root
+from lets_kernels.step.tracing import hooked, untraced
 
 #: Parameters, named parameters, or groups of them.
 Params: TypeAlias = Iterable[Any]
@@ -277,7 +278,8 @@ class SAM(torch.optim.Optimizer):
         w, now = self._engine.work, self._engine.now
         gradients = torch.full((), w.progress.gradients, dtype=torch.int64, device=w.progress.home)
         counted = {"rho": self.rho, "skipped_steps": w.progress.skipped.clone(), "gradients": gradients}
-        return {**now.seen, **w.tables.precision, **counted, **self.radius.metrics()}
+        seen = {name: x.taken() if isinstance(x, Root) else x for name, x in now.seen.items()}
+        return {**seen, **w.tables.precision, **counted, **self.radius.metrics()}
 
     # ---- the three call shapes -------------------------------------------------------------------------------------
 
@@ -336,7 +338,7 @@ class SAM(torch.optim.Optimizer):
         return self._engine.begin(zero_grad, loss)
 
     @untraced
-    @torch.optim.Optimizer.profile_hook_step
+    @hooked
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and take the base optimizer's step, along the gradients of the second backward.
 

@@ -100,6 +100,8 @@ class RunningStatistics:
 
     def release(self) -> None:
         """Bring the statistics back to their values at ``hold``."""
+        if not self._held:
+            return
         kept = [h for h in self._held if h.in_place()]
         if kept:
             _copy([h.tensor for h in kept], [h.copy for h in kept])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.guarded import guarded_step
-from lets_kernels.base.state import State, begun_state
+from lets_kernels.base.state import State, packed_state
 from lets_kernels.base.variational import VariationalSGD
 from lets_kernels.ops.declared import UNSCALED
 from lets_kernels.space.buckets import Bucket, Member, Runs
@@ -94,12 +94,13 @@ class FusedStep:
         lists, suits = [], not runs.copies
         for name, option in self.lists:
             absent = option is not None and not group[option]
-            begun = _steps(runs, state) if name == "step" else [] if absent else begun_state(runs, state, name)
+            begun = _steps(runs, state) if name == "step" else [] if absent else packed_state(runs, state, name)
             suits = suits and begun is not None
             lists.append(begun or [])
         if not suits:
             return None
-        b, options = runs.bucket, list[Any]()
+        b = runs.bucket
+        options: list[Any] = []
         for name in self.numbers:
             if name == "betas":
                 for k in range(2):
@@ -109,14 +110,14 @@ class FusedStep:
         options += [bool(group[name]) for name in self.flags]
 
         def step(gate: Tensor, dirty: Tensor) -> None:
-            grads, own = runs.pack(runs.grads), map(b.pack, lists)
-            getattr(b.ops, self.op)(runs.weights, grads, *own, b.saved, dirty, runs.table, gate, *options)
+            grads = runs.pack(runs.grads)
+            getattr(b.ops, self.op)(runs.weights, grads, *lists, b.saved, dirty, runs.table, gate, *options)
 
         return step
 
 
 def _steps(runs: Runs, state: State) -> list[Tensor] | None:
-    """Adam's step counts, one float32 tensor for each run; None if they have another dtype.
+    """Adam's step counts, one float32 tensor for each run, packed; None if they have another dtype.
 
     The counts are moved to the parameters' device, so that counting waits for nothing; torch's Adam reads them there
     too.
@@ -130,7 +131,7 @@ def _steps(runs: Runs, state: State) -> list[Tensor] | None:
             count = torch.zeros((), dtype=torch.float32, device="cpu") if count is None else count
             own["step"] = count = count.to(runs.bucket.device).resolve_neg()
         steps.append(count)
-    return steps if all(s.dtype is torch.float32 for s in steps) else None
+    return runs.bucket.pack(steps) if all(s.dtype is torch.float32 for s in steps) else None
 
 
 class FusedLion(FusedStep):
@@ -258,9 +259,10 @@ def prepared(base: torch.optim.Optimizer, runs: Iterable[Runs]) -> tuple[list[Ca
     """The fused steps on these runs, each a function of the gate (and of what follows: see ``_take``), and the reason,
     in words, if the base optimizer must step by itself; or None.
     """
-    kind, steps = fused_by(base), list[Callable[..., None]]()
+    kind = fused_by(base)
     if isinstance(kind, str):
         return [], kind
+    steps: list[Callable[..., None]] = []
     for each in runs:
         found = kind.prepare(each, base.param_groups, base.state)
         if found is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lets_kernels.base.rehearsal import rehearse
+from lets_kernels.ops.layouts import held, holds
 from lets_kernels.space.buckets import Runs
 from lets_kernels.space.memory import refuse_while_capturing
 from lets_kernels.space.shards import local
@@ -30,16 +31,46 @@ def begun_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
     Returns None if a tensor has another memory layout than its parameter. Looking the parameters up is slow in Python,
     so the tensors are remembered, and used again as long as the state holds the same objects.
     """
+    found = _found(runs, state, name)
+    if found is not None and (runs.bucket.lie_here(found) if _whole(runs) else lies_as(found, runs.params)):
+        return found
+    return _begin(runs, state, name)
+
+
+def packed_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
+    """:func:`begun_state`, packed for the ops."""
     b = runs.bucket
-    present = [entry.get(name) for entry in state.values()]
-    key = name, runs.indices
-    found = b.found_state.get(key)
-    if found is not None and _same(found[0], present):
-        whole = len(found[1]) == len(b.params) and not runs.copies
-        if b.lie_here(found[1]) if whole else lies_as(found[1], runs.params):
-            return found[1]
-    elif found is not None:  # the state has been replaced: what other sets of runs had found there must not live on
+    if _whole(runs):
+        found = _found(runs, state, name)
+        addresses = None if found is None else b.addresses(found)
+        if found is not None and addresses is not None:
+            return b.pack(found, addresses)
+    begun = begun_state(runs, state, name)
+    return None if begun is None else b.pack(begun)
+
+
+def _key(runs: Runs, name: str) -> tuple[str, tuple[int, ...]]:
+    return name, runs.indices
+
+
+def _whole(runs: Runs) -> bool:
+    return len(runs.indices) == len(runs.bucket.params) and not runs.copies
+
+
+def _found(runs: Runs, state: State, name: str) -> list[Tensor] | None:
+    """What was found last time, if the state still holds it."""
+    b = runs.bucket
+    found = b.found_state.get(_key(runs, name))
+    if found is None:
+        return None
+    if not holds(state, name, found[0]):  # it has been replaced: what other sets of runs found there must not live on
         b.found_state.clear()
+        return None
+    return found[1]
+
+
+def _begin(runs: Runs, state: State, name: str) -> list[Tensor] | None:
+    b = runs.bucket
     tensors = []
     for i, p in zip(runs.indices, runs.params, strict=True):
         own = state[b.params[i]]
@@ -55,7 +86,7 @@ def begun_state(runs: Runs, state: State, name: str) -> list[Tensor] | None:
         return None
     if len(b.found_state) >= _REMEMBERED:  # many sets of runs: they change from step to step
         b.found_state.clear()
-    b.found_state[key] = [entry.get(name) for entry in state.values()], tensors
+    b.found_state[_key(runs, name)] = held(state, name), tensors
     return tensors
 
 
@@ -76,10 +107,6 @@ def lying_as(p: Tensor, v: Tensor) -> Tensor:
     if lies_as([v], [p]) and not v.is_neg():
         return v
     return torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False).copy_(v)
-
-
-def _same(old: Sequence[object], new: Sequence[object]) -> bool:
-    return len(old) == len(new) and all(map(operator.is_, old, new))
 
 
 class Look:

@@ -62,8 +62,11 @@ def op(reads: str = "", element_wise: str = "", filter_wise: str = "") -> Callab
 class Backend(Protocol):
     """A backend is a module with these functions."""
 
-    def pack(self, tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
-        """The list in the form of the cheapest argument; ``anchor`` is any int64 scalar on the tensors' device."""
+    def pack(self, tensors: list[Tensor], anchor: Tensor, addresses: object = None) -> list[Tensor]:
+        """The list in the form of the cheapest argument; ``anchor`` is any int64 scalar on the tensors' device.
+
+        ``addresses``: what a layout (lets_kernels.ops.layouts) has just said of these tensors, if one was asked.
+        """
 
     @op(reads="vectors", element_wise="params")
     def grad_norm(

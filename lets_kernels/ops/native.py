@@ -38,28 +38,38 @@ class Packed(list[Tensor]):
     tensors: list[Tensor]
 
 
-def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
+def pack(tensors: list[Tensor], anchor: Tensor, addresses: object = None) -> list[Tensor]:
     """A list of dense tensors in the form with the least work on the host: see :class:`Packed`.
 
     The ops take it in the place of the list, as long as the tensors stay where they are; ``anchor`` is 0-d int64.
+    ``addresses``: what a layout has just said of these tensors, if one was asked.
     """
-    if len(tensors) < _WORTH_PACKING or torch.compiler.is_compiling():
+    if len(tensors) < _WORTH_PACKING:
         return tensors
-    addresses: bytes | None = _C.addresses(tensors, _LEAST_ADDRESS) if _READS else None
-    if addresses is None:
-        found = list(map(Tensor.data_ptr, tensors))
-        if min(found) < _LEAST_ADDRESS and any(t.numel() and not t.untyped_storage().nbytes() for t in tensors):
-            return tensors  # a tensor has no memory of its own; the op will raise the error
-        addresses = array("q", found).tobytes()
-    packed = Packed((_table(_NUMBERS[tensors[0].dtype], addresses), anchor))
+    words = None
+    if type(addresses) is bytes:  # so nothing is traced: these tensors have memory
+        words = _words.of(_NUMBERS[tensors[0].dtype], addresses, _LEAST_ADDRESS)
+    if words is None:
+        if torch.compiler.is_compiling():
+            return tensors
+        read: bytes | None = _C.addresses(tensors, _LEAST_ADDRESS) if _READS else None
+        if read is None:
+            found = list(map(Tensor.data_ptr, tensors))
+            if min(found) < _LEAST_ADDRESS and any(t.numel() and not t.untyped_storage().nbytes() for t in tensors):
+                return tensors  # a tensor has no memory of its own; the op will raise the error
+            read = array("q", found).tobytes()
+        words = _words.of(_NUMBERS[tensors[0].dtype], read, 0)
+    packed = Packed((words, anchor))
     packed.tensors = tensors
     return packed
 
 
-@functools.lru_cache(maxsize=256)
 def _table(number: int, addresses: bytes) -> Tensor:
-    """The number of a dtype, then addresses, as the ops read them. Mostly they are the addresses of the last step."""
+    """The number of a dtype, then addresses, as the ops read them."""
     return torch.frombuffer(bytearray(array("q", (*_PACKED, number)).tobytes() + addresses), dtype=torch.int64)
+
+
+_words = _C.Words(_table)
 
 
 def _fake_numbers(shape: tuple[int, ...], *args: object, **kwargs: object) -> Tensor:

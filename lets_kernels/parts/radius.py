@@ -27,7 +27,7 @@ class RadiusWarning(UserWarning):
 
 def check_rho(rho: Any) -> float:
     """ρ as a float; ``TypeError`` if ρ is no number, ``ValueError`` if ρ is negative or not finite."""
-    if not isinstance(rho, (Real, Tensor)) or isinstance(rho, bool):
+    if type(rho) is not float and (not isinstance(rho, (Real, Tensor)) or isinstance(rho, bool)):
         raise TypeError(f"rho must be a number, a Radius or 'auto', not {rho!r}")
     value = float(rho)
     if not (math.isfinite(value) and value >= 0):

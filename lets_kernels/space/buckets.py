@@ -7,10 +7,10 @@ buffer. The options of their groups reach the ops as one number for all runs, or
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -255,9 +255,16 @@ class Bucket:
             self._saved = torch.empty(self.size, dtype=self.dtype, device=self.device)
         return self._saved
 
-    def pack(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The list in the backend's cheapest form, to be used before any of its tensors can be moved."""
-        return self.ops.pack(tensors, self.dirty)
+    def pack(self, tensors: list[Tensor], addresses: Hashable | None = None) -> list[Tensor]:
+        """The list in the backend's cheapest form, to be used before any of its tensors can be moved.
+
+        ``addresses``: what :meth:`addresses` has just said of these tensors, if it was asked.
+        """
+        return self.ops.pack(tensors, self.dirty, addresses)
+
+    def addresses(self, tensors: list[Tensor]) -> Hashable | None:
+        """What stands for the addresses of one tensor for each parameter; None if one lies otherwise than it."""
+        return self._layout.addresses(tensors)
 
     def table(self, indices: tuple[int, ...]) -> Tensor:
         """The run table of these parameters; made once for every set."""
@@ -291,6 +298,8 @@ class Bucket:
         In a captured step the graph makes the numbers: the graph must not read a tensor that a later step replaces, and
         a later step must not use a tensor that only a replay fills.
         """
+        if len(self.present) == 1:
+            return self._number(values[self.present[0]])
         own = [values[g] for g in self.present]
         if not all(map(operator.is_, own, repeat(own[0]))):
             floats = not any(map(isinstance, own, repeat(Tensor)))
@@ -347,7 +356,7 @@ class Bucket:
 
     def lie_here(self, tensors: list[Tensor]) -> bool:
         """True if the tensors, one for each parameter, have the parameters' memory layout, dtype and device."""
-        return self._layout.addresses(tensors) is not None
+        return self.addresses(tensors) is not None
 
     def gather(self, own: bool = False, whole: bool = False, current: bool = False) -> Runs:
         """The runs of the parameters that have a gradient.
@@ -371,17 +380,28 @@ class Bucket:
         return runs
 
     def _gather(self, whole: bool) -> Runs:
-        grads, memory = list(map(_grad, self.params)), self.memory
+        memory = self.memory
+        grads: list[Any]  # tensors, or None
+        addresses: Hashable | None
+        if self._all_dense and not (whole or self.apart):
+            grads, addresses = self._layout.gradients(self.params)
+            if addresses is not None:
+                return self._runs_of_all(memory, grads, addresses)
+        else:
+            grads = list(map(_grad, self.params))
         if whole:
             grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params, strict=True)]
         if self.apart:
             pairs = zip(grads, self.params, strict=True)
             grads = [g if g is None else local_gradient(g, p) for g, p in pairs]
         if self._all_dense:
-            found = cast(list[Tensor], grads)  # if one is missing, or sparse, it does not lie here
-            if self.lie_here(found) and not any(map(Tensor.is_neg, found)):
-                return Runs(self, self._all, memory, found)
+            addresses = self.addresses(grads)  # None if a gradient is missing, or sparse
+            if addresses is not None and not any(map(Tensor.is_neg, grads)):
+                return self._runs_of_all(memory, grads, addresses)
         return self._gather_some(memory, grads)
+
+    def _runs_of_all(self, memory: list[Tensor], grads: list[Tensor], addresses: Hashable) -> Runs:
+        return Runs(self, self._all, memory, grads, _packed=(grads, self.pack(grads, addresses)))
 
     def _gather_some(self, memory: list[Tensor], grads: list[Tensor | None]) -> Runs:
         """Like :meth:`gather`, if some gradients are missing or a tensor has to be copied to be dense."""

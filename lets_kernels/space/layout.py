@@ -2,11 +2,13 @@
 
 import operator
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lets_kernels.ops.layouts import unchanged
 from lets_kernels.space.buckets import Bucket, Geometry, Member
 from lets_kernels.space.memory import check_apart, check_parameter
 from lets_kernels.space.shards import cuts, local, mesh_of
@@ -43,16 +45,15 @@ class ParameterSpace:
             bucket = Bucket(members, len(self.buckets), groups, geometry, backend, flatten)
             bucket.split_filters(filter_dim)
             self.buckets.append(bucket)
+        #: The place of each bucket's first parameter among all parameters; last, their number.
+        self.offsets = list(accumulate((len(b.params) for b in self.buckets), initial=0))
 
     def _knows(self, groups: Sequence[dict[str, Any]]) -> bool:
         """True if the groups hold the parameters of which the buckets were made, as they were."""
         if len(groups) != len(self._key):
             return False
         for group, (known, trained, adaptive) in zip(groups, self._key, strict=True):
-            params = group["params"]
-            if len(params) != len(known) or not all(map(operator.is_, params, known)):
-                return False
-            if list(map(_requires_grad, params)) != trained or group.get("adaptive") != adaptive:
+            if not unchanged(group["params"], known, trained) or group.get("adaptive") != adaptive:
                 return False
         return True
 

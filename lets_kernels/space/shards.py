@@ -11,8 +11,7 @@ into one part, so its copies do not count twice.
 import math
 import operator
 import sys
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,17 +56,15 @@ def elements(t: Tensor) -> int:
     return t.numel() * (2 if t.is_complex() else 1)
 
 
-def version(t: Tensor) -> tuple[int, int]:
+def version(t: Tensor) -> Hashable:
     """Changes with every write in place. A DTensor counts it on the whole (``zero_()``) or on the part (FSDP adds)."""
-    if type(t) is Tensor:  # a fast path: most gradients are plain tensors
-        return t._version, 0
-    return t._version, local(t)._version if is_spread(t) else 0
+    return (t._version, local(t)._version) if is_spread(t) else t._version
 
 
-def versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+def versions(tensors: Sequence[Tensor]) -> list[Hashable]:
     """The version of each tensor."""
-    if set(map(type, tensors)) == {Tensor}:
-        return list(zip(map(_version, tensors), repeat(0)))
+    if set(map(type, tensors)) == {Tensor}:  # a fast path: most gradients are plain tensors
+        return list(map(_version, tensors))
     return list(map(version, tensors))
 
 

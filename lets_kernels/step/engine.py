@@ -12,6 +12,7 @@ from lets_kernels.around.amp import unscale_by
 from lets_kernels.around.publication import Publication
 from lets_kernels.base.foreign import own_step
 from lets_kernels.learning.hypergradient import Trial
+from lets_kernels.ops.layouts import mark_gradients
 from lets_kernels.parts.joined import JoinedState
 from lets_kernels.parts.passes import Moment
 from lets_kernels.parts.progress import Progress
@@ -21,8 +22,8 @@ from lets_kernels.step.capture import check_same_graph
 from lets_kernels.step.convention import Convention
 from lets_kernels.step.losses import as_scalar
 from lets_kernels.step.setting import Setting
-from lets_kernels.step.step import Start, Step
-from lets_kernels.step.tracing import untraced
+from lets_kernels.step.step import Root, Start, Step
+from lets_kernels.step.tracing import untraced, without_grad
 from lets_kernels.step.workspace import Tables, Workspace, given_up
 
 _SEEN = "_lets_kernels_seen"
@@ -56,7 +57,7 @@ class Now:
     #: Calls of ``zero_grad``.
     zeroed: int = 0
     #: What the last step measured, for ``metrics()``.
-    seen: dict[str, Tensor] = field(default_factory=dict)
+    seen: dict[str, Tensor | Root] = field(default_factory=dict)
     #: Whether the last step was fused with the restore, and if not, why.
     fused: bool = False
     fused_reason: str = "no step yet"
@@ -132,6 +133,8 @@ class Engine:
 
     def mark_gradients(self) -> None:
         """Remember that the present gradients have been used, each in its version; a later backward makes new ones."""
+        if not self.now.convention.settled and all(mark_gradients(g["params"], _SEEN) for g in self.work.groups):
+            return
         marked = self._marked()
         for g, seen in zip(marked, versions(marked), strict=True):
             setattr(g, _SEEN, seen)
@@ -187,7 +190,7 @@ class Engine:
             start.restore()
             self.now.start, self.now.started = None, not failed and not start.given_up
 
-    @torch.no_grad()
+    @without_grad
     def begin(self, zero_grad: bool, loss: Any) -> bool:
         """:meth:`SAM.first_step`."""
         w, now = self.work, self.now
@@ -274,7 +277,7 @@ class Engine:
 
     # ---- the second half ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @without_grad
     def finish(self, zero_grad: bool = False) -> None:
         """:meth:`SAM.second_step`, without the hooks, which around :meth:`SAM.step` have run."""
         w, now, radius = self.work, self.now, self.work.setting.radius

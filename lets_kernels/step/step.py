@@ -1,7 +1,8 @@
 """One step, from the first gradients to the base optimizer's step; and the start of a first pass that is not at θ."""
 
-from collections.abc import Callable
-from itertools import accumulate, repeat
+from collections.abc import Callable, Hashable
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +22,19 @@ from lets_kernels.step.precision import INTERVAL, measure
 from lets_kernels.step.workspace import Workspace, given_up
 
 
-def _seen(gradients: list[Tensor]) -> list[tuple[int, tuple[int, int]]]:
+def _seen(gradients: list[Tensor]) -> list[tuple[int, Hashable]]:
     """Which gradients these are, and how often each has been written."""
     return list(zip(map(id, gradients), versions(gradients), strict=True))
+
+
+class Root(NamedTuple):
+    """x^(1/q), taken only when somebody asks for it."""
+
+    x: Tensor
+    q: float
+
+    def taken(self) -> Tensor:
+        return self.x.sqrt() if self.q == 2 else self.x.pow(1 / self.q)
 
 
 class Start:
@@ -94,7 +105,8 @@ class Step:
         self._learns = setting.learning is not None and setting.learning.due(progress.perturbed_steps)
         #: The first gradients are needed after the second pass.
         self._holds = self._learns or setting.descent.holds_first or setting.comparing is not None
-        self.buckets = work.tables.agreed().buckets
+        self.space = work.tables.agreed()
+        self.buckets = self.space.buckets
         #: How much of the perturbation is left in weights that round; measured from time to time.
         tables = work.tables
         self._measures = tables.narrow and not (self.captured or (tables.precision and progress.step % INTERVAL))
@@ -189,7 +201,7 @@ class Step:
                     self.radii[g] = rho
                     one = rho if radius.shared else None
             self.rho.append(b.numbers(self.radii))
-        self.gate, self.gated = torch.ones_like(self.total), False
+        self.gate, self.gated = self.work.open_gate(self.total.device, self.captured), False
 
     def _first_pass(self, gradients: list[Runs]) -> FirstPass:
         """The gradients from which the direction finds the next perturbation."""
@@ -327,14 +339,14 @@ class Step:
         active = [r for r in second if r.indices]
         passed = SecondPass(
             runs=active,
-            first=[by_index(r) if self._holds and r.grads else {} for r in self.first],
+            first=[by_index(r) if r.grads else {} for r in self.first] if self._holds else [{}] * len(self.first),
             perturbed=self.perturbs,
             home=w.progress.skipped.device,
             replicas=setting.replicas,
             held=w.progress.held,
             keeps=learns,
             gate=self.gate,
-            offsets=list(accumulate([len(b.params) for b in self.buckets], initial=0)),
+            offsets=self.space.offsets,
             groups=w.groups,
             first_squared_norm=self._first_squared_norm,
             gathered=self._gathered,
@@ -450,20 +462,29 @@ class Step:
     def _norm(self) -> Tensor:
         """The dual norm of what the perturbation goes along: float64, 0-d."""
         norm = self.perturbation.norm
-        return self.total.pow(1 / self.work.setting.direction.q) if norm is None else norm
+        return Root(self.total, self.work.setting.direction.q).taken() if norm is None else norm
 
-    def metrics(self) -> dict[str, Tensor]:
-        """For :meth:`SAM.metrics`."""
+    def metrics(self) -> dict[str, Tensor | Root]:
+        """For :meth:`SAM.metrics`. A captured step takes the roots in its graph."""
+        found = self._measured()
+        if self.captured:
+            return {name: x.taken() if isinstance(x, Root) else x for name, x in found.items()}
+        return found
+
+    def _measured(self) -> dict[str, Tensor | Root]:
         setting, q = self.work.setting, self.work.setting.direction.q
+        norm: Tensor | Root
         if len(self.totals) > 1 or self.totals[0] is not self.total:  # totals of several passes, or means over ranks
-            norm = torch.stack(self.totals).mean().pow(1 / q)
+            norm = Root(torch.stack(self.totals).mean(), q)
+        elif self._norm_at_theta is not None:
+            norm = self._norm_at_theta
         else:
-            norm = self._norm() if self._norm_at_theta is None else self._norm_at_theta
+            norm = Root(self.total, q) if self.perturbation.norm is None else self.perturbation.norm
         found = {"grad_norm": norm} if setting.direction.needs_gradient else {}
         if setting.rho_warmup or not setting.length.fixed:
             found["applied_rho"] = self._applied()
         if self.hats:
-            found["perturbed_grad_norm"] = self.hats[0].sqrt()
+            found["perturbed_grad_norm"] = Root(self.hats[0], 2.0)
         if self.loss is not None:
             found["loss"] = self.loss
         if self.perturbed_loss is not None:

@@ -5,6 +5,7 @@ The tables of the parameters are built anew when groups or parameters have chang
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lets_kernels.around.amp import LossScaling, Scaler
 from lets_kernels.around.publication import Publication
 from lets_kernels.base.state import Look
+from lets_kernels.ops.layouts import gradients
 from lets_kernels.parts.passes import FirstPass
 from lets_kernels.parts.progress import Progress
 from lets_kernels.parts.samples import Pass
@@ -148,6 +150,7 @@ class Workspace:
     scaling: LossScaling = field(default_factory=LossScaling)
     #: The number of the micro-batch that is under way, and how many make the step.
     piece: tuple[int, int] = (0, 1)
+    _open: Tensor | None = None
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -159,8 +162,16 @@ class Workspace:
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the parameters that have one."""
-        grads = [p.grad for group in self.base.param_groups for p in group["params"] if p.requires_grad]
-        return [g for g in grads if g is not None]
+        each = [gradients(group["params"]) for group in self.base.param_groups]
+        return each[0] if len(each) == 1 else list(chain.from_iterable(each))
+
+    def open_gate(self, device: torch.device, captured: bool) -> Tensor:
+        """The gate of a step that is not in doubt: 1. A graph that is captured makes its own."""
+        if captured:
+            return torch.ones((), dtype=torch.float64, device=device)
+        if self._open is None or self._open.device != device:
+            self._open = torch.ones((), dtype=torch.float64, device=device)
+        return self._open
 
     def has_gradient(self) -> bool:
         """True if a parameter has a gradient."""

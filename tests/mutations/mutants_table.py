@@ -132,8 +132,12 @@ GROUPS = [
         [
             ("flags = [*known, *means[:1], *self._earlier, *self.totals]", "flags = [*known, *self.totals]"),
             ("flags = [*known, *means[:1], *self._earlier, *self.totals]", "flags = [*known, *means[:1]]"),
-            ("self.total.pow(1 / self.work.setting.direction.q)", "self.total.sqrt()", "tests/methods/test_parts.py"),
-            ("mean().pow(1 / q)", "mean().sqrt()", "tests/step/test_micro.py -k power_mean"),
+            ("else self.x.pow(1 / self.q)", "else self.x.sqrt()", "tests/methods/test_parts.py"),
+            (
+                "torch.stack(self.totals).mean(), q)",
+                "torch.stack(self.totals).mean(), 2.0)",
+                "tests/step/test_micro.py -k power_mean",
+            ),
             (RESTORING, "            try:\n                pass\n            except"),
             ("if self.is_perturbed and second[a.runs.bucket.index].indices != a.runs.indices:", "if False:"),
         ],

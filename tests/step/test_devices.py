@@ -23,7 +23,7 @@ class Ops:
     def __init__(self):
         self.ran = []
 
-    def pack(self, tensors, anchor):
+    def pack(self, tensors, anchor, addresses=None):
         return tensors
 
     def __getattr__(self, name):

@@ -183,6 +183,26 @@ def test_a_failed_step_runs_no_post_hook_and_a_skipped_one_does(backend):
     assert calls.count("post") == 1 and opt.metrics()["skipped_steps"].item() == 1
 
 
+REGISTER = {
+    "pre": lambda opt, hook: opt.register_step_pre_hook(hook),
+    "post": lambda opt, hook: opt.register_step_post_hook(hook),
+    "global-pre": lambda _, hook: register_optimizer_step_pre_hook(hook),
+    "global-post": lambda _, hook: register_optimizer_step_post_hook(hook),
+}
+
+
+@pytest.mark.parametrize("which", REGISTER)
+def test_one_hook_alone_is_called(which):
+    w, seen = torch.nn.Parameter(torch.ones(3)), []
+    opt = lk.SAM([w], torch.optim.SGD, lr=0.1)
+    handle = REGISTER[which](opt, lambda optimizer, *_: seen.append(optimizer))
+    for half in (opt.first_step, opt.second_step):
+        w.grad = torch.ones(3)
+        half()
+    handle.remove()
+    assert seen == [opt]
+
+
 def test_the_profiler_names_one_step_of_the_wrapper(backend):
     for shape in (by_closure, by_two_steps):
         _, opt, backward, _ = made(backend)

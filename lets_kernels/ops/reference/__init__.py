@@ -16,6 +16,6 @@ from lets_kernels.ops.reference.rho import *
 from lets_kernels.ops.reference.step import *
 
 
-def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
+def pack(tensors: list[Tensor], anchor: Tensor, addresses: object = None) -> list[Tensor]:
     """As :func:`lets_kernels.ops.native.pack`; here a list stays a list."""
     return tensors

@@ -70,7 +70,7 @@ def _registered(op: Op) -> Callable[..., Any]:
     return call
 
 
-def pack(tensors: list[Tensor], anchor: Tensor) -> list[Tensor]:
+def pack(tensors: list[Tensor], anchor: Tensor, addresses: object = None) -> list[Tensor]:
     """Like :func:`lets_kernels.ops.native.pack`: the list with its addresses, read once for several ops."""
     return tensors if torch.compiler.is_compiling() else Packed(tensors)
 
