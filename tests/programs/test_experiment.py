@@ -323,9 +323,16 @@ def test_runs_of_one_seed_are_pairs(folder, recipe, tmp_path):
 
 
 def test_a_method_that_chooses_samples_gets_their_losses(folder, recipe, tmp_path):
-    task = loaded(recipe, folder)
-    found = train(recipe, "esam", 0, task, tmp_path, QUIET)
+    task, sizes = loaded(recipe, folder), []
+
+    def losses(model, batch):
+        sizes.append(len(batch.targets))
+        assert len(batch.inputs[0]) == sizes[-1]
+        return task.losses(model, batch)
+
+    found = train(recipe, "esam", 0, dataclasses.replace(task, losses=losses), tmp_path, QUIET)
     assert found["gradients"] == 30 and found["score"] is not None
+    assert set(sizes) == {8, 4} and sizes.count(4) == 15  # all for the first pass and to choose, half for the second
     with pytest.raises(ValueError, match="loss of their own"):
         train(recipe, "esam", 0, dataclasses.replace(task, losses=None), tmp_path / "other", QUIET)
 
