@@ -1,7 +1,7 @@
 """A program, `make first-hour`: what a new user does, in a fresh clone of the last commit. Some fifteen minutes.
 
-The README's first command with fewer epochs, its examples, an own script, the commands, a benchmark, a wheel in an empty
-environment, the site. Ends at the first step that fails, with what the user would see. (CI runs the second command,
+The README's first command with fewer epochs, its examples, an own script, the commands, a benchmark, the site, a wheel
+in an empty environment. Ends at the first step that fails, with what the user would see. (CI runs the second command,
 `make test`, in a fresh clone.) Writes tests/results/first_hour.json.
 """
 
