@@ -72,15 +72,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lets_kernels {lets_kernels.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("info", help="which kernels run here, and why others do not")
-    commands.add_parser("methods", help="all methods: what they are made of, what they cost, whose their defaults are")
+    listed = commands.add_parser(
+        "methods",
+        help="all methods: what they are made of, what they cost, whose their defaults are",
+        description="Prints the two tables of docs/methods.md, in Markdown; or what they say of the methods named.",
+        epilog="N: the bytes of all parameters in float32. Example: lets-kernels methods gsam friendly-sam",
+    )
+    listed.add_argument("names", nargs="*", metavar="NAME", help="in small letters with hyphens, such as r-sam")
     for name, (_, what) in _PROGRAMS.items():
         commands.add_parser(name, help=what, add_help=False)
     known = arguments[:1] if arguments[:1] and arguments[0] in _PROGRAMS else arguments
-    command = parser.parse_args(known).command
+    options = parser.parse_args(known)
+    command = options.command
     if command in _PROGRAMS:
         return _PROGRAMS[command][0](arguments[1:])
     if command == "methods":
-        print(catalogue.text())
+        try:
+            print("\n\n".join(map(catalogue.described, options.names)) or catalogue.text())
+        except ValueError as error:
+            listed.error(str(error))
     else:
         _info()
     return 0

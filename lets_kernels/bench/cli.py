@@ -64,7 +64,10 @@ def _write(options: argparse.Namespace, settings: Settings, found: Findings, abo
         if write_plot(found, settings, options.png):
             print(f"\nwritten: {options.png}")
         else:
-            print("\nno picture: nothing was timed", file=sys.stderr)
+            print(
+                "\nno picture: nothing was timed. Give it more --seconds, a smaller --model or a quieter machine",
+                file=sys.stderr,
+            )
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:

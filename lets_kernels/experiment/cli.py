@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         recipes = [replace(recipe, epochs=options.epochs) for recipe in recipes]
     sources = {recipe.name: Source(options.data, options.checkpoint) for recipe in recipes if options.data}
     if options.toy:
-        pairs = [toy(recipe, options.output / "toy-data") for recipe in recipes]
+        options.output /= "toy"  # never among real results
+        pairs = [toy(recipe, options.output / "data") for recipe in recipes]
         recipes = [recipe for recipe, _ in pairs]
         sources = {recipe.name: source for recipe, source in pairs}
     planned = campaign.runs(recipes, options.methods, options.seeds)
@@ -81,8 +83,15 @@ def _run(
         if result is not None:
             found.setdefault((run.recipe.name, run.method), []).append(result)
     if not found:
-        raise MissingData(f"no run of {', '.join(options.names)} has ended in {options.output}")
-    print(f"\n{table(found, recipes)}\n")
+        raise MissingData(
+            f"no run of {', '.join(options.names)} with these settings has ended in {options.output}: give the --amp, "
+            "--epochs, --seeds and --methods that it was trained with, and its --output"
+        )
+    measures = ", ".join(dict.fromkeys(run["measure"] for runs in found.values() for run in runs))
+    print(f"\n{table(found, recipes)}\n\n{measures}; mean ± standard deviation over seeds; *: the best mean")
+    if options.toy:
+        print("A toy, to see that everything runs: these numbers say nothing about the methods.")
+    print()
     _write(found, recipes, planned, load, options)
 
 
@@ -125,15 +134,40 @@ def _list() -> str:
     for recipe in RECIPES.values():
         runs = str(len(recipe.methods) * recipe.seeds)
         rows.append((recipe.name, recipe.network, recipe.data.kind, str(recipe.epochs), runs, recipe.shows))
-    tables = [f"{name}: {' '.join(recipes)}" for name, recipes in TABLES.items()]
-    kinds = [f"--data for {kind}: {of.expects}" for kind, of in KINDS.items()]
-    how = "lets-kernels experiment NAME --data PATH runs a recipe, or all of a table; with --plan it says how long."
-    return "\n\n".join([aligned(rows), *(["\n".join(tables)] if tables else []), "\n".join(kinds), how])
+    tables = [
+        textwrap.fill(
+            " ".join(recipes),
+            100,
+            initial_indent=f"  {name:<18}",
+            subsequent_indent=" " * 20,
+            break_on_hyphens=False,
+        )
+        for name, recipes in TABLES.items()
+    ]
+    kinds = [f"  {kind:<13}{of.expects}" for kind, of in KINDS.items()]
+    return "\n\n".join(
+        [
+            aligned(rows) + "\n(runs: methods times seeds)",
+            "\n".join(["One name for all recipes of a paper's table:", *tables]),
+            "\n".join(["What --data names:", *kinds]),
+            "To begin:\n"
+            "  lets-kernels experiment cifar10-small --toy                       two steps, no data, seconds\n"
+            "  lets-kernels experiment cifar10-small --data cifar-10-batches-py  the smallest real one\n"
+            "  lets-kernels experiment NAME --plan                               how long another would take",
+        ]
+    )
 
 
 def _plan(recipes: Sequence[Recipe], planned: Sequence[campaign.Run], options: argparse.Namespace) -> str:
     """A command for each recipe, with the hours that it would take at the assumed speed."""
     lines, whole = [], 0.0
+    asked = ["--data PATH"]
+    if options.epochs is not None:
+        asked.append(f"--epochs {options.epochs}")
+    if options.seeds is not None:
+        asked.append(f"--seeds {options.seeds}")
+    if options.methods is not None:
+        asked.append(f"--methods {' '.join(options.methods)}")
     with tempfile.TemporaryDirectory() as folder:
         for recipe in recipes:
             small, source = toy(recipe, Path(folder))
@@ -141,16 +175,23 @@ def _plan(recipes: Sequence[Recipe], planned: Sequence[campaign.Run], options: a
             own = hours.hours(recipe, planned, per_gradient, options.tflops)
             whole += own
             runs = sum(run.recipe is recipe for run in planned)
+            pretrained = ["--checkpoint FOLDER"] if recipe.data.kind == "glue" else []
             lines.append(
-                f"lets-kernels experiment {recipe.name} --data PATH --amp --workers 8\n"
-                f"    {runs} runs, {per_gradient / 1e9:.3g} GFLOP for a sample's gradient: {own:.3g} hours"
+                f"lets-kernels experiment {' '.join([recipe.name, *pretrained, *asked])} --amp --workers 8\n"
+                f"    {runs} run{'s' * (runs != 1)}, {per_gradient / 1e9:.3g} GFLOP for a sample's gradient: "
+                f"{_time(own)}"
             )
     lines += [
-        f"\n{whole:.3g} hours in all on one GPU. The arithmetic is counted; the speed, {options.tflops:g} TFLOP/s, is",
-        "assumed (--tflops), and nothing has been run on a GPU. PATH is",
-        *dict.fromkeys(KINDS[recipe.data.kind].expects for recipe in recipes),
+        f"\n{_time(whole)} in all on one GPU, one run after another, without testing. The arithmetic is counted;",
+        f"the speed, {options.tflops:g} TFLOP/s, is assumed (--tflops), and nothing has been run on a GPU.",
+        "PATH is " + "; or ".join(dict.fromkeys(KINDS[recipe.data.kind].expects for recipe in recipes)) + ".",
     ]
     return "\n".join(lines)
+
+
+def _time(taken: float) -> str:
+    """Hours, or minutes where they are less than one."""
+    return f"{taken:.3g} hours" if taken >= 1 else f"{60 * taken:.2g} minutes"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -162,27 +203,39 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     count, positive = _number(int, 1), _number(float, 1e-9)
     parser.add_argument("names", nargs="*", metavar="NAME", help="recipes, or tables of them")
     parser.add_argument(
-        "--data", type=Path, metavar="PATH", help="where the data is; without a name: what each expects"
+        "--data", type=Path, metavar="PATH", help="where the data is; the list of recipes says what each expects"
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a pretrained network, for GLUE")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="such as base, sam@0.1, auto, lets-sam@0.05")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FOLDER", help="a pretrained network; GLUE's recipes need it"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="with a radius or without: base, auto, sam@0.1, lets-sam@0.05"
+    )
     parser.add_argument("--seeds", type=count, metavar="N", help="runs of each, with the seeds 0, 1, ...")
     parser.add_argument("--epochs", type=count, metavar="N", help="in place of the recipe's")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/experiment"), metavar="FOLDER", help="default: %(default)s"
     )
-    parser.add_argument("--device", type=torch.device, metavar="NAME", help="default: the first GPU, or else the CPU")
+    parser.add_argument("--device", type=_device, metavar="NAME", help="default: the first GPU, or else the CPU")
     parser.add_argument("--amp", action="store_true", help="passes under autocast to bfloat16")
     parser.add_argument(
         "--workers", type=_number(int, 0), default=0, metavar="N", help="processes that prepare batches (default: 0)"
     )
-    parser.add_argument("--evaluate", type=count, default=1, metavar="N", help="every so many epochs (default: 1)")
+    parser.add_argument("--evaluate", type=count, default=1, metavar="N", help="test every so many epochs (default: 1)")
     parser.add_argument("--stop-after", type=count, metavar="N", help="end after so many epochs of this call")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files beside the results")
     parser.add_argument("--networks", action="store_true", help="draw the loss around the networks, and their spectra")
-    parser.add_argument("--plan", action="store_true", help="do not train: print commands, and hours on a GPU")
-    parser.add_argument("--tflops", type=positive, default=hours.SPEED, metavar="N", help="for --plan (%(default)s)")
-    parser.add_argument("--report", action="store_true", help="do not train: tables and figures of what there is")
+    parser.add_argument("--plan", action="store_true", help="do not train: the commands, and how long a GPU would take")
+    parser.add_argument(
+        "--tflops",
+        type=positive,
+        default=hours.SPEED,
+        metavar="N",
+        help="speed of the GPU, for --plan (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="do not train: tables and figures of the runs that have ended"
+    )
     parser.add_argument("--toy", action="store_true", help="two steps of the real network on a few generated samples")
     options = parser.parse_args(argv)
     _check(parser, options)
@@ -199,9 +252,13 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             method(name)
         except ValueError as error:
             parser.error(f"argument --methods: {error}")
-    if options.names and options.data is None and not (options.plan or options.toy):
+    reads = not (options.plan or options.toy or (options.report and not options.networks))
+    if options.names and options.data is None and reads:
         kinds = dict.fromkeys(RECIPES[name].data.kind for name in options.recipes)
         parser.error("--data PATH is missing: " + "; ".join(KINDS[kind].expects for kind in kinds))
+    pretrained = [name for name in options.recipes if RECIPES[name].data.kind == "glue"]
+    if pretrained and options.checkpoint is None and reads:
+        parser.error(f"--checkpoint FOLDER is missing: {pretrained[0]} goes on from a pretrained network")
     if len({RECIPES[name].data.kind for name in options.recipes}) > 1 and options.data:
         parser.error("these recipes read different data: run them one by one")
     modules = {module for name in options.recipes for module in needs(RECIPES[name], options.data)}
@@ -212,6 +269,14 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--tensorboard needs a package that is not here: pip install tensorboard")
     if options.device is None:
         options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device(said: str) -> torch.device:
+    """An argparse type: a device that is here."""
+    try:
+        return torch.empty(0, device=said).device
+    except (RuntimeError, AssertionError) as error:  # no such name; torch was built without it
+        raise argparse.ArgumentTypeError(f"no device {said!r} here: {str(error).splitlines()[0]}") from error
 
 
 def _number(kind: type, least: float) -> Callable[[str], Any]:

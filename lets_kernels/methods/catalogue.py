@@ -137,6 +137,27 @@ def defaults() -> str:
     return "\n".join(lines)
 
 
+def described(key: str) -> str:
+    """One method, for a terminal: what the two tables say of it.
+
+    Raises:
+        ValueError: there is no method of this name.
+    """
+    known = {method.key: method for method in methods()}
+    if key not in known:
+        raise ValueError(f"no method {key!r}; there are {', '.join(known)}")
+    method = known[key]
+    parts = ", ".join(part.__name__ for part in method.parts)
+    lines = [f"{method.name}: {method.paper}", *([f"  parts: {parts}"] if parts else [])]
+    for row in method.rows:
+        held = "the first gradients are held through the second pass; " if row.holds else ""
+        kept = row.keeps if row.state else "none"
+        cost = f"gradients a step: {row.gradients}; memory kept: {kept}; {held}peak: {row.peak}N"
+        lines += ["", f"  {method.line(row)}", f"      {cost}", *([f"      {row.remark}"] if row.remark else [])]
+    own = [f"  {name}={value!r}: {method.defaults[name]}" for name, value in method.values.items()]
+    return "\n".join([*lines, *(["", "  whose the defaults are:", *(f"  {line}" for line in own)] if own else [])])
+
+
 def text() -> str:
     """Both tables."""
     return f"{table()}\n\n{defaults()}"

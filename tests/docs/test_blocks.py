@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lets_kernels.__main__ import main
+from lets_kernels.experiment.recipes import RECIPES, TABLES
 from support.docs_blocks import BLOCK, after, before, blocks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +110,8 @@ def check_ours(words, line, capsys):
     text = capsys.readouterr().out
     for word in words[len(command) :]:
         assert not word.startswith("--") or word.partition("=")[0] in text, line
+    if command == ["experiment"] and words[1:]:
+        assert words[1] in {*RECIPES, *TABLES}, line
 
 
 def test_examples_in_the_words_of_a_page_name_targets_that_exist():

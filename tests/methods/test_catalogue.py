@@ -276,3 +276,15 @@ def test_the_count_of_allocations_sees_what_the_reference_allocates():
         line = Line(method, method.rows[0])
         line.step()
         assert len(allocations(line, 1)) > 3
+
+
+def test_a_method_is_described_by_its_lines_of_both_tables(capsys):
+    for method in catalogue.methods():
+        assert main(["methods", method.key]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"{method.name}: {method.paper}\n")
+        assert all(method.line(row) in said and f"gradients a step: {row.gradients};" in said for row in method.rows)
+        assert all(f"{name}={value!r}: {method.defaults[name]}" in said for name, value in method.values.items())
+    with pytest.raises(SystemExit):
+        main(["methods", "gsam", "nonsense"])
+    assert "no method 'nonsense'; there are sam, " in capsys.readouterr().err

@@ -14,7 +14,7 @@ from torch import nn
 
 from lets_kernels.experiment import campaign, cli, figures, hours, images, networks, report, toy_images
 from lets_kernels.experiment.data import KINDS, Source, toy
-from lets_kernels.experiment.methods import Setting, method, methods
+from lets_kernels.experiment.methods import Setting, label, method, methods
 from lets_kernels.experiment.recipes import RECIPES, TABLES, Data, Recipe
 from lets_kernels.experiment.task import Batch, MissingData
 from lets_kernels.experiment.train import OTHER, STATE, Options, Stopped, _shape, batches, train
@@ -490,7 +490,7 @@ def test_each_recipe_trains_the_real_network_on_a_toy(name, tmp_path, capsys):
         # Two steps: the rates of the recipe's schedule, its base optimizer, its wrong labels.
         wanted = made.settings | {"epochs": 1, "batch_size": 2}
         assert {key: run["settings"][key] for key in wanted} == json.loads(json.dumps(wanted))
-    assert len(found) == len(methods_) and all(method(one).label in capsys.readouterr().out for one in methods_[:1])
+    assert len(found) == len(methods_) and label(methods_[0], [made]) in capsys.readouterr().out
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -509,8 +509,11 @@ def test_the_command_trains_writes_and_goes_on(folder, recipe, tmp_path, capsys)
     for name, run in found.items():
         assert f"{run['score']:.2f} (1 seed)" in (tmp_path / "out" / "small.md").read_text(), name
     assert all((tmp_path / "out" / "small" / f"{name}.png").stat().st_size for name in ("training", "networks"))
-    assert cli.main([*arguments, "--report", "--methods", "base"]) == 0
+    without_data = ["small", "--report", *arguments[3:]]
+    assert cli.main([*without_data, "--methods", "base"]) == 0
     assert "SAM" not in capsys.readouterr().out
+    assert cli.main([*without_data, "--amp"]) == 1
+    assert "give the --amp" in capsys.readouterr().err
 
 
 def test_a_list_a_plan_and_what_is_missing(recipe, tmp_path, capsys):
@@ -520,10 +523,14 @@ def test_a_list_a_plan_and_what_is_missing(recipe, tmp_path, capsys):
     assert cli.main(["small", "--plan", "--tflops", "1e-6"]) == 0
     said = capsys.readouterr().out
     # 7 gradients of 40 samples in three epochs, 41,712 operations each, at a million a second.
-    assert f"{7 * 3 * 40 * 3 * 2 * (27 * 4 * 64 + 40) / 1e6 / 3600:.3g} hours" in said and "assumed" in said
+    assert f"{7 * 3 * 40 * 3 * 2 * (27 * 4 * 64 + 40) / 1e6 / 60:.2g} minutes" in said and "assumed" in said
+    assert cli.main(["small", "--plan", "--tflops", "1e-9", "--methods", "base", "--seeds", "2", "--epochs", "9"]) == 0
+    said = capsys.readouterr().out
+    assert "small --data PATH --epochs 9 --seeds 2 --methods base --amp" in said
+    assert f"{2 * 9 * 40 * 3 * 2 * (27 * 4 * 64 + 40) / 1e3 / 3600:.3g} hours" in said
     assert cli.main(["small", "--data", str(tmp_path)]) == 1 and "data_batch_1" in capsys.readouterr().err
     assert cli.main(["small", "--data", str(tmp_path), "--report", "--output", str(tmp_path)]) == 1
-    assert "no run of small has ended" in capsys.readouterr().err
+    assert "no run of small with these settings has ended" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named_before_anything_is_trained(monkeypatch, capsys, tmp_path):
@@ -547,6 +554,9 @@ def test_missing_packages_are_named_before_anything_is_trained(monkeypatch, caps
     [
         (["large"], "no recipe or table 'large'"),
         (["cifar10-small"], "--data PATH is missing: the unpacked folder"),
+        (["cifar10-small", "--report", "--networks"], "--data PATH is missing"),
+        (["glue-rte", "--data", "."], "--checkpoint FOLDER is missing: glue-rte goes on from a pretrained network"),
+        (["cifar10-small", "--toy", "--device", "gpu"], "no device 'gpu' here"),
         (["cifar10-small", "--toy", "--methods", "sam@-1"], "takes a radius above 0"),
         (["cifar10-small", "--toy", "--epochs", "0"], "must be a number from 1"),
     ],

@@ -1,7 +1,7 @@
 """A program, `make first-hour`: what a new user does, in a fresh clone of the last commit. Some fifteen minutes.
 
-The README's first command as it stands, its examples, an own script, the commands, a benchmark, a wheel in an empty
-environment, the site. Ends at the first step that fails, with what the user would see. (CI runs the second command,
+The README's first command with fewer epochs, its examples, an own script, the commands, a benchmark, the site, a wheel
+in an empty environment. Ends at the first step that fails, with what the user would see. (CI runs the second command,
 `make test`, in a fresh clone.) Writes tests/results/first_hour.json.
 """
 
@@ -57,7 +57,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="first-hour-") as name:
         hour = Hour(Path(name))
         hour.step("git clone", "git", "clone", "--quiet", ROOT, hour.clone, cwd=hour.folder)
-        hour.step("make demo", "make", "demo")
+        hour.step("make demo, short", "make", "demo", "ARGS=--epochs 3 --seeds 1")
         made = list((hour.clone / "runs" / "demo").iterdir())
         assert {file.suffix for file in made} >= {".json", ".png"}, made
         python = hour.clone / ".venv" / "bin" / "python"
@@ -66,7 +66,7 @@ def main():
             hour.step(f"README, example {number}", python, file, cwd=hour.folder)
         script = shutil.copy(hour.clone / "tests" / "support" / "own_script.py", hour.folder)
         print(hour.step("an own script, and mistakes", python, script, cwd=hour.folder))
-        for words in (["info"], ["methods"], ["experiment"], ["experiment", "cifar10-small", "--toy"]):
+        for words in (["info"], ["methods", "gsam"], ["experiment"], ["experiment", "cifar10-small", "--toy"]):
             hour.step(f"lets-kernels {' '.join(words)}", python, "-m", "lets_kernels", *words, cwd=hour.folder)
         hour.step("lets-kernels bench", python, "-m", "lets_kernels", "bench", cwd=hour.folder)
         hour.step("make docs", "make", "docs")
