@@ -180,7 +180,7 @@ def _panel(axes: Any, task: str, found: Sequence[Line]) -> None:
         if cell is None:
             continue
         if cell.mean < low:
-            axes.annotate(f"← {cell.mean:.0f}", (low, y), fontsize="x-small", color=shade, va="center")
+            axes.annotate(f"← {cell.mean:.1f}", (low, y), fontsize="x-small", color=shade, va="center")
             continue
         axes.errorbar(cell.mean, y, xerr=cell.error, fmt="o", color=shade, markersize=3.5, capsize=2, linewidth=1)
         if line.reference:
@@ -188,7 +188,7 @@ def _panel(axes: Any, task: str, found: Sequence[Line]) -> None:
     for y, (above, below) in enumerate(pairwise(found)):
         if below.gradients >= 2 > above.gradients or below.gradients > 2 >= above.gradients:
             axes.axhline(y + 0.5, color="#BBBBBB", linewidth=0.8)
-    axes.set_xlim(low - 0.04 * (top - low), top + 0.15 * (top - low))
+    axes.set_xlim(low - 0.12 * (top - low), top + 0.15 * (top - low))
     axes.set_ylim(-0.7, len(found) - 0.3)
     axes.set_title(TASKS[task], fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
