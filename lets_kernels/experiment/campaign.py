@@ -36,13 +36,13 @@ def runs(recipes: Sequence[Recipe], methods: Sequence[str] | None, seeds: int | 
     ]
 
 
-def finished(run: Run, output: Path, amp: bool) -> dict[str, Any] | None:
+def finished(run: Run, output: Path, options: Options) -> dict[str, Any] | None:
     """The results of a run that is over, with the settings of today."""
     try:
         found: dict[str, Any] = json.loads((run.folder(output) / RESULT).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    wanted = json.loads(json.dumps(settings(run.recipe, run.method, run.seed, amp)))
+    wanted = json.loads(json.dumps(settings(run.recipe, run.method, run.seed, options)))
     return found if found["settings"] == wanted else None
 
 
@@ -50,7 +50,7 @@ def campaign(planned: Sequence[Run], load: Load, output: Path, options: Options)
     """Each run's results, made now or read. The data of a recipe and seed is read once."""
     loaded: tuple[Recipe, int, Task] | None = None
     for run in planned:
-        found = finished(run, output, options.amp)
+        found = finished(run, output, options)
         if found is None:
             if loaded is None or loaded[:2] != (run.recipe, run.seed):
                 loaded = (run.recipe, run.seed, load(run.recipe, run.seed))

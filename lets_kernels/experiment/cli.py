@@ -69,6 +69,7 @@ def _run(
     how = Options(
         device=options.device,
         amp=options.amp,
+        start=options.checkpoint and options.checkpoint.resolve().name,
         workers=options.workers,
         evaluate=options.evaluate,
         go_on=_until(options.stop_after),
@@ -79,7 +80,7 @@ def _run(
             pass
     found: Found = {}
     for run in planned:
-        result = campaign.finished(run, options.output, options.amp)
+        result = campaign.finished(run, options.output, how)
         if result is not None:
             found.setdefault((run.recipe.name, run.method), []).append(result)
     if not found:

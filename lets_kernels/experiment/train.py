@@ -31,11 +31,12 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """How to run it: nothing here changes what is computed, but for ``amp`` and for the order of sums on a GPU.
+    """How to run it: nothing here changes what is computed, but for ``amp``, ``start`` and the order of sums on a GPU.
 
     Args:
         device: of the network.
         amp: the passes run under autocast to bfloat16.
+        start: what the network starts from, by name; None: from random weights.
         workers: processes that prepare batches; 0: none, they are made where they are used.
         evaluate: the score is taken after every so many epochs, and after the last.
         go_on: asked before each epoch; False ends the run there.
@@ -45,6 +46,7 @@ class Options:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     amp: bool = False
+    start: str | None = None
     workers: int = 0
     evaluate: int = 1
     go_on: Callable[[], bool] = lambda: True
@@ -52,9 +54,10 @@ class Options:
     say: Callable[[str], None] = print
 
 
-def settings(recipe: Recipe, name: str, seed: int, amp: bool) -> dict[str, Any]:
+def settings(recipe: Recipe, name: str, seed: int, options: Options) -> dict[str, Any]:
     """What a run is known by: a finished one with other settings is taken again."""
-    return {**recipe.settings, "method": name, "seed": seed, "amp": amp}
+    start = {} if options.start is None else {"start": options.start}
+    return {**recipe.settings, "method": name, "seed": seed, "amp": options.amp, **start}
 
 
 def train(recipe: Recipe, name: str, seed: int, task: Task, folder: Path, options: Options) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def train(recipe: Recipe, name: str, seed: int, task: Task, folder: Path, option
     run = _Run(recipe, task, model, optimizer, options, seed)
     records: list[dict[str, Any]] = []
     folder.mkdir(parents=True, exist_ok=True)
-    about = {**settings(recipe, name, seed, options.amp), "measure": task.measure}
+    about = {**settings(recipe, name, seed, options), "measure": task.measure}
     if (folder / STATE).exists():
         saved = torch.load(folder / STATE, map_location=options.device, weights_only=True)
         if saved["about"] == about:
@@ -114,7 +117,7 @@ def train(recipe: Recipe, name: str, seed: int, task: Task, folder: Path, option
     if options.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(options.device)
     result = {
-        "settings": settings(recipe, name, seed, options.amp),
+        "settings": settings(recipe, name, seed, options),
         "measure": task.measure,
         "score": records[-1]["score"],
         "gradients": run.gradients() or recipe.epochs * steps,
@@ -146,7 +149,9 @@ class _Run:
         """All batches once; returns the mean of the first pass's losses."""
         self.model.train()
         training = batches(self.task.train, self.recipe.batch_size, self.seed, epoch, self.options)
-        others = batches(self.task.train, self.recipe.batch_size, self.seed + OTHER, epoch, self.options)
+        others: Iterator[Batch] = iter(())
+        if self.learns:
+            others = batches(self.task.train, self.recipe.batch_size, self.seed + OTHER, epoch, self.options)
         total, steps = torch.zeros((), dtype=torch.float64, device=self.options.device), 0
         for batch in training:
             closures = [self._closure(batch)]
@@ -223,8 +228,15 @@ class _Batches(Dataset[Batch]):
 
 
 def _loader(source: Source, asks: list[Ask], options: Options) -> Iterator[Batch]:
-    pinned = options.device.type == "cuda"
-    return iter(DataLoader(_Batches(source, asks), batch_size=None, num_workers=options.workers, pin_memory=pinned))
+    return iter(
+        DataLoader(
+            _Batches(source, asks),
+            batch_size=None,
+            num_workers=options.workers,
+            pin_memory=options.device.type == "cuda",
+            generator=torch.Generator(),  # of its own: the global one is the network's
+        )
+    )
 
 
 def batches(source: Source, size: int, seed: int, epoch: int, options: Options) -> Iterator[Batch]:

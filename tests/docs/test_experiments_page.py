@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lets_kernels.experiment.recipes import RECIPES
 from lets_kernels.experiment.report import table
-from lets_kernels.experiment.train import settings
+from lets_kernels.experiment.train import Options, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "experiments.md").read_text()
@@ -27,7 +27,7 @@ def test_the_result_is_that_of_the_committed_runs():
     runs = {("cifar10-small", run["settings"]["method"]): [run] for run in kept["runs"]}
     assert [name for _, name in runs] == list(recipe.methods)
     for (_, name), (run,) in runs.items():
-        wanted = settings(recipe, name, 0, False)
+        wanted = settings(recipe, name, 0, Options())
         assert run["settings"] == json.loads(json.dumps(wanted)) and len(run["epochs"]) == recipe.epochs
         assert run["environment"]["cpu"] and re.fullmatch(r"[0-9a-f]{40}", run["environment"]["commit"])
     part = PAGE.split("<!-- begin: small -->\n")[1].split("<!-- end: small -->")[0]

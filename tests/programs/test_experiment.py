@@ -387,8 +387,10 @@ def test_a_campaign_takes_again_what_has_other_settings_only(folder, recipe, tmp
     longer = dataclasses.replace(recipe, epochs=4)
     again = list(campaign.campaign(campaign.runs([longer], ["base"], 1), load, tmp_path, QUIET))
     assert len(again[0]["epochs"]) == 4 and again[0]["settings"]["epochs"] == 4
+    for other in (dataclasses.replace(QUIET, amp=True), dataclasses.replace(QUIET, start="pretrained")):
+        assert campaign.finished(planned[0], tmp_path, other) is None
     (planned[1].folder(tmp_path) / "run.json").write_text("{")
-    assert campaign.finished(planned[1], tmp_path, False) is None
+    assert campaign.finished(planned[1], tmp_path, QUIET) is None
 
 
 # ---- tables, figures, hours ------------------------------------------------------------------------------------------
