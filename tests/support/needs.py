@@ -1,7 +1,7 @@
 """What some test files need beyond torch, triton and pytest.
 
 `make test` installs it all; `make gpu-check` does with what is there, and names the files that it leaves out. No file
-with tests for a GPU may be among them. benchmarks/gpu/checks.py reads this file, too, where support is no package.
+with tests for a GPU may be among them. benchmarks/gpu/shards.py reads this file, too, where support is no package.
 """
 
 import importlib.util
