@@ -462,22 +462,20 @@ def test_hours_are_counted_arithmetic_over_the_speed(folder, recipe):
 
 # ---- every recipe ----------------------------------------------------------------------------------------------------
 
-#: One recipe for each network and kind of data, with a method of its own; at length all, the survey with all methods.
+#: For each network and kind of data a recipe with a method that is not its first; at length every recipe has several.
 SHORT = {
     "cifar10-resnet-18": "lets-asam",
     "sam-cifar100": "auto",
     "esam-cifar10-pyramidnet-110": "esam@0.2",
     "cifar100-vit-s-4": "sam@0.1",
-    "imagenet-resnet-50": "base",
     "r-sam-imagenet": "r-sam@0.2",
     "noise-40": "lets-sam",
     "cifar10-small": "asam@0.5",
     "iwslt14-de-en": "lets-sam",
-    "glue-rte": "base",
 }
 
 
-@pytest.mark.parametrize("name", at_length([*RECIPES], [*SHORT]))
+@pytest.mark.parametrize("name", RECIPES)
 def test_each_recipe_trains_the_real_network_on_a_toy(name, tmp_path, capsys):
     made = RECIPES[name]
     every = made.methods if name == "survey" else made.methods[:: max(1, len(made.methods) - 2)]  # first, last but one
